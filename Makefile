@@ -1,0 +1,34 @@
+# The commands that README and CI run. `make demo` and `make test` set up all they need in .venv.
+
+PYTHON ?= python3
+# What the suite was last run on; another pair of releases that belong together may be given instead.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo check test bench clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/mpcompile examples/fashion_vit/model.safetensors --pattern 2:4 --target ort \
+	    --data examples/fashion_vit/images.npz --output build/demo --force
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py
+
+test: $(READY)
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/fashion_vit.py
+
+clean:
+	rm -rf build dist *.egg-info

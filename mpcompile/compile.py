@@ -1,0 +1,293 @@
+"""The front door: model + recipe -> Artifact. Alone in importing the passes and the runtimes."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
+from mpcompile.capture import capture
+from mpcompile.checkpoint import state_sha256
+from mpcompile.data import Data, load_data
+from mpcompile.errors import AccuracyError, RuntimeMissing, UsageError
+from mpcompile.evaluate import Comparison, compare
+from mpcompile.layers import eligible
+from mpcompile.load import Loaded, Request, load, source_of
+from mpcompile.lower import Lowered, lower
+from mpcompile.model import NM, Model
+from mpcompile.output import require_free, written_whole
+from mpcompile.parity import TOLERANCE, require_parity
+from mpcompile.passes import PASSES, NMMask
+from mpcompile.pipeline import Observer, Pass, PassManager
+from mpcompile.recipe import Recipe, Step, explained
+from mpcompile.report import Gate, Latency, Parity, Report, environment, layer_rows, verdict_on
+from mpcompile.runtimes import RUNTIMES, Engine, Runtime
+from mpcompile.runtimes.ort import require_finite, session_on
+from mpcompile.timing import sample, speedup, timing
+
+log = logging.getLogger(__name__)
+
+PARITY_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe comes to, checked before anything is computed."""
+
+    passes: tuple[Pass, ...]
+    runtime: Runtime
+
+
+def compile(
+    model: str | Path | nn.Module | Request,
+    recipe: Recipe,
+    *,
+    data: str | Path | Data | None = None,
+    output: str | Path,
+    force: bool = False,
+    observe: Observer = lambda stage: None,
+) -> Artifact:
+    """The compressed model, its files and its report, in the folder `output`.
+
+    The folder appears whole or not at all; the model given is left as it was. `observe` is told the name of each
+    stage as it begins (see `stages`). Raises a MpcompileError. Where only a gate of the recipe fails, the folder is
+    written, its report says so, and AccuracyError is raised.
+    """
+    plan = plan_of(recipe)
+    require_free(Path(output), force)
+    observe("load")
+    loaded, leaves = _loaded(model)
+    observe("capture")
+    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    images = _data(data, dense, recipe)
+    with written_whole(Path(output), force) as folder:
+        report = _run(loaded, dense, plan, recipe, images, folder, observe)
+    artifact = Artifact(Path(output), report)
+    failed = [gate for gate in report.gates if not gate.holds]
+    if failed:
+        raise AccuracyError(f"{output} is written, and fails its gate: {'; '.join(map(str, failed))}")
+    return artifact
+
+
+def stages(recipe: Recipe) -> tuple[str, ...]:
+    """The names that `compile` tells its observer, in order."""
+    passes = tuple(step.name for step in recipe.passes)
+    return ("load", "capture", "export dense", *passes, "export compressed", "evaluate", "time", "write")
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The passes and the runtime of a recipe. Raises UsageError or RuntimeMissing."""
+    runtime = RUNTIMES.get(recipe.target)
+    if runtime is None:
+        raise UsageError(f"target {recipe.target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
+    if missing := runtime.missing():
+        raise RuntimeMissing(f"target {recipe.target}: {missing}")
+    if not recipe.passes:
+        raise UsageError("the recipe has no passes; give --pattern, such as --pattern 2:4, or a recipe with passes")
+    passes = tuple(build_pass(step) for step in recipe.passes)
+    PassManager(passes)  # refuses an order that cannot work
+    return Plan(passes, runtime)
+
+
+def build_pass(step: Step) -> Pass:
+    """The pass that a step of a recipe names, with its parameters checked. Raises UsageError."""
+    kind = PASSES.get(step.name)
+    if kind is None:
+        raise UsageError(f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    unknown = [key for key in step.params if key not in known]
+    if unknown:
+        raise UsageError(f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    try:
+        return TypeAdapter(kind).validate_python(step.params)
+    except ValidationError as error:
+        raise UsageError(f"pass {step.name}: {explained(error)}") from error
+
+
+def recipe_schema() -> dict[str, Any]:
+    """A JSON Schema of recipes, with the parameters of every pass, for editors."""
+    schema = Recipe.model_json_schema()
+    steps: list[dict[str, Any]] = [{"enum": list(PASSES)}]
+    for name, kind in PASSES.items():
+        params = TypeAdapter(kind).json_schema() | {"additionalProperties": False}
+        steps.append(
+            {"type": "object", "properties": {name: params}, "required": [name], "additionalProperties": False}
+        )
+    schema["properties"]["passes"]["items"] = {"oneOf": steps}
+    schema.get("$defs", {}).pop("Step", None)
+    schema["properties"]["target"]["enum"] = list(RUNTIMES)
+    return schema
+
+
+def preview(model: str | Path | nn.Module | Request, recipe: Recipe) -> dict[str, Any]:
+    """What `compile` would do, without doing it: resolved recipe, stages, each layer's pattern or reason."""
+    plan = plan_of(recipe)
+    loaded, leaves = _loaded(model)
+    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    masks = [step for step in plan.passes if isinstance(step, NMMask)]
+    rows = [
+        {"layer": name, "pattern": None if reason else str(step.pattern), "reason": reason}
+        for step in masks
+        for name, reason in eligible(dense, step.pattern, step.include, step.exclude).items()
+    ]
+    return {
+        "model": dataclasses.asdict(loaded.source),
+        "recipe": recipe.model_dump(mode="json"),
+        "stages": stages(recipe),
+        "layers": rows,
+    }
+
+
+def _loaded(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
+    """The module, and the modules to keep whole when tracing it."""
+    if isinstance(model, nn.Module):
+        name = type(model).__name__
+        return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), ()
+    request = model if isinstance(model, Request) else Request(str(model))
+    return load(request), request.leaves
+
+
+def _data(data: str | Path | Data | None, dense: Model, recipe: Recipe) -> Data:
+    if data is None:
+        return Data()
+    if isinstance(data, Data):
+        return data
+    outputs = dense(dense.example).shape[-1]
+    choice = recipe.data
+    return load_data(Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed)
+
+
+def _run(
+    loaded: Loaded, dense: Model, plan: Plan, recipe: Recipe, data: Data, folder: Path, observe: Observer
+) -> Report:
+    """Everything between the captured model and the finished folder."""
+    metadata = {
+        "mpcompile.version": version("mpcompile"),
+        "mpcompile.source_sha256": loaded.source.sha256,
+        "mpcompile.recipe_sha256": recipe.sha256,
+    }
+    check = _check_images(data, dense)
+
+    def export(model: Model, name: str) -> Lowered:
+        return lower(
+            model, folder / name, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata
+        )
+
+    observe("export dense")
+    before = export(dense, DENSE)
+    parity = [_parity(before, check, "dense: ONNX Runtime against PyTorch")]
+    model, records = PassManager(plan.passes).run(dense, data.for_passes(), observe)
+    observe("export compressed")
+    after = export(model, COMPRESSED)
+    require_finite(after.onnx, _calibration(data, check))
+    parity.append(_parity(after, check, "compressed: ONNX Runtime against PyTorch"))
+
+    engines = {
+        name: plan.runtime.build(x, recipe.bench.threads) for name, x in (("dense", before), ("compressed", after))
+    }
+    for name, lowered in (("dense", before), ("compressed", after)):
+        if plan.runtime.name != "ort":
+            found = engines[name](check)
+            parity.append(_compared(lowered, check, found, f"{name}: {plan.runtime.name} against PyTorch"))
+    observe("evaluate")
+    comparison = compare(engines["dense"], engines["compressed"], data.held_out) if len(data.held_out) else None
+    observe("time")
+    batches = recipe.bench.batches if recipe.batch is None else (recipe.batch,)  # a fixed batch has one latency
+    latency = tuple(_latency(engines, data, dense, batch, recipe.bench.seconds) for batch in batches)
+    observe("write")
+    write_weights(folder, loaded.module, model)
+    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    layers = layer_rows(model, after)
+    patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
+    accelerated = bool(patterns) and patterns <= plan.runtime.accelerates
+    report = Report(
+        version=version("mpcompile"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=dataclasses.asdict(loaded.source),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_sha256=recipe.sha256,
+        environment=environment(_versions(plan.runtime), engines["dense"].device),
+        data={
+            "calibration": len(data.calibration),
+            "held_out": len(data.held_out),
+            "seed": recipe.data.seed,
+            "notes": data.notes,
+        },
+        passes=records,
+        layers=layers,
+        accelerated=accelerated,
+        parity=tuple(parity),
+        comparison=comparison,
+        latency=latency,
+        gates=gates_of(recipe, comparison),
+        files=file_rows(folder),
+        verdict=verdict_on(layers, recipe.target, accelerated, comparison, latency),
+    )
+    report.write(folder)
+    return report
+
+
+def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
+    """The recipe's gates and whether they hold; one that could not be measured does not."""
+    limit = recipe.gates.max_drop
+    if limit is None:
+        return ()
+    if comparison is None or comparison.dense is None or comparison.compressed is None:
+        return (Gate(name="top-1 drop in points", limit=limit, found=None, holds=False),)
+    drop = 100 * (comparison.dense.top1 - comparison.compressed.top1)
+    return (Gate(name="top-1 drop in points", limit=limit, found=drop, holds=drop <= limit),)
+
+
+def _check_images(data: Data, model: Model) -> NDArray[np.float32]:
+    """Images to compare forms of the model on: calibration images where there are any, else the example."""
+    images = data.calibration.first(PARITY_IMAGES) if len(data.calibration) else model.example
+    return np.ascontiguousarray(images.numpy())
+
+
+def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Every calibration image, or the example."""
+    if not len(data.calibration):
+        yield check
+    for images, _ in data.calibration.batches():
+        yield images.numpy()
+
+
+def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
+    """The ONNX file against the graph that it was made from. Raises ParityError."""
+    return _compared(lowered, images, session_on(lowered.onnx)(images), what)
+
+
+def _compared(lowered: Lowered, images: NDArray[np.float32], found: NDArray[np.float32], what: str) -> Parity:
+    expected = lowered.model(torch.from_numpy(images)).numpy()
+    difference = require_parity(expected, found, lowered.precision, what)
+    return Parity(what=what, difference=difference, tolerance=TOLERANCE[lowered.precision], images=len(images))
+
+
+def _latency(engines: dict[str, Engine], data: Data, model: Model, batch: int, seconds: float) -> Latency:
+    """Dense and compressed in turns, on real images where there are enough."""
+    if len(data.held_out) >= batch:
+        images = data.held_out.first(batch).numpy()
+    else:
+        images = np.resize(model.example.numpy(), (batch, *model.example.shape[1:]))
+    runs: dict[str, Callable[[NDArray[np.float32]], object]] = dict(engines)
+    samples = sample(runs, np.ascontiguousarray(images), seconds)
+    return Latency(
+        dense=timing(samples["dense"], batch, engines["dense"].device),
+        compressed=timing(samples["compressed"], batch, engines["compressed"].device),
+        speedup=speedup(samples["dense"], samples["compressed"], "dense"),
+    )
+
+
+def _versions(runtime: Runtime) -> dict[str, str]:
+    names: Sequence[str] = ("torch", "timm", "onnx", "onnxscript")
+    return {**{name: version(name) for name in names}, **runtime.versions()}

@@ -1,0 +1,252 @@
+"""Images for calibration, training and evaluation, from a folder or an .npz file.
+
+What `--data` may be:
+
+- a folder with `train/` and one of `val/`, `validation/` or `test/`, each with a folder per class;
+- a folder with a folder per class: shuffled by the seed, calibration images first, held-out images after them;
+- a folder of images without classes: the same, without labels, so agreement is measured and not accuracy;
+- an .npz file with `calibration_images`, `calibration_labels`, `heldout_images`, `heldout_labels`: bytes of shape
+  (n, h, w) or (n, h, w, c), and integers.
+
+Folders are read by timm's reader and transforms with the preprocessing of the model. Unlike timm's own dataset,
+an image that cannot be read is an error here and not a skipped sample.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpcompile.errors import LoadError
+from mpcompile.model import Source
+
+HELD_OUT_FOLDERS = ("val", "validation", "test")
+BATCH = 64
+
+
+class Images(Protocol):
+    """Preprocessed images by index, each with its label or -1; `classes` is how many labels there are, or 0."""
+
+    @property
+    def classes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """A choice of images, in order; reads them batch by batch, so memory holds one batch."""
+
+    images: Images
+    order: tuple[int, ...]
+    labelled: bool
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (b, c, h, w) and labels (b,), -1 where unknown."""
+        for start in range(0, len(self.order), size):
+            pairs = [self.images[index] for index in self.order[start : start + size]]
+            yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def first(self, count: int) -> Tensor:
+        """The first images as one batch."""
+        return torch.stack([self.images[index][0] for index in self.order[:count]])
+
+
+@dataclass(frozen=True)
+class NoImages:
+    """The empty set of images."""
+
+    classes: int = 0
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        raise IndexError(index)
+
+
+NONE = Split(NoImages(), (), labelled=False)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to calibrate and train on, and others, never shown to a pass, to evaluate on."""
+
+    calibration: Split = NONE
+    held_out: Split = NONE
+    notes: tuple[str, ...] = ()
+
+    def for_passes(self) -> "Data":
+        """The same without the held-out images: what a pass is given."""
+        return Data(self.calibration, notes=self.notes)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files through timm's evaluation transform."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: int
+    transform: Callable[[Any], Tensor]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                pixels = image.convert(self.mode)
+        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, DecompressionBombError …
+            raise LoadError(f"{path} is not an image that can be read ({error}); mend or remove it") from error
+        return self.transform(pixels), self.labels[index]
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images of an .npz file: bytes (n, h, w, c), already of the model's size, and their labels (n,)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.integer]
+    classes: int
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.from_numpy(self.pixels[index]).permute(2, 0, 1).float() / 255
+        return (image - self.mean[:, None, None]) / self.std[:, None, None], int(self.labels[index])
+
+
+def load_data(
+    path: Path, source: Source, outputs: int, calibration: int = 256, held_out: int | None = None, seed: int = 0
+) -> Data:
+    """The images at `path`, preprocessed for a model with that many outputs.
+
+    At most `calibration` and `held_out` images are taken, chosen by `seed`. Raises LoadError.
+    """
+    if not path.exists():
+        raise LoadError(f"{path} does not exist; --data takes a folder of images or an .npz file")
+    train, test = _read_npz(path, source) if path.is_file() else _read_folders(path, source)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(train))
+    chosen = order[:calibration]
+    if test is None:  # one pool: disjoint shares of it
+        test, rest = train, order[calibration:]
+    else:
+        rest = rng.permutation(len(test))
+    if not len(rest):
+        raise LoadError(
+            f"{path}: all {len(train)} images are taken for calibration and none are left to evaluate on; "
+            "give more images, or fewer with --calibration"
+        )
+    rest = np.sort(rest[:held_out])  # in the order of the folder: neighbours on disk are read together
+    notes = []
+    if len(chosen) < calibration:
+        notes.append(f"{calibration} calibration images were asked for, {len(chosen)} are there")
+    labelled, note = _labels_fit(test, outputs)
+    return Data(
+        Split(train, tuple(chosen.tolist()), labelled),
+        Split(test, tuple(rest.tolist()), labelled),
+        tuple(notes + note),
+    )
+
+
+def _labels_fit(images: Images, outputs: int) -> tuple[bool, list[str]]:
+    """Whether the labels are the model's outputs, and a note where they are not or there are none."""
+    if images.classes == outputs:
+        return True, []
+    instead = "agreement with the dense model is measured instead of accuracy"
+    if images.classes == 0:
+        return False, [f"the images have no labels: {instead}"]
+    return False, [f"the images have {images.classes} classes, the model {outputs} outputs: {instead}"]
+
+
+def _read_folders(root: Path, source: Source) -> tuple[FolderImages, FolderImages | None]:
+    """The images of `train/` and a held-out folder beside it, or of one folder."""
+    train = root / "train"
+    if not train.is_dir():
+        return _read_folder(root, source), None
+    held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
+    if held_out is None:
+        raise LoadError(f"{root} has train/ and none of {', '.join(f'{n}/' for n in HELD_OUT_FOLDERS)} to evaluate on")
+    splits = _read_folder(train, source), _read_folder(held_out, source)
+    if splits[0].classes != splits[1].classes:
+        raise LoadError(f"{train} has {splits[0].classes} classes and {held_out} has {splits[1].classes}")
+    return splits
+
+
+def _read_folder(root: Path, source: Source) -> FolderImages:
+    """The images of a folder per class, or of one folder without classes."""
+    from timm.data import create_transform
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    found, classes = find_images_and_targets(str(root))
+    if not found:
+        raise LoadError(f"{root} holds no images; needed is a folder per class, or a folder of images")
+    labelled = list(classes) != [""]
+    transform = create_transform(
+        source.size,
+        is_training=False,
+        interpolation=source.interpolation,
+        mean=source.mean,
+        std=source.std,
+        crop_pct=source.crop_pct,
+        crop_mode=source.crop_mode,
+    )
+    return FolderImages(
+        paths=tuple(Path(path) for path, _ in found),
+        labels=tuple(label if labelled else -1 for _, label in found),
+        classes=len(classes) if labelled else 0,
+        transform=transform,
+        mode="L" if source.size[0] == 1 else "RGB",
+    )
+
+
+def _read_npz(path: Path, source: Source) -> tuple[ArrayImages, ArrayImages]:
+    """The two splits of an .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            splits = [_read_arrays(arrays, path, split, source) for split in ("calibration", "heldout")]
+    except LoadError:
+        raise
+    except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, pickle errors …
+        raise LoadError(f"{path} is not an .npz file that can be read: {error}") from error
+    classes = max(split.classes for split in splits)
+    return replace(splits[0], classes=classes), replace(splits[1], classes=classes)
+
+
+def _read_arrays(arrays: Mapping[str, NDArray[Any]], path: Path, split: str, source: Source) -> ArrayImages:
+    """One split of an .npz file, its shapes checked against the model."""
+    wanted = f"{split}_images", f"{split}_labels"
+    if any(name not in arrays for name in wanted):
+        raise LoadError(f"{path} has the arrays {', '.join(arrays) or 'none'}; needed are {wanted[0]} and {wanted[1]}")
+    pixels, labels = (arrays[name] for name in wanted)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    channels, height, width = source.size
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, channels):
+        raise LoadError(
+            f"{path}: {wanted[0]} is {pixels.dtype} {pixels.shape}; "
+            f"the model needs uint8 (n, {height}, {width}, {channels})"
+        )
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+        raise LoadError(f"{path}: {wanted[1]} is {labels.dtype} {labels.shape}; needed is a class index ≥ 0 an image")
+    classes = int(labels.max()) + 1 if labels.size else 0
+    return ArrayImages(pixels, labels, classes, torch.tensor(source.mean), torch.tensor(source.std))

@@ -1,0 +1,71 @@
+"""What works on this machine, what is missing, and how to get it."""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpcompile.runtimes import RUNTIMES
+
+LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy", "scipy", "safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `remedy` says what to do where it does not work."""
+
+    what: str
+    works: bool
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Every finding: Python, libraries, targets, processor, GPU."""
+    return [
+        Finding("python", True, platform.python_version()),
+        *(_library(name) for name in LIBRARIES),
+        *_targets(),
+        _processor(),
+        _gpu(),
+    ]
+
+
+def _library(name: str) -> Finding:
+    try:
+        return Finding(name, True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", f"pip install {name}")
+
+
+def _targets() -> list[Finding]:
+    findings = []
+    for name, runtime in RUNTIMES.items():
+        missing = runtime.missing()
+        if missing:
+            findings.append(Finding(f"target {name}", False, "not available", missing))
+            continue
+        versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
+        fast = ", ".join(sorted(map(str, runtime.accelerates))) or "none: masked layers run as dense"
+        findings.append(Finding(f"target {name}", True, f"{versions}; patterns with kernels: {fast}"))
+    return findings
+
+
+def _processor() -> Finding:
+    """The vector instructions that decide how fast a CPU target is."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    flags = next(
+        (line.partition(":")[2].split() for line in text.splitlines() if line.startswith(("flags", "Features"))), []
+    )
+    vector = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if flag in flags]
+    return Finding("processor", True, f"{platform.machine()}: {', '.join(vector) or 'vector instructions unknown'}")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("NVIDIA GPU", False, "none that torch can use", "not needed for the targets above")
+    major, minor = torch.cuda.get_device_capability()
+    return Finding("NVIDIA GPU", True, f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")

@@ -1,0 +1,85 @@
+"""The errors that a user can meet, each with the exit code of the command line.
+
+A message says what was found, what was needed, and what to do. Deep code states the fact; the front door and
+the pass manager add the caller's context once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class MpcompileError(Exception):
+    """Any failure that mpcompile explains; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class UsageError(MpcompileError):
+    """An option or a recipe that cannot be followed."""
+
+    exit_code = 2
+
+
+class LoadError(MpcompileError):
+    """A model or images that cannot be read."""
+
+    exit_code = 3
+
+
+class CaptureError(MpcompileError):
+    """A model that torch.fx cannot trace, or whose traced graph does not compute the same."""
+
+    exit_code = 3
+
+
+class PassError(MpcompileError):
+    """A pass that failed or broke its promise."""
+
+    exit_code = 4
+
+
+class ParityError(MpcompileError):
+    """Two forms of one model whose outputs differ by more than the stated tolerance."""
+
+    exit_code = 5
+
+
+class MaskError(MpcompileError):
+    """A mask that does not hold, or that was lost on the way to the file."""
+
+    exit_code = 5
+
+
+class AccuracyError(MpcompileError):
+    """A compressed model that lost more than the recipe's gate allows."""
+
+    exit_code = 6
+
+
+class RuntimeMissing(MpcompileError):
+    """A runtime that is not installed here; the text says what to install."""
+
+    exit_code = 7
+
+
+class BuildError(MpcompileError):
+    """A runtime that is here and could not build or run the model."""
+
+    exit_code = 7
+
+
+class LayerFailure(Exception):
+    """Marks which layer a pass was working on; the pass manager unwraps it."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.layer = layer
+
+
+@contextmanager
+def on_layer(name: str) -> Iterator[None]:
+    """Inside, any failure is remembered as having happened on layer `name`."""
+    try:
+        yield
+    except Exception as error:
+        raise LayerFailure(name) from error

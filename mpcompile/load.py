@@ -1,0 +1,248 @@
+"""A trained model from a file or a name, without running pickled code.
+
+What a model may be, told by content and not by suffix:
+
+- safetensors, or a state dict saved by torch (bare, or under a training checkpoint's usual keys), with `arch`: a
+  timm name or `pkg.mod:factory`. A timm checkpoint names its architecture, as does a timm `config.json` beside
+  the file;
+- `timm:NAME`, with the weights of the hub only where `pretrained` asks for them;
+- `pkg.mod:factory`, a callable that returns the module;
+- a pickled module, only with `allow_pickle`: loading one runs whatever code it names.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpcompile.checkpoint import file_sha256, first_line, read, state_dict_in, state_sha256
+from mpcompile.errors import LoadError, UsageError
+from mpcompile.model import Source
+
+log = logging.getLogger(__name__)
+
+PREFIXES = ("module.", "model.", "_orig_mod.")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which model is wanted and how it may be built."""
+
+    model: str
+    arch: str | None = None
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    allow_pickle: bool = False
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    leaves: tuple[str, ...] = ()  # modules that capture keeps whole
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A module with its weights, in evaluation mode, and where it came from."""
+
+    module: nn.Module
+    source: Source
+
+
+def load(request: Request) -> Loaded:
+    """The module that was asked for. Raises LoadError or UsageError."""
+    if request.model.startswith("timm:"):
+        name = request.model.removeprefix("timm:")
+        module = _create_timm(name, request.arch_args, pretrained=request.pretrained)
+        if not request.pretrained:
+            log.warning("timm:%s has random weights; --pretrained fetches the hub's", name)
+        return _finish(module, request, arch=name, sha256=state_sha256(module))
+    path = Path(request.model)
+    if _is_factory(request.model) and not path.exists():
+        module = _call_factory(request.model, request.arch_args)
+        return _finish(module, request, arch=request.model, sha256=state_sha256(module))
+    if request.pretrained:
+        raise UsageError("--pretrained goes with timm:NAME; a file brings its own weights")
+    if not path.exists():
+        raise LoadError(f"{path} does not exist; a model is a file, timm:NAME or pkg.mod:factory")
+    if not path.is_file():
+        raise LoadError(f"{path} is a folder; name the file in it")
+    return _load_file(path, request)
+
+
+def _load_file(path: Path, request: Request) -> Loaded:
+    """A model from a file of weights."""
+    content, config = read(path, request.allow_pickle), _timm_config(path)
+    sha256 = file_sha256(path)
+    if isinstance(content, nn.Module):
+        return _finish(content, request, arch=type(content).__name__, sha256=sha256)
+    arch, arch_args, pretrained_cfg = request.arch, dict(request.arch_args), None
+    if arch is None and config is not None:
+        arch = str(config["architecture"])
+        arch_args = {**config.get("model_args", {}), **arch_args}
+        arch_args.setdefault("num_classes", config.get("num_classes", 1000))
+        pretrained_cfg = config.get("pretrained_cfg")
+    if arch is None and isinstance(content.get("arch"), str):
+        arch = content["arch"]
+        arch_args = {**_timm_training_args(content.get("args")), **arch_args}
+    if arch is None:
+        raise UsageError(
+            f"{path} holds weights and no architecture; name it with --arch (a timm name or pkg.mod:factory)"
+        )
+    state = state_dict_in(content, path)
+    module = _build_for(arch, arch_args, state, pretrained_cfg)
+    _fill(module, state, path, arch)
+    return _finish(module, request, arch=arch, sha256=sha256)
+
+
+def _timm_config(path: Path) -> dict[str, Any] | None:
+    """The timm `config.json` beside a file of weights, if there is one."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return None
+    try:
+        config = json.loads(beside.read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{beside} is not JSON that can be read: {error}") from error
+    return config if isinstance(config, dict) and "architecture" in config else None
+
+
+def _timm_training_args(args: object) -> dict[str, Any]:
+    """What a timm training checkpoint's command line says about building the model."""
+    options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    found = {
+        "num_classes": options.get("num_classes"),
+        "in_chans": options.get("in_chans"),
+        "img_size": options.get("img_size"),
+    }
+    return {**{k: v for k, v in found.items() if v is not None}, **(options.get("model_kwargs") or {})}
+
+
+def _stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The state dict without wrapper prefixes that all keys share, as far as that helps to match."""
+    best = dict(state)
+    while (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in best)), None)) is not None:
+        shorter = {name.removeprefix(prefix): value for name, value in best.items()}
+        if len(wanted & best.keys()) > len(wanted & shorter.keys()):
+            break
+        best = shorter
+    return best
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
+    """Loads the weights; a mismatch lists the first few keys of each kind."""
+    own = module.state_dict()
+    state = _stripped(state, set(own))
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} against {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        listed = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds if names)
+        raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
+    module.load_state_dict(state)
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")
+
+
+def _is_factory(text: str) -> bool:
+    module, colon, name = text.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _build_for(
+    arch: str, arch_args: Mapping[str, Any], state: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any] | None
+) -> nn.Module:
+    """The architecture, with as many classes as the weights have where nobody said."""
+    if _is_factory(arch):
+        return _call_factory(arch, arch_args)
+    name = arch.removeprefix("timm:")
+    module = _create_timm(name, arch_args, pretrained_cfg=pretrained_cfg)
+    if "num_classes" not in arch_args:
+        classifier = (getattr(module, "pretrained_cfg", None) or {}).get("classifier")
+        key = f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight"
+        own, given = module.state_dict(), _stripped(state, set(module.state_dict()))
+        if key in own and key in given and own[key].shape[0] != given[key].shape[0]:
+            args = {**arch_args, "num_classes": given[key].shape[0]}
+            module = _create_timm(name, args, pretrained_cfg=pretrained_cfg)
+    return module
+
+
+def _create_timm(
+    name: str,
+    arch_args: Mapping[str, Any],
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UsageError(f"timm knows no architecture {name!r}{hint}")
+    try:
+        module: nn.Module = timm.create_model(
+            name, pretrained=pretrained, pretrained_cfg=dict(pretrained_cfg) if pretrained_cfg else None, **arch_args
+        )
+    except Exception as error:
+        what = "fetched" if pretrained else "built"
+        raise LoadError(f"timm:{name} could not be {what} with {dict(arch_args)}: {first_line(error)}") from error
+    return module
+
+
+def _call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
+    """The module that `pkg.mod:factory` returns; the working folder can be imported from, as with python -m."""
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        module = factory(**arch_args)
+    except Exception as error:
+        raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    if not isinstance(module, nn.Module):
+        raise LoadError(f"{name} returned a {type(module).__name__}; needed is a torch.nn.Module")
+    return module
+
+
+def _finish(module: nn.Module, request: Request, *, arch: str, sha256: str) -> Loaded:
+    source = source_of(module, name=request.model, arch=arch, sha256=sha256)
+    given = {"size": request.input_size, "mean": request.mean, "std": request.std}
+    return Loaded(module.eval(), replace(source, **{k: v for k, v in given.items() if v is not None}))
+
+
+def source_of(module: nn.Module, name: str, arch: str, sha256: str) -> Source:
+    """A Source with the preprocessing that timm recorded in the module, or ImageNet's."""
+    from timm.data import resolve_model_data_config
+
+    cfg = resolve_model_data_config(module)
+    pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
+    return Source(
+        name=name,
+        sha256=sha256,
+        arch=arch,
+        size=tuple(cfg["input_size"]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+        crop_pct=cfg["crop_pct"],
+        crop_mode=cfg["crop_mode"],
+        labels=tuple(pretrained_cfg.get("label_names") or ()),
+    )

@@ -1,0 +1,164 @@
+"""The values that flow: NM, Spectrum, LayerPlan, Source and Model."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, fx, nn
+
+from mpcompile.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+WIDEST_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """N kept of every M consecutive input channels (NVIDIA's sense; some other tools count the zeros).
+
+    `rows` > 1: that many neighbouring output channels share one pattern. Such a mask is still legal N:M, gives
+    a CPU kernel more to reuse, and costs more accuracy. Dense is `None`, never an NM.
+    """
+
+    keep: int
+    of: int
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep < self.of <= WIDEST_GROUP:
+            raise UsageError(
+                f"pattern {self.keep}:{self.of}: needs 1 ≤ N < M ≤ {WIDEST_GROUP} (N weights kept of every M); "
+                "for a dense layer leave it out with --exclude"
+            )
+        if self.rows < 1:
+            raise UsageError(f"pattern {self}: the number of rows that share a pattern is at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> "NM":
+        """The pattern that `2:4` or, with four rows sharing, `2:4x4` spells."""
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+))?\s*", text)
+        if match is None:
+            raise UsageError(
+                f"pattern {text!r} is not N:M (N weights kept of every M), such as 2:4; 2:4x4 makes four "
+                "neighbouring output channels share one pattern"
+            )
+        keep, of, rows = match.groups(default="1")
+        return cls(int(keep), int(of), int(rows))
+
+    @property
+    def density(self) -> float:
+        """The share of weights kept, in (0, 1)."""
+        return self.keep / self.of
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}" + (f"x{self.rows}" if self.rows > 1 else "")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
+        """In recipes an NM is written as text."""
+        from pydantic_core import core_schema
+
+        def validate(value: object) -> NM:
+            if isinstance(value, NM):
+                return value
+            try:
+                return NM.parse(str(value))
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+
+        return core_schema.no_info_before_validator_function(
+            lambda value: str(validate(value)),
+            core_schema.no_info_after_validator_function(validate, core_schema.str_schema(pattern=r"^\d+:\d+(x\d+)?$")),
+            serialization=core_schema.to_string_ser_schema(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The Marchenko–Pastur fit of one layer; floats only, so that it prints and serialises."""
+
+    q: float
+    sigma: float
+    edge: float
+    spikes: int
+    bulk_share: float
+    fit_error: float
+    null_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What was decided for one layer. Each field has one writer; a later pass may read it."""
+
+    spectrum: Spectrum | None = None  # the budget
+    pattern: NM | None = None  # the budget, or else the mask pass
+    permutation: Int[Tensor, " in_"] | None = None  # the permutation
+    mask: Bool[Tensor, "..."] | None = None  # the mask pass; shaped like the weight, True where kept
+    skipped: str | None = None  # why the layer stays dense, as a sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model came from, and what its input looks like.
+
+    `size` is (channels, height, width); `mean` and `std` are per channel, of pixels in [0, 1].
+    """
+
+    name: str
+    sha256: str
+    arch: str
+    size: tuple[int, int, int] = (3, 224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A captured model and the plan for its layers, keyed by qualified module name.
+
+    The plan is not in `node.meta`, which is lost on re-trace, export and pickling. The graph is the one mutable
+    thing here; a run of passes owns a copy of it.
+    """
+
+    graph: fx.GraphModule
+    example: Tensor
+    source: Source
+    plan: Mapping[str, LayerPlan] = field(default_factory=lambda: MappingProxyType({}))
+
+    def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+        """Each Linear and Conv2d with its qualified name, in the order of definition."""
+        for name, module in self.graph.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                yield name, module
+
+    def layer(self, name: str) -> nn.Linear | nn.Conv2d:
+        """The Linear or Conv2d of that qualified name."""
+        module = self.graph.get_submodule(name)
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            raise TypeError(f"{name} is a {type(module).__name__}, not a Linear or Conv2d")
+        return module
+
+    def plan_of(self, name: str) -> LayerPlan:
+        """The plan for a layer: an empty one where none was written."""
+        return self.plan.get(name, LayerPlan())
+
+    def with_plan(self, plans: Mapping[str, LayerPlan]) -> "Model":
+        """The same graph with these layers' plans replaced."""
+        return replace(self, plan=MappingProxyType({**self.plan, **plans}))
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs for a batch."""
+        result: Tensor = self.graph(x)
+        return result

@@ -1,0 +1,184 @@
+"""Recipe: the ordered passes, the target and what surrounds them, from flags or YAML.
+
+Unknown keys are refused. A pass is written as its name, or as its name over its parameters:
+
+    passes:
+      - nm-mask: {pattern: 2:4, exclude: [blocks.0.*]}
+    target: ort
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from mpcompile.errors import UsageError
+
+
+class Strict(BaseModel):
+    """A frozen value in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Step(Strict):
+    """One pass: its name and its parameters, which the pass itself checks."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+            [(name, params)] = value.items()
+            return {"name": name, "params": params or {}}
+        return value
+
+    @model_serializer
+    def _to_mapping(self) -> dict[str, Any]:
+        return {self.name: self.params}
+
+
+def _batch(value: object) -> object:
+    return None if value in ("dynamic", None) else value
+
+
+class DataChoice(Strict):
+    """How many images are used; which, the seed decides."""
+
+    calibration: Annotated[int, Field(ge=1)] = 256
+    held_out: Annotated[int, Field(ge=1)] | None = None  # all there are
+    seed: int = 0
+
+
+class Bench(Strict):
+    """How latency is measured, once for each batch size."""
+
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
+    seconds: Annotated[float, Field(gt=0)] = 4.0
+    threads: Annotated[int, Field(ge=1)] | None = None  # the runtime's own choice
+
+
+class Gates(Strict):
+    """What the result has to keep, or the command fails with exit code 6."""
+
+    max_drop: Annotated[float, Field(ge=0)] | None = None  # points of top-1 on held-out images
+
+
+class Recipe(Strict):
+    """Everything that decides the result, besides the model and the images."""
+
+    schema_version: Literal[1] = 1
+    passes: tuple[Step, ...] = ()
+    target: str = "ort"
+    precision: Literal["fp32", "fp16"] = "fp32"
+    batch: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_batch)] = None
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    data: DataChoice = DataChoice()
+    bench: Bench = Bench()
+    gates: Gates = Gates()
+
+    @property
+    def sha256(self) -> str:
+        """A hash of what is written in it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as text that `from_yaml` reads back as the same."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> "Recipe":
+        """The recipe in a YAML (or JSON) text. Raises UsageError that names each wrong key."""
+        try:
+            content = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{where} holds {type(content).__name__}; a recipe is a mapping with the key passes")
+        return cls.checked(content, where)
+
+    @classmethod
+    def checked(cls, content: dict[str, Any], where: str = "recipe") -> "Recipe":
+        """The recipe in a mapping. Raises UsageError that names each wrong key."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise UsageError(f"{where}: {explained(error)}") from error
+
+
+def overridden(
+    recipe: Recipe, *, mask: dict[str, Any], top: dict[str, Any], nested: dict[str, dict[str, Any]]
+) -> Recipe:
+    """The recipe with what flags say in place of what it said; None says nothing.
+
+    `mask` are parameters of the mask pass, which is added where the recipe has none and a pattern is given; `top`
+    and `nested` are keys of the recipe itself and of its sections. Raises UsageError.
+    """
+    mask = {key: value for key, value in mask.items() if value}
+    steps = [
+        step.model_copy(update={"params": {**step.params, **mask}}) if step.name == "nm-mask" else step
+        for step in recipe.passes
+    ]
+    if mask and not any(step.name == "nm-mask" for step in steps):
+        if "pattern" not in mask:
+            raise UsageError(f"{', '.join(f'--{key}' for key in mask)} goes with a mask pass; give --pattern too")
+        steps.append(Step(name="nm-mask", params=mask))
+    content = recipe.model_dump(mode="json")
+    content["passes"] = [step.model_dump() for step in steps]
+    content |= {key: value for key, value in top.items() if value is not None}
+    for section, values in nested.items():
+        content[section] |= {key: value for key, value in values.items() if value is not None}
+    return Recipe.checked(content, "options")
+
+
+def explained(error: ValidationError) -> str:
+    """What pydantic found, in one line: key, what is wrong, and what was there."""
+    parts = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "the whole"
+        parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})")
+    return "; ".join(parts)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file. Raises UsageError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} cannot be read: {error}") from error
+    return Recipe.from_yaml(text, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its base-60 numbers: 2:4 is a pattern here, not 124."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what _Loader reads, lists of numbers on one line."""
+
+
+def _plain_numbers() -> None:
+    decimal = {
+        "tag:yaml.org,2002:int": (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
+        "tag:yaml.org,2002:float": (
+            re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
+            "-+.0123456789",
+        ),
+    }
+    for side in (_Loader, _Dumper):
+        side.yaml_implicit_resolvers = {
+            first: [(tag, pattern) for tag, pattern in resolvers if tag not in decimal]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+        for tag, (pattern, first) in decimal.items():
+            side.add_implicit_resolver(tag, pattern, list(first))
+
+
+_plain_numbers()

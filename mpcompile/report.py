@@ -1,0 +1,296 @@
+"""Report: what was done, kept, skipped and measured. JSON is the truth; Markdown and the console are views of it."""
+
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from mpcompile.evaluate import Comparison
+from mpcompile.lower import Lowered
+from mpcompile.model import Model
+from mpcompile.pipeline import PassRecord
+from mpcompile.timing import Speedup, Timing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+INDISTINCT = 0.03
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class Value(BaseModel):
+    """A frozen part of a report."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerRow(Value):
+    """What became of one layer. `density` is the kept share of its weights."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str | None
+    density: float
+    reason: str | None  # why it stays dense
+    initializer: str | None  # its weight in the ONNX file
+    axis: int | None  # where the groups lie in that weight
+
+
+class Parity(Value):
+    """Two forms of one model on the same images: max |Δ| / max |expected| over their logits."""
+
+    what: str
+    difference: float
+    tolerance: float
+    images: int
+
+
+class Latency(Value):
+    """Dense and compressed in the same run, in turns."""
+
+    dense: Timing
+    compressed: Timing
+    speedup: Speedup
+
+
+class FileRow(Value):
+    """A file of the output folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Gate(Value):
+    """A limit that the recipe sets, and whether it holds."""
+
+    name: str
+    limit: float
+    found: float | None
+    holds: bool
+
+    def __str__(self) -> str:
+        found = "not measured, since no labelled images were given" if self.found is None else f"{self.found:.2f}"
+        return f"{self.name} is {found}; {self.limit:g} is allowed"
+
+
+class Report(Value):
+    """The whole report; `schema_version` changes when a key changes its meaning or goes."""
+
+    schema_version: int = 1
+    version: str  # of mpcompile
+    created: str  # ISO 8601, UTC
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    recipe_sha256: str
+    environment: dict[str, str]
+    data: dict[str, Any]
+    passes: tuple[PassRecord, ...]
+    layers: tuple[LayerRow, ...]
+    accelerated: bool  # whether the target has kernels for the patterns used
+    parity: tuple[Parity, ...]
+    comparison: Comparison | None
+    latency: tuple[Latency, ...]
+    gates: tuple[Gate, ...]
+    files: tuple[FileRow, ...]
+    verdict: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Writes report.json and report.md."""
+        (folder / "report.json").write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        """The report of an output folder."""
+        return cls.model_validate_json((folder / "report.json").read_text(encoding="utf-8"))
+
+    def markdown(self) -> str:
+        """The report for people, as Markdown."""
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        environment = Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            autoescape=False,
+        )
+        return environment.get_template("report.md.j2").render(report=self, rows=self.summary())
+
+    def summary(self) -> list[tuple[str, str, str, str]]:
+        """The few rows that matter most: what, dense, compressed, and the difference."""
+        rows: list[tuple[str, str, str, str]] = []
+        c = self.comparison
+        if c and c.dense and c.compressed:
+            drop = 100 * (c.compressed.top1 - c.dense.top1)
+            on = f"top-1, {c.count:,} held-out images"
+            rows.append((on, f"{c.dense.top1:.2%}", f"{c.compressed.top1:.2%}", f"{drop:+.2f} points"))
+        if c:
+            rows.append((f"same answer as dense, {c.count:,} images", "", f"{c.agreement:.2%}", ""))
+            rows.append(
+                (
+                    "logit shift, mean (largest)",
+                    f"range {c.logit_range:.2f}",
+                    f"{c.logit_shift_mean:.3f}",
+                    f"({c.logit_shift_max:.3f})",
+                )
+            )
+        dense, compressed = (next((f for f in self.files if f.name == n), None) for n in ("dense.onnx", "model.onnx"))
+        if dense and compressed:
+            rows.append(
+                (
+                    "ONNX file",
+                    _megabytes(dense.bytes),
+                    _megabytes(compressed.bytes),
+                    f"{compressed.bytes / dense.bytes:.2f}×",
+                )
+            )
+        rows.append(
+            (
+                "non-zero weights",
+                _count(self.weights()),
+                _count(self.nonzero()),
+                f"{self.nonzero() / self.weights():.2f}×",
+            )
+        )
+        for pair in self.latency:
+            low, high = pair.speedup.interval
+            rows.append(
+                (
+                    f"median latency, batch {pair.dense.batch}, {pair.speedup.count} rounds",
+                    f"{pair.dense.p50_ms:.2f} ms",
+                    f"{pair.compressed.p50_ms:.2f} ms",
+                    f"{pair.speedup.ratio:.2f}× as fast [{low:.2f}, {high:.2f}]",
+                )
+            )
+        return rows
+
+    def weights(self) -> int:
+        """How many weights the Linear and Conv2d layers have."""
+        return sum(math.prod(row.shape) for row in self.layers)
+
+    def nonzero(self) -> int:
+        """How many of them are kept."""
+        return sum(round(row.density * math.prod(row.shape)) for row in self.layers)
+
+    def table(self) -> "Table":
+        """The summary as a table for a terminal."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.model['arch']} on {self.recipe['target']}, {self.recipe['precision']}", title_justify="left"
+        )
+        for name in ("", "dense", "compressed", "difference"):
+            table.add_column(name, justify="left" if not name else "right", overflow="fold")
+        for row in self.summary():
+            table.add_row(*row)
+        return table
+
+
+def layer_rows(model: Model, lowered: Lowered) -> tuple[LayerRow, ...]:
+    """A row for each layer that multiplies by weights: its pattern and where the file holds it, or why it is dense."""
+    proven = {row.layer: row for row in lowered.masks}
+    names = dict.fromkeys([*(name for name, _ in model.layers()), *model.plan])
+    rows = []
+    for name in names:
+        plan, found, module = model.plan_of(name), proven.get(name), model.graph.get_submodule(name)
+        # The weight proper; MultiheadAttention, which has none of that name, is known by its first matrix.
+        weight = next(p for n, p in module.named_parameters() if n == "weight" or p.ndim > 1)
+        rows.append(
+            LayerRow(
+                name=name,
+                kind=type(module).__name__,
+                shape=tuple(weight.shape),
+                pattern=str(plan.pattern) if plan.mask is not None and plan.pattern else None,
+                density=1.0 if plan.mask is None else float(plan.mask.float().mean()),
+                reason=None if plan.mask is not None else plan.skipped or "no pass planned anything for it",
+                initializer=found.initializer if found else None,
+                axis=found.axis if found else None,
+            )
+        )
+    return tuple(rows)
+
+
+def verdict_on(
+    layers: tuple[LayerRow, ...],
+    target: str,
+    accelerated: bool,
+    comparison: Comparison | None,
+    latency: tuple[Latency, ...],
+) -> tuple[str, ...]:
+    """What was gained, against what, and what was lost, in sentences that claim only what was measured."""
+    masked = [row for row in layers if row.pattern]
+    sentences = []
+    if masked:
+        patterns = ", ".join(
+            f"{count} at {pattern}" for pattern, count in Counter(row.pattern for row in masked).most_common()
+        )
+        sentences.append(
+            f"{len(masked)} of {len(layers)} layers are masked ({patterns}), and each mask was found again in the ONNX "
+            "file, on the axis that is summed over."
+        )
+    else:
+        sentences.append(f"None of the {len(layers)} layers is masked.")
+    if masked and not accelerated:
+        sentences.append(
+            f"The target {target} has no kernels for them and runs masked layers as dense, so they save no time here."
+        )
+    if comparison and comparison.dense and comparison.compressed:
+        lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
+        sentences.append(
+            f"On {comparison.count:,} held-out images top-1 is {comparison.compressed.top1:.2%}, and "
+            f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}."
+        )
+    elif comparison:
+        sentences.append(
+            f"On {comparison.count:,} images {comparison.agreement:.2%} of the answers are the dense model's."
+        )
+    else:
+        sentences.append("No images were given (--data), so accuracy was not measured.")
+    for pair in latency:
+        low, high = pair.speedup.interval
+        interval = f"interval {low:.2f} to {high:.2f}, on {pair.dense.device}"
+        baseline = "the dense ONNX file in the same precision"
+        # Two builds of one computation differ by a few per cent from memory layout alone.
+        if low <= 1 + INDISTINCT and high >= 1 - INDISTINCT:
+            told = f"no difference from {baseline} can be told from noise ({interval})"
+        else:
+            told = f"it is {pair.speedup.ratio:.2f} times as fast as {baseline} ({interval})"
+        sentences.append(f"At batch {pair.dense.batch} {told}.")
+    return tuple(sentences)
+
+
+def environment(versions: Mapping[str, str], device: str) -> dict[str, str]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "device": device,
+        **versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e6:.2f} M"
+
+
+def _megabytes(value: int) -> str:
+    return f"{value / 1e6:.2f} MB"

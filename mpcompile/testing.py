@@ -1,0 +1,181 @@
+"""What a test of a pass needs: tiny models of each kind, and assertions with stated tolerances.
+
+For this project's tests and for those of users' own passes:
+
+    check_contract(MyPass(), tiny_vit())
+"""
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from mpcompile.capture import capture
+from mpcompile.data import Data
+from mpcompile.masks import pattern_violation, violation
+from mpcompile.model import NM, Model, Source
+from mpcompile.parity import relative_difference
+from mpcompile.pipeline import Effect, Pass, PassManager
+
+
+def assert_same_function(before: nn.Module, after: nn.Module, images: Tensor, tolerance: float) -> None:
+    """Fails where outputs differ by more than `tolerance`, as a share of the largest output.
+
+    The tolerance has no default: state it, with its reason, where it is used.
+    """
+    with torch.no_grad():
+        expected, found = before(images), after(images)
+    assert expected.shape == found.shape, f"outputs are {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    difference = relative_difference(expected.numpy(force=True), found.numpy(force=True))
+    assert difference <= tolerance, f"outputs differ by {difference:.2e} of their size, {tolerance:.0e} is allowed"
+
+
+def assert_follows(weight: Shaped[Tensor, "out in_ *taps"], pattern: NM) -> None:
+    """Fails where the non-zeros of a weight break a pattern."""
+    broken = pattern_violation(weight != 0, pattern)
+    assert broken is None, f"not {pattern}: {broken}"
+
+
+def check_contract(step: Pass, model: Model, data: Data | None = None) -> Model:
+    """The result of a pass, checked against what every pass has to keep:
+
+    it is a frozen dataclass with name, effect and requires; the model given is unchanged; the result lints, runs
+    and has the same output shape; the declared effect holds; every layer it leaves without a mask has a reason;
+    an analysis or exact pass changes no outputs when it is run again.
+    """
+    assert isinstance(step, Pass), f"{type(step).__name__} lacks name, effect, requires or __call__"
+    assert dataclasses.is_dataclass(step), f"{type(step).__name__} is not a dataclass"
+    assert step.__dataclass_params__.frozen, f"{type(step).__name__} is not frozen"  # type: ignore[attr-defined]
+    before = copy.deepcopy(model.graph.state_dict())
+    plan_before = dict(model.plan)
+
+    data = data or Data()
+    unordered = _WithoutRequires(step)
+    result, [record] = PassManager([unordered]).run(model, data)
+
+    after = model.graph.state_dict()
+    assert before.keys() == after.keys(), f"{step.name} changed the modules of the model it was given"
+    assert all(torch.equal(before[name], after[name]) for name in before), (
+        f"{step.name} changed the weights it was given"
+    )
+    assert dict(model.plan) == plan_before, f"{step.name} changed the plan it was given"
+    assert record.name == step.name
+    for name, layer in result.layers():
+        plan = result.plan_of(name)
+        assert violation(layer, plan) is None
+        written = name in record.layers_changed
+        assert not (written and plan.mask is None and plan == model.plan_of(name)), (
+            f"{step.name} wrote nothing to {name}"
+        )
+    if any(plan.mask is not None for plan in result.plan.values()):
+        silent = [n for n, _ in result.layers() if result.plan_of(n).mask is None and not result.plan_of(n).skipped]
+        assert not silent, f"{step.name} left {silent} dense without a reason"
+    if step.effect is not Effect.LOSSY:
+        again, _ = PassManager([unordered]).run(result, data)
+        # The same bound as the manager's for one exact pass: a second run reorders sums once more.
+        assert_same_function(result.graph, again.graph, result.example, tolerance=1e-4)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutRequires:
+    """A pass on its own, whatever should stand before it: the model given is what that left."""
+
+    inner: Pass
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def effect(self) -> Effect:
+        return self.inner.effect
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return ()
+
+    def __call__(self, model: Model, data: Data) -> Model:
+        return self.inner(model, data)
+
+
+class TinyMLP(nn.Module):
+    """Three Linear layers over a flattened image."""
+
+    def __init__(self, pixels: int = 64, width: int = 32, outputs: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Linear(pixels, width)
+        self.hidden = nn.Linear(width, width)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.stem(x.flatten(1)))
+        y: Tensor = self.head(F.gelu(self.hidden(x)))
+        return y
+
+
+class TinyCNN(nn.Module):
+    """A stem, a residual block, a depthwise and a grouped convolution, with BatchNorm."""
+
+    def __init__(self, outputs: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.body = nn.Conv2d(16, 16, 3, padding=1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.grouped = nn.Conv2d(16, 24, 1, groups=2)
+        self.odd = nn.Conv2d(24, 6, 1)
+        self.widen = nn.Conv2d(6, 16, 1)
+        self.head = nn.Linear(16, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.body(x))
+        x = F.relu(self.odd(F.relu(self.grouped(self.depthwise(x)))))
+        y: Tensor = self.head(F.relu(self.widen(x)).mean((2, 3)))
+        return y
+
+
+def tiny_source(size: tuple[int, int, int] = (1, 8, 8)) -> Source:
+    """Where the tiny models come from."""
+    return Source(name="tiny", sha256="", arch="tiny", size=size, mean=(0.5,) * size[0], std=(0.5,) * size[0])
+
+
+def tiny_mlp(seed: int = 0) -> Model:
+    """A captured TinyMLP with random weights."""
+    return capture(_seeded(TinyMLP(), seed), tiny_source())
+
+
+def tiny_cnn(seed: int = 0) -> Model:
+    """A captured TinyCNN with random weights and BatchNorm statistics."""
+    return capture(_seeded(TinyCNN(), seed), tiny_source())
+
+
+def tiny_vit(seed: int = 0) -> Model:
+    """A captured timm VisionTransformer: 16 tokens of width 32, two blocks, random weights."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2, class_token=True
+    )
+    return capture(_seeded(vit, seed), tiny_source())
+
+
+def _seeded(module: nn.Module, seed: int) -> nn.Module:
+    """The module with every parameter and statistic drawn anew, so that none is zero and no layer is idle."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                drawn = (
+                    torch.randn(value.shape, generator=rng) / max(1, value[0].numel() if value.ndim > 1 else 25) ** 0.5
+                )
+                value.copy_(
+                    drawn.abs() + 0.5
+                    if name.endswith("running_var")
+                    else drawn + (value.ndim == 1 and name.endswith("weight"))
+                )
+    return module.eval()

@@ -1,0 +1,81 @@
+"""Latency of several engines side by side: interleaved rounds -> a Timing each, and the speedup between two.
+
+Engines take turns, and the order of the turn is reversed every round, so that a machine that drifts or is shared
+slows all of them alike. A speedup is the median of the ratios round by round, with a bootstrap interval; a
+single time on such a machine means little, a ratio within one run means something.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WARM_UP = 3
+ROUNDS = (15, 200)
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds a call: percentiles, the number of calls, and a 95 % interval of the median."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    count: int
+    batch: int
+    interval_ms: tuple[float, float]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """How many times as fast as the baseline: the median ratio, its 95 % interval, and the number of rounds."""
+
+    ratio: float
+    interval: tuple[float, float]
+    count: int
+    baseline: str
+
+
+Run = Callable[[NDArray[np.float32]], object]
+
+
+def sample(engines: Mapping[str, Run], images: NDArray[np.float32], seconds: float) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each engine, round by round; ROUNDS bounds how many, whatever the time allowed."""
+    for run in engines.values():
+        for _ in range(WARM_UP):
+            run(images)
+    rounds: list[dict[str, float]] = []
+    end = time.perf_counter() + seconds
+    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.perf_counter() < end):
+        order = list(engines)[:: -1 if len(rounds) % 2 else 1]
+        turn = {}
+        for name in order:
+            started = time.perf_counter_ns()
+            engines[name](images)
+            turn[name] = (time.perf_counter_ns() - started) / 1e6
+        rounds.append(turn)
+    return {name: np.array([turn[name] for turn in rounds]) for name in engines}
+
+
+def timing(samples_ms: NDArray[np.float64], batch: int, device: str) -> Timing:
+    """The summary of one engine's samples."""
+    p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99)).tolist()
+    return Timing(p50, p90, p99, len(samples_ms), batch, median_interval(samples_ms), device)
+
+
+def speedup(baseline_ms: NDArray[np.float64], samples_ms: NDArray[np.float64], baseline: str) -> Speedup:
+    """Baseline time over time, round by round: above 1 is faster than the baseline."""
+    ratios = baseline_ms / samples_ms
+    return Speedup(float(np.median(ratios)), median_interval(ratios), len(ratios), baseline)
+
+
+def median_interval(samples: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """A 95 % percentile-bootstrap interval of the median."""
+    rng = np.random.default_rng(seed)
+    medians = np.median(rng.choice(samples, (RESAMPLES, len(samples))), axis=1)
+    low, high = np.percentile(medians, (2.5, 97.5)).tolist()
+    return low, high

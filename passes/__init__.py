@@ -1,0 +1,14 @@
+"""The passes, one transformation a file. PASSES is the one table of names that recipes know."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+if __name__ == "passes":  # from the repository root this would succeed and make every class twice
+    raise ImportError("import mpcompile.passes, not passes")
+
+from mpcompile.passes.nm_mask import NMMask
+from mpcompile.pipeline import Pass
+
+PASSES: Mapping[str, type[Pass]] = MappingProxyType({NMMask.name: NMMask})
+
+__all__ = ["PASSES", "NMMask"]

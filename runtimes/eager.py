@@ -1,0 +1,51 @@
+"""PyTorch running the captured graph: the reference that every other runtime is compared with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpcompile.lower import Lowered
+from mpcompile.model import NM, Model
+
+
+@dataclass(frozen=True)
+class EagerEngine:
+    """The graph itself, in float32."""
+
+    model: Model
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of a batch."""
+        logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
+        return logits
+
+    def layers(self) -> Sequence[Mapping[str, Any]]:
+        """One row a node of the graph."""
+        return [{"name": node.name, "op": node.op, "target": str(node.target)} for node in self.model.graph.graph.nodes]
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Target `eager`. It has no sparse kernels, and always runs in float32."""
+
+    name: ClassVar[str] = "eager"
+    accelerates: ClassVar[frozenset[NM]] = frozenset()
+
+    def missing(self) -> str | None:
+        """Nothing: PyTorch is what mpcompile stands on."""
+        return None
+
+    def versions(self) -> Mapping[str, str]:
+        return {"torch": str(torch.__version__)}
+
+    def build(self, lowered: Lowered, threads: int | None = None) -> EagerEngine:
+        """The engine. `threads` is torch's own setting, which belongs to the process and is left alone."""
+        return EagerEngine(lowered.model)
