@@ -64,6 +64,7 @@ def capture(
     """
     source = source or Source(name=type(module).__name__, sha256="", arch=type(module).__name__)
     example = example_of(source) if example is None else example
+    _require_modules(module, leaves)
     try:
         reference = copy.deepcopy(module).eval()
         traced = copy.deepcopy(module).eval()
@@ -82,6 +83,16 @@ def capture(
     model = Model(graph=graph_module.eval(), example=example, source=source)
     _check_same(model, reference, expected)
     return model
+
+
+def _require_modules(module: nn.Module, names: Sequence[str]) -> None:
+    """Raises where a name is not a module of the model."""
+    known = dict(module.named_modules())
+    for name in names:
+        if name not in known:
+            listed = [child for child, _ in module.named_children()]
+            shown = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
+            raise CaptureError(f"--leaf {name!r} is no module of {type(module).__name__}; it has {shown or 'none'}")
 
 
 def _run_original(module: nn.Module, example: Tensor) -> Tensor:

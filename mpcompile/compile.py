@@ -189,7 +189,7 @@ def _run(
     model, records = PassManager(plan.passes).run(dense, data.for_passes(), observe)
     observe("export compressed")
     after = export(model, COMPRESSED)
-    require_finite(after.onnx, _calibration(data, check))
+    require_finite(after.onnx, _calibration(data, check), recipe.precision)
     parity.append(_parity(after, check, "compressed: ONNX Runtime against PyTorch"))
 
     engines = {

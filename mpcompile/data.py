@@ -15,7 +15,7 @@ an image that cannot be read is an error here and not a skipped sample.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ HELD_OUT_FOLDERS = ("val", "validation", "test")
 BATCH = 64
 
 
+@runtime_checkable
 class Images(Protocol):
     """Preprocessed images by index, each with its label or -1; `classes` is how many labels there are, or 0."""
 
@@ -222,7 +223,7 @@ def _read_folder(root: Path, source: Source) -> FolderImages:
 def _read_npz(path: Path, source: Source) -> tuple[ArrayImages, ArrayImages]:
     """The two splits of an .npz file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             splits = [_read_arrays(arrays, path, split, source) for split in ("calibration", "heldout")]
     except LoadError:
         raise

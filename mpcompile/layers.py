@@ -168,6 +168,7 @@ def eligible(
             verdicts[name] = f"excluded by {excluded!r}"
         else:
             place = where.get(name)
-            default = default_against(place) if place and not included else None
+            # Where a weight is altered first, its users say nothing of where the layer stands.
+            default = default_against(place) if place and place.weight_as_stored and not included else None
             verdicts[name] = default or fact_against(layer, place, pattern)
     return verdicts

@@ -97,7 +97,7 @@ def _load_file(path: Path, request: Request) -> Loaded:
     state = state_dict_in(content, path)
     module = _build_for(arch, arch_args, state, pretrained_cfg)
     _fill(module, state, path, arch)
-    return _finish(module, request, arch=arch, sha256=sha256)
+    return _finish(module, request, arch=arch, sha256=sha256, arch_args=arch_args)
 
 
 def _timm_config(path: Path) -> dict[str, Any] | None:
@@ -222,27 +222,47 @@ def _call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def _finish(module: nn.Module, request: Request, *, arch: str, sha256: str) -> Loaded:
-    source = source_of(module, name=request.model, arch=arch, sha256=sha256)
+def _finish(
+    module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
+) -> Loaded:
+    source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=arch_args or request.arch_args)
     given = {"size": request.input_size, "mean": request.mean, "std": request.std}
-    return Loaded(module.eval(), replace(source, **{k: v for k, v in given.items() if v is not None}))
+    source = replace(source, **{key: value for key, value in given.items() if value is not None})
+    if not len(source.mean) == len(source.std) == source.size[0]:
+        raise UsageError(
+            f"images of {source.size[0]} channels need as many means and deviations; there are {len(source.mean)} and "
+            f"{len(source.std)} (--mean, --std)"
+        )
+    return Loaded(module.eval(), source)
 
 
-def source_of(module: nn.Module, name: str, arch: str, sha256: str) -> Source:
-    """A Source with the preprocessing that timm recorded in the module, or ImageNet's."""
+def source_of(
+    module: nn.Module, *, name: str, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
+) -> Source:
+    """A Source with the preprocessing that timm recorded in the module, or ImageNet's.
+
+    `img_size` and `in_chans` among the arguments of the architecture win over what was recorded.
+    """
     from timm.data import resolve_model_data_config
 
+    args = arch_args or {}
     cfg = resolve_model_data_config(module)
-    pretrained_cfg = getattr(module, "pretrained_cfg", None) or {}
+    side = args.get("img_size", cfg["input_size"][1:])
+    height, width = (side, side) if isinstance(side, int) else side
+    channels = args.get("in_chans", cfg["input_size"][0])
+    mean, std = (
+        values if len(values) == channels else (sum(values) / len(values),) * channels
+        for values in (tuple(cfg["mean"]), tuple(cfg["std"]))
+    )
     return Source(
         name=name,
         sha256=sha256,
         arch=arch,
-        size=tuple(cfg["input_size"]),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
+        size=(channels, height, width),
+        mean=mean,
+        std=std,
         interpolation=cfg["interpolation"],
         crop_pct=cfg["crop_pct"],
         crop_mode=cfg["crop_mode"],
-        labels=tuple(pretrained_cfg.get("label_names") or ()),
+        labels=tuple((getattr(module, "pretrained_cfg", None) or {}).get("label_names") or ()),
     )

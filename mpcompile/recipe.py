@@ -10,7 +10,7 @@ Unknown keys are refused. A pass is written as its name, or as its name over its
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -156,29 +156,38 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe.from_yaml(text, str(path))
 
 
+_DECIMAL = {
+    "tag:yaml.org,2002:int": (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
+        "-+.0123456789",
+    ),
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without its base-60 numbers: 2:4 is a pattern here, not 124."""
+    """YAML without its base-60 numbers, in which 2:4 is 124 and not a pattern, and without repeated keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DECIMAL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, or an error where a key would silently win over an earlier one."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads, lists of numbers on one line."""
+    """Writes what _Loader reads."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = _Loader.yaml_implicit_resolvers.copy()
 
 
-def _plain_numbers() -> None:
-    decimal = {
-        "tag:yaml.org,2002:int": (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
-        "tag:yaml.org,2002:float": (
-            re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
-            "-+.0123456789",
-        ),
-    }
-    for side in (_Loader, _Dumper):
-        side.yaml_implicit_resolvers = {
-            first: [(tag, pattern) for tag, pattern in resolvers if tag not in decimal]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-        for tag, (pattern, first) in decimal.items():
-            side.add_implicit_resolver(tag, pattern, list(first))
-
-
-_plain_numbers()
+for _tag, (_pattern, _first) in _DECIMAL.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))

@@ -7,6 +7,7 @@ For this project's tests and for those of users' own passes:
 
 import copy
 import dataclasses
+from typing import no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,7 @@ class TinyMLP(nn.Module):
         self.hidden = nn.Linear(width, width)
         self.head = nn.Linear(width, outputs)
 
+    @no_type_check  # traced with proxies, which checked annotations refuse
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.stem(x.flatten(1)))
         y: Tensor = self.head(F.gelu(self.hidden(x)))
@@ -131,6 +133,7 @@ class TinyCNN(nn.Module):
         self.widen = nn.Conv2d(6, 16, 1)
         self.head = nn.Linear(16, outputs)
 
+    @no_type_check  # traced with proxies, which checked annotations refuse
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(x)))
         x = F.relu(x + self.body(x))

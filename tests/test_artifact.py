@@ -1,0 +1,180 @@
+"""The output folder as a value: its report, its weights in the original class, and the API that made it."""
+
+import copy
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mpcompile
+from mpcompile.artifact import Artifact, read_masks
+from mpcompile.capture import capture
+from mpcompile.data import load_data
+from mpcompile.errors import AccuracyError, LoadError, UsageError
+from mpcompile.load import Request, load
+from mpcompile.masks import violation
+from mpcompile.model import NM
+from mpcompile.recipe import Recipe
+from mpcompile.report import Report
+from mpcompile.runtimes import RUNTIMES, Engine, Runtime
+from mpcompile.testing import TinyCNN, assert_follows, tiny_source
+
+QUICK = {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], "seconds": 0.05}}
+
+
+def test_the_report_is_read_back_as_written(artifact: Artifact) -> None:
+    assert Report.read(artifact.folder) == artifact.report == Artifact.open(artifact.folder).report
+    assert artifact.recipe.sha256 == artifact.report.recipe_sha256
+
+
+def test_weights_load_into_the_original_class(artifact: Artifact, example: Path) -> None:
+    module = load(Request(str(example / "model.safetensors"))).module
+    module.load_state_dict(load_file(artifact.folder / "model.safetensors"))  # strict: every key, no other
+    masks = read_masks(artifact.folder / "masks.safetensors")
+    assert len(masks) == 24
+    for name, plan in masks.items():
+        layer = module.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        assert plan.pattern == NM(2, 4)
+        assert violation(layer, plan) is None
+        assert_follows(layer.weight, NM(2, 4))
+
+
+def test_accuracy_is_that_of_the_weights_written(artifact: Artifact, example: Path) -> None:
+    """Independently: the state dict in plain timm, on images read with plain NumPy."""
+    import numpy as np
+
+    loaded = load(Request(str(example / "model.safetensors")))
+    arrays = np.load(example / "images.npz")
+    mean, std = loaded.source.mean[0], loaded.source.std[0]
+    images = (torch.from_numpy(arrays["heldout_images"]).float()[:, None] / 255 - mean) / std
+    comparison = artifact.report.comparison
+    assert comparison is not None
+    for state, accuracy in ((None, comparison.dense), (artifact.folder / "model.safetensors", comparison.compressed)):
+        module = copy.deepcopy(loaded.module)
+        if state:
+            module.load_state_dict(load_file(state))
+        with torch.no_grad():
+            hits = torch.cat([module(part).argmax(1) for part in images.split(250)]).numpy() == arrays["heldout_labels"]
+        assert accuracy is not None
+        # ONNX Runtime sums in another order: of 2,000 images one or two may stand on a tie.
+        assert abs(hits.mean() - accuracy.top1) <= 2 / 2000
+    assert comparison.dense is not None
+    assert comparison.dense.top1 >= 0.87  # 88.3 % on all 10,000 test images; 2,000 have a standard error of 0.7 points
+
+
+def test_every_layer_has_a_mask_in_the_file_or_a_reason(artifact: Artifact) -> None:
+    rows = artifact.report.layers
+    assert len(rows) == 26
+    names = {tensor.name for tensor in onnx.load(artifact.onnx).graph.initializer}
+    for row in rows:
+        assert (row.pattern is None) == (row.reason is not None)
+        assert row.initializer in names if row.pattern else row.density == 1
+    assert {row.name: row.reason for row in rows if row.reason} == {
+        "patch_embed.proj": "stem: it reads the image itself",
+        "head": "output layer: no layer after it could make up for a loss",
+    }
+
+
+def test_the_verdict_claims_no_speed_without_kernels(artifact: Artifact) -> None:
+    assert not artifact.report.accelerated
+    verdict = " ".join(artifact.report.verdict)
+    assert "24 of 26 layers are masked (24 at 2:4)" in verdict
+    assert "no kernels" in verdict
+
+
+def test_the_markdown_says_what_the_json_says(artifact: Artifact) -> None:
+    text = (artifact.folder / "report.md").read_text()
+    report = json.loads((artifact.folder / "report.json").read_text())
+    for sentence in report["verdict"]:
+        assert sentence in text
+    for row in report["layers"]:
+        assert f"| {row['name']} |" in text
+    for row in report["files"]:
+        assert row["sha256"] in text
+
+
+def test_files_are_readable_as_others_are(artifact: Artifact) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in artifact.folder.iterdir()}
+    assert len(modes) == 1
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="is not an output folder of mpcompile: recipe.yaml, model.safetensors, .* missing"):
+        Artifact.open(tmp_path)
+
+
+def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
+    from mpcompile.data import Data
+
+    class Net(TinyCNN):
+        pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}  # noqa: RUF012
+
+    module = Net().train()
+    before = copy.deepcopy(module.state_dict())
+    heard: list[str] = []
+    artifact = mpcompile.compile(module, Recipe.checked(QUICK), data=Data(), output=tmp_path / "out", observe=heard.append)
+    assert module.training
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert artifact.report.comparison is None
+    assert tuple(heard) == ("load", "capture", "export dense", "nm-mask", "export compressed", "evaluate", "time", "write")
+    assert len(artifact.verify()) == 3  # body, grouped, odd
+    # Twice in one process, and over the first.
+    again = mpcompile.compile(module, Recipe.checked(QUICK), output=tmp_path / "out", force=True)
+    assert again.report.layers == artifact.report.layers
+
+
+def test_half_precision_the_whole_way(example: Path, tmp_path: Path) -> None:
+    recipe = Recipe.checked({**QUICK, "precision": "fp16", "batch": 1, "data": {"held_out": 200}})
+    artifact = mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
+    files = {row.name: row.bytes for row in artifact.report.files}
+    assert files["model.onnx"] < 0.6 * files["model.safetensors"]
+    assert [row.tolerance for row in artifact.report.parity] == [1e-2, 1e-2]
+    assert artifact.report.latency[0].dense.batch == 1
+    comparison = artifact.report.comparison
+    assert comparison is not None
+    assert comparison.compressed is not None
+    assert comparison.compressed.top1 > 0.8
+    assert len(artifact.verify()) == 24
+
+
+def test_a_gate_that_fails_raises_with_the_folder_written(example: Path, tmp_path: Path) -> None:
+    recipe = Recipe.checked({**QUICK, "gates": {"max_drop": 0}, "data": {"held_out": 200}, "passes": [{"nm-mask": {"pattern": "1:8"}}]})
+    with pytest.raises(AccuracyError, match=r"fails its gate: top-1 drop in points is \d+\.\d+; 0 is allowed"):
+        mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
+    assert not Artifact.open(tmp_path / "out").report.gates[0].holds
+
+
+def test_a_taken_folder_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    heard: list[str] = []
+    with pytest.raises(UsageError, match="is not empty"):
+        mpcompile.compile(example / "model.safetensors", Recipe.checked(QUICK), output=tmp_path, observe=heard.append)
+    assert heard == []
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_runtimes_keep_their_protocol(name: str, tmp_path: Path) -> None:
+    runtime = RUNTIMES[name]
+    assert isinstance(runtime, Runtime)
+    assert runtime.name == name
+    if missing := runtime.missing():
+        pytest.skip(missing)
+    model = capture(TinyCNN().eval(), tiny_source())
+    engine = runtime.build(mpcompile.lower(model, tmp_path / "model.onnx"))
+    assert isinstance(engine, Engine)
+    assert engine.device
+    assert engine.layers()
+    assert runtime.versions()
+    logits = engine(model.example.numpy())
+    # ONNX Runtime sums in another order than PyTorch.
+    torch.testing.assert_close(torch.from_numpy(logits), model(model.example), rtol=1e-4, atol=1e-5)
+
+
+def test_load_data_is_public(example: Path) -> None:
+    source = load(Request(str(example / "model.safetensors"))).source
+    assert mpcompile.load_data is load_data
+    assert len(load_data(example / "images.npz", source, 10).held_out) == 2000

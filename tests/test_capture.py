@@ -1,0 +1,156 @@
+"""Capture: real architectures trace and compute the same, the caller's model is unchanged, refusals help."""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mpcompile.capture import capture, example_of
+from mpcompile.errors import CaptureError
+from mpcompile.load import source_of
+from mpcompile.model import Source
+from mpcompile.testing import assert_same_function, tiny_source
+
+# One of each kind that has caught something: distilled heads, optional arguments, functional weights, cached
+# biases, windows, leaf functions. The whole table is benchmarks/capture.py.
+TIMM = [
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_small_patch14_dinov2",
+    "beit_base_patch16_224",
+    "eva02_tiny_patch14_224",
+    "levit_128s",
+    "swin_tiny_patch4_window7_224",
+    "convnextv2_atto",
+    "resnet18d",
+    "regnety_002",
+    "tf_efficientnetv2_b0",
+    "mobilenetv3_small_050",
+    "hiera_tiny_224",
+    "poolformer_s12",
+]
+
+
+SMALLER = {"vit_small_patch14_dinov2": {"img_size": 112}}  # not 518: the trace is the same
+
+
+def source_for(module: nn.Module, name: str) -> Source:
+    return source_of(module, name=name, arch=name, sha256="", arch_args=SMALLER.get(name, {}))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_models_trace_twice_and_stay_as_they_were(name: str) -> None:
+    module = timm.create_model(name, **SMALLER.get(name, {})).train()
+    before, attributes = copy.deepcopy(module.state_dict()), attribute_names(module)
+    source = source_for(module, name)
+    first, second = capture(module, source), capture(module, source)
+
+    assert module.training
+    assert attribute_names(module) == attributes
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert [node.op for node in first.graph.graph.nodes].count("placeholder") == 1
+    # The same operators on the same values: at most a fused kernel rounds differently.
+    assert_same_function(copy.deepcopy(module).eval(), second.graph, example_of(source, batch=1, seed=7), tolerance=1e-5)
+    assert {name for name, _ in first.layers()} <= {name for name, _ in module.named_modules()}
+
+
+def attribute_names(module: nn.Module) -> dict[str, list[str]]:
+    return {name: sorted(vars(child)) for name, child in module.named_modules()}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "swin_t", "googlenet"])
+def test_torchvision_models_trace(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # googlenet on its initialisation
+        module = getattr(torchvision.models, name)(weights=None)
+    capture(module, Source(name=name, sha256="", arch=name))
+
+
+def test_weights_used_without_their_module_are_still_layers() -> None:
+    module = timm.create_model("beit_base_patch16_224", depth=1)
+    names = {name for name, _ in capture(module, source_for(module, "beit")).layers()}
+    assert "blocks.0.attn.qkv" in names
+
+
+def test_shapes_are_recorded() -> None:
+    module = timm.create_model("resnet18")
+    model = capture(module, source_for(module, "resnet18"))
+    shapes = {str(n.target): tuple(n.meta["tensor_meta"].shape) for n in model.graph.graph.nodes if n.op == "call_module"}
+    assert shapes["layer4.1.conv2"] == (2, 512, 7, 7)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = -x
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branches()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y if mask is None else y * mask
+
+
+def test_a_branch_on_values_is_refused_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"cannot be traced.*test_capture.py:\d+: `if x.sum\(\) > 0:`.*--leaf") as error:
+        capture(Outer(), tiny_source())
+    assert error.value.exit_code == 3
+
+
+def test_a_leaf_is_kept_whole_and_optional_arguments_vanish() -> None:
+    model = capture(Outer(), tiny_source(), leaves=["inner"])
+    assert [node.op for node in model.graph.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert [name for name, _ in model.layers()] == ["inner.head"]
+
+
+def test_a_leaf_that_is_no_module_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"--leaf 'iner' is no module of Outer; it has inner"):
+        capture(Outer(), tiny_source(), leaves=["iner"])
+
+
+class TwoOutputs(Branches):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return x, x
+
+
+class Random(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1) + torch.randn(64))  # type: ignore[no-any-return]
+
+
+class FixedBatch(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.reshape(2, 64))  # type: ignore[no-any-return]
+
+
+class Infinite(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1)) / 0
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (TwoOutputs(), "returns tuple; needed is one tensor"),
+        (Random(), "computes something else.*draws random numbers"),
+        (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\)"),
+        (Infinite(), "not finite"),
+        (nn.Linear(7, 2), "does not run on a batch of shape.*--input-size"),
+    ],
+)
+def test_other_refusals(module: nn.Module, text: str) -> None:
+    with pytest.raises(CaptureError, match=text):
+        capture(module, tiny_source())

@@ -1,0 +1,286 @@
+"""The command line: what it prints, where, and the exit code and the one line for each mistake."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+
+from mpcompile.artifact import Artifact
+
+QUICK = "bench: {batches: [1], seconds: 0.1}\ndata: {held_out: 64}\n"
+
+
+def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mpcompile", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
+    """One line on standard error that holds the text, the exit code, nothing on standard output, no traceback."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # stages that had begun
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("mpcompile: ")
+    assert text in lines[0]
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    path = tmp_path / "quick.yaml"
+    path.write_text(QUICK)
+    return path
+
+
+# ---- the whole way
+
+
+def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
+    before = (example / "model.safetensors").read_bytes()
+    output, saved = tmp_path / "out", tmp_path / "resolved.yaml"
+    done = mpcompile(
+        example / "model.safetensors", "--pattern", "2:4", "--data", example / "images.npz", "-o", output,
+        "--config", quick, "--save-config", saved,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (example / "model.safetensors").read_bytes() == before
+    names = {"recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx", "report.json", "report.md"}
+    assert {path.name for path in output.iterdir()} == names
+    for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1", "no kernels"):
+        assert word in done.stdout
+    assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
+        "load", "capture", "export dense", "nm-mask", "export compressed", "evaluate", "time", "write",
+    ]  # fmt: skip
+    assert saved.read_text() == (output / "recipe.yaml").read_text()
+    assert yaml.safe_load(saved.read_text())["data"] == {"calibration": 256, "held_out": 64, "seed": 0}
+
+    # The recipe it wrote gives the same weights again, and --json prints the report and nothing else.
+    again = mpcompile(
+        "compile", example / "model.safetensors", "--config", output / "recipe.yaml",
+        "--data", example / "images.npz", "-o", tmp_path / "again", "--json",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert again.stderr == ""
+    report = json.loads(again.stdout)
+    first = json.loads((output / "report.json").read_text())
+    assert report["comparison"] == first["comparison"]
+    assert (tmp_path / "again" / "masks.safetensors").read_bytes() == (output / "masks.safetensors").read_bytes()
+    assert report["recipe_sha256"] == first["recipe_sha256"]
+
+
+def test_without_images_nothing_is_claimed_of_accuracy(example: Path, quick: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "-o", output, "--config", quick, "--target", "eager", "--batch", 2)
+    assert done.returncode == 0, done.stderr
+    assert "No images were given (--data), so accuracy was not measured." in done.stdout
+    assert "top-1" not in done.stdout
+    assert json.loads((output / "report.json").read_text())["comparison"] is None
+
+
+def test_an_accuracy_gate_fails_with_a_written_folder(example: Path, quick: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = mpcompile(
+        example / "model.safetensors", "--pattern", "1:16", "--data", example / "images.npz", "-o", output,
+        "--config", quick, "--max-drop", 1, "-q",
+    )  # fmt: skip
+    refused(done, 6, "is written, and fails its gate: top-1 drop in points is")
+    [gate] = json.loads((output / "report.json").read_text())["gates"]
+    assert not gate["holds"]
+    assert gate["found"] > 1
+    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "-o", tmp_path / "b", "--config", quick, "--max-drop", 1, "-q")
+    refused(done, 6, "not measured, since no labelled images were given")
+
+
+def test_dry_run_writes_nothing(example: Path, tmp_path: Path) -> None:
+    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "--dry-run", "-o", tmp_path / "out")
+    assert done.returncode == 0
+    assert "head: dense, output layer" in done.stdout
+    assert "24 of 26 layers would be masked; nothing was written" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    rows = json.loads(mpcompile(example / "model.safetensors", "--pattern", "2:4", "--dry-run", "--json").stdout)["layers"]
+    assert len(rows) == 26
+
+
+# ---- verify
+
+
+@pytest.fixture
+def copy(artifact: Artifact, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
+
+
+def test_verify_accepts_what_was_written(artifact: Artifact) -> None:
+    done = mpcompile("verify", artifact.folder)
+    assert done.returncode == 0, done.stderr
+    assert "24 masks hold" in done.stdout
+    assert len(json.loads(mpcompile("verify", artifact.folder, "--json").stdout)) == 24
+
+
+def test_verify_rejects_one_weight_filled_into_the_onnx_file(copy: Path) -> None:
+    file = onnx.load(copy / "model.onnx")
+    sparsity = json.loads(next(p.value for p in file.metadata_props if p.key == "mpcompile.sparsity"))
+    name = next(initializer for initializer, row in sparsity.items() if row["layer"] == "blocks.3.mlp.fc2")
+    tensor = next(t for t in file.graph.initializer if t.name == name)
+    values = numpy_helper.to_array(tensor).copy()
+    values[tuple(np.argwhere(values == 0)[0])] = 1e-3
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+    onnx.save(file, copy / "model.onnx")
+    refused(mpcompile("verify", copy), 5, "blocks.3.mlp.fc2: 1 weights that the mask zeroes are not zero in")
+
+
+def test_verify_rejects_one_weight_filled_into_the_state_dict(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["blocks.0.attn.proj.weight"][weights["blocks.0.attn.proj.weight"] == 0] = 1e-3
+    save_file(weights, copy / "model.safetensors")
+    refused(mpcompile("verify", copy), 5, "blocks.0.attn.proj: 8192 weights that the mask zeroes are not zero in model.safet")
+
+
+def test_verify_rejects_other_changes(copy: Path) -> None:
+    file = onnx.load(copy / "model.onnx")
+    next(t for t in file.graph.initializer if t.name == "head.bias").raw_data = b"\0" * 40
+    onnx.save(file, copy / "model.onnx")
+    refused(mpcompile("verify", copy), 3, "model.onnx is not the file that was proven")
+    (copy / "model.onnx").write_bytes(b"\xff" * 100)
+    refused(mpcompile("verify", copy), 3, "is not an ONNX file that can be read")
+    (copy / "model.onnx").unlink()
+    refused(mpcompile("verify", copy), 3, "is not an output folder of mpcompile: model.onnx missing")
+
+
+# ---- the other verbs
+
+
+def test_help_and_version_and_no_words() -> None:
+    done = mpcompile("--help")
+    assert done.returncode == 0
+    for word in ("compile", "verify", "doctor", "passes", "schema", "Exit codes: 0 done; 2 wrong usage"):
+        assert word in done.stdout
+    assert mpcompile("--version").stdout.strip().count(".") == 2
+    assert "Usage" in mpcompile().stdout + mpcompile().stderr
+    assert "--allow-pickle" in mpcompile("compile", "--help").stdout
+
+
+def test_doctor_passes_and_schema() -> None:
+    done = mpcompile("doctor")
+    assert done.returncode == 0
+    assert "target ort" in done.stdout
+    found = {row["what"]: row for row in json.loads(mpcompile("doctor", "--json").stdout)}
+    assert found["torch"]["found"] == torch.__version__.split("+")[0]
+    assert all(row["works"] or row["remedy"] for row in found.values())
+    assert "nm-mask (lossy): Masks every eligible layer" in mpcompile("passes").stdout
+    assert json.loads(mpcompile("passes", "--json").stdout)[0]["parameters"]["pattern"] == "2:4"
+    assert json.loads(mpcompile("schema").stdout)["title"] == "Recipe"
+
+
+# ---- bad days
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["nowhere.pt", "--pattern", "2:4", "-o", "out"], 3, "nowhere.pt does not exist"),
+        (["timm:resnet18", "--pattern", "2/4", "-o", "out"], 2, "pattern '2/4' is not N:M"),
+        (["timm:resnet18", "-o", "out"], 2, "give --pattern, such as --pattern 2:4"),
+        (["timm:resnet18", "--pattern", "2:4"], 2, "--output is missing"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--target", "trrt"], 2, "target 'trrt' is unknown"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--batch", "x"], 2, "--batch 'x' is neither a number nor dynamic"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--input-size", "224"], 2, "--input-size '224' is not CxHxW"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--mean", "a,b"], 2, "--mean 'a,b' is not a number a channel"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--arch-arg", "x"], 2, "--arch-arg 'x' is not KEY=VALUE"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--config", "no.yaml"], 2, "recipe no.yaml cannot be read"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--exclude", "zz"], 2, "no layer is called 'zz'"),
+        (["verify", "nowhere"], 3, "nowhere is not an output folder of mpcompile"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path: Path, words: list[str], code: int, text: str) -> None:
+    done = mpcompile(*words, cwd=tmp_path)
+    refused(done if "WARNING" not in done.stderr else without_warning(done), code, text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_warning(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """The same without the warning that timm:NAME has random weights, which is due there."""
+    done.stderr = "\n".join(line for line in done.stderr.splitlines() if "has random weights" not in line)
+    return done
+
+
+def test_unknown_options_are_refused() -> None:
+    done = mpcompile("model.pt", "--patern", "2:4")
+    assert done.returncode == 2
+    assert "No such option: --patern" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_images_that_do_not_do(example: Path, tmp_path: Path) -> None:
+    model, output = example / "model.safetensors", tmp_path / "out"
+    refused(mpcompile(model, "--pattern", "2:4", "-o", output, "--data", tmp_path / "no"), 3, "no does not exist; --data takes")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    from PIL import Image
+
+    for i in range(8):
+        Image.new("L", (28, 28), i).save(folder / f"{i}.png")
+    (folder / "5.png").write_bytes(b"not an image")
+    done = mpcompile(model, "--pattern", "2:4", "-o", output, "--data", folder, "--calibration", 2)
+    refused(done, 3, "5.png is not an image that can be read")
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_output_folders_that_do_not_do(example: Path, tmp_path: Path) -> None:
+    model, taken = example / "model.safetensors", tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    refused(mpcompile(model, "--pattern", "2:4", "-o", taken), 2, "is not empty")
+    refused(mpcompile(model, "--pattern", "2:4", "-o", taken, "--force"), 2, "was not written by mpcompile")
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
+    refused(mpcompile(model, "--pattern", "2:4", "-o", "/proc/out"), 2, "cannot be written to")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_no_output(example: Path, tmp_path: Path, how: signal.Signals) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "mpcompile", str(example / "model.safetensors"), "--pattern", "2:4", "-o", str(output)]
+    with subprocess.Popen([*command, "--data", example / "images.npz"], stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if "export compressed" in line:
+                break
+        run.send_signal(how)
+        rest = run.stderr.read()
+    assert run.returncode != 0
+    assert "Traceback" not in rest
+    assert not output.exists()
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]
+    if how is not signal.SIGKILL:
+        assert left == []
+        return
+    # Nothing can be done at that moment; the next run for the same output does it.
+    assert len(left) == 1
+    (tmp_path / "quick.yaml").write_text(QUICK)
+    done = mpcompile(*command[3:], "--config", tmp_path / "quick.yaml", "-q")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "quick.yaml"]
+
+
+def test_the_unforeseen_is_one_line_too(example: Path, tmp_path: Path) -> None:
+    # What no check of ours foresees: a part of the program itself is broken.
+    code = (
+        "import sys, mpcompile.cli as cli\n"
+        "sys.modules['mpcompile.compile'].capture = None\n"
+        f"sys.argv = ['mpcompile', {str(example / 'model.safetensors')!r}, '--pattern', '2:4', '-o', {str(tmp_path / 'o')!r}]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("mpcompile: unforeseen TypeError: ")
+    assert "Traceback" not in done.stderr
