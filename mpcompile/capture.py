@@ -8,7 +8,6 @@ every optional argument of `forward` takes its default, so that none is left in 
 import copy
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,9 +49,9 @@ class ImageTracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
 
-def example_of(source: Source, batch: int = 2, seed: int = 0) -> Tensor:
-    """Normal noise shaped like a batch of the model's images, the same for the same seed."""
-    return torch.randn(batch, *source.size, generator=torch.Generator().manual_seed(seed))
+def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
+    """Normal noise shaped like a batch of images of that size, the same for the same seed."""
+    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def capture(
@@ -63,7 +62,7 @@ def capture(
     The module is left as it was. `leaves` are qualified names of modules to keep whole. Raises CaptureError.
     """
     source = source or Source(name=type(module).__name__, sha256="", arch=type(module).__name__)
-    example = example_of(source) if example is None else example
+    example = noise(source.size) if example is None else example
     _require_modules(module, leaves)
     try:
         reference = copy.deepcopy(module).eval()
@@ -117,7 +116,7 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
 
 def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
     """Raises where the graph and the module differ, on the example or on a batch of another size."""
-    other = example_of(replace(model.source, size=tuple(model.example.shape[1:])), batch=3, seed=1)
+    other = noise(model.example.shape[1:], batch=3, seed=1)
     for images, wanted in ((model.example, expected), (other, _run_original(reference, other))):
         try:
             found = run_example(model) if images is model.example else model(images)

@@ -160,7 +160,7 @@ def compile_command(
         console.print(artifact.report.table())
         for sentence in artifact.report.verdict:
             console.print(sentence)
-        for note in artifact.report.data["notes"]:
+        for note in artifact.report.data.notes:
             console.print(f"Note: {note}.")
         files = ", ".join(row.name for row in artifact.report.files)
         console.print(f"Written to {artifact.folder}: {files}, report.json, report.md", soft_wrap=True)
@@ -205,7 +205,7 @@ def passes(as_json: JsonOption = False) -> None:
     """List the passes that a recipe may name, with their parameters."""
     from mpcompile.passes import PASSES
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "effect": str(kind.effect),

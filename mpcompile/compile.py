@@ -30,7 +30,7 @@ from mpcompile.parity import TOLERANCE, require_parity
 from mpcompile.passes import PASSES, NMMask
 from mpcompile.pipeline import Observer, Pass, PassManager
 from mpcompile.recipe import Recipe, Step, explained
-from mpcompile.report import Gate, Latency, Parity, Report, environment, layer_rows, verdict_on
+from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, environment, layer_rows, verdict_on
 from mpcompile.runtimes import RUNTIMES, Engine, Runtime
 from mpcompile.runtimes.ort import require_finite, session_on
 from mpcompile.timing import sample, speedup, timing
@@ -213,16 +213,13 @@ def _run(
     report = Report(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=dataclasses.asdict(loaded.source),
-        recipe=recipe.model_dump(mode="json"),
+        model=loaded.source,
+        recipe=recipe,
         recipe_sha256=recipe.sha256,
         environment=environment(_versions(plan.runtime), engines["dense"].device),
-        data={
-            "calibration": len(data.calibration),
-            "held_out": len(data.held_out),
-            "seed": recipe.data.seed,
-            "notes": data.notes,
-        },
+        data=DataUsed(
+            calibration=len(data.calibration), held_out=len(data.held_out), seed=recipe.data.seed, notes=data.notes
+        ),
         passes=records,
         layers=layers,
         accelerated=accelerated,

@@ -45,10 +45,10 @@ def compare(
     """Both engines over every image of the split, batch by batch. Raises ParityError on outputs that are not finite."""
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []
-    for pixels, truth in images.batches():
+    for pixels, classes in images.batches():
         batch = pixels.numpy()
         pairs.append((dense(batch), compressed(batch)))
-        labels.append(truth.numpy())
+        labels.append(classes.numpy())
         observe(sum(map(len, labels)))
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     for name, logits in (("dense", before), ("compressed", after)):

@@ -226,8 +226,12 @@ def _finish(
     module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
 ) -> Loaded:
     source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=arch_args or request.arch_args)
-    given = {"size": request.input_size, "mean": request.mean, "std": request.std}
-    source = replace(source, **{key: value for key, value in given.items() if value is not None})
+    source = replace(
+        source,
+        size=request.input_size or source.size,
+        mean=request.mean or source.mean,
+        std=request.std or source.std,
+    )
     if not len(source.mean) == len(source.std) == source.size[0]:
         raise UsageError(
             f"images of {source.size[0]} channels need as many means and deviations; there are {len(source.mean)} and "

@@ -109,7 +109,7 @@ class PassManager:
 def run_example(model: Model) -> Tensor:
     """The outputs on the example; every node's shape is recorded in its `tensor_meta` on the way."""
     with torch.no_grad():
-        outputs: Tensor = ShapeProp(model.graph).propagate(model.example)  # type: ignore[no-untyped-call]
+        outputs: Tensor = ShapeProp(model.graph).propagate(model.example)
     return outputs
 
 
@@ -125,7 +125,7 @@ def _attempt(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Mo
             raise (failure.__cause__ or failure) from None
         if not isinstance(result, Model):
             raise TypeError(f"it returned {type(result).__name__}; a pass returns a Model")
-        result.graph.graph.lint()  # type: ignore[no-untyped-call]
+        result.graph.graph.lint()
         result.graph.recompile()
     except Exception as error:
         kind = type(error) if isinstance(error, MpcompileError) else PassError
@@ -134,9 +134,7 @@ def _attempt(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Mo
     return result
 
 
-def _verify(
-    step: Pass, model: Model, result: Model, before: Tensor, earlier: Sequence[str]
-) -> tuple[Tensor, float]:
+def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Sequence[str]) -> tuple[Tensor, float]:
     """The outputs after a pass and their drift, or an error where the pass broke its promise."""
     context = f" (after {', '.join(earlier)})" if earlier else ""
     try:

@@ -10,7 +10,7 @@ Unknown keys are refused. A pass is written as its name, or as its name over its
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
@@ -168,14 +168,14 @@ _DECIMAL = {
 class _Loader(yaml.SafeLoader):
     """YAML without its base-60 numbers, in which 2:4 is 124 and not a pattern, and without repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (an instance variable in the base class)
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DECIMAL]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping, or an error where a key would silently win over an earlier one."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
@@ -185,7 +185,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Writes what _Loader reads."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = _Loader.yaml_implicit_resolvers.copy()
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers.copy()
 
 
 for _tag, (_pattern, _first) in _DECIMAL.items():

@@ -6,14 +6,15 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from mpcompile.evaluate import Comparison
 from mpcompile.lower import Lowered
-from mpcompile.model import Model
+from mpcompile.model import Model, Source
 from mpcompile.pipeline import PassRecord
+from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
 
 if TYPE_CHECKING:
@@ -67,6 +68,15 @@ class FileRow(Value):
     sha256: str
 
 
+class DataUsed(Value):
+    """How many images were used for what, which the seed chose, and what is to be known of them."""
+
+    calibration: int
+    held_out: int
+    seed: int
+    notes: tuple[str, ...]
+
+
 class Gate(Value):
     """A limit that the recipe sets, and whether it holds."""
 
@@ -86,11 +96,11 @@ class Report(Value):
     schema_version: int = 1
     version: str  # of mpcompile
     created: str  # ISO 8601, UTC
-    model: dict[str, Any]
-    recipe: dict[str, Any]
+    model: Source
+    recipe: Recipe
     recipe_sha256: str
     environment: dict[str, str]
-    data: dict[str, Any]
+    data: DataUsed
     passes: tuple[PassRecord, ...]
     layers: tuple[LayerRow, ...]
     accelerated: bool  # whether the target has kernels for the patterns used
@@ -184,9 +194,7 @@ class Report(Value):
         """The summary as a table for a terminal."""
         from rich.table import Table
 
-        table = Table(
-            title=f"{self.model['arch']} on {self.recipe['target']}, {self.recipe['precision']}", title_justify="left"
-        )
+        table = Table(title=f"{self.model.arch} on {self.recipe.target}, {self.recipe.precision}", title_justify="left")
         for name in ("", "dense", "compressed", "difference"):
             table.add_column(name, justify="left" if not name else "right", overflow="fold")
         for row in self.summary():

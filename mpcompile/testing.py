@@ -49,7 +49,7 @@ def check_contract(step: Pass, model: Model, data: Data | None = None) -> Model:
     """
     assert isinstance(step, Pass), f"{type(step).__name__} lacks name, effect, requires or __call__"
     assert dataclasses.is_dataclass(step), f"{type(step).__name__} is not a dataclass"
-    assert step.__dataclass_params__.frozen, f"{type(step).__name__} is not frozen"  # type: ignore[attr-defined]
+    assert step.__dataclass_params__.frozen, f"{type(step).__name__} is not frozen"
     before = copy.deepcopy(model.graph.state_dict())
     plan_before = dict(model.plan)
 

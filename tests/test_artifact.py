@@ -103,7 +103,9 @@ def test_files_are_readable_as_others_are(artifact: Artifact) -> None:
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="is not an output folder of mpcompile: recipe.yaml, model.safetensors, .* missing"):
+    with pytest.raises(
+        LoadError, match="is not an output folder of mpcompile: recipe.yaml, model.safetensors, .* missing"
+    ):
         Artifact.open(tmp_path)
 
 
@@ -116,11 +118,22 @@ def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
     module = Net().train()
     before = copy.deepcopy(module.state_dict())
     heard: list[str] = []
-    artifact = mpcompile.compile(module, Recipe.checked(QUICK), data=Data(), output=tmp_path / "out", observe=heard.append)
+    artifact = mpcompile.compile(
+        module, Recipe.checked(QUICK), data=Data(), output=tmp_path / "out", observe=heard.append
+    )
     assert module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert artifact.report.comparison is None
-    assert tuple(heard) == ("load", "capture", "export dense", "nm-mask", "export compressed", "evaluate", "time", "write")
+    assert tuple(heard) == (
+        "load",
+        "capture",
+        "export dense",
+        "nm-mask",
+        "export compressed",
+        "evaluate",
+        "time",
+        "write",
+    )
     assert len(artifact.verify()) == 3  # body, grouped, odd
     # Twice in one process, and over the first.
     again = mpcompile.compile(module, Recipe.checked(QUICK), output=tmp_path / "out", force=True)
@@ -129,7 +142,9 @@ def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
 
 def test_half_precision_the_whole_way(example: Path, tmp_path: Path) -> None:
     recipe = Recipe.checked({**QUICK, "precision": "fp16", "batch": 1, "data": {"held_out": 200}})
-    artifact = mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
+    artifact = mpcompile.compile(
+        example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out"
+    )
     files = {row.name: row.bytes for row in artifact.report.files}
     assert files["model.onnx"] < 0.6 * files["model.safetensors"]
     assert [row.tolerance for row in artifact.report.parity] == [1e-2, 1e-2]
@@ -142,7 +157,9 @@ def test_half_precision_the_whole_way(example: Path, tmp_path: Path) -> None:
 
 
 def test_a_gate_that_fails_raises_with_the_folder_written(example: Path, tmp_path: Path) -> None:
-    recipe = Recipe.checked({**QUICK, "gates": {"max_drop": 0}, "data": {"held_out": 200}, "passes": [{"nm-mask": {"pattern": "1:8"}}]})
+    recipe = Recipe.checked(
+        {**QUICK, "gates": {"max_drop": 0}, "data": {"held_out": 200}, "passes": [{"nm-mask": {"pattern": "1:8"}}]}
+    )
     with pytest.raises(AccuracyError, match=r"fails its gate: top-1 drop in points is \d+\.\d+; 0 is allowed"):
         mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
     assert not Artifact.open(tmp_path / "out").report.gates[0].holds

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mpcompile.capture import capture, example_of
+from mpcompile.capture import capture, noise
 from mpcompile.errors import CaptureError
 from mpcompile.load import source_of
 from mpcompile.model import Source
@@ -54,7 +54,9 @@ def test_timm_models_trace_twice_and_stay_as_they_were(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert [node.op for node in first.graph.graph.nodes].count("placeholder") == 1
     # The same operators on the same values: at most a fused kernel rounds differently.
-    assert_same_function(copy.deepcopy(module).eval(), second.graph, example_of(source, batch=1, seed=7), tolerance=1e-5)
+    assert_same_function(
+        copy.deepcopy(module).eval(), second.graph, noise(source.size, batch=1, seed=7), tolerance=1e-5
+    )
     assert {name for name, _ in first.layers()} <= {name for name, _ in module.named_modules()}
 
 
@@ -79,7 +81,9 @@ def test_weights_used_without_their_module_are_still_layers() -> None:
 def test_shapes_are_recorded() -> None:
     module = timm.create_model("resnet18")
     model = capture(module, source_for(module, "resnet18"))
-    shapes = {str(n.target): tuple(n.meta["tensor_meta"].shape) for n in model.graph.graph.nodes if n.op == "call_module"}
+    shapes = {
+        str(n.target): tuple(n.meta["tensor_meta"].shape) for n in model.graph.graph.nodes if n.op == "call_module"
+    }
     assert shapes["layer4.1.conv2"] == (2, 512, 7, 7)
 
 
@@ -105,7 +109,9 @@ class Outer(nn.Module):
 
 
 def test_a_branch_on_values_is_refused_with_its_line() -> None:
-    with pytest.raises(CaptureError, match=r"cannot be traced.*test_capture.py:\d+: `if x.sum\(\) > 0:`.*--leaf") as error:
+    with pytest.raises(
+        CaptureError, match=r"cannot be traced.*test_capture.py:\d+: `if x.sum\(\) > 0:`.*--leaf"
+    ) as error:
         capture(Outer(), tiny_source())
     assert error.value.exit_code == 3
 
@@ -138,7 +144,7 @@ class FixedBatch(Branches):
 
 class Infinite(Branches):
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x.flatten(1)) / 0
+        return self.head(x.flatten(1)) / 0  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(

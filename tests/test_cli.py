@@ -54,7 +54,15 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (example / "model.safetensors").read_bytes() == before
-    names = {"recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx", "report.json", "report.md"}
+    names = {
+        "recipe.yaml",
+        "model.safetensors",
+        "masks.safetensors",
+        "model.onnx",
+        "dense.onnx",
+        "report.json",
+        "report.md",
+    }
     assert {path.name for path in output.iterdir()} == names
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1", "no kernels"):
         assert word in done.stdout
@@ -80,7 +88,19 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
 
 def test_without_images_nothing_is_claimed_of_accuracy(example: Path, quick: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "-o", output, "--config", quick, "--target", "eager", "--batch", 2)
+    done = mpcompile(
+        example / "model.safetensors",
+        "--pattern",
+        "2:4",
+        "-o",
+        output,
+        "--config",
+        quick,
+        "--target",
+        "eager",
+        "--batch",
+        2,
+    )
     assert done.returncode == 0, done.stderr
     assert "No images were given (--data), so accuracy was not measured." in done.stdout
     assert "top-1" not in done.stdout
@@ -97,7 +117,18 @@ def test_an_accuracy_gate_fails_with_a_written_folder(example: Path, quick: Path
     [gate] = json.loads((output / "report.json").read_text())["gates"]
     assert not gate["holds"]
     assert gate["found"] > 1
-    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "-o", tmp_path / "b", "--config", quick, "--max-drop", 1, "-q")
+    done = mpcompile(
+        example / "model.safetensors",
+        "--pattern",
+        "2:4",
+        "-o",
+        tmp_path / "b",
+        "--config",
+        quick,
+        "--max-drop",
+        1,
+        "-q",
+    )
     refused(done, 6, "not measured, since no labelled images were given")
 
 
@@ -107,7 +138,9 @@ def test_dry_run_writes_nothing(example: Path, tmp_path: Path) -> None:
     assert "head: dense, output layer" in done.stdout
     assert "24 of 26 layers would be masked; nothing was written" in done.stdout
     assert list(tmp_path.iterdir()) == []
-    rows = json.loads(mpcompile(example / "model.safetensors", "--pattern", "2:4", "--dry-run", "--json").stdout)["layers"]
+    rows = json.loads(mpcompile(example / "model.safetensors", "--pattern", "2:4", "--dry-run", "--json").stdout)[
+        "layers"
+    ]
     assert len(rows) == 26
 
 
@@ -142,7 +175,11 @@ def test_verify_rejects_one_weight_filled_into_the_state_dict(copy: Path) -> Non
     weights = load_file(copy / "model.safetensors")
     weights["blocks.0.attn.proj.weight"][weights["blocks.0.attn.proj.weight"] == 0] = 1e-3
     save_file(weights, copy / "model.safetensors")
-    refused(mpcompile("verify", copy), 5, "blocks.0.attn.proj: 8192 weights that the mask zeroes are not zero in model.safet")
+    refused(
+        mpcompile("verify", copy),
+        5,
+        "blocks.0.attn.proj: 8192 weights that the mask zeroes are not zero in model.safet",
+    )
 
 
 def test_verify_rejects_other_changes(copy: Path) -> None:
@@ -192,9 +229,21 @@ def test_doctor_passes_and_schema() -> None:
         (["timm:resnet18", "-o", "out"], 2, "give --pattern, such as --pattern 2:4"),
         (["timm:resnet18", "--pattern", "2:4"], 2, "--output is missing"),
         (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--target", "trrt"], 2, "target 'trrt' is unknown"),
-        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--batch", "x"], 2, "--batch 'x' is neither a number nor dynamic"),
-        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--input-size", "224"], 2, "--input-size '224' is not CxHxW"),
-        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--mean", "a,b"], 2, "--mean 'a,b' is not a number a channel"),
+        (
+            ["timm:resnet18", "--pattern", "2:4", "-o", "out", "--batch", "x"],
+            2,
+            "--batch 'x' is neither a number nor dynamic",
+        ),
+        (
+            ["timm:resnet18", "--pattern", "2:4", "-o", "out", "--input-size", "224"],
+            2,
+            "--input-size '224' is not CxHxW",
+        ),
+        (
+            ["timm:resnet18", "--pattern", "2:4", "-o", "out", "--mean", "a,b"],
+            2,
+            "--mean 'a,b' is not a number a channel",
+        ),
         (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--arch-arg", "x"], 2, "--arch-arg 'x' is not KEY=VALUE"),
         (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--config", "no.yaml"], 2, "recipe no.yaml cannot be read"),
         (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--exclude", "zz"], 2, "no layer is called 'zz'"),
@@ -222,7 +271,11 @@ def test_unknown_options_are_refused() -> None:
 
 def test_images_that_do_not_do(example: Path, tmp_path: Path) -> None:
     model, output = example / "model.safetensors", tmp_path / "out"
-    refused(mpcompile(model, "--pattern", "2:4", "-o", output, "--data", tmp_path / "no"), 3, "no does not exist; --data takes")
+    refused(
+        mpcompile(model, "--pattern", "2:4", "-o", output, "--data", tmp_path / "no"),
+        3,
+        "no does not exist; --data takes",
+    )
     folder = tmp_path / "images"
     folder.mkdir()
     from PIL import Image
@@ -248,7 +301,16 @@ def test_output_folders_that_do_not_do(example: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_leaves_no_output(example: Path, tmp_path: Path, how: signal.Signals) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "mpcompile", str(example / "model.safetensors"), "--pattern", "2:4", "-o", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "mpcompile",
+        str(example / "model.safetensors"),
+        "--pattern",
+        "2:4",
+        "-o",
+        str(output),
+    ]
     with subprocess.Popen([*command, "--data", example / "images.npz"], stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
         for line in run.stderr:
@@ -273,10 +335,11 @@ def test_a_killed_run_leaves_no_output(example: Path, tmp_path: Path, how: signa
 
 def test_the_unforeseen_is_one_line_too(example: Path, tmp_path: Path) -> None:
     # What no check of ours foresees: a part of the program itself is broken.
+    words = ["mpcompile", str(example / "model.safetensors"), "--pattern", "2:4", "-o", str(tmp_path / "out")]
     code = (
         "import sys, mpcompile.cli as cli\n"
         "sys.modules['mpcompile.compile'].capture = None\n"
-        f"sys.argv = ['mpcompile', {str(example / 'model.safetensors')!r}, '--pattern', '2:4', '-o', {str(tmp_path / 'o')!r}]\n"
+        f"sys.argv = {words!r}\n"
         "cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

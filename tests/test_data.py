@@ -35,7 +35,7 @@ def arrays(path: Path, **changes: np.ndarray) -> Path:
         "heldout_images": rng.integers(0, 256, (5, 8, 8), np.uint8),
         "heldout_labels": np.arange(5) % 3,
     } | changes
-    np.savez(path, **{name: value for name, value in content.items() if value is not None})
+    np.savez(path, allow_pickle=True, **{name: value for name, value in content.items() if value is not None})
     return path
 
 

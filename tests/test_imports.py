@@ -34,7 +34,9 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name.split(".")[1] if "." in name else "__init__" for name in names if name.split(".")[0] == "mpcompile"}
+        found |= {
+            name.split(".")[1] if "." in name else "__init__" for name in names if name.split(".")[0] == "mpcompile"
+        }
     return found
 
 
@@ -55,7 +57,9 @@ def run_python(code: str) -> str:
 
 def test_importing_loads_no_runtime_and_no_cuda() -> None:
     heavy = ("onnxruntime", "tensorrt", "timm", "torchvision", "matplotlib", "rich", "typer", "jinja2")
-    code = f"import sys, torch, mpcompile; print([m for m in {heavy!r} if m in sys.modules], torch.cuda.is_initialized())"
+    code = (
+        f"import sys, torch, mpcompile; print([m for m in {heavy!r} if m in sys.modules], torch.cuda.is_initialized())"
+    )
     assert run_python(code) == "[] False"
 
 

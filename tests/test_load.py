@@ -101,7 +101,9 @@ def test_timm_config_beside_the_weights(example: Path) -> None:
 
 
 def test_factories(module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_models.py").write_text(f"import timm\ndef small(**kw):\n    return timm.create_model({ARCH!r}, **kw)\n")
+    (tmp_path / "own_models.py").write_text(
+        f"import timm\ndef small(**kw):\n    return timm.create_model({ARCH!r}, **kw)\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert load(Request("own_models:small", arch_args={"num_classes": 3})).module.get_classifier().out_features == 3  # type: ignore[operator]
     torch.save(module.state_dict(), tmp_path / "model.pt")
@@ -218,7 +220,9 @@ def test_other_torch_archives(tmp_path: Path) -> None:
 
 def test_a_wrong_architecture_lists_keys_of_each_kind(module: nn.Module, tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(LoadError, match=r"does not fit resnet18: \d+ missing: conv1.weight, .*, …; \d+ unexpected: conv_stem"):
+    with pytest.raises(
+        LoadError, match=r"does not fit resnet18: \d+ missing: conv1.weight, .*, …; \d+ unexpected: conv_stem"
+    ):
         load(Request(str(tmp_path / "model.pt"), arch="resnet18"))
     with pytest.raises(LoadError, match=r"of another shape: conv_stem.weight \(16, 3, 3, 3\) against"):
         load(Request(str(tmp_path / "model.pt"), arch="mobilenetv3_small_050", arch_args={"in_chans": 1}))
@@ -236,7 +240,11 @@ def test_weights_that_are_not_finite_are_refused(module: nn.Module, tmp_path: Pa
 @pytest.mark.parametrize(
     ("request_", "kind", "text"),
     [
-        (Request("nowhere.pt"), LoadError, "nowhere.pt does not exist; a model is a file, timm:NAME or pkg.mod:factory"),
+        (
+            Request("nowhere.pt"),
+            LoadError,
+            "nowhere.pt does not exist; a model is a file, timm:NAME or pkg.mod:factory",
+        ),
         (Request("timm:vit_tinny_patch16_224"), UsageError, "timm knows no architecture 'vit_tinny_patch16_224'"),
         (Request("timm:vit_tiny_patch16"), UsageError, "near it: vit_tiny_patch16_224"),
         (Request(f"timm:{ARCH}", arch_args={"wings": 2}), LoadError, "could not be built with {'wings': 2}"),

@@ -24,9 +24,12 @@ def test_it_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="half way"), written_whole(tmp_path / "out", False) as folder:
+    def half_way(folder: Path) -> None:
         (folder / "half").write_text("x")
         raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"), written_whole(tmp_path / "out", False) as folder:
+        half_way(folder)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,7 +51,9 @@ def test_force_replaces_only_what_mpcompile_wrote(tmp_path: Path) -> None:
     output = tmp_path / "out"
     write(output, "old")
     (output / "engine.bin").write_text("x")
-    with pytest.raises(UsageError, match="out is not empty; name another folder with --output, or replace it with --force"):
+    with pytest.raises(
+        UsageError, match="out is not empty; name another folder with --output, or replace it with --force"
+    ):
         write(output)
     write(output, force=True)
     assert [path.name for path in output.iterdir()] == [MARKER]

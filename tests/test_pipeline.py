@@ -167,7 +167,9 @@ def test_broken_promises(step: Scale, kind: type[Exception], text: str) -> None:
 
 
 def test_a_mask_is_checked_after_every_later_pass() -> None:
-    with pytest.raises(MaskError, match=rf"fill \(after nm-mask, nothing\) broke the mask of {FC1}: \d+ weights") as error:
+    with pytest.raises(
+        MaskError, match=rf"fill \(after nm-mask, nothing\) broke the mask of {FC1}: \d+ weights"
+    ) as error:
         PassManager([NMMask(), Nothing(), Fill()]).run(tiny_vit(), Data())
     assert error.value.exit_code == 5
 

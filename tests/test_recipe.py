@@ -96,7 +96,10 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
     ("step", "error"),
     [
         (Step(name="nm-musk"), "pass 'nm-musk' is unknown; the passes are nm-mask"),
-        (Step(name="nm-mask", params={"patern": "2:4"}), "pass nm-mask has no 'patern'; it has pattern, criterion, include"),
+        (
+            Step(name="nm-mask", params={"patern": "2:4"}),
+            "pass nm-mask has no 'patern'; it has pattern, criterion, include",
+        ),
         (Step(name="nm-mask", params={"pattern": "4:2"}), "pass nm-mask: pattern: pattern 4:2: needs 1 ≤ N < M"),
         (Step(name="nm-mask", params={"criterion": "luck"}), "pass nm-mask: criterion: .*'magnitude'.*found 'luck'"),
         (Step(name="nm-mask", params={"exclude": 3}), "pass nm-mask: exclude: "),

@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the four Fashion-MNIST .gz files")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, NDArray[np.uint8]] = {}
     for name, (split, count) in COUNTS.items():
         images, labels = read_split(args.data, split)
         chosen = np.sort(rng.choice(len(images), count, replace=False))
         arrays |= {f"{name}_images": images[chosen], f"{name}_labels": labels[chosen]}
-    np.savez_compressed(HERE / "images.npz", **arrays)
+    np.savez_compressed(HERE / "images.npz", allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""What one command gives on the trained example, by pattern -> results/fashion_vit.{json,md}.
+
+    python benchmarks/fashion_vit.py
+
+Magnitude masks, no training: the accuracy that a pattern costs before anything is done about it. Latency is that of
+ONNX Runtime on this machine against the dense file of the same precision, in turns in one run.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, markdown, write
+
+from mpcompile import Recipe, compile
+
+EXAMPLE = ROOT / "examples" / "fashion_vit"
+CASES = [
+    ("2:4", "fp32"),
+    ("2:4x4", "fp32"),
+    ("4:8", "fp32"),
+    ("8:16", "fp32"),
+    ("16:32", "fp32"),
+    ("1:4", "fp32"),
+    ("2:4", "fp16"),
+]
+QUESTION = "accuracy, logit shift, size and latency on the trained example, masked by magnitude without training?"
+
+
+def measure(pattern: str, precision: str, folder: Path) -> dict[str, Any]:
+    """The row for one pattern."""
+    recipe = Recipe.checked({"passes": [{"nm-mask": {"pattern": pattern}}], "precision": precision})
+    artifact = compile(
+        EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=folder / f"{pattern}-{precision}"
+    )
+    report = artifact.report.model_dump(mode="json")
+    keys = ("comparison", "latency", "parity", "accelerated", "verdict")
+    files = {row["name"]: row["bytes"] for row in report["files"] if row["name"].endswith(".onnx")}
+    masked = sum(row["pattern"] is not None for row in report["layers"])
+    return {
+        "pattern": pattern,
+        "precision": precision,
+        "target": recipe.target,
+        "masked_layers": masked,
+        "weights": artifact.report.weights(),
+        "nonzero": artifact.report.nonzero(),
+        "bytes": files,
+        **{key: report[key] for key in keys},
+    }
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """The row of README's table."""
+    c = row["comparison"]
+    batch8 = next(pair for pair in row["latency"] if pair["dense"]["batch"] == 8)["speedup"]
+    return (
+        row["pattern"],
+        row["precision"],
+        f"{c['dense']['top1']:.2%}",
+        f"{c['compressed']['top1']:.2%}",
+        f"{c['agreement']:.2%}",
+        f"{c['logit_shift_mean']:.2f} of {c['logit_range']:.2f}",
+        f"{row['bytes']['model.onnx'] / 1e6:.2f} MB",
+        f"{batch8['ratio']:.2f} [{batch8['interval'][0]:.2f}, {batch8['interval'][1]:.2f}]",
+    )
+
+
+def main() -> None:
+    """Writes both files."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [measure(pattern, precision, Path(folder)) for pattern, precision in CASES]
+    write("fashion_vit", QUESTION, "CPUExecutionProvider", ("torch", "timm", "onnx", "onnxruntime"), rows)
+    columns = (
+        "pattern",
+        "precision",
+        "dense top-1",
+        "top-1",
+        "same answer",
+        "logit shift of range",
+        "ONNX file",
+        "speed, batch 8",
+    )
+    table = markdown(columns, [cells(row) for row in rows])
+    (RESULTS / "fashion_vit.md").write_text(
+        f"# The trained example by pattern\n\n{QUESTION}\n\n{table}", encoding="utf-8"
+    )
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
