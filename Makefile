@@ -29,6 +29,7 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/fashion_vit.py
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf build dist *.egg-info

@@ -24,6 +24,16 @@ CASES = [
     ("1:4", "fp32"),
     ("2:4", "fp16"),
 ]
+COLUMNS = (
+    "pattern",
+    "precision",
+    "dense top-1",
+    "top-1",
+    "same answer",
+    "logit shift of range",
+    "ONNX file",
+    "speed, batch 8",
+)
 QUESTION = "accuracy, logit shift, size and latency on the trained example, masked by magnitude without training?"
 
 
@@ -45,6 +55,7 @@ def measure(pattern: str, precision: str, folder: Path) -> dict[str, Any]:
         "weights": artifact.report.weights(),
         "nonzero": artifact.report.nonzero(),
         "bytes": files,
+        "summary": artifact.report.summary(),
         **{key: report[key] for key in keys},
     }
 
@@ -70,17 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(pattern, precision, Path(folder)) for pattern, precision in CASES]
     write("fashion_vit", QUESTION, "CPUExecutionProvider", ("torch", "timm", "onnx", "onnxruntime"), rows)
-    columns = (
-        "pattern",
-        "precision",
-        "dense top-1",
-        "top-1",
-        "same answer",
-        "logit shift of range",
-        "ONNX file",
-        "speed, batch 8",
-    )
-    table = markdown(columns, [cells(row) for row in rows])
+    table = markdown(COLUMNS, [cells(row) for row in rows])
     (RESULTS / "fashion_vit.md").write_text(
         f"# The trained example by pattern\n\n{QUESTION}\n\n{table}", encoding="utf-8"
     )

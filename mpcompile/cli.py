@@ -1,24 +1,18 @@
-"""The command line: text -> values -> front door -> table. Alone in printing and in configuring logging."""
+"""The command line: text -> values -> front door -> console."""
 
 import json
-import logging
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mpcompile.console import configure_logging, progress, show_artifact, show_findings, show_preview
 from mpcompile.errors import MpcompileError, UsageError
-from mpcompile.pipeline import Observer
-
-if TYPE_CHECKING:
-    from mpcompile.recipe import Recipe
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
@@ -118,7 +112,7 @@ def compile_command(
     quiet: QuietOption = False,
 ) -> None:
     """Compress MODEL, check every step, and write the output folder."""
-    _configure_logging(verbose, quiet)
+    configure_logging(verbose, quiet)
     from mpcompile.compile import compile, preview, stages
     from mpcompile.load import Request
     from mpcompile.recipe import Recipe, overridden, read_recipe
@@ -147,23 +141,16 @@ def compile_command(
     if save_config:
         _write_text(save_config, recipe.to_yaml())
     if dry_run:
-        _show_preview(preview(request, recipe), recipe, as_json)
+        show_preview(preview(request, recipe), recipe, as_json)
         return
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
-    with _progress(stages(recipe), quiet or as_json) as observe:
+    with progress(stages(recipe), quiet or as_json) as observe:
         artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
     if as_json:
         typer.echo(artifact.report.model_dump_json(indent=2))
     elif not quiet:
-        console = _console()
-        console.print(artifact.report.table())
-        for sentence in artifact.report.verdict:
-            console.print(sentence)
-        for note in artifact.report.data.notes:
-            console.print(f"Note: {note}.")
-        files = ", ".join(row.name for row in artifact.report.files)
-        console.print(f"Written to {artifact.folder}: {files}, report.json, report.md", soft_wrap=True)
+        show_artifact(artifact)
 
 
 @app.command()
@@ -192,12 +179,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
         return
-    from rich.table import Table
-
-    table = Table("", "what", "found", "what to do", box=None)
-    for finding in findings:
-        table.add_row("ok" if finding.works else "--", finding.what, finding.found, finding.remedy)
-    _console().print(table)
+    show_findings(findings)
 
 
 @app.command()
@@ -272,63 +254,11 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-# ---- what a person sees
-
-
-def _show_preview(plan: dict[str, Any], recipe: "Recipe", as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(plan, indent=2))
-        return
-    typer.echo(recipe.to_yaml().rstrip())
-    typer.echo(f"\nstages: {', '.join(plan['stages'])}\n")
-    for row in plan["layers"]:
-        typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
-    masked = sum(row["pattern"] is not None for row in plan["layers"])
-    typer.echo(f"\n{masked} of {len(plan['layers'])} layers would be masked; nothing was written")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-@contextmanager
-def _progress(names: tuple[str, ...], quiet: bool) -> Iterator[Observer]:
-    """Tells each stage as it begins: a bar on a terminal, a line elsewhere, both on standard error."""
-    if quiet:
-        yield lambda stage: None
-    elif not sys.stderr.isatty():
-        yield lambda stage: typer.echo(f"[{names.index(stage) + 1}/{len(names)}] {stage}", err=True)
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(names[0], total=len(names))
-            yield lambda stage: bar.update(task, description=stage, completed=names.index(stage))
-
-
 def _write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _configure_logging(verbose: int, quiet: bool) -> None:
-    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("mpcompile")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
 
 
 def _stop(signum: int, frame: object) -> None:

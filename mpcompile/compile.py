@@ -19,6 +19,7 @@ from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, w
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.data import Data, load_data
+from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, RuntimeMissing, UsageError
 from mpcompile.evaluate import Comparison, compare
 from mpcompile.layers import eligible
@@ -30,7 +31,7 @@ from mpcompile.parity import TOLERANCE, require_parity
 from mpcompile.passes import PASSES, NMMask
 from mpcompile.pipeline import Observer, Pass, PassManager
 from mpcompile.recipe import Recipe, Step, explained
-from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, environment, layer_rows, verdict_on
+from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
 from mpcompile.runtimes import RUNTIMES, Engine, Runtime
 from mpcompile.runtimes.ort import require_finite, session_on
 from mpcompile.timing import sample, speedup, timing

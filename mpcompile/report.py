@@ -1,12 +1,8 @@
 """Report: what was done, kept, skipped and measured. JSON is the truth; Markdown and the console are views of it."""
 
 import math
-import os
-import platform
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,9 +12,6 @@ from mpcompile.model import Model, Source
 from mpcompile.pipeline import PassRecord
 from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 INDISTINCT = 0.03
 TEMPLATES = Path(__file__).parent / "templates"
@@ -190,17 +183,6 @@ class Report(Value):
         """How many of them are kept."""
         return sum(round(row.density * math.prod(row.shape)) for row in self.layers)
 
-    def table(self) -> "Table":
-        """The summary as a table for a terminal."""
-        from rich.table import Table
-
-        table = Table(title=f"{self.model.arch} on {self.recipe.target}, {self.recipe.precision}", title_justify="left")
-        for name in ("", "dense", "compressed", "difference"):
-            table.add_column(name, justify="left" if not name else "right", overflow="fold")
-        for row in self.summary():
-            table.add_row(*row)
-        return table
-
 
 def layer_rows(model: Model, lowered: Lowered) -> tuple[LayerRow, ...]:
     """A row for each layer that multiplies by weights: its pattern and where the file holds it, or why it is dense."""
@@ -273,27 +255,6 @@ def verdict_on(
             told = f"it is {pair.speedup.ratio:.2f} times as fast as {baseline} ({interval})"
         sentences.append(f"At batch {pair.dense.batch} {told}.")
     return tuple(sentences)
-
-
-def environment(versions: Mapping[str, str], device: str) -> dict[str, str]:
-    """What the numbers were measured on."""
-    return {
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "device": device,
-        **versions,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 def _count(value: int) -> str:

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lower layers may not import higher ones; a file may import its own layer, save for passes and runtimes.
 LAYERS = (
-    ("errors", "model", "parity"),
+    ("errors", "model", "parity", "environment"),
     ("masks", "layers", "checkpoint", "data", "timing", "proof", "recipe", "output"),
     ("pipeline", "evaluate", "load", "lower"),
     ("capture",),
     ("passes", "runtimes", "report"),
     ("artifact",),
     ("compile", "doctor"),
-    ("testing", "cli"),
+    ("testing", "console"),
+    ("cli",),
     ("__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

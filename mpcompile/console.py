@@ -1,0 +1,96 @@
+"""What a person sees: progress, tables, log lines. With cli.py alone in printing and in configuring logging."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mpcompile.artifact import Artifact
+from mpcompile.doctor import Finding
+from mpcompile.pipeline import Observer
+from mpcompile.recipe import Recipe
+from mpcompile.report import Report
+
+
+def show_artifact(artifact: Artifact) -> None:
+    """Prints the summary, the verdict, the notes and where the files are."""
+    console = _console()
+    console.print(report_table(artifact.report))
+    for sentence in artifact.report.verdict:
+        console.print(sentence)
+    for note in artifact.report.data.notes:
+        console.print(f"Note: {note}.")
+    files = ", ".join(row.name for row in artifact.report.files)
+    console.print(f"Written to {artifact.folder}: {files}, report.json, report.md", soft_wrap=True)
+
+
+def report_table(report: Report) -> Table:
+    """The summary of a report as a table."""
+    title = f"{report.model.arch} on {report.recipe.target}, {report.recipe.precision}"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "dense", "compressed", "difference"):
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+    for row in report.summary():
+        table.add_row(*row)
+    return table
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """Prints what `doctor` found."""
+    table = Table("", "what", "found", "what to do", box=None)
+    for finding in findings:
+        table.add_row("ok" if finding.works else "--", finding.what, finding.found, finding.remedy)
+    _console().print(table)
+
+
+def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
+    """Prints what `--dry-run` found."""
+    if as_json:
+        typer.echo(json.dumps(plan, indent=2))
+        return
+    typer.echo(recipe.to_yaml().rstrip())
+    typer.echo(f"\nstages: {', '.join(plan['stages'])}\n")
+    for row in plan["layers"]:
+        typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
+    masked = sum(row["pattern"] is not None for row in plan["layers"])
+    typer.echo(f"\n{masked} of {len(plan['layers'])} layers would be masked; nothing was written")
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+@contextmanager
+def progress(names: tuple[str, ...], quiet: bool) -> Iterator[Observer]:
+    """Tells each stage as it begins: a bar on a terminal, a line elsewhere, both on standard error."""
+    if quiet:
+        yield lambda stage: None
+    elif not sys.stderr.isatty():
+        yield lambda stage: typer.echo(f"[{names.index(stage) + 1}/{len(names)}] {stage}", err=True)
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(names[0], total=len(names))
+            yield lambda stage: bar.update(task, description=stage, completed=names.index(stage))
+
+
+def configure_logging(verbose: int, quiet: bool) -> None:
+    """Sends what the package logs to standard error, from warnings on or as asked."""
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("mpcompile")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
