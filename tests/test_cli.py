@@ -311,7 +311,14 @@ def test_a_killed_run_leaves_no_output(example: Path, tmp_path: Path, how: signa
         "-o",
         str(output),
     ]
-    with subprocess.Popen([*command, "--data", example / "images.npz"], stderr=subprocess.PIPE, text=True) as run:
+    command += ["--data", str(example / "images.npz")]
+
+    def heed_interrupts() -> None:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a suite started in the background ignores them, and so its children
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as run:
         assert run.stderr is not None
         for line in run.stderr:
             if "export compressed" in line:

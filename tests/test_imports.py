@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lower layers may not import higher ones; a file may import its own layer, save for passes and runtimes.
 LAYERS = (
-    ("errors", "model", "parity", "environment"),
+    ("errors", "model", "parity", "environment", "spectrum"),
     ("masks", "layers", "checkpoint", "data", "timing", "proof", "recipe", "output"),
     ("pipeline", "evaluate", "load", "lower"),
     ("capture",),
