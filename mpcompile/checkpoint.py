@@ -118,8 +118,8 @@ def state_dict_in(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         keys = ", ".join(map(str, list(content)[:5]))
         raise LoadError(f"{path} holds no tensors (its keys: {keys or 'none'})")
     for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            bad = int((~value.isfinite()).sum())
+        if value.is_floating_point() and not value.float().isfinite().all():
+            bad = int((~value.float().isfinite()).sum())
             raise LoadError(f"{path}: {name} has {bad} of {value.numel()} values that are NaN or infinite")
     return state
 

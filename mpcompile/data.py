@@ -26,6 +26,8 @@ from mpcompile.errors import LoadError
 from mpcompile.model import Source
 
 HELD_OUT_FOLDERS = ("val", "validation", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MODES = {1: "L", 3: "RGB"}
 BATCH = 64
 
 
@@ -98,9 +100,13 @@ class FolderImages:
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
-    classes: int
+    names: tuple[str, ...]
     transform: Callable[[Any], Tensor]
     mode: str
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -144,7 +150,8 @@ def load_data(
     """
     if not path.exists():
         raise LoadError(f"{path} does not exist; --data takes a folder of images or an .npz file")
-    train, test = _read_npz(path, source) if path.is_file() else _read_folders(path, source)
+    notes: list[str] = []
+    train, test = _read_npz(path, source, outputs) if path.is_file() else _read_folders(path, source, notes)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(train))
     chosen = order[:calibration]
@@ -158,7 +165,6 @@ def load_data(
             "give more images, or fewer with --calibration"
         )
     rest = np.sort(rest[:held_out])  # in the order of the folder: neighbours on disk are read together
-    notes = []
     if len(chosen) < calibration:
         notes.append(f"{calibration} calibration images were asked for, {len(chosen)} are there")
     labelled, note = _labels_fit(test, outputs)
@@ -171,7 +177,7 @@ def load_data(
 
 def _labels_fit(images: Images, outputs: int) -> tuple[bool, list[str]]:
     """Whether the labels are the model's outputs, and a note where they are not or there are none."""
-    if images.classes == outputs:
+    if images.classes == outputs > 0:
         return True, []
     instead = "agreement with the dense model is measured instead of accuracy"
     if images.classes == 0:
@@ -179,26 +185,36 @@ def _labels_fit(images: Images, outputs: int) -> tuple[bool, list[str]]:
     return False, [f"the images have {images.classes} classes, the model {outputs} outputs: {instead}"]
 
 
-def _read_folders(root: Path, source: Source) -> tuple[FolderImages, FolderImages | None]:
-    """The images of `train/` and a held-out folder beside it, or of one folder."""
+def _read_folders(root: Path, source: Source, notes: list[str]) -> tuple[FolderImages, FolderImages | None]:
+    """The images of `train/` and a held-out folder beside it, or of one folder; adds what is to be known of them."""
     train = root / "train"
     if not train.is_dir():
-        return _read_folder(root, source), None
+        return _read_folder(root, source, notes), None
     held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
     if held_out is None:
         raise LoadError(f"{root} has train/ and none of {', '.join(f'{n}/' for n in HELD_OUT_FOLDERS)} to evaluate on")
-    splits = _read_folder(train, source), _read_folder(held_out, source)
-    if splits[0].classes != splits[1].classes:
-        raise LoadError(f"{train} has {splits[0].classes} classes and {held_out} has {splits[1].classes}")
+    splits = _read_folder(train, source, notes), _read_folder(held_out, source, [])
+    if splits[0].names != splits[1].names:
+        differ = sorted(set(splits[0].names) ^ set(splits[1].names))
+        raise LoadError(f"{train} and {held_out} have different classes: {', '.join(differ[:4])} in only one of them")
     return splits
 
 
-def _read_folder(root: Path, source: Source) -> FolderImages:
+def _read_folder(root: Path, source: Source, notes: list[str]) -> FolderImages:
     """The images of a folder per class, or of one folder without classes."""
     from timm.data import create_transform
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
-    found, classes = find_images_and_targets(str(root))
+    if source.size[0] not in MODES:
+        raise LoadError(
+            f"the model takes images of {source.size[0]} channels; files give 1 or 3, an .npz file any number"
+        )
+    found, classes = find_images_and_targets(str(root), types=SUFFIXES)
+    others = sum(path.is_file() and path.suffix.lower() not in SUFFIXES for path in root.rglob("*"))
+    if others:
+        notes.append(f"{others} files in {root.name}/ are not images by their suffix, and were left out")
+    if list(classes) != sorted(classes):
+        notes.append("classes are numbered as timm sorts their folders, 2 before 10; torchvision sorts them otherwise")
     if not found:
         raise LoadError(f"{root} holds no images; needed is a folder per class, or a folder of images")
     labelled = list(classes) != [""]
@@ -214,13 +230,13 @@ def _read_folder(root: Path, source: Source) -> FolderImages:
     return FolderImages(
         paths=tuple(Path(path) for path, _ in found),
         labels=tuple(label if labelled else -1 for _, label in found),
-        classes=len(classes) if labelled else 0,
+        names=tuple(classes) if labelled else (),
         transform=transform,
-        mode="L" if source.size[0] == 1 else "RGB",
+        mode=MODES[source.size[0]],
     )
 
 
-def _read_npz(path: Path, source: Source) -> tuple[ArrayImages, ArrayImages]:
+def _read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
     """The two splits of an .npz file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -229,7 +245,8 @@ def _read_npz(path: Path, source: Source) -> tuple[ArrayImages, ArrayImages]:
         raise
     except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, pickle errors …
         raise LoadError(f"{path} is not an .npz file that can be read: {error}") from error
-    classes = max(split.classes for split in splits)
+    # Labels here are indices of the model's outputs; not every output has to occur.
+    classes = max(outputs, *(split.classes for split in splits))
     return replace(splits[0], classes=classes), replace(splits[1], classes=classes)
 
 
@@ -249,5 +266,6 @@ def _read_arrays(arrays: Mapping[str, NDArray[Any]], path: Path, split: str, sou
         )
     if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
         raise LoadError(f"{path}: {wanted[1]} is {labels.dtype} {labels.shape}; needed is a class index ≥ 0 an image")
-    classes = int(labels.max()) + 1 if labels.size else 0
-    return ArrayImages(pixels, labels, classes, torch.tensor(source.mean), torch.tensor(source.std))
+    if not len(pixels):
+        raise LoadError(f"{path}: {wanted[0]} is empty")
+    return ArrayImages(pixels, labels, int(labels.max()) + 1, torch.tensor(source.mean), torch.tensor(source.std))

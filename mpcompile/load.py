@@ -11,9 +11,11 @@ What a model may be, told by content and not by suffix:
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -84,7 +86,7 @@ def _load_file(path: Path, request: Request) -> Loaded:
     arch, arch_args, pretrained_cfg = request.arch, dict(request.arch_args), None
     if arch is None and config is not None:
         arch = str(config["architecture"])
-        arch_args = {**config.get("model_args", {}), **arch_args}
+        arch_args = {**(config.get("model_args") or {}), **arch_args}
         arch_args.setdefault("num_classes", config.get("num_classes", 1000))
         pretrained_cfg = config.get("pretrained_cfg")
     if arch is None and isinstance(content.get("arch"), str):
@@ -145,8 +147,18 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str)
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    if missing or unexpected or shapes:
-        kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    types = [
+        f"{name} {str(state[name].dtype).removeprefix('torch.')}"
+        for name in own
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
+    if missing or unexpected or shapes or types:
+        kinds = (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("not floating-point", types),
+        )
         listed = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds if names)
         raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
     module.load_state_dict(state)
@@ -210,9 +222,10 @@ def _call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
     if added:
         sys.path.insert(0, here)
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-        module = factory(**arch_args)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):  # results alone belong on standard output
+            factory = getattr(importlib.import_module(module_name), attribute)
+            module = factory(**arch_args)
+    except (Exception, SystemExit) as error:  # a script without a main guard exits when imported
         raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
     finally:
         if added:
@@ -232,6 +245,8 @@ def _finish(
         mean=request.mean or source.mean,
         std=request.std or source.std,
     )
+    if not all(map(math.isfinite, source.mean + source.std)) or min(source.std) <= 0:
+        raise UsageError(f"means {source.mean} and deviations {source.std} must be finite, and deviations above 0")
     if not len(source.mean) == len(source.std) == source.size[0]:
         raise UsageError(
             f"images of {source.size[0]} channels need as many means and deviations; there are {len(source.mean)} and "

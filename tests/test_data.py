@@ -86,6 +86,35 @@ def test_labels_of_other_classes_are_dropped_with_a_note(tmp_path: Path) -> None
     assert "the images have 2 classes, the model 1000 outputs" in data.notes[0]
 
 
+def test_the_names_of_classes_count_and_not_only_their_number(tmp_path: Path) -> None:
+    classes(tmp_path / "train", names=("cat", "dog"))
+    classes(tmp_path / "val", names=("dog", "fox"))
+    with pytest.raises(LoadError, match="have different classes: cat, fox in only one of them"):
+        load_data(tmp_path, SOURCE, outputs=2)
+
+
+def test_what_is_left_out_and_how_classes_are_numbered_is_told(tmp_path: Path) -> None:
+    classes(tmp_path, names=("2", "10"), each=6)
+    (tmp_path / "2" / "scan.dng").write_bytes(b"raw")
+    Image.new("RGB", (20, 20)).save(tmp_path / "2" / "more.webp")
+    data = load_data(tmp_path, SOURCE, outputs=2, calibration=2)
+    assert len(data.calibration) + len(data.held_out) == 13
+    assert data.notes[0].startswith("1 files in ")
+    assert "2 before 10; torchvision sorts them otherwise" in data.notes[1]
+
+
+def test_four_channels_come_from_arrays_only(tmp_path: Path) -> None:
+    source = Source(name="m", sha256="", arch="m", size=(4, 16, 16), mean=(0.5,) * 4, std=(0.5,) * 4)
+    with pytest.raises(LoadError, match="takes images of 4 channels; files give 1 or 3"):
+        load_data(classes(tmp_path), source, outputs=2)
+
+
+def test_not_every_output_has_to_occur_in_an_npz(tmp_path: Path) -> None:
+    assert load_data(arrays(tmp_path / "a.npz"), GREY, outputs=10).held_out.labelled
+    assert not load_data(arrays(tmp_path / "a.npz"), GREY, outputs=2).held_out.labelled
+    assert not load_data(arrays(tmp_path / "a.npz"), GREY, outputs=0).held_out.labelled
+
+
 def test_npz(tmp_path: Path) -> None:
     data = load_data(arrays(tmp_path / "a.npz"), GREY, outputs=3, calibration=4)
     assert (len(data.calibration), len(data.held_out)) == (4, 5)
@@ -126,7 +155,7 @@ def test_folders_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="has train/ and none of val/, validation/, test/"):
         load_data(tmp_path / "half", SOURCE, outputs=2)
     classes(tmp_path / "half" / "val", names=("cat", "dog", "eel"))
-    with pytest.raises(LoadError, match="has 2 classes and .* has 3"):
+    with pytest.raises(LoadError, match="have different classes: eel in only one of them"):
         load_data(tmp_path / "half", SOURCE, outputs=2)
     with pytest.raises(LoadError, match="all 12 images are taken for calibration"):
         load_data(classes(tmp_path / "few"), SOURCE, outputs=2)
@@ -138,6 +167,10 @@ def test_folders_that_do_not_do(tmp_path: Path) -> None:
         ({"heldout_labels": None}, "needed are heldout_images and heldout_labels"),
         ({"heldout_images": np.zeros((5, 9, 9), np.uint8)}, r"the model needs uint8 \(n, 8, 8, 1\)"),
         ({"heldout_images": np.zeros((5, 8, 8), np.float32)}, r"heldout_images is float32"),
+        (
+            {"heldout_images": np.zeros((0, 8, 8), np.uint8), "heldout_labels": np.zeros(0, np.int64)},
+            "heldout_images is empty",
+        ),
         ({"heldout_labels": np.arange(4)}, "needed is a class index"),
         ({"heldout_labels": np.full(5, -1)}, "needed is a class index"),
         ({"heldout_labels": np.array([None] * 5)}, "is not an .npz file that can be read"),

@@ -257,6 +257,44 @@ def test_other_mistakes(request_: Request, kind: type[MpcompileError], text: str
         load(request_)
 
 
+def test_code_that_exits_or_prints_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "prints.py").write_text(
+        "import torch\ndef make():\n    print('building')\n    return torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError, match="could not be called: SystemExit"):
+        load(Request("exits:make"))
+    load(Request("prints:make"))
+    assert capsys.readouterr() == ("", "building\n")
+
+
+def test_other_types_of_weights(module: nn.Module, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.save(state | {"conv_head.weight": state["conv_head.weight"].to(torch.int8)}, tmp_path / "model.pt")
+    with pytest.raises(LoadError, match="1 not floating-point: conv_head.weight int8"):
+        load(Request(str(tmp_path / "model.pt"), arch=ARCH))
+    eight = {
+        name: value.to(torch.float8_e4m3fn) if value.is_floating_point() else value for name, value in state.items()
+    }
+    torch.save(eight, tmp_path / "model.pt")
+    load(Request(str(tmp_path / "model.pt"), arch=ARCH))  # as precise as it is
+
+
+def test_a_config_without_arguments(module: nn.Module, tmp_path: Path) -> None:
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(f'{{"architecture": "{ARCH}", "model_args": null}}')
+    assert same_weights(load(Request(str(tmp_path / "model.safetensors"))).module, module)
+
+
+@pytest.mark.parametrize("changes", [{"std": (0.0,) * 3}, {"mean": (float("nan"),) * 3}, {"std": (-1.0,) * 3}])
+def test_preprocessing_that_cannot_be(changes: dict[str, tuple[float, ...]]) -> None:
+    with pytest.raises(UsageError, match="must be finite, and deviations above 0"):
+        load(Request(f"timm:{ARCH}", **changes))  # type: ignore[arg-type]
+
+
 def test_weights_without_an_architecture(module: nn.Module, tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "model.pt")
     with pytest.raises(UsageError, match="holds weights and no architecture; name it with --arch"):
