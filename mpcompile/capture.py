@@ -6,6 +6,8 @@ every optional argument of `forward` takes its default, so that none is left in 
 """
 
 import copy
+import logging
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +20,10 @@ from mpcompile.model import Model, Source
 from mpcompile.parity import relative_difference
 from mpcompile.pipeline import run_example
 
+log = logging.getLogger(__name__)
+
+# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces.
+TRACING = threading.Lock()
 # The graph runs the same operators on the same values; only a fused kernel that the tracer took apart can round
 # differently.
 CAPTURE_DRIFT = 1e-5
@@ -49,6 +55,12 @@ class ImageTracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
 
+def _computing_type(module: nn.Module) -> torch.dtype:
+    """The module's own floating type; float32 for half precision, in which a CPU cannot compare outputs."""
+    own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+    return torch.float64 if own == torch.float64 else torch.float32
+
+
 def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
     """Normal noise shaped like a batch of images of that size, the same for the same seed."""
     return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
@@ -59,14 +71,21 @@ def capture(
 ) -> Model:
     """The captured model, checked against the module on the example and on a batch of another size.
 
-    The module is left as it was. `leaves` are qualified names of modules to keep whole. Raises CaptureError.
+    The module is left as it was; one in half precision is captured in float32. `leaves` are qualified names of
+    modules to keep whole. Raises CaptureError.
+
+    While it traces, torch.fx takes over calls of every module of the process: two captures wait for each other, and
+    no other thread may run a module meanwhile.
     """
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        raise CaptureError("the module is a torch.compile of another; give that one, module._orig_mod")
     source = source or Source(name=type(module).__name__, sha256="", arch=type(module).__name__)
-    example = noise(source.size) if example is None else example
+    dtype = _computing_type(module)
+    example = (noise(source.size) if example is None else example).to(dtype)
     _require_modules(module, leaves)
     try:
-        reference = copy.deepcopy(module).eval()
-        traced = copy.deepcopy(module).eval()
+        reference = copy.deepcopy(module).eval().to(dtype)
+        traced = copy.deepcopy(module).eval().to(dtype)
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__} cannot be deep-copied, so it cannot be traced safely: {error}"
@@ -74,7 +93,8 @@ def capture(
     expected = _run_original(reference, example)
     tracer = ImageTracer(leaves)
     try:
-        graph = tracer.trace(traced)
+        with TRACING:
+            graph = tracer.trace(traced)
         graph_module = fx.GraphModule(traced, graph, type(module).__name__)
     except Exception as error:
         raise CaptureError(_refusal(module, error)) from error
@@ -101,13 +121,22 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
             outputs = module(example)
     except Exception as error:
         raise CaptureError(
-            f"{type(module).__name__} does not run on a batch of shape {tuple(example.shape)}: {error}. "
-            "Give the shape it was trained on with --input-size"
+            f"{type(module).__name__} does not run on a batch of shape {tuple(example.shape)} alone: {error}. "
+            "If the shape is not the one it was trained on, give that with --input-size"
         ) from error
     if not isinstance(outputs, Tensor):
         raise CaptureError(
             f"{type(module).__name__} returns {type(outputs).__name__}; needed is one tensor of logits or features. "
             "Wrap it in a module whose forward(x) returns that tensor"
+        )
+    if outputs.ndim < 2:
+        raise CaptureError(
+            f"{type(module).__name__} returns a tensor of shape {tuple(outputs.shape)} for a batch of {len(example)}; "
+            "needed is one row of outputs an image"
+        )
+    if torch.equal(outputs, outputs[:1].expand_as(outputs)):
+        log.warning(
+            "%s gives every image the same outputs, so that comparing them proves little", type(module).__name__
         )
     if not outputs.isfinite().all():
         raise CaptureError(f"{type(module).__name__} returns numbers that are not finite; are its weights sound?")
@@ -116,7 +145,7 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
 
 def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
     """Raises where the graph and the module differ, on the example or on a batch of another size."""
-    other = noise(model.example.shape[1:], batch=3, seed=1)
+    other = noise(model.example.shape[1:], batch=3, seed=1).to(model.example.dtype)
     for images, wanted in ((model.example, expected), (other, _run_original(reference, other))):
         try:
             found = run_example(model) if images is model.example else model(images)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -13,7 +14,7 @@ from mpcompile.capture import capture, noise
 from mpcompile.errors import CaptureError
 from mpcompile.load import source_of
 from mpcompile.model import Source
-from mpcompile.testing import assert_same_function, tiny_source
+from mpcompile.testing import TinyMLP, assert_same_function, tiny_source
 
 # One of each kind that has caught something: distilled heads, optional arguments, functional weights, cached
 # biases, windows, leaf functions. The whole table is benchmarks/capture.py.
@@ -147,12 +148,40 @@ class Infinite(Branches):
         return self.head(x.flatten(1)) / 0  # type: ignore[no-any-return]
 
 
+class OneNumber(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1)).sum(1)  # type: ignore[no-any-return]
+
+
+def test_half_precision_modules_are_captured_in_float32_and_doubles_in_float64() -> None:
+    model = capture(TinyMLP().bfloat16(), tiny_source())
+    assert model.example.dtype == model.layer("head").weight.dtype == torch.float32
+    assert capture(TinyMLP().double(), tiny_source()).example.dtype == torch.float64
+
+
+def test_two_threads_capture_at_once() -> None:
+    modules = [TinyMLP() for _ in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        models = list(pool.map(lambda module: capture(module, tiny_source()), modules))
+    for module, model in zip(modules, models, strict=True):
+        assert_same_function(module, model.graph, model.example, tolerance=1e-6)
+
+
+def test_constant_outputs_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    module = TinyMLP()
+    nn.init.zeros_(module.head.weight)
+    capture(module, tiny_source())
+    assert "gives every image the same outputs" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("module", "text"),
     [
+        (OneNumber(), r"returns a tensor of shape \(2,\) for a batch of 2"),
+        (torch.compile(TinyMLP()), "is a torch.compile of another"),
         (TwoOutputs(), "returns tuple; needed is one tensor"),
         (Random(), "computes something else.*draws random numbers"),
-        (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\)"),
+        (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\) alone"),
         (Infinite(), "not finite"),
         (nn.Linear(7, 2), "does not run on a batch of shape.*--input-size"),
     ],
