@@ -101,13 +101,26 @@ def write_weights(folder: Path, module: nn.Module, model: Model) -> None:
     from safetensors.torch import save
 
     new = model.graph.state_dict()
-    # Cloned, since safetensors refuses tensors that share memory.
-    weights = {name: new.get(name, old).detach().clone().contiguous() for name, old in module.state_dict().items()}
+    aliases = _aliases(module)
+    weights = {}
+    for name, old in module.state_dict().items():
+        known = next((alias for alias in (name, *aliases.get(name, ())) if alias in new), None)
+        # Cloned, since safetensors refuses tensors that share memory.
+        weights[name] = (old if known is None else new[known]).detach().clone().contiguous()
     source = {"format": "pt", "arch": model.source.arch, "source_sha256": model.source.sha256}
     (folder / WEIGHTS).write_bytes(save(weights, metadata=source))
     masks = {name: plan.mask.contiguous() for name, plan in model.plan.items() if plan.mask is not None}
     patterns = {name: str(plan.pattern) for name, plan in model.plan.items() if plan.mask is not None and plan.pattern}
     (folder / MASKS).write_bytes(save(masks, metadata={"patterns": json.dumps(patterns)}))
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """For each parameter and buffer, every name it has: the graph knows a module used twice by one of its names."""
+    names: dict[int, list[str]] = {}
+    for own in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        for name, value in own:
+            names.setdefault(id(value), []).append(name)
+    return {name: same for same in names.values() for name in same}
 
 
 def read_masks(path: Path) -> Mapping[str, LayerPlan]:

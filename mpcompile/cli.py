@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mpcompile.console import configure_logging, progress, show_artifact, show_findings, show_preview
-from mpcompile.errors import MpcompileError, UsageError
+from mpcompile.errors import AccuracyError, MpcompileError, UsageError
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
@@ -113,6 +113,7 @@ def compile_command(
 ) -> None:
     """Compress MODEL, check every step, and write the output folder."""
     configure_logging(verbose, quiet)
+    from mpcompile.artifact import Artifact
     from mpcompile.compile import compile, preview, stages
     from mpcompile.load import Request
     from mpcompile.recipe import Recipe, overridden, read_recipe
@@ -145,12 +146,18 @@ def compile_command(
         return
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
-    with progress(stages(recipe), quiet or as_json) as observe:
-        artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
+    failure = None
+    try:
+        with progress(stages(recipe), quiet or as_json) as observe:
+            artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
+    except AccuracyError as error:  # the folder is written, and is shown before the command fails
+        failure, artifact = error, Artifact.open(output)
     if as_json:
         typer.echo(artifact.report.model_dump_json(indent=2))
     elif not quiet:
         show_artifact(artifact)
+    if failure:
+        raise failure
 
 
 @app.command()
@@ -185,7 +192,7 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def passes(as_json: JsonOption = False) -> None:
     """List the passes that a recipe may name, with their parameters."""
-    from mpcompile.passes import PASSES
+    from mpcompile.compile import PASSES
 
     rows: list[dict[str, Any]] = [
         {
@@ -219,7 +226,7 @@ def schema() -> None:
 def _batch(text: str | None) -> str | int | None:
     if text is None or text == "dynamic":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise UsageError(f"--batch {text!r} is neither a number nor dynamic")
     return int(text)
 
@@ -228,7 +235,7 @@ def _size(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() and part.isascii() and int(part) for part in parts):
         raise UsageError(f"--input-size {text!r} is not CxHxW, such as 3x224x224")
     channels, height, width = map(int, parts)
     return channels, height, width

@@ -60,11 +60,11 @@ def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
     for row in plan["layers"]:
         typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
     masked = sum(row["pattern"] is not None for row in plan["layers"])
-    typer.echo(f"\n{masked} of {len(plan['layers'])} layers would be masked; nothing was written")
+    typer.echo(f"\n{masked} of {len(plan['layers'])} layers would be masked; no model was written")
 
 
 def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 @contextmanager
@@ -91,6 +91,7 @@ def configure_logging(verbose: int, quiet: bool) -> None:
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("torch").setLevel(logging.ERROR)  # its exporter warns of operators that nobody asked about
     logger = logging.getLogger("mpcompile")
     logger.handlers[:] = [handler]
     logger.setLevel(level)

@@ -51,7 +51,7 @@ class MaskError(MpcompileError):
 
 
 class AccuracyError(MpcompileError):
-    """A compressed model that lost more than the recipe's gate allows."""
+    """A compressed model that lost more than the recipe's gate allows; its folder is written all the same."""
 
     exit_code = 6
 

@@ -149,8 +149,9 @@ def other_products(model: Model) -> dict[str, str]:
 def eligible(
     model: Model, pattern: NM, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, str | None]:
-    """For each layer that multiplies by weights: None where it takes the pattern, or why it stays dense.
+    """For each layer that multiplies by weights: None where it takes its pattern, or why it stays dense.
 
+    A layer's pattern is the one in its plan, or else `pattern`. Layers that share a weight share a verdict.
     `include` and `exclude` are shell patterns over qualified names. Excluding wins; including overrides the
     defaults and not the facts. A pattern that matches no layer is a `UsageError`.
     """
@@ -170,5 +171,18 @@ def eligible(
             place = where.get(name)
             # Where a weight is altered first, its users say nothing of where the layer stands.
             default = default_against(place) if place and place.weight_as_stored and not included else None
-            verdicts[name] = default or fact_against(layer, place, pattern)
+            verdicts[name] = default or fact_against(layer, place, model.plan_of(name).pattern or pattern)
+    return _agreed_among_tied(model, verdicts)
+
+
+def _agreed_among_tied(model: Model, verdicts: dict[str, str | None]) -> dict[str, str | None]:
+    """The verdicts, with a reason against any layer taken as one against all that share its weight."""
+    sharing: dict[int, list[str]] = {}
+    for name, layer in model.layers():
+        sharing.setdefault(id(layer._parameters.get("weight", layer)), []).append(name)
+    for names in sharing.values():
+        against = next((name for name in names if verdicts[name]), None)
+        for name in names:
+            if against and not verdicts[name]:
+                verdicts[name] = f"shares its weight with {against}, which stays dense ({verdicts[against]})"
     return verdicts

@@ -132,14 +132,18 @@ def to_half(file: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     scopes = {node.name: list(node.metadata_props) for node in file.graph.node}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of each number that half precision cannot hold; parity judges
-        half: onnx.ModelProto = convert_float_to_float16(
-            file,
-            keep_io_types=True,
-            op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FLOAT32],
-            disable_shape_infer=False,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of each number that half precision cannot hold; parity judges
+            half: onnx.ModelProto = convert_float_to_float16(
+                file,
+                keep_io_types=True,
+                op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FLOAT32],
+                # The exporter wrote every shape; inferring them anew would serialise the file, which ends at 2 GB.
+                disable_shape_infer=True,
+            )
+    except Exception as error:
+        raise BuildError(f"the graph cannot be written in float16: {_cause(error)}") from error
     for node in half.graph.node:
         if not node.metadata_props and node.name in scopes:
             node.metadata_props.extend(scopes[node.name])
@@ -154,7 +158,7 @@ def _write_metadata(file: onnx.ModelProto, metadata: Mapping[str, str], masks: t
     """Writes what later tools need to know, as the last step: optimisers drop metadata."""
     sparsity = {
         row.initializer: {
-            "layer": row.layer,
+            "layers": [other.layer for other in masks if other.initializer == row.initializer],
             "axis": row.axis,
             "group_size": row.group_size,
             "zero_count": row.group_size - int(row.pattern.split(":")[0]) if ":" in row.pattern else None,
@@ -182,9 +186,3 @@ def _save(file: onnx.ModelProto, path: Path, inline_limit_bytes: int) -> None:
         onnx.checker.check_model(path, full_check=not external)
     except onnx.checker.ValidationError as error:
         raise BuildError(f"the exported {path.name} is not valid ONNX: {error}") from error
-
-
-def weights_bytes(path: Path) -> int:
-    """The size of an ONNX file, with the file of weights beside it where there is one."""
-    beside = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (beside.stat().st_size if beside.exists() else 0)

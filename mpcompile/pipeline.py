@@ -89,8 +89,8 @@ class PassManager:
 
         Raises PassError where a pass fails or breaks its promise, MaskError where a mask no longer holds.
         """
-        # Same weights, own graph and modules: nothing a pass edits is reachable from the caller's model.
-        model = replace(model, graph=copy.deepcopy(model.graph))
+        # Own graph, modules, weights and masks: nothing that a pass edits is reachable from the caller's model.
+        model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
         records: list[PassRecord] = []
         outputs = run_example(model)
         for step in self.passes:
@@ -156,11 +156,16 @@ def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Se
             f"size; {allowed:.0e} is allowed"
         )
     for name, plan in {**model.plan, **result.plan}.items():
-        if plan.mask is not None and name not in result.plan:
-            raise MaskError(f"{step.name}{context} dropped the mask of {name} from the plan")
+        had = model.plan_of(name).mask is not None
+        now = result.plan_of(name)
+        if had and now.mask is None and not now.skipped:
+            raise MaskError(f"{step.name}{context} dropped the mask of {name} and gave no reason in its plan")
         if plan.mask is None:
             continue
-        broken = violation(result.layer(name), plan)
+        try:
+            broken = violation(result.layer(name), plan)
+        except (AttributeError, TypeError) as error:
+            broken = f"the layer is gone: {error}"
         if broken:
             raise MaskError(f"{step.name}{context} broke the mask of {name}: {broken}")
     return after, drift
@@ -178,4 +183,8 @@ def _notes(before: Model, after: Model) -> tuple[str, ...]:
         return sum(getattr(plan, field) is not None for plan in model.plan.values())
 
     fields = [field for field in LayerPlan.__dataclass_fields__ if count(after, field) != count(before, field)]
-    return tuple(f"{field}: {count(after, field)} layers" for field in fields)
+    notes = [f"{field}: {count(after, field)} layers" for field in fields]
+    freed = [name for name, plan in before.plan.items() if plan.mask is not None and after.plan[name].mask is None]
+    if freed:
+        notes.append(f"masks taken back: {', '.join(freed)}")
+    return tuple(notes)

@@ -124,7 +124,7 @@ def match(
             continue
         same_shape = [w for w in found if w.values.shape == tuple(plan.mask.shape)]
         matches[name] = (
-            [w for w in found if noted.get(w.initializer) == name]
+            [w for w in found if name in noted.get(w.initializer, ())]
             or [w for w in same_shape if w.initializer == f"{name}.weight"]
             or [w for w in same_shape if name in w.scopes]
             or [w for w in same_shape if _same_numbers(w.values, weights[f"{name}.weight"])]
@@ -132,10 +132,10 @@ def match(
     return matches
 
 
-def noted_layers(file: onnx.ModelProto) -> dict[str, str]:
-    """Which layer each initializer is, as far as the file's metadata says."""
+def noted_layers(file: onnx.ModelProto) -> dict[str, list[str]]:
+    """Which layers each initializer is, as far as the file's metadata says; several where they are tied or alike."""
     text = next((p.value for p in file.metadata_props if p.key == METADATA_KEY), "{}")
-    return {initializer: row["layer"] for initializer, row in json.loads(text).items()}
+    return {initializer: row["layers"] for initializer, row in json.loads(text).items()}
 
 
 def _same_numbers(values: NDArray[Any], weight: torch.Tensor) -> bool:
@@ -156,7 +156,7 @@ def prove(
         if not found:
             raise MaskError(f"{name}: its mask was lost on the way; no weight in the ONNX file is this layer's")
         rows.extend(prove_one(name, plans[name], weight) for weight in found)
-    return tuple(rows)
+    return tuple(dict.fromkeys(rows))  # an initializer that several nodes use is one row
 
 
 def prove_one(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:

@@ -54,21 +54,21 @@ class DataChoice(Strict):
 
     calibration: Annotated[int, Field(ge=1)] = 256
     held_out: Annotated[int, Field(ge=1)] | None = None  # all there are
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Bench(Strict):
     """How latency is measured, once for each batch size."""
 
     batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
-    seconds: Annotated[float, Field(gt=0)] = 4.0
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
     threads: Annotated[int, Field(ge=1)] | None = None  # the runtime's own choice
 
 
 class Gates(Strict):
     """What the result has to keep, or the command fails with exit code 6."""
 
-    max_drop: Annotated[float, Field(ge=0)] | None = None  # points of top-1 on held-out images
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1 on held-out images
 
 
 class Recipe(Strict):

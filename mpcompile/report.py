@@ -75,12 +75,11 @@ class Gate(Value):
 
     name: str
     limit: float
-    found: float | None
+    found: float
     holds: bool
 
     def __str__(self) -> str:
-        found = "not measured, since no labelled images were given" if self.found is None else f"{self.found:.2f}"
-        return f"{self.name} is {found}; {self.limit:g} is allowed"
+        return f"{self.name} is {self.found:.2f}; {self.limit:g} is allowed"
 
 
 class Report(Value):
@@ -145,16 +144,8 @@ class Report(Value):
                     f"({c.logit_shift_max:.3f})",
                 )
             )
-        dense, compressed = (next((f for f in self.files if f.name == n), None) for n in ("dense.onnx", "model.onnx"))
-        if dense and compressed:
-            rows.append(
-                (
-                    "ONNX file",
-                    _megabytes(dense.bytes),
-                    _megabytes(compressed.bytes),
-                    f"{compressed.bytes / dense.bytes:.2f}×",
-                )
-            )
+        dense, compressed = self.onnx_bytes("dense.onnx"), self.onnx_bytes("model.onnx")
+        rows.append(("ONNX file", _megabytes(dense), _megabytes(compressed), f"{compressed / dense:.2f}×"))
         rows.append(
             (
                 "non-zero weights",
@@ -174,6 +165,10 @@ class Report(Value):
                 )
             )
         return rows
+
+    def onnx_bytes(self, name: str) -> int:
+        """The size of an ONNX file, with the file of weights beside it where there is one."""
+        return sum(row.bytes for row in self.files if row.name in (name, f"{name}.data"))
 
     def weights(self) -> int:
         """How many weights the Linear and Conv2d layers have."""
@@ -247,7 +242,7 @@ def verdict_on(
     for pair in latency:
         low, high = pair.speedup.interval
         interval = f"interval {low:.2f} to {high:.2f}, on {pair.dense.device}"
-        baseline = "the dense ONNX file in the same precision"
+        baseline = "the dense model in the same precision on the same target"
         # Two builds of one computation differ by a few per cent from memory layout alone.
         if low <= 1 + INDISTINCT and high >= 1 - INDISTINCT:
             told = f"no difference from {baseline} can be told from noise ({interval})"

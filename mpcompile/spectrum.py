@@ -141,7 +141,7 @@ def eigenvalues(weight: Float[ndarray, "rows columns"]) -> Float[ndarray, " p"]:
         matrix = matrix.T
     gram = matrix @ matrix.T / matrix.shape[1]
     values = scipy.linalg.eigvalsh(gram, overwrite_a=True, check_finite=False)
-    return np.clip(values, 0, None)
+    return np.asarray(np.clip(values, 0, None))
 
 
 def fit_spectrum(values: Float[ndarray, " p"], n: int, level: float = 0.05) -> Fit:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mpcompile.data import Data
-from mpcompile.errors import on_layer
+from mpcompile.errors import PassError, on_layer
 from mpcompile.layers import eligible
 from mpcompile.masks import grouped, ungrouped
 from mpcompile.model import NM, Model
@@ -66,16 +66,23 @@ class NMMask:
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
         """The model with masked weights; the mask, or the reason for none, is in each layer's plan."""
+        verdicts = eligible(model, self.pattern, self.include, self.exclude)
+        if all(verdicts.values()):
+            shown = "; ".join(f"{name}: {reason}" for name, reason in list(verdicts.items())[:3])
+            raise PassError(f"no layer takes {self.pattern} ({shown or 'the model has no Linear and no Conv2d'})")
         plans = {}
-        for name, reason in eligible(model, self.pattern, self.include, self.exclude).items():
+        for name, reason in verdicts.items():
             with on_layer(name):
                 plan = model.plan_of(name)
-                if reason:
+                if plan.mask is not None:  # an earlier mask pass was here
+                    if not reason and plan.pattern != self.pattern:
+                        raise PassError(f"it is masked at {plan.pattern} already; exclude it from {self.pattern}")
+                elif reason:
                     plans[name] = replace(plan, skipped=reason)
-                    continue
-                pattern = plan.pattern or self.pattern
-                mask = masked(model.layer(name), pattern, CRITERIA[self.criterion])
-                plans[name] = replace(plan, pattern=pattern, mask=mask)
+                else:
+                    pattern = plan.pattern or self.pattern
+                    mask = masked(model.layer(name), pattern, CRITERIA[self.criterion])
+                    plans[name] = replace(plan, pattern=pattern, mask=mask, skipped=None)
         return model.with_plan(plans)
 
 

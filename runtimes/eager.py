@@ -43,9 +43,17 @@ class Eager:
         """Nothing: PyTorch is what mpcompile stands on."""
         return None
 
+    def refuses(self, precision: str, threads: int | None) -> str | None:
+        """It runs the captured graph as it is, in the process that it is in."""
+        if precision != "fp32":
+            return f"it runs the float32 graph, and not the file, so {precision} would not be measured"
+        if threads is not None:
+            return "it runs on the threads of the process; leave --threads out"
+        return None
+
     def versions(self) -> Mapping[str, str]:
         return {"torch": str(torch.__version__)}
 
     def build(self, lowered: Lowered, threads: int | None = None) -> EagerEngine:
-        """The engine. `threads` is torch's own setting, which belongs to the process and is left alone."""
+        """The engine."""
         return EagerEngine(lowered.model)

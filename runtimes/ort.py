@@ -4,7 +4,6 @@ It has no N:M kernels: a masked weight runs as a dense one, so a pattern alone g
 so. Sessions are checked for the provider that was asked for, because ONNX Runtime falls back silently.
 """
 
-import importlib.metadata
 import importlib.util
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PROVIDER = "CPUExecutionProvider"
+SOURCES = ("Constant", "ConstantOfShape")
 SCANNED_IMAGES = 32
 SCANNED_AT_ONCE = 4  # every result of the network is in memory at once
 
@@ -73,8 +73,15 @@ class OnnxRuntime:
             return "onnxruntime is not installed: pip install onnxruntime (or mpcompile[gpu])"
         return None
 
+    def refuses(self, precision: str, threads: int | None) -> str | None:
+        """It runs either precision on any number of threads."""
+        return None
+
     def versions(self) -> Mapping[str, str]:
-        return {"onnxruntime": importlib.metadata.version("onnxruntime")}
+        """The library's own word: it comes as onnxruntime or as onnxruntime-gpu."""
+        import onnxruntime
+
+        return {"onnxruntime": onnxruntime.__version__}
 
     def build(self, lowered: Lowered, threads: int | None = None) -> OrtEngine:
         """A session on the file, on the CPU, with that many threads or ONNX Runtime's own choice."""
@@ -127,6 +134,8 @@ class OverflowScan:
 
         model = onnx.load(file)
         self._nodes = [(name, node) for node in model.graph.node for name in node.output if name]
+        stored = ((t.name, onnx.numpy_helper.to_array(t)) for t in model.graph.initializer)
+        self._infinite = {name for name, values in stored if values.dtype.kind == "f" and not np.isfinite(values).all()}
         known = {output.name for output in model.graph.output}
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name, _ in self._nodes if name not in known)
         options = onnxruntime.SessionOptions()
@@ -138,13 +147,20 @@ class OverflowScan:
         self._fixed = self._session.get_inputs()[0].shape[0]
 
     def __call__(self, images: NDArray[np.float32]) -> str | None:
-        """The first operator, in order of execution, whose result holds NaN or infinity, or None."""
+        """The first operator, in order of execution, that makes NaN or infinity out of finite numbers, or None.
+
+        Masks of −∞, as attention has them, come from constants and are no overflow.
+        """
         step = self._fixed if isinstance(self._fixed, int) else SCANNED_AT_ONCE
         names = [output.name for output in self._session.get_outputs()]
         for start in range(0, len(images), step):
             batch = np.resize(images[start : start + step], (step, *images.shape[1:]))
             found = dict(zip(names, self._session.run(names, {INPUT: batch}), strict=True))
+            infinite = set(self._infinite)
             for name, node in self._nodes:
-                if found[name].dtype.kind == "f" and not np.isfinite(found[name]).all():
+                if found[name].dtype.kind != "f" or np.isfinite(found[name]).all():
+                    continue
+                if node.op_type not in SOURCES and not infinite.intersection(node.input):
                     return f"{node.op_type} {node.name}"
+                infinite.add(name)
         return None

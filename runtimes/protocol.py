@@ -39,6 +39,10 @@ class Runtime(Protocol):
         """What to install to use it here, or None: the one text for the command line, `doctor` and the tests."""
         ...
 
+    def refuses(self, precision: str, threads: int | None) -> str | None:
+        """Why it cannot run so, or None: nothing that was asked for is left out silently."""
+        ...
+
     def versions(self) -> Mapping[str, str]:
         """The versions of the software that decides how fast it is."""
         ...

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -45,8 +46,6 @@ def test_weights_load_into_the_original_class(artifact: Artifact, example: Path)
 
 def test_accuracy_is_that_of_the_weights_written(artifact: Artifact, example: Path) -> None:
     """Independently: the state dict in plain timm, on images read with plain NumPy."""
-    import numpy as np
-
     loaded = load(Request(str(example / "model.safetensors")))
     arrays = np.load(example / "images.npz")
     mean, std = loaded.source.mean[0], loaded.source.std[0]
@@ -163,6 +162,38 @@ def test_a_gate_that_fails_raises_with_the_folder_written(example: Path, tmp_pat
     with pytest.raises(AccuracyError, match=r"fails its gate: top-1 drop in points is \d+\.\d+; 0 is allowed"):
         mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
     assert not Artifact.open(tmp_path / "out").report.gates[0].holds
+
+
+def test_a_gate_without_labels_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:
+    recipe = Recipe.checked({**QUICK, "gates": {"max_drop": 1}})
+    with pytest.raises(UsageError, match=r"\(--max-drop\) needs labelled images \(--data\)"):
+        mpcompile.compile(example / "model.safetensors", recipe, output=tmp_path / "out")
+    images = load_data(example / "images.npz", load(Request(str(example / "model.safetensors"))).source, outputs=3)
+    with pytest.raises(UsageError, match="needs labelled images; the images have 10 classes, the model 3 outputs"):
+        mpcompile.compile(example / "model.safetensors", recipe, data=images, output=tmp_path / "out")
+
+
+def test_outputs_with_more_axes_are_compared_without_accuracy(tmp_path: Path) -> None:
+    class Pairs(TinyCNN):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).reshape(-1, 5, 2)  # type: ignore[no-any-return]
+
+    source = tiny_source()
+    recipe = Recipe.checked({**QUICK, "data": {"calibration": 2}})
+    np.savez(
+        tmp_path / "a.npz",
+        **{
+            f"{split}_images": np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
+            for split in ("calibration", "heldout")
+        },  # type: ignore[arg-type]
+        **{f"{split}_labels": np.arange(6) % 2 for split in ("calibration", "heldout")},  # type: ignore[arg-type]
+    )
+    module = Pairs()
+    module.pretrained_cfg = {"input_size": source.size, "mean": source.mean, "std": source.std}  # type: ignore[assignment]
+    artifact = mpcompile.compile(module, recipe, data=tmp_path / "a.npz", output=tmp_path / "out")
+    assert artifact.report.comparison is not None
+    assert artifact.report.comparison.dense is None
+    assert "agreement with the dense model" in artifact.report.data.notes[0]
 
 
 def test_a_taken_folder_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from mpcompile.data import Data
 from mpcompile.errors import MaskError, PassError, UsageError, on_layer
-from mpcompile.model import NM, Model
+from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.passes import NMMask
 from mpcompile.pipeline import Effect, PassManager
 from mpcompile.testing import tiny_vit
@@ -186,6 +186,58 @@ def test_order_is_checked_before_anything_runs() -> None:
         PassManager([AfterMask(), NMMask()])
     with pytest.raises(UsageError, match="after-mask stands after nothing, and needs nm-mask"):
         PassManager([Nothing(), AfterMask()])
+
+
+def test_masks_are_the_runs_own() -> None:
+    @dataclass(frozen=True)
+    class Tamper(Nothing):
+        name: ClassVar[str] = "tamper"
+
+        def __call__(self, model: Model, data: Data) -> Model:
+            mask = model.plan[FC1].mask
+            assert mask is not None
+            mask.fill_(True)
+            return model
+
+    model, _ = PassManager([NMMask()]).run(tiny_vit(), Data())
+    with pytest.raises(MaskError, match=f"tamper broke the mask of {FC1}: the mask itself is not 2:4"):
+        PassManager([Tamper()]).run(model, Data())
+    mask = model.plan[FC1].mask
+    assert mask is not None
+    assert float(mask.float().mean()) == 0.5
+
+
+def test_a_mask_is_taken_back_only_with_a_reason_that_is_noted() -> None:
+    @dataclass(frozen=True)
+    class Free(Scale):
+        name: ClassVar[str] = "free"
+        reason: str | None = "its loss was the largest"
+
+        def __call__(self, model: Model, data: Data) -> Model:
+            with torch.no_grad():
+                model.layer(FC1).weight.fill_(0.1)
+            return model.with_plan({FC1: LayerPlan(skipped=self.reason)})
+
+    _, [_, record] = PassManager([NMMask(), Free()]).run(tiny_vit(), Data())
+    assert f"masks taken back: {FC1}" in record.notes
+    with pytest.raises(MaskError, match=f"dropped the mask of {FC1} and gave no reason"):
+        PassManager([NMMask(), Free(reason=None)]).run(tiny_vit(), Data())
+
+
+def test_a_masked_layer_that_is_replaced_is_a_broken_mask() -> None:
+    @dataclass(frozen=True)
+    class Replace(Nothing):
+        name: ClassVar[str] = "replace"
+        effect: ClassVar[Effect] = Effect.LOSSY
+
+        def __call__(self, model: Model, data: Data) -> Model:
+            model.graph.set_submodule("blocks.0.attn.proj", torch.nn.Identity())
+            return model
+
+    with pytest.raises(
+        MaskError, match=r"replace \(after nm-mask\) broke the mask of blocks.0.attn.proj: the layer is gone"
+    ):
+        PassManager([NMMask(), Replace()]).run(tiny_vit(), Data())
 
 
 def test_a_lost_module_is_an_error_and_not_a_lost_mask() -> None:

@@ -82,6 +82,8 @@ def test_another_recipe_has_another_hash() -> None:
         ("opset: 9", "opset: .*greater than or equal to 18"),
         ("data: {calibration: 0}", "data.calibration: "),
         ("schema_version: 2", "schema_version: "),
+        ("data: {seed: -1}", "data.seed: "),
+        ("gates: {max_drop: .inf}", "gates.max_drop: "),
         ("target: ort\ntarget: eager", "the key 'target' is there twice"),
     ],
 )
@@ -115,6 +117,10 @@ def test_targets_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_of(Recipe.from_yaml("{passes: [nm-mask], target: trrt}"))
     with pytest.raises(UsageError, match="the recipe has no passes; give --pattern"):
         plan_of(Recipe())
+    with pytest.raises(UsageError, match="target eager: it runs the float32 graph, and not the file"):
+        plan_of(Recipe.from_yaml("{passes: [nm-mask], target: eager, precision: fp16}"))
+    with pytest.raises(UsageError, match="target eager: it runs on the threads of the process; leave --threads out"):
+        plan_of(Recipe.from_yaml("{passes: [nm-mask], target: eager, bench: {threads: 1}}"))
     monkeypatch.setattr(OnnxRuntime, "missing", lambda self: "pip install onnxruntime")
     with pytest.raises(RuntimeMissing, match="target ort: pip install onnxruntime") as error:
         plan_of(Recipe.from_yaml("passes: [nm-mask]"))

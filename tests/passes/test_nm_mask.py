@@ -157,6 +157,37 @@ def test_a_planned_pattern_wins_over_the_passes_own() -> None:
     assert result.plan["blocks.0.mlp.fc2"].pattern == NM(2, 4)
 
 
+def test_eligibility_goes_by_the_planned_pattern() -> None:
+    model = tiny_cnn().with_plan({"body": LayerPlan(pattern=NM(2, 64)), "grouped": LayerPlan(pattern=NM(1, 8))})
+    plan = run(model, NMMask(NM(2, 16))).plan
+    assert plan["body"].skipped == "16 input channels are not a multiple of 64"
+    assert plan["grouped"].mask is not None  # 8 input channels a group: 1:8 fits, 2:16 would not
+    assert plan["grouped"].skipped is None
+
+
+def test_a_second_mask_pass_adds_and_does_not_overwrite() -> None:
+    first = NMMask(NM(2, 4), exclude=("blocks.1.*",))
+    second = NMMask(NM(1, 4), exclude=("blocks.0.*",))
+    result, _ = PassManager([first, second]).run(tiny_vit(), Data())
+    assert str(result.plan["blocks.0.mlp.fc1"].pattern) == "2:4"
+    assert str(result.plan["blocks.1.mlp.fc1"].pattern) == "1:4"
+    assert result.plan["blocks.1.mlp.fc1"].skipped is None
+    with pytest.raises(
+        PassError, match="on blocks.0.attn.qkv after nm-mask: it is masked at 2:4 already; exclude it from 1:4"
+    ):
+        PassManager([first, NMMask(NM(1, 4))]).run(tiny_vit(), Data())
+
+
+def test_masking_nothing_is_a_failure() -> None:
+    with pytest.raises(
+        PassError, match=r"no layer takes 7:13 \(patch_embed.proj: stem.*; blocks.0.attn.qkv: 32 input channels"
+    ):
+        run(tiny_vit(), NMMask(NM(7, 13)))
+    empty = capture(nn.Sequential(nn.Flatten(), nn.LayerNorm(64)), tiny_source())
+    with pytest.raises(PassError, match="the model has no Linear and no Conv2d"):
+        run(empty, NMMask())
+
+
 def test_rows_that_do_not_divide_are_a_reason() -> None:
     result = run(tiny_cnn(), NMMask(NM(2, 4, rows=4)))
     assert result.plan["odd"].skipped == "6 output channels are not a multiple of the 4 that share a pattern"
@@ -178,7 +209,7 @@ def test_layers_that_rewrite_their_weight_stay_dense() -> None:
             y = self.hooked(self.own(self.stem(x))).mean((2, 3))
             return self.head(nn.functional.linear(y, self.scaled.weight * 2))  # type: ignore[no-any-return]
 
-    plan = run(capture(Net(), tiny_source()), NMMask()).plan
+    plan = run(capture(Net(), tiny_source()), NMMask(include=("head",))).plan
     for name in ("own", "hooked", "scaled"):
         assert "might not stay zeros" in str(plan[name].skipped), name
 
