@@ -6,13 +6,47 @@ import sys
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mpcompile.console import configure_logging, progress, show_artifact, show_findings, show_preview
+import mpcompile.options as options  # by the module's name: its functions are called what parameters here are
+from mpcompile.console import (
+    configure_logging,
+    progress,
+    show_analysis,
+    show_artifact,
+    show_findings,
+    show_preview,
+)
 from mpcompile.errors import AccuracyError, MpcompileError, UsageError
+from mpcompile.options import (
+    AllowPickleOption,
+    ArchArgOption,
+    ArchOption,
+    BudgetOption,
+    CalibrationOption,
+    DataOption,
+    ExcludeOption,
+    IncludeOption,
+    InputSizeOption,
+    JsonOption,
+    LeafOption,
+    MacsOption,
+    MeanOption,
+    ModelArgument,
+    PatternOption,
+    PretrainedOption,
+    QuietOption,
+    SeedOption,
+    StdOption,
+    TargetOption,
+    VerboseOption,
+)
+
+if TYPE_CHECKING:
+    from mpcompile.load import Request
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
@@ -60,22 +94,17 @@ def _root(
     """Options of the whole command."""
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
-VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table; errors only.")]
-
-
 @app.command("compile", epilog=EXIT_CODES)
 def compile_command(
-    model: Annotated[str, typer.Argument(help="A file of weights, timm:NAME, or pkg.mod:factory.")],
+    model: ModelArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="N:M, N kept of every M; 2:4x4: four rows share one pattern.")
-    ] = None,
-    target: Annotated[str | None, typer.Option(help="The runtime: ort or eager. [default: ort]")] = None,
-    data: Annotated[Path | None, typer.Option(help="A folder of images, or an .npz file.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Mask these layers too (shell pattern on names).")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Keep these layers dense (shell pattern on names).")] = None,
+    pattern: PatternOption = None,
+    macs: MacsOption = None,
+    budget: BudgetOption = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     criterion: Annotated[
         str | None, typer.Option(help="How weights are chosen: magnitude. [default: magnitude]")
     ] = None,
@@ -83,26 +112,18 @@ def compile_command(
     batch: Annotated[str | None, typer.Option(help="A fixed batch size, or dynamic. [default: dynamic]")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23. [default: 20]")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Fail (6) where top-1 falls by more points.")] = None,
-    calibration: Annotated[int | None, typer.Option(help="Images for calibration. [default: 256]")] = None,
+    calibration: CalibrationOption = None,
     held_out: Annotated[int | None, typer.Option(help="Images to evaluate on. [default: all]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses the images. [default: 0]")] = None,
+    seed: SeedOption = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its choice]")] = None,
-    arch: Annotated[
-        str | None, typer.Option(help="Architecture of a file of weights: timm name or pkg.mod:factory.")
-    ] = None,
-    arch_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the architecture.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="With timm:NAME, fetch the hub's weights.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Run the code in a pickled model. Trust it first.")
-    ] = False,
-    input_size: Annotated[
-        str | None, typer.Option(metavar="CxHxW", help="Shape of an image, such as 3x224x224.")
-    ] = None,
-    mean: Annotated[str | None, typer.Option(metavar="M,M,M", help="Mean of pixels in [0, 1], a channel each.")] = None,
-    std: Annotated[str | None, typer.Option(metavar="S,S,S", help="Standard deviation likewise.")] = None,
-    leaf: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Keep this module whole when tracing.")] = None,
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    pretrained: PretrainedOption = False,
+    allow_pickle: AllowPickleOption = False,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    leaf: LeafOption = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML); options override it.")] = None,
     save_config: Annotated[Path | None, typer.Option(help="Write the resolved recipe here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
@@ -115,34 +136,31 @@ def compile_command(
     configure_logging(verbose, quiet)
     from mpcompile.artifact import Artifact
     from mpcompile.compile import compile, preview, stages
-    from mpcompile.load import Request
     from mpcompile.recipe import Recipe, overridden, read_recipe
 
+    given = read_recipe(config) if config else Recipe()
     recipe = overridden(
-        read_recipe(config) if config else Recipe(),
-        mask={"pattern": pattern, "criterion": criterion, "include": include, "exclude": exclude},
-        top={"target": target, "precision": precision, "batch": _batch(batch), "opset": opset},
+        given,
+        budget={
+            "patterns": options.patterns(pattern, target or given.target, macs),
+            "macs": macs,
+            "signal": budget,
+            "include": include,
+            "exclude": exclude,
+        },
+        mask={"criterion": criterion},
+        top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
         nested={
             "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
             "bench": {"threads": threads},
             "gates": {"max_drop": max_drop},
         },
     )
-    request = Request(
-        model=model,
-        arch=arch,
-        arch_args=dict(_key_value(text) for text in arch_arg or ()),
-        pretrained=pretrained,
-        allow_pickle=allow_pickle,
-        input_size=_size(input_size),
-        mean=_numbers(mean, "--mean"),
-        std=_numbers(std, "--std"),
-        leaves=tuple(leaf or ()),
-    )
+    request = _request(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf)
     if save_config:
         _write_text(save_config, recipe.to_yaml())
     if dry_run:
-        show_preview(preview(request, recipe), recipe, as_json)
+        show_preview(preview(request, recipe, data), recipe, as_json)
         return
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
@@ -158,6 +176,95 @@ def compile_command(
         show_artifact(artifact)
     if failure:
         raise failure
+
+
+@app.command("analyze")
+def analyze_command(
+    model: ModelArgument,
+    pattern: PatternOption = None,
+    macs: MacsOption = None,
+    budget: BudgetOption = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write one SVG a layer and an overview there.")
+    ] = None,
+    null: Annotated[
+        bool, typer.Option(help="Fit each layer's shuffled entries too, which takes as long again.")
+    ] = True,
+    calibration: CalibrationOption = None,
+    seed: SeedOption = None,
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    pretrained: PretrainedOption = False,
+    allow_pickle: AllowPickleOption = False,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    leaf: LeafOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Show each layer's spectrum and what a budget would plan; change nothing."""
+    configure_logging(verbose, quiet)
+    from mpcompile.analyze import STAGES, analyze, budget_from
+    from mpcompile.recipe import DataChoice
+
+    given = {
+        "patterns": options.patterns(pattern, target or "ort", macs),
+        "macs": macs,
+        "signal": budget,
+        "include": include,
+        "exclude": exclude,
+        "seed": seed,
+    }
+    step = budget_from({"null": null} | {k: v for k, v in given.items() if v})
+    choice = {"calibration": calibration, "seed": seed}
+    with progress(STAGES, quiet or as_json) as observe:
+        found = analyze(
+            _request(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf),
+            step,
+            data=data,
+            choice=DataChoice.model_validate({k: v for k, v in choice.items() if v is not None}),
+            plots=plots,
+            observe=observe,
+        )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    elif not quiet:
+        show_analysis(found)
+        if plots:
+            typer.echo(f"Plots are in {plots}, overview.svg first")
+
+
+def _request(
+    model: str,
+    arch: str | None,
+    arch_arg: list[str] | None,
+    pretrained: bool,
+    allow_pickle: bool,
+    input_size: str | None,
+    mean: str | None,
+    std: str | None,
+    leaf: list[str] | None,
+) -> "Request":
+    """The model that the options name."""
+    from mpcompile.load import Request
+
+    return Request(
+        model=model,
+        arch=arch,
+        arch_args=dict(options.key_value(text) for text in arch_arg or ()),
+        pretrained=pretrained,
+        allow_pickle=allow_pickle,
+        input_size=options.size(input_size),
+        mean=options.numbers(mean, "--mean"),
+        std=options.numbers(std, "--std"),
+        leaves=tuple(leaf or ()),
+    )
 
 
 @app.command()
@@ -218,47 +325,6 @@ def schema() -> None:
     from mpcompile.compile import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
-
-
-# ---- text -> values
-
-
-def _batch(text: str | None) -> str | int | None:
-    if text is None or text == "dynamic":
-        return text
-    if not text.isdecimal():
-        raise UsageError(f"--batch {text!r} is neither a number nor dynamic")
-    return int(text)
-
-
-def _size(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and part.isascii() and int(part) for part in parts):
-        raise UsageError(f"--input-size {text!r} is not CxHxW, such as 3x224x224")
-    channels, height, width = map(int, parts)
-    return channels, height, width
-
-
-def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text!r} is not a number a channel, such as 0.5,0.5,0.5") from None
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value read as JSON where it is JSON and as text where not."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UsageError(f"--arch-arg {text!r} is not KEY=VALUE, such as img_size=384")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def _write_text(path: Path, text: str) -> None:

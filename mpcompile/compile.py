@@ -21,21 +21,31 @@ from mpcompile.data import Data, load_data
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, RuntimeMissing, UsageError
 from mpcompile.evaluate import Comparison, compare
-from mpcompile.layers import eligible
 from mpcompile.load import Loaded, Request, load, source_of
 from mpcompile.lower import Lowered, lower
 from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
 from mpcompile.parity import TOLERANCE, require_parity
 from mpcompile.passes import PASSES, NMMask
-from mpcompile.pipeline import Observer, Pass, PassManager
-from mpcompile.recipe import Recipe, Step, explained
+from mpcompile.pipeline import Effect, Observer, Pass, PassManager
+from mpcompile.recipe import DataChoice, Recipe, Step, explained
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
 from mpcompile.runtimes import RUNTIMES, Engine, Runtime
 from mpcompile.runtimes.ort import require_finite, session_on
 from mpcompile.timing import sample, speedup, timing
 
-__all__ = ["PASSES", "RUNTIMES", "Plan", "build_pass", "compile", "plan_of", "preview", "recipe_schema", "stages"]
+__all__ = [
+    "PASSES",
+    "RUNTIMES",
+    "Plan",
+    "auto_patterns",
+    "build_pass",
+    "compile",
+    "plan_of",
+    "preview",
+    "recipe_schema",
+    "stages",
+]
 
 PARITY_IMAGES = 32
 
@@ -69,10 +79,10 @@ def compile(
     if recipe.gates.max_drop is not None and data is None:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
     observe("load")
-    loaded, leaves = _loaded(model)
+    loaded, leaves = loaded_from(model)
     observe("capture")
     dense = capture(loaded.module, loaded.source, leaves=leaves)
-    images = _data(data, dense, recipe)
+    images = data_for(data, dense, recipe.data)
     if recipe.gates.max_drop is not None and not images.held_out.labelled:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
     with written_whole(Path(output), force, inputs) as folder:
@@ -136,16 +146,28 @@ def recipe_schema() -> dict[str, Any]:
     return schema
 
 
-def preview(model: str | Path | nn.Module | Request, recipe: Recipe) -> dict[str, Any]:
-    """What `compile` would do, without doing it: resolved recipe, stages, each layer's pattern or reason."""
+def preview(
+    model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None
+) -> dict[str, Any]:
+    """What `compile` would do, without doing it: resolved recipe, stages, each layer's pattern or reason.
+
+    Passes that only analyse are run, since they decide; of the others the first mask pass is asked.
+    """
     plan = plan_of(recipe)
-    loaded, leaves = _loaded(model)
+    loaded, leaves = loaded_from(model)
     dense = capture(loaded.module, loaded.source, leaves=leaves)
-    masks = [step for step in plan.passes if isinstance(step, NMMask)]
+    images = data_for(data, dense, recipe.data)
+    analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
+    planned, _ = PassManager(analyses).run(dense, images.for_passes())
     rows = [
-        {"layer": name, "pattern": None if reason else str(step.pattern), "reason": reason}
-        for step in masks
-        for name, reason in eligible(dense, step.pattern, step.include, step.exclude).items()
+        {
+            "layer": name,
+            "pattern": str(choice) if isinstance(choice, NM) else None,
+            "reason": choice if isinstance(choice, str) else None,
+        }
+        for step in plan.passes
+        if isinstance(step, NMMask)
+        for name, choice in step.choices(planned).items()
     ]
     return {
         "model": dataclasses.asdict(loaded.source),
@@ -155,7 +177,19 @@ def preview(model: str | Path | nn.Module | Request, recipe: Recipe) -> dict[str
     }
 
 
-def _loaded(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
+def auto_patterns(target: str, of: int | None = None) -> tuple[NM, ...]:
+    """The patterns that `auto` stands for: those that the target has kernels for, or all N:M of one M.
+
+    Without `of`, a target without kernels gets those of M = 4.
+    """
+    runtime = RUNTIMES.get(target)
+    fast = (
+        [] if runtime is None or of is not None else sorted(runtime.accelerates, key=lambda p: (p.of, p.keep, p.rows))
+    )
+    return tuple(fast) or tuple(NM(keep, of or 4) for keep in range(1, of or 4))
+
+
+def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
     """The module, and the modules to keep whole when tracing it."""
     if isinstance(model, nn.Module):
         name = type(model).__name__
@@ -170,14 +204,14 @@ def _path_of(given: object) -> Path | None:
     return Path(name) if isinstance(name, str | Path) else None
 
 
-def _data(data: str | Path | Data | None, dense: Model, recipe: Recipe) -> Data:
+def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -> Data:
+    """The images for a model: those given, or read from where they are. Raises LoadError."""
     if data is None:
         return Data()
     if isinstance(data, Data):
         return data
     logits = dense(dense.example)
     outputs = logits.shape[1] if logits.ndim == 2 else 0  # more axes are no classes to count hits in
-    choice = recipe.data
     return load_data(Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed)
 
 

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mpcompile.analyze import Analysis
 from mpcompile.artifact import Artifact
 from mpcompile.doctor import Finding
 from mpcompile.pipeline import Observer
+from mpcompile.progress import listening
 from mpcompile.recipe import Recipe
 from mpcompile.report import Report
 
@@ -29,6 +31,45 @@ def show_artifact(artifact: Artifact) -> None:
         console.print(f"Note: {note}.")
     files = ", ".join(row.name for row in artifact.report.files)
     console.print(f"Written to {artifact.folder}: {files}, report.json, report.md", soft_wrap=True)
+
+
+def show_analysis(found: Analysis) -> None:
+    """Prints a row a layer, what the plan comes to, and what each target would make of it."""
+    console = _console()
+    table = Table(title=f"{found.model.arch}, budget by {found.signal}", title_justify="left")
+    for name in ("layer", "shape", "MACs", "σ₊", "spikes", "bulk", "distance", "shuffled", "plan"):
+        table.add_column(name, justify="left" if name in ("layer", "plan") else "right", overflow="fold")
+    for row in found.layers:
+        shown = ("×".join(map(str, row.shape)), f"{row.macs_share:.1%}")
+        fit = row.fit
+        spectrum = ["–"] * 5
+        if fit:
+            null = f"{row.null.central_error:.3f}" if row.null else ""
+            spectrum = [
+                f"{fit.bulk_edge:.3g}",
+                str(fit.spikes),
+                f"{fit.bulk_share:.0%}",
+                f"{fit.central_error:.3f}",
+                null,
+            ]
+        plan = str(row.pattern) if row.pattern else f"dense: {row.reason}"
+        table.add_row(row.name, *shown, *spectrum, plan)
+    console.print(table)
+    for row in found.layers:
+        if row.unfitted:
+            console.print(f"No fit for {row.name}: {row.unfitted}.")
+    console.print(
+        f"{found.dense_macs / 1e9:.3f} G multiply-accumulates an image, {found.planned_macs / 1e9:.3f} G "
+        f"({found.planned_macs / found.dense_macs:.1%}) with a kernel for every pattern planned; weights "
+        f"{found.dense_weight_bytes / 1e6:.1f} MB, {found.planned_weight_bytes / 1e6:.1f} MB packed."
+    )
+    for forecast in found.forecasts:
+        if forecast.accelerated:
+            patterns = ", ".join(map(str, forecast.accelerated))
+            told = f"has kernels for {patterns}: at most {forecast.speedup_bound:.2f} times as fast, by counting"
+        else:
+            told = "has kernels for none of these patterns, and would run every layer as dense: no speedup"
+        console.print(f"Target {forecast.target} {told}.")
 
 
 def report_table(report: Report) -> Table:
@@ -69,7 +110,7 @@ def _console() -> Console:
 
 @contextmanager
 def progress(names: tuple[str, ...], quiet: bool) -> Iterator[Observer]:
-    """Tells each stage as it begins: a bar on a terminal, a line elsewhere, both on standard error."""
+    """Tells each stage as it begins: bars on a terminal, a line elsewhere, both on standard error."""
     if quiet:
         yield lambda stage: None
     elif not sys.stderr.isatty():
@@ -83,7 +124,17 @@ def progress(names: tuple[str, ...], quiet: bool) -> Iterator[Observer]:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(names[0], total=len(names))
-            yield lambda stage: bar.update(task, description=stage, completed=names.index(stage))
+            within = bar.add_task("", total=None, visible=False)
+
+            def stage_began(stage: str) -> None:
+                bar.update(task, description=stage, completed=names.index(stage))
+                bar.update(within, visible=False)
+
+            def step_began(what: str, done: int, total: int) -> None:
+                bar.update(within, description=f"  {what}", completed=done, total=total, visible=True)
+
+            with listening(step_began):
+                yield stage_began
 
 
 def configure_logging(verbose: int, quiet: bool) -> None:

@@ -49,7 +49,7 @@ class Place:
 def places(model: Model) -> dict[str, Place]:
     """Where each Linear and Conv2d of the graph stands, from one walk forwards and one backwards."""
     nodes: Sequence[fx.Node] = list(model.graph.graph.nodes)
-    sites, altered = _sites(model.graph)
+    sites, altered = weight_sites(model.graph)
     applies = {node for found in sites.values() for node in found}
 
     sees_image: set[fx.Node] = set()
@@ -76,8 +76,8 @@ def places(model: Model) -> dict[str, Place]:
     }
 
 
-def _sites(graph: fx.GraphModule) -> tuple[dict[str, list[fx.Node]], set[str]]:
-    """The nodes that apply each layer, and the layers whose weight is altered before it is applied."""
+def weight_sites(graph: fx.GraphModule) -> tuple[dict[str, list[fx.Node]], set[str]]:
+    """The nodes that apply each layer's weight, and the layers whose weight is altered before it is applied."""
     modules = dict(graph.named_modules())
     sites: dict[str, list[fx.Node]] = {}
     altered: set[str] = set()
@@ -112,7 +112,7 @@ def fact_against(layer: nn.Linear | nn.Conv2d, place: Place | None, pattern: NM)
     if not place.weight_as_stored:
         return "the graph uses its weight in another way than as a plain product, so zeros in it might not stay zeros"
     out, inputs = layer.weight.shape[:2]
-    if isinstance(layer, nn.Conv2d) and inputs == 1:
+    if is_depthwise(layer):
         return "depthwise: one input channel per filter leaves nothing to choose from"
     if inputs % pattern.of:
         per = " per group" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else ""
@@ -120,6 +120,11 @@ def fact_against(layer: nn.Linear | nn.Conv2d, place: Place | None, pattern: NM)
     if out % pattern.rows:
         return f"{out} output channels are not a multiple of the {pattern.rows} that share a pattern"
     return None
+
+
+def is_depthwise(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether each filter of a grouped convolution sees one input channel."""
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.shape[1] == 1
 
 
 def default_against(place: Place) -> str | None:
@@ -151,9 +156,9 @@ def eligible(
 ) -> dict[str, str | None]:
     """For each layer that multiplies by weights: None where it takes its pattern, or why it stays dense.
 
-    A layer's pattern is the one in its plan, or else `pattern`. Layers that share a weight share a verdict.
-    `include` and `exclude` are shell patterns over qualified names. Excluding wins; including overrides the
-    defaults and not the facts. A pattern that matches no layer is a `UsageError`.
+    A layer's pattern is the one in its plan, which counts as including it, or else `pattern`. Layers that share a
+    weight share a verdict. `include` and `exclude` are shell patterns over qualified names. Excluding wins; including
+    overrides the defaults and not the facts. A pattern that matches no layer is a `UsageError`.
     """
     names = [name for name, _ in model.layers()]
     for glob in (*include, *exclude):
@@ -164,7 +169,8 @@ def eligible(
     verdicts: dict[str, str | None] = dict(other_products(model))
     for name, layer in model.layers():
         excluded = next((glob for glob in exclude if fnmatchcase(name, glob)), None)
-        included = any(fnmatchcase(name, glob) for glob in include)
+        planned = model.plan_of(name).pattern is not None
+        included = planned or any(fnmatchcase(name, glob) for glob in include)
         if excluded is not None:
             verdicts[name] = f"excluded by {excluded!r}"
         else:

@@ -82,7 +82,13 @@ class NM:
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """The Marchenko–Pastur fit of one layer; floats only, so that it prints and serialises."""
+    """The Marchenko–Pastur fit of one layer, in short; floats only, so that it prints and serialises.
+
+    `q` is the aspect ratio, `sigma` the fitted deviation of an entry, `edge` the singular value T₊ that noise passes
+    with 5 % probability, `spikes` how many pass it, `bulk_share` the share of the spectrum inside the fitted bulk.
+    The errors are largest distances between distribution functions over the middle half of the spectrum: of the
+    layer, and of its own entries shuffled (None where that was not computed). mpcompile.spectrum has the mathematics.
+    """
 
     q: float
     sigma: float
@@ -90,7 +96,7 @@ class Spectrum:
     spikes: int
     bulk_share: float
     fit_error: float
-    null_error: float
+    null_error: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,7 @@ class LayerPlan:
     """What was decided for one layer. Each field has one writer; a later pass may read it."""
 
     spectrum: Spectrum | None = None  # the budget
+    unfitted: str | None = None  # the budget; why the layer has no spectrum, as a sentence
     pattern: NM | None = None  # the budget, or else the mask pass
     permutation: Int[Tensor, " in_"] | None = None  # the permutation
     mask: Bool[Tensor, "..."] | None = None  # the mask pass; shaped like the weight, True where kept

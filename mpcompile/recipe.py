@@ -114,22 +114,38 @@ class Recipe(Strict):
 
 
 def overridden(
-    recipe: Recipe, *, mask: dict[str, Any], top: dict[str, Any], nested: dict[str, dict[str, Any]]
+    recipe: Recipe,
+    *,
+    budget: dict[str, Any],
+    mask: dict[str, Any],
+    top: dict[str, Any],
+    nested: dict[str, dict[str, Any]],
 ) -> Recipe:
-    """The recipe with what flags say in place of what it said; None says nothing.
+    """The recipe with what flags say in place of what it said; None and nothing say nothing.
 
-    `mask` are parameters of the mask pass, which is added where the recipe has none and a pattern is given; `top`
-    and `nested` are keys of the recipe itself and of its sections. Raises UsageError.
+    `budget` and `mask` are parameters of the budget and of the mask pass; `top` and `nested` are keys of the recipe
+    itself and of its sections. A recipe with neither pass gets both at its end, where patterns are given. In one that
+    has only a mask pass, that takes the pattern and the choice of layers. Raises UsageError.
     """
+    budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
-    steps = [
-        step.model_copy(update={"params": {**step.params, **mask}}) if step.name == "nm-mask" else step
-        for step in recipe.passes
-    ]
-    if mask and not any(step.name == "nm-mask" for step in steps):
-        if "pattern" not in mask:
-            raise UsageError(f"{', '.join(f'--{key}' for key in mask)} goes with a mask pass; give --pattern too")
-        steps.append(Step(name="nm-mask", params=mask))
+    steps = list(recipe.passes)
+    names = {step.name for step in steps}
+    if (budget or mask) and not names & {"mp-budget", "nm-mask"}:
+        if "patterns" not in budget:
+            flags = ", ".join(f"--{key}" for key in (budget | mask))
+            raise UsageError(f"{flags} goes with a pattern; give --pattern too")
+        steps += [Step(name="mp-budget"), Step(name="nm-mask")]
+    elif budget and "mp-budget" not in names:
+        alone = [key for key in ("macs", "signal") if key in budget]
+        if alone or len(budget.get("patterns", ())) > 1:
+            what = f"--{alone[0]}" if alone else "more than one --pattern"
+            raise UsageError(f"{what} goes with a budget; add mp-budget to the recipe's passes")
+        mask |= {"pattern" if key == "patterns" else key: value for key, value in budget.items()}
+        if "pattern" in mask:
+            [mask["pattern"]] = mask["pattern"]
+    changes = {"mp-budget": budget, "nm-mask": mask}
+    steps = [step.model_copy(update={"params": {**step.params, **changes.get(step.name, {})}}) for step in steps]
     content = recipe.model_dump(mode="json")
     content["passes"] = [step.model_dump() for step in steps]
     content |= {key: value for key, value in top.items() if value is not None}

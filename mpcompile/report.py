@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mpcompile.evaluate import Comparison
 from mpcompile.lower import Lowered
-from mpcompile.model import Model, Source
+from mpcompile.model import Model, Source, Spectrum
 from mpcompile.pipeline import PassRecord
 from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
@@ -34,6 +34,8 @@ class LayerRow(Value):
     reason: str | None  # why it stays dense
     initializer: str | None  # its weight in the ONNX file
     axis: int | None  # where the groups lie in that weight
+    spectrum: Spectrum | None  # its Marchenko–Pastur fit, where a budget made one
+    unfitted: str | None  # why it has none
 
 
 class Parity(Value):
@@ -170,6 +172,10 @@ class Report(Value):
         """The size of an ONNX file, with the file of weights beside it where there is one."""
         return sum(row.bytes for row in self.files if row.name in (name, f"{name}.data"))
 
+    def spectra(self) -> list[LayerRow]:
+        """The layers that a budget looked at."""
+        return [row for row in self.layers if row.spectrum or row.unfitted]
+
     def weights(self) -> int:
         """How many weights the Linear and Conv2d layers have."""
         return sum(math.prod(row.shape) for row in self.layers)
@@ -198,6 +204,8 @@ def layer_rows(model: Model, lowered: Lowered) -> tuple[LayerRow, ...]:
                 reason=None if plan.mask is not None else plan.skipped or "no pass planned anything for it",
                 initializer=found.initializer if found else None,
                 axis=found.axis if found else None,
+                spectrum=plan.spectrum,
+                unfitted=plan.unfitted,
             )
         )
     return tuple(rows)

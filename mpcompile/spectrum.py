@@ -20,18 +20,19 @@ Trained layers are this bulk plus some eigenvalues above it ("spikes") that carr
   arrangement would show.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-import scipy.linalg
-import scipy.optimize
-import scipy.special
 from jaxtyping import Float
 from numpy import ndarray
 
+from mpcompile.model import Spectrum
+
 CENTRE = 0.25  # the share of eigenvalues left out of the fit at either end
 HEAVY_ENTRIES = 3  # one or two outliers are known of trained layers, and leave one or two spikes
+HEAVY_SHARE = 0.25  # of the spikes that single entries may account for, where there are so many entries
+TAIL = 20  # how many of the largest eigenvalues tell the exponent of the tail
 SMALLEST_SIDE = 64  # below this the law is off by more than a hundredth by finite size alone
 
 
@@ -41,8 +42,10 @@ class Fit:
 
     `edge` and `bulk_edge` are singular values of the weight: T₊ with its Tracy–Widom correction, and σ₊ without.
     `spikes` counts eigenvalues above T₊, `spike_mass` is their share of the sum of squares of the weight, and
-    `bulk_share` the share of eigenvalues inside [λ₋, λ₊]. The errors are largest distances between the empirical and
-    the fitted distribution function: over the middle half of the spectrum, and over all of it.
+    `bulk_share` the share of eigenvalues inside [λ₋, λ₊]. `tail_exponent` is Hill's estimate from the TAIL largest
+    eigenvalues, 1 + 1 / mean(log λᵢ − log λ_TAIL), infinite where they are all equal. The errors are largest distances
+    between the empirical and the fitted distribution function: over the middle half of the spectrum, and over all of
+    it.
     """
 
     p: int
@@ -54,6 +57,7 @@ class Fit:
     spikes: int
     spike_mass: float
     bulk_share: float
+    tail_exponent: float
     central_error: float
     full_error: float
 
@@ -110,6 +114,8 @@ def tracy_widom_distribution(s: float, nodes: int = 60) -> float:
 
     Gauss–Legendre in Bornemann's manner; the Airy function is below 1e-17 beyond 16.
     """
+    import scipy.special
+
     points, weights = np.polynomial.legendre.leggauss(nodes)
     end = max(16.0, s + 16.0)
     x = (end - s) / 2 * points + (end + s) / 2
@@ -121,6 +127,8 @@ def tracy_widom_distribution(s: float, nodes: int = 60) -> float:
 @lru_cache(maxsize=32)
 def tracy_widom_quantile(share: float) -> float:
     """The t with F₁(t) = share."""
+    import scipy.optimize
+
     return float(scipy.optimize.brentq(lambda s: tracy_widom_distribution(s) - share, -8.0, 8.0, xtol=1e-10))
 
 
@@ -136,6 +144,8 @@ def noise_edge(p: int, n: int, variance: float = 1.0, level: float = 0.05) -> fl
 
 def eigenvalues(weight: Float[ndarray, "rows columns"]) -> Float[ndarray, " p"]:
     """The spectrum of W Wᵀ / n in ascending order, p values, from the smaller Gram matrix in float64."""
+    import scipy.linalg
+
     matrix = np.asarray(weight, np.float64)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
@@ -157,6 +167,8 @@ def fit_spectrum(values: Float[ndarray, " p"], n: int, level: float = 0.05) -> F
     above = values > edge
     # The empirical distribution steps at each value: the farther of its two sides counts.
     law = distribution(values, q, variance)
+    tail = values[-TAIL:]
+    spread = float(np.log(tail[1:] / tail[0]).mean()) if tail[0] > 0 else np.inf
     distance = np.maximum(np.abs(law - (share - 0.5 / p)), np.abs(law - (share + 0.5 / p)))
     return Fit(
         p=p,
@@ -168,6 +180,7 @@ def fit_spectrum(values: Float[ndarray, " p"], n: int, level: float = 0.05) -> F
         spikes=int(above.sum()),
         spike_mass=float(values[above].sum() / values.sum()),
         bulk_share=float(((values >= low) & (values <= high)).mean()),
+        tail_exponent=1 + 1 / spread if spread > 0 else np.inf,
         central_error=float(distance[centre].max()),
         full_error=float(distance.max()),
     )
@@ -182,10 +195,28 @@ class NoFitError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """The fit to a weight, and the same fit to its own entries shuffled (None where it was not asked for)."""
+    """The fit to a weight, and the same fit to its own entries shuffled (None where it was not asked for).
+
+    `values` are the eigenvalues that were fitted, of W Wᵀ / n in ascending order; `null_values` those of the null.
+    """
 
     fit: Fit
     null: Fit | None
+    values: Float[ndarray, " p"] = field(repr=False, compare=False)
+    null_values: Float[ndarray, " p"] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def summary(self) -> Spectrum:
+        """What goes into the layer's plan."""
+        return Spectrum(
+            q=self.fit.q,
+            sigma=self.fit.sigma,
+            edge=self.fit.edge,
+            spikes=self.fit.spikes,
+            bulk_share=self.fit.bulk_share,
+            fit_error=self.fit.central_error,
+            null_error=None if self.null is None else self.null.central_error,
+        )
 
 
 def unfolded(weight: Float[ndarray, "out in_ *taps"]) -> Float[ndarray, "out inputs"]:
@@ -216,12 +247,12 @@ def analyse(
     fit = fit_spectrum(values, n, level)
     # A single entry θ makes an eigenvalue of its own above the bulk from θ = σ (pn)^¼ on (Baik, Ben Arous and Péché).
     alone = int((np.abs(matrix) > fit.sigma * (p * n) ** 0.25).sum())
-    if alone >= HEAVY_ENTRIES:
+    if alone >= HEAVY_ENTRIES and alone > HEAVY_SHARE * fit.spikes:
         raise NoFitError(
-            f"its entries are heavy-tailed: {alone} of them are each large enough to leave the bulk, "
-            "so that a spike is not structure"
+            f"its entries are heavy-tailed: {alone} of them are each large enough to make a spike of their own (it has "
+            f"{fit.spikes}), so that a spike need not be structure"
         )
     if not null:
-        return Analysis(fit, None)
-    shuffled = np.random.default_rng(seed).permuted(matrix.ravel()).reshape(matrix.shape)
-    return Analysis(fit, fit_spectrum(eigenvalues(shuffled), n, level))
+        return Analysis(fit, None, values)
+    shuffled = eigenvalues(np.random.default_rng(seed).permuted(matrix.ravel()).reshape(matrix.shape))
+    return Analysis(fit, fit_spectrum(shuffled, n, level), values, shuffled)

@@ -6,9 +6,10 @@ from types import MappingProxyType
 if __name__ == "passes":  # from the repository root this would succeed and make every class twice
     raise ImportError("import mpcompile.passes, not passes")
 
+from mpcompile.passes.mp_budget import MPBudget
 from mpcompile.passes.nm_mask import NMMask
 from mpcompile.pipeline import Pass
 
-PASSES: Mapping[str, type[Pass]] = MappingProxyType({NMMask.name: NMMask})
+PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in (MPBudget, NMMask)})
 
-__all__ = ["PASSES", "NMMask"]
+__all__ = ["PASSES", "MPBudget", "NMMask"]

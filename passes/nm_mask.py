@@ -48,8 +48,9 @@ TWO_OF_FOUR = NM(keep=2, of=4)
 
 @dataclass(frozen=True, slots=True)
 class NMMask:
-    """Masks every eligible layer by its planned pattern, or by `pattern` where none was planned.
+    """Masks every layer for which a pattern is planned, and by `pattern` those for which none is.
 
+    Without `pattern` the layers that a budget planned nothing for stay dense; where there was no budget, it is 2:4.
     Stems, output layers, depthwise convolutions and widths that M does not divide stay dense, each with its
     reason in the plan. `include` and `exclude` are shell patterns over qualified module names.
     """
@@ -58,7 +59,7 @@ class NMMask:
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
 
-    pattern: NM = TWO_OF_FOUR
+    pattern: NM | None = None
     criterion: Literal["magnitude"] = "magnitude"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -66,24 +67,38 @@ class NMMask:
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
         """The model with masked weights; the mask, or the reason for none, is in each layer's plan."""
-        verdicts = eligible(model, self.pattern, self.include, self.exclude)
-        if all(verdicts.values()):
-            shown = "; ".join(f"{name}: {reason}" for name, reason in list(verdicts.items())[:3])
-            raise PassError(f"no layer takes {self.pattern} ({shown or 'the model has no Linear and no Conv2d'})")
+        choices = self.choices(model)
+        if not any(isinstance(choice, NM) for choice in choices.values()):
+            shown = "; ".join(f"{name}: {reason}" for name, reason in list(choices.items())[:3])
+            what = self.pattern or TWO_OF_FOUR
+            raise PassError(f"no layer takes {what} ({shown or 'the model has no Linear and no Conv2d'})")
         plans = {}
-        for name, reason in verdicts.items():
+        for name, choice in choices.items():
             with on_layer(name):
                 plan = model.plan_of(name)
                 if plan.mask is not None:  # an earlier mask pass was here
-                    if not reason and plan.pattern != self.pattern:
-                        raise PassError(f"it is masked at {plan.pattern} already; exclude it from {self.pattern}")
-                elif reason:
-                    plans[name] = replace(plan, skipped=reason)
+                    if choice == plan.pattern and self.pattern not in (None, choice):
+                        raise PassError(f"it is masked at {choice} already; exclude it from {self.pattern}")
+                elif isinstance(choice, str):
+                    plans[name] = replace(plan, skipped=choice)
                 else:
-                    pattern = plan.pattern or self.pattern
-                    mask = masked(model.layer(name), pattern, CRITERIA[self.criterion])
-                    plans[name] = replace(plan, pattern=pattern, mask=mask, skipped=None)
+                    mask = masked(model.layer(name), choice, CRITERIA[self.criterion])
+                    plans[name] = replace(plan, pattern=choice, mask=mask, skipped=None)
         return model.with_plan(plans)
+
+    def choices(self, model: Model) -> dict[str, NM | str]:
+        """For each layer that multiplies by weights the pattern that it takes, or why it stays dense."""
+        budgeted = any(plan.pattern is not None and plan.mask is None for plan in model.plan.values())
+        default = self.pattern or (None if budgeted else TWO_OF_FOUR)
+        choices: dict[str, NM | str] = {}
+        for name, reason in eligible(model, default or TWO_OF_FOUR, self.include, self.exclude).items():
+            plan = model.plan_of(name)
+            pattern = plan.pattern or default
+            if pattern is None:
+                choices[name] = plan.skipped or "no pattern was planned for it"
+            else:
+                choices[name] = reason or pattern
+        return choices
 
 
 def masked(layer: nn.Linear | nn.Conv2d, pattern: NM, score: Callable[[Tensor], Tensor]) -> Bool[Tensor, "..."]:

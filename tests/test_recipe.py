@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpcompile.compile import build_pass, plan_of, recipe_schema
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.model import NM
-from mpcompile.passes import NMMask
+from mpcompile.passes import MPBudget, NMMask
 from mpcompile.recipe import Recipe, Step, overridden, read_recipe
 from mpcompile.runtimes import OnnxRuntime
 
@@ -97,7 +97,7 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
 @pytest.mark.parametrize(
     ("step", "error"),
     [
-        (Step(name="nm-musk"), "pass 'nm-musk' is unknown; the passes are nm-mask"),
+        (Step(name="nm-musk"), "pass 'nm-musk' is unknown; the passes are mp-budget, nm-mask"),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
             "pass nm-mask has no 'patern'; it has pattern, criterion, include",
@@ -127,23 +127,36 @@ def test_targets_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error.value.exit_code == 7
 
 
-def flags(recipe: Recipe, **mask: Any) -> Recipe:
-    return overridden(recipe, mask=mask, top={"opset": None}, nested={"data": {"seed": None}})
+def flags(recipe: Recipe, mask: dict[str, Any] | None = None, **budget: Any) -> Recipe:
+    return overridden(recipe, budget=budget, mask=mask or {}, top={"opset": None}, nested={"data": {"seed": None}})
 
 
 def test_flags_win_over_the_recipe() -> None:
     recipe = Recipe.from_yaml(FULL)
     assert flags(recipe) == recipe
-    [step] = flags(recipe, pattern="1:4").passes
+    [step] = flags(recipe, patterns=("1:4",)).passes
     assert step.params == {"pattern": "1:4", "exclude": ["blocks.0.*"]}
-    changed = overridden(recipe, mask={}, top={"batch": "dynamic"}, nested={"data": {"seed": 9}})
+    changed = overridden(recipe, budget={}, mask={}, top={"batch": "dynamic"}, nested={"data": {"seed": 9}})
     assert (changed.batch, changed.data.seed, changed.data.calibration) == (None, 9, 64)
+    both = Recipe.from_yaml("passes: [{mp-budget: {macs: 0.7}}, nm-mask]")
+    assert plan_of(flags(both, patterns=("1:4", "2:4"), macs=0.6, exclude=["a"])).passes == (
+        MPBudget(patterns=(NM(1, 4), NM(2, 4)), macs=0.6, exclude=("a",)),
+        NMMask(),
+    )
 
 
-def test_a_pattern_alone_adds_the_mask_pass() -> None:
-    assert plan_of(flags(Recipe(), pattern="2:4")).passes == (NMMask(NM(2, 4)),)
-    with pytest.raises(UsageError, match="--exclude goes with a mask pass; give --pattern too"):
+def test_a_pattern_alone_adds_budget_and_mask() -> None:
+    assert plan_of(flags(Recipe(), patterns=("2:4",))).passes == (MPBudget(), NMMask())
+    with pytest.raises(UsageError, match="--exclude goes with a pattern; give --pattern too"):
         flags(Recipe(), exclude=["head"])
+
+
+def test_a_budget_is_not_added_to_a_recipe_that_has_a_mask_alone() -> None:
+    recipe = Recipe.from_yaml("passes: [nm-mask]")
+    with pytest.raises(UsageError, match="--macs goes with a budget; add mp-budget to the recipe's passes"):
+        flags(recipe, macs=0.5)
+    with pytest.raises(UsageError, match="more than one --pattern goes with a budget"):
+        flags(recipe, patterns=("2:4", "1:4"))
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -158,7 +171,8 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     schema = recipe_schema()
     json.dumps(schema)
     assert schema["additionalProperties"] is False
-    [names, mask] = schema["properties"]["passes"]["items"]["oneOf"]
-    assert names == {"enum": ["nm-mask"]}
-    assert mask["properties"]["nm-mask"]["properties"]["pattern"]["pattern"] == r"^\d+:\d+(x\d+)?$"
+    [names, budget, mask] = schema["properties"]["passes"]["items"]["oneOf"]
+    assert names == {"enum": ["mp-budget", "nm-mask"]}
+    assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
+    assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
     assert mask["properties"]["nm-mask"]["additionalProperties"] is False

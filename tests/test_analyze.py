@@ -1,0 +1,127 @@
+"""`mpcompile analyze`: spectra, plan and forecast of the trained example; nothing is changed."""
+
+import copy
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mpcompile.analyze import Analysis, analyze, budget_from
+from mpcompile.errors import UsageError
+from mpcompile.load import Request, load
+from mpcompile.model import NM
+from mpcompile.passes import MPBudget
+from mpcompile.plots import plot_layer, write_plots
+from mpcompile.runtimes import RUNTIMES
+from mpcompile.spectrum import analyse
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    example = Path(__file__).parents[1] / "examples" / "fashion_vit"
+    return load(Request(str(example / "model.safetensors"))).module
+
+
+def test_every_layer_has_a_fit_with_its_null_or_a_reason(module: nn.Module) -> None:
+    before = copy.deepcopy(module.state_dict())
+    found = analyze(module)
+    for row in found.layers:
+        assert (row.fit is None) == (row.unfitted is not None)
+        assert (row.null is None) == (row.fit is None)
+        assert (row.pattern is None) == (row.reason is not None)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert Analysis.model_validate_json(found.model_dump_json()) == found
+
+
+def test_shares_add_up_and_the_plan_is_counted(module: nn.Module) -> None:
+    found = analyze(module, MPBudget(macs=0.7, null=False))
+    attention = 6 * 2 * 49 * 49 * 128  # of the whole model's, and no layer's
+    assert sum(row.macs for row in found.layers) + attention == found.dense_macs
+    planned = found.dense_macs - sum(row.macs / 2 for row in found.layers if row.pattern)
+    assert found.planned_macs == pytest.approx(planned)
+    assert found.planned_macs <= 0.7 * found.dense_macs * (1 + 1e-6)
+    assert found.planned_weight_bytes < found.dense_weight_bytes
+
+
+def test_no_speedup_is_forecast_without_kernels(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    for forecast in analyze(module).forecasts:
+        assert (forecast.speedup_bound, forecast.accelerated) == (1.0, ())
+    monkeypatch.setattr(type(RUNTIMES["ort"]), "accelerates", frozenset({NM(2, 4)}))
+    found = analyze(module, MPBudget(null=False))
+    [ort] = [forecast for forecast in found.forecasts if forecast.target == "ort"]
+    assert ort.accelerated == (NM(2, 4),)
+    assert ort.macs == found.planned_macs
+    assert ort.speedup_bound == pytest.approx(found.dense_macs / found.planned_macs)
+
+
+def test_parameters_are_checked_as_in_a_recipe() -> None:
+    assert budget_from({"patterns": ["2:4"], "macs": 0.5}) == MPBudget(macs=0.5)
+    with pytest.raises(UsageError, match="pass mp-budget: signal: .*'mq'"):
+        budget_from({"signal": "mq"})
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mpcompile", "analyze", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command(example: Path, tmp_path: Path) -> None:
+    done = run(example / "model.safetensors", "--macs", 0.7, "--plots", tmp_path / "plots", "--no-null")
+    assert done.returncode == 0, done.stderr
+    assert [line.split("] ")[1] for line in done.stderr.splitlines()] == ["load", "capture", "spectra", "budget"]
+    assert "the budget keeps it" in done.stdout
+    assert "Target ort has kernels for none of these patterns" in done.stdout
+    files = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert "overview.svg" in files
+    assert "blocks.2.mlp.fc2.svg" in files
+    for name in files:
+        assert ET.parse(tmp_path / "plots" / name).getroot().tag.endswith("svg")
+
+
+def test_json_alone_on_standard_output(example: Path) -> None:
+    done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert {row["pattern"] for row in found["layers"]} >= {"2:4", "3:4", None}
+    assert found["planned_macs"] <= 0.6 * found["dense_macs"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("--pattern", "auto"), 2, "needs something to reach; give --macs too"),
+        (("--pattern", "auto:x", "--macs", "0.5"), 2, "is neither auto nor auto:M"),
+        (("--macs", "1.5"), 2, "macs is 1.5"),
+        (("--macs", "0.1"), 4, "0.1 of the multiply-accumulates cannot be reached"),
+        (("--budget", "magic"), 2, "pass mp-budget: signal:"),
+        (("--macs", "0.7", "--budget", "owl"), 4, "needs calibration images; give --data"),
+        (("--plots", "/proc/plots"), 2, "/proc/plots cannot be written to"),
+    ],
+)
+def test_mistakes(example: Path, words: tuple[str, ...], code: int, text: str) -> None:
+    done = run(example / "model.safetensors", *words, "-q", "--no-null")
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_plots_are_the_same_for_the_same_spectra(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 128, generator=rng)
+    weight += torch.randn(96, 1, generator=rng) * torch.randn(1, 128, generator=rng)
+    found = analyse(weight.numpy())
+    first, second = (write_plots({"a/b": found}, tmp_path / name)[0].read_bytes() for name in "xy")
+    assert first == second
+    assert (tmp_path / "x" / "a_b.svg").is_file()
+    axes = plot_layer("a", found).axes[0]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
+    assert any(f"spikes ({found.fit.spikes})" in text for text in texts)
+    assert any("shuffled" in text for text in texts)
+    assert f"{found.fit.edge:.3g}" in " ".join(texts)
+    assert any("beyond" in text.get_text() for text in axes.texts)
