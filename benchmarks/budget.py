@@ -31,7 +31,8 @@ from mpcompile.model import NM, Model
 from mpcompile.passes import MPBudget, NMMask
 from mpcompile.passes.allocate import densities
 from mpcompile.passes.mp_budget import NEED_IMAGES, Signal, fit_layers, scores_of
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline import Pass, PassManager
+from mpcompile.plots import save
 
 DENSITIES = (0.7, 0.6, 0.5, 0.4)
 MACS = (0.8, 0.7, 0.6)
@@ -72,7 +73,7 @@ def at_densities(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, A
     for density in DENSITIES:
         for signal in SIGNALS:
             for seed in SEEDS if signal in NEED_IMAGES else SEEDS[:1]:
-                data = fashion_data(seed=seed)
+                data = fashion_data(model.source, seed=seed)
                 shares = densities(scores_of(signal, model, names, fits, 1 - density, data), density)
                 with torch.no_grad():
                     for layer, weight in weights.items():
@@ -93,8 +94,8 @@ def at_patterns(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, An
     for macs in MACS:
         for signal in SIGNALS:
             for seed in SEEDS if signal in NEED_IMAGES else SEEDS[:1]:
-                data = fashion_data(seed=seed)
-                passes = [MPBudget(macs=macs, signal=signal, null=False), NMMask()]
+                data = fashion_data(model.source, seed=seed)
+                passes: list[Pass] = [MPBudget(macs=macs, signal=signal, null=False), NMMask()]
                 result, _ = PassManager(passes).run(model, data.for_passes())
                 masked = sum(plan.mask is not None for plan in result.plan.values())
                 row = {"model": name, "kind": "2:4", "at": macs, "signal": signal, "seed": seed, "masked": masked}
@@ -121,7 +122,6 @@ def table(rows: list[dict[str, Any]], model: str, kind: str) -> str:
 
 def plot(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> None:
     """Top-1 against density, a panel a model."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -145,8 +145,7 @@ def plot(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> Non
         axes.set_ylabel("top-1, 2,000 held-out images")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
-    with mpl.rc_context({"svg.hashsalt": "budget"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    save(figure, path)
 
 
 def main() -> None:
@@ -154,7 +153,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     dense_top1 = {}
     for name, model in models():
-        data = fashion_data()
+        data = fashion_data(model.source)
         dense, labels = logits(model, data)
         dense_top1[name] = float((dense.argmax(1) == labels).double().mean())
         rows.append({"model": name, "kind": "dense", "top1": dense_top1[name], "images": len(labels)})

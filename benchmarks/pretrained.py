@@ -89,6 +89,7 @@ def vit_small(size: int = 224) -> nn.Module:
         },
     }
     module: nn.Module = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=0)
+    module.pretrained_cfg = {**module.pretrained_cfg, "input_size": (3, size, size)}  # type: ignore[assignment, dict-item]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module.load_state_dict(checkpoint_filter_fn(state, module, interpolation="bicubic", antialias=False))
@@ -116,17 +117,20 @@ class Resized(nn.Module):
         return logits
 
 
-def fashion_data(calibration: int = 256, seed: int = 0, held_out: int | None = None) -> Data:
-    """The example's images: calibration ones chosen by the seed, and those held out."""
+GREY = Source(name="fashion", sha256="", arch="", size=(1, 28, 28), mean=(0.5,), std=(0.5,))
+
+
+def fashion_data(source: Source = GREY, calibration: int = 256, seed: int = 0) -> Data:
+    """The example's images, standardised as a model wants: calibration ones chosen by the seed, and those held out."""
     arrays = np.load(IMAGES)
 
     def split(name: str, order: "np.ndarray") -> Split:
         pixels, labels = arrays[f"{name}_images"][..., None], arrays[f"{name}_labels"]
-        images = ArrayImages(pixels, labels, 10, torch.tensor([0.5]), torch.tensor([0.5]))
+        images = ArrayImages(pixels, labels, 10, torch.tensor(source.mean), torch.tensor(source.std))
         return Split(images, tuple(order.tolist()), labelled=True)
 
     chosen = np.random.default_rng(seed).permutation(len(arrays["calibration_labels"]))[:calibration]
-    return Data(split("calibration", chosen), split("heldout", np.arange(len(arrays["heldout_labels"]))[:held_out]))
+    return Data(split("calibration", chosen), split("heldout", np.arange(len(arrays["heldout_labels"]))))
 
 
 def on_fashion(name: str, size: int) -> tuple[nn.Module, Source]:
@@ -151,5 +155,4 @@ def on_fashion(name: str, size: int) -> tuple[nn.Module, Source]:
     with torch.no_grad():
         module.head.weight.copy_(weight)
         module.head.bias.copy_(y.mean(0) - weight @ mean)
-    source = Source(name=name, sha256="", arch=name, size=(1, 28, 28), mean=(0.5,), std=(0.5,))
-    return module, replace(source)
+    return module, replace(GREY, name=name, arch=name)

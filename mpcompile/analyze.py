@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mpcompile.capture import capture
-from mpcompile.compile import build_pass, data_for, loaded_from
+from mpcompile.compile import data_for, loaded_from
 from mpcompile.cost import Cost, cost
 from mpcompile.data import Data
 from mpcompile.environment import environment
@@ -19,6 +19,7 @@ from mpcompile.pipeline import Observer
 from mpcompile.plots import make_folder, write_plots
 from mpcompile.recipe import DataChoice, Step
 from mpcompile.report import Value
+from mpcompile.resolve import build_pass
 from mpcompile.runtimes import RUNTIMES
 from mpcompile.spectrum import Analysis as LayerFit
 from mpcompile.spectrum import Fit

@@ -299,14 +299,14 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def passes(as_json: JsonOption = False) -> None:
     """List the passes that a recipe may name, with their parameters."""
-    from mpcompile.compile import PASSES
+    from mpcompile.resolve import PASSES
 
     rows: list[dict[str, Any]] = [
         {
             "name": name,
             "effect": str(kind.effect),
             "does": (kind.__doc__ or "").strip().splitlines()[0],
-            "parameters": {field.name: str(field.default) for field in fields(kind)},  # type: ignore[arg-type]
+            "parameters": {field.name: _spelt(field.default) for field in fields(kind)},  # type: ignore[arg-type]
         }
         for name, kind in PASSES.items()
     ]
@@ -322,9 +322,16 @@ def passes(as_json: JsonOption = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from mpcompile.compile import recipe_schema
+    from mpcompile.resolve import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def _spelt(value: object) -> str:
+    """A default as a recipe would have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,8 +1,7 @@
-"""The front door: model + recipe -> Artifact. Alone in importing the passes and the runtimes."""
+"""The front door: model + recipe -> Artifact."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
@@ -19,43 +17,23 @@ from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.data import Data, load_data
 from mpcompile.environment import environment
-from mpcompile.errors import AccuracyError, RuntimeMissing, UsageError
+from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.evaluate import Comparison, compare
 from mpcompile.load import Loaded, Request, load, source_of
 from mpcompile.lower import Lowered, lower
 from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
 from mpcompile.parity import TOLERANCE, require_parity
-from mpcompile.passes import PASSES, NMMask
-from mpcompile.pipeline import Effect, Observer, Pass, PassManager
-from mpcompile.recipe import DataChoice, Recipe, Step, explained
+from mpcompile.passes import NMMask
+from mpcompile.pipeline import Effect, Observer, PassManager
+from mpcompile.recipe import DataChoice, Recipe
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
-from mpcompile.runtimes import RUNTIMES, Engine, Runtime
+from mpcompile.resolve import Plan, plan_of
+from mpcompile.runtimes import Engine, Runtime
 from mpcompile.runtimes.ort import require_finite, session_on
 from mpcompile.timing import sample, speedup, timing
 
-__all__ = [
-    "PASSES",
-    "RUNTIMES",
-    "Plan",
-    "auto_patterns",
-    "build_pass",
-    "compile",
-    "plan_of",
-    "preview",
-    "recipe_schema",
-    "stages",
-]
-
 PARITY_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe comes to, checked before anything is computed."""
-
-    passes: tuple[Pass, ...]
-    runtime: Runtime
 
 
 def compile(
@@ -100,52 +78,6 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
     return ("load", "capture", "export dense", *passes, "export compressed", "evaluate", "time", "write")
 
 
-def plan_of(recipe: Recipe) -> Plan:
-    """The passes and the runtime of a recipe. Raises UsageError or RuntimeMissing."""
-    runtime = RUNTIMES.get(recipe.target)
-    if runtime is None:
-        raise UsageError(f"target {recipe.target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
-    if missing := runtime.missing():
-        raise RuntimeMissing(f"target {recipe.target}: {missing}")
-    if refused := runtime.refuses(recipe.precision, recipe.bench.threads):
-        raise UsageError(f"target {recipe.target}: {refused}")
-    if not recipe.passes:
-        raise UsageError("the recipe has no passes; give --pattern, such as --pattern 2:4, or a recipe with passes")
-    passes = tuple(build_pass(step) for step in recipe.passes)
-    PassManager(passes)  # refuses an order that cannot work
-    return Plan(passes, runtime)
-
-
-def build_pass(step: Step) -> Pass:
-    """The pass that a step of a recipe names, with its parameters checked. Raises UsageError."""
-    kind = PASSES.get(step.name)
-    if kind is None:
-        raise UsageError(f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}")
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    unknown = [key for key in step.params if key not in known]
-    if unknown:
-        raise UsageError(f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
-    try:
-        return TypeAdapter(kind).validate_python(step.params)
-    except ValidationError as error:
-        raise UsageError(f"pass {step.name}: {explained(error)}") from error
-
-
-def recipe_schema() -> dict[str, Any]:
-    """A JSON Schema of recipes, with the parameters of every pass, for editors."""
-    schema = Recipe.model_json_schema()
-    steps: list[dict[str, Any]] = [{"enum": list(PASSES)}]
-    for name, kind in PASSES.items():
-        params = TypeAdapter(kind).json_schema() | {"additionalProperties": False}
-        steps.append(
-            {"type": "object", "properties": {name: params}, "required": [name], "additionalProperties": False}
-        )
-    schema["properties"]["passes"]["items"] = {"oneOf": steps}
-    schema.get("$defs", {}).pop("Step", None)
-    schema["properties"]["target"]["enum"] = list(RUNTIMES)
-    return schema
-
-
 def preview(
     model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None
 ) -> dict[str, Any]:
@@ -175,18 +107,6 @@ def preview(
         "stages": stages(recipe),
         "layers": rows,
     }
-
-
-def auto_patterns(target: str, of: int | None = None) -> tuple[NM, ...]:
-    """The patterns that `auto` stands for: those that the target has kernels for, or all N:M of one M.
-
-    Without `of`, a target without kernels gets those of M = 4.
-    """
-    runtime = RUNTIMES.get(target)
-    fast = (
-        [] if runtime is None or of is not None else sorted(runtime.accelerates, key=lambda p: (p.of, p.keep, p.rows))
-    )
-    return tuple(fast) or tuple(NM(keep, of or 4) for keep in range(1, of or 4))
 
 
 def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:

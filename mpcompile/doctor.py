@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpcompile.compile import RUNTIMES
+from mpcompile.resolve import RUNTIMES
 
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy", "scipy", "safetensors")
 

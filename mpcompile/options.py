@@ -120,7 +120,7 @@ def key_value(text: str) -> tuple[str, Any]:
 
 def patterns(text: str | None, target: str, macs: float | None) -> tuple[str, ...]:
     """The patterns that --pattern names, spelt out; `auto` goes by what the target has kernels for."""
-    from mpcompile.compile import auto_patterns
+    from mpcompile.resolve import auto_patterns
 
     if text is None:
         return ()

@@ -116,18 +116,21 @@ def make_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}); name another with --plots") from error
 
 
-def write_plots(fits: Mapping[str, Analysis], folder: Path) -> list[Path]:
-    """Writes one SVG a layer and overview.svg; returns the files. The same spectra give the same bytes."""
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure as SVG; the same figure gives the same bytes."""
     import matplotlib as mpl
 
+    with mpl.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def write_plots(fits: Mapping[str, Analysis], folder: Path) -> list[Path]:
+    """Writes one SVG a layer and overview.svg; returns the files."""
     make_folder(folder)
     figures = {re.sub(r"[^\w.-]", "_", name): plot_layer(name, found) for name, found in fits.items()}
     if fits:
         figures["overview"] = plot_overview(fits)
-    paths = []
-    for name, figure in figures.items():
-        path = folder / f"{name}.svg"
-        with mpl.rc_context({"svg.hashsalt": name}):
-            figure.savefig(path, format="svg", metadata={"Date": None})
-        paths.append(path)
+    paths = [folder / f"{name}.svg" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        save(figure, path)
     return paths

@@ -67,7 +67,7 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1", "no kernels"):
         assert word in done.stdout
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
-        "load", "capture", "export dense", "nm-mask", "export compressed", "evaluate", "time", "write",
+        "load", "capture", "export dense", "mp-budget", "nm-mask", "export compressed", "evaluate", "time", "write",
     ]  # fmt: skip
     assert saved.read_text() == (output / "recipe.yaml").read_text()
     assert yaml.safe_load(saved.read_text())["data"] == {"calibration": 256, "held_out": 64, "seed": 0}
@@ -202,7 +202,7 @@ def test_doctor_passes_and_schema() -> None:
     found = {row["what"]: row for row in json.loads(mpcompile("doctor", "--json").stdout)}
     assert found["torch"]["found"] == torch.__version__.split("+")[0]
     assert all(row["works"] or row["remedy"] for row in found.values())
-    assert "nm-mask (lossy): Masks every eligible layer" in mpcompile("passes").stdout
+    assert "nm-mask (lossy): Masks every layer for which a pattern is planned" in mpcompile("passes").stdout
     assert json.loads(mpcompile("passes", "--json").stdout)[0]["parameters"]["pattern"] == "2:4"
     assert json.loads(mpcompile("schema").stdout)["title"] == "Recipe"
 

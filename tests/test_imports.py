@@ -18,6 +18,7 @@ LAYERS = (
     ("capture",),
     ("passes", "runtimes", "report"),
     ("artifact",),
+    ("resolve",),
     ("compile", "doctor"),
     ("analyze",),
     ("testing", "console"),
@@ -25,7 +26,7 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-FRONT_DOORS = ("compile", "analyze")  # they alone import passes and runtimes
+FRONT_DOORS = ("resolve", "compile", "analyze")  # they alone import passes and runtimes
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").glob("*.py")])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mpcompile.cli import app
-from mpcompile.compile import plan_of
 from mpcompile.recipe import Recipe
+from mpcompile.resolve import plan_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpcompile.compile import build_pass, plan_of, recipe_schema
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.model import NM
 from mpcompile.passes import MPBudget, NMMask
 from mpcompile.recipe import Recipe, Step, overridden, read_recipe
+from mpcompile.resolve import build_pass, plan_of, recipe_schema
 from mpcompile.runtimes import OnnxRuntime
 
 FULL = """
