@@ -151,15 +151,21 @@ def plot(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> Non
 def main() -> None:
     """Writes the three files."""
     rows: list[dict[str, Any]] = []
-    dense_top1 = {}
     for name, model in models():
         data = fashion_data(model.source)
         dense, labels = logits(model, data)
-        dense_top1[name] = float((dense.argmax(1) == labels).double().mean())
-        rows.append({"model": name, "kind": "dense", "top1": dense_top1[name], "images": len(labels)})
+        top1 = float((dense.argmax(1) == labels).double().mean())
+        rows.append({"model": name, "kind": "dense", "top1": top1, "images": len(labels)})
         rows.extend(at_densities(name, model, dense))
         rows.extend(at_patterns(name, model, dense))
     write("budget", __doc__.partition("\n")[0], "cpu", ("torch", "timm", "scipy"), rows)
+    show(rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Writes the plot and the tables."""
+    dense_top1 = {row["model"]: row["top1"] for row in rows if row["kind"] == "dense"}
+    rows = [row for row in rows if row["kind"] != "dense"]
     plot(rows, dense_top1, RESULTS / "budget.svg")
     parts = ["# Budget signals\n\nTop-1 in per cent [lowest and highest of three seeds], then the logit shift.\n"]
     for name, top1 in dense_top1.items():

@@ -54,10 +54,8 @@ def main() -> None:
             assert row["fit"] or row["unfitted"], row["name"]
             rows.append({"model": name, **row})
     write("spectra", QUESTION, "cpu", ("torch", "timm", "scipy"), rows)
-    save(
-        plot_layer(f"ViT-S/14  {SHOWN}", analyse(vit.get_submodule(SHOWN).weight.detach().numpy())),
-        RESULTS / "spectrum.svg",
-    )
+    shown = analyse(vit.state_dict()[f"{SHOWN}.weight"].numpy())
+    save(plot_layer(f"ViT-S/14  {SHOWN}", shown), RESULTS / "spectrum.svg")
     columns = (
         "model",
         "layers fitted",
