@@ -106,7 +106,8 @@ class LayerPlan:
     spectrum: Spectrum | None = None  # the budget
     unfitted: str | None = None  # the budget; why the layer has no spectrum, as a sentence
     pattern: NM | None = None  # the budget, or else the mask pass
-    permutation: Int[Tensor, " in_"] | None = None  # the permutation
+    permutation: Int[Tensor, " in_"] | None = None  # the permutation; place i holds the channel permutation[i] had
+    unpermuted: str | None = None  # the permutation; why the input channels kept their order, as a sentence
     mask: Bool[Tensor, "..."] | None = None  # the mask pass; shaped like the weight, True where kept
     skipped: str | None = None  # why the layer stays dense, as a sentence
 

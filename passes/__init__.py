@@ -8,8 +8,9 @@ if __name__ == "passes":  # from the repository root this would succeed and make
 
 from mpcompile.passes.mp_budget import MPBudget
 from mpcompile.passes.nm_mask import NMMask
+from mpcompile.passes.permute import Permute
 from mpcompile.pipeline import Pass
 
-PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in (MPBudget, NMMask)})
+PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in (MPBudget, Permute, NMMask)})
 
-__all__ = ["PASSES", "MPBudget", "NMMask"]
+__all__ = ["PASSES", "MPBudget", "NMMask", "Permute"]
