@@ -35,6 +35,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/fashion_vit.py
 	$(BIN)/python benchmarks/spectra.py
 	$(BIN)/python benchmarks/budget.py
+	$(BIN)/python benchmarks/permute.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:

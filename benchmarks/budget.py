@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from common import RESULTS, ROOT, markdown, write
 from pretrained import fashion_data, on_fashion
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from mpcompile.capture import capture
@@ -31,8 +32,10 @@ from mpcompile.model import NM, Model
 from mpcompile.passes import MPBudget, NMMask
 from mpcompile.passes.allocate import densities
 from mpcompile.passes.mp_budget import NEED_IMAGES, Signal, fit_layers, scores_of
+from mpcompile.passes.sensitivity import amplification
 from mpcompile.pipeline import Pass, PassManager
 from mpcompile.plots import save
+from mpcompile.spectrum import Analysis
 
 DENSITIES = (0.7, 0.6, 0.5, 0.4)
 MACS = (0.8, 0.7, 0.6)
@@ -104,6 +107,20 @@ def at_patterns(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, An
                 yield row
 
 
+def why(name: str, model: Model) -> dict[str, Any]:
+    """Rank correlations over layers of what the logits amplify with what `mp` and `std` prune more by."""
+    names = [layer for layer, reason in eligible(model, NM(2, 4)).items() if reason is None]
+    fits = fit_layers(model, null=False, level=0.05, seed=0)
+    known = {layer: found.fit for layer in names if isinstance(found := fits[layer], Analysis)}
+    amplified = amplification(model, fashion_data(model.source).calibration, list(known))
+    values = list(amplified.values())
+    row = {"model": name, "kind": "rank correlation with amplification", "layers": len(known)}
+    row["edge"] = float(spearmanr([fit.bulk_edge for fit in known.values()], values).statistic)
+    row["std"] = float(spearmanr([float(model.layer(layer).weight.std()) for layer in known], values).statistic)
+    print(row, flush=True)
+    return row
+
+
 def table(rows: list[dict[str, Any]], model: str, kind: str) -> str:
     """Top-1 and logit shift a signal, the mean over seeds and their range."""
     chosen = [row for row in rows if row["model"] == model and row["kind"] == kind]
@@ -156,6 +173,7 @@ def main() -> None:
         dense, labels = logits(model, data)
         top1 = float((dense.argmax(1) == labels).double().mean())
         rows.append({"model": name, "kind": "dense", "top1": top1, "images": len(labels)})
+        rows.append(why(name, model))
         rows.extend(at_densities(name, model, dense))
         rows.extend(at_patterns(name, model, dense))
     write("budget", __doc__.partition("\n")[0], "cpu", ("torch", "timm", "scipy"), rows)
@@ -165,12 +183,16 @@ def main() -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """Writes the plot and the tables."""
     dense_top1 = {row["model"]: row["top1"] for row in rows if row["kind"] == "dense"}
-    rows = [row for row in rows if row["kind"] != "dense"]
+    reasons = [row for row in rows if "edge" in row]
+    rows = [row for row in rows if "at" in row]
     plot(rows, dense_top1, RESULTS / "budget.svg")
     parts = ["# Budget signals\n\nTop-1 in per cent [lowest and highest of three seeds], then the logit shift.\n"]
     for name, top1 in dense_top1.items():
         parts.append(f"## {name}, dense {top1:.2%}\n")
         parts.extend(table(rows, name, kind) for kind in ("density", "2:4"))
+    correlations = [(r["model"], str(r["layers"]), f"{r['edge']:+.2f}", f"{r['std']:+.2f}") for r in reasons]
+    parts.append("## Why\n\nRank correlation over layers with how much the logits amplify a loss in them:\n")
+    parts.append(markdown(("model", "layers with a fit", "of σ₊", "of the standard deviation"), correlations))
     (RESULTS / "budget.md").write_text("\n".join(parts), encoding="utf-8")
 
 

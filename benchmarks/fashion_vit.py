@@ -2,8 +2,9 @@
 
     python benchmarks/fashion_vit.py
 
-Magnitude masks, no training: the accuracy that a pattern costs before anything is done about it. Latency is that of
-ONNX Runtime on this machine against the dense file of the same precision, in turns in one run.
+What `mpcompile MODEL --pattern N:M` does: budget, permutation, magnitude masks, no training. Beside it the accuracy
+without the permutation. Latency is that of ONNX Runtime on this machine against the dense file of the same precision,
+in turns in one run.
 """
 
 import tempfile
@@ -29,6 +30,7 @@ COLUMNS = (
     "precision",
     "dense top-1",
     "top-1",
+    "without permutation",
     "same answer",
     "logit shift of range",
     "ONNX file",
@@ -39,10 +41,17 @@ QUESTION = "accuracy, logit shift, size and latency on the trained example, mask
 
 def measure(pattern: str, precision: str, folder: Path) -> dict[str, Any]:
     """The row for one pattern."""
-    recipe = Recipe.checked({"passes": [{"nm-mask": {"pattern": pattern}}], "precision": precision})
-    artifact = compile(
-        EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=folder / f"{pattern}-{precision}"
+    recipe = Recipe.checked(
+        {"passes": [{"mp-budget": {"patterns": [pattern]}}, "permute", "nm-mask"], "precision": precision}
     )
+    alone = Recipe.checked(
+        {"passes": [{"nm-mask": {"pattern": pattern}}], "precision": precision, "bench": {"seconds": 0.1}}
+    )
+    model, images = EXAMPLE / "model.safetensors", EXAMPLE / "images.npz"
+    artifact = compile(model, recipe, data=images, output=folder / f"{pattern}-{precision}")
+    unpermuted = compile(model, alone, data=images, output=folder / f"{pattern}-{precision}-alone").report.comparison
+    assert unpermuted is not None
+    assert unpermuted.compressed is not None
     report = artifact.report.model_dump(mode="json")
     keys = ("comparison", "latency", "parity", "accelerated", "verdict")
     files = {row["name"]: row["bytes"] for row in report["files"] if row["name"].endswith(".onnx")}
@@ -51,6 +60,7 @@ def measure(pattern: str, precision: str, folder: Path) -> dict[str, Any]:
         "pattern": pattern,
         "precision": precision,
         "target": recipe.target,
+        "top1_unpermuted": unpermuted.compressed.top1,
         "masked_layers": masked,
         "weights": artifact.report.weights(),
         "nonzero": artifact.report.nonzero(),
@@ -69,6 +79,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["precision"],
         f"{c['dense']['top1']:.2%}",
         f"{c['compressed']['top1']:.2%}",
+        f"{row['top1_unpermuted']:.2%}",
         f"{c['agreement']:.2%}",
         f"{c['logit_shift_mean']:.2f} of {c['logit_range']:.2f}",
         f"{row['bytes']['model.onnx'] / 1e6:.2f} MB",

@@ -12,6 +12,41 @@ from common import RESULTS, ROOT, markdown
 from fashion_vit import COLUMNS, cells
 
 
+def body(name: str) -> str:
+    """The tables of a results file, without its title and its question."""
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    return text[text.index("\n|") + 1 :]
+
+
+def first_table(name: str) -> str:
+    """The first table of a results file."""
+    return body(name).partition("\n\n")[0] + "\n"
+
+
+def budget() -> str:
+    """Top-1 at half density and at 70 % of the multiply-accumulates, a column a model."""
+    rows = json.loads((RESULTS / "budget.json").read_text(encoding="utf-8"))["rows"]
+    dense = {row["model"]: row["top1"] for row in rows if row["kind"] == "dense"}
+    chosen = [("density", 0.6), ("density", 0.5), ("2:4", 0.8), ("2:4", 0.7)]
+
+    def cell(signal: str, model: str, kind: str, at: float) -> str:
+        same = [row for row in rows if (row["model"], row["kind"]) == (model, kind)]
+        tops = [row["top1"] for row in same if (row["at"], row["signal"]) == (at, signal)]
+        return f"{100 * sum(tops) / len(tops):.1f}"
+
+    signals = list(dict.fromkeys(row["signal"] for row in rows if "signal" in row))
+    heads = [f"{model}, {'density' if k == 'density' else '2:4, MACs'} {at:g}" for model in dense for k, at in chosen]
+    table = [(signal, *(cell(signal, m, k, at) for m in dense for k, at in chosen)) for signal in signals]
+    table.insert(0, ("dense", *(f"{100 * dense[m]:.1f}" for m in dense for _ in chosen)))
+    told = "; ".join(
+        f"{row['edge']:+.2f} for σ₊ and {row['std']:+.2f} for the standard deviation on {row['model']}"
+        for row in rows
+        if "edge" in row
+    )
+    reason = f"Rank correlation over layers with how much the logits amplify a loss in them: {told}."
+    return markdown(("signal", *heads), table) + f"\n{reason}\n"
+
+
 def blocks() -> dict[str, str]:
     """The text of each block of README."""
     capture = json.loads((RESULTS / "capture.json").read_text(encoding="utf-8"))
@@ -26,6 +61,10 @@ def blocks() -> dict[str, str]:
         "demo": f"What the demo prints, here on {device}:\n\n{demo}",
         "capture": f"{captured} of the {len(capture['rows'])} timm and torchvision architectures tried are captured "
         "([table, with a reason for each other](benchmarks/results/capture.md)).\n",
+        "spectra": first_table("spectra"),
+        "budget": budget(),
+        "permute": body("permute"),
+        "speed": body("analyze_speed"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }
 

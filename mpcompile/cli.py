@@ -37,10 +37,12 @@ from mpcompile.options import (
     MeanOption,
     ModelArgument,
     PatternOption,
+    PermuteOption,
     PretrainedOption,
     QuietOption,
     SeedOption,
     StdOption,
+    StrictOption,
     TargetOption,
     VerboseOption,
 )
@@ -105,6 +107,8 @@ def compile_command(
     data: DataOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
+    permute: PermuteOption = True,
+    strict: StrictOption = False,
     criterion: Annotated[
         str | None, typer.Option(help="How weights are chosen: magnitude. [default: magnitude]")
     ] = None,
@@ -148,6 +152,7 @@ def compile_command(
             "include": include,
             "exclude": exclude,
         },
+        permute={"strict": strict} if permute else None,
         mask={"criterion": criterion},
         top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
         nested={

@@ -59,6 +59,12 @@ IncludeOption = Annotated[
 ExcludeOption = Annotated[
     list[str] | None, typer.Option("--exclude", help="Keep these layers dense (shell pattern on names).")
 ]
+PermuteOption = Annotated[
+    bool, typer.Option("--permute/--no-permute", help="Reorder channels, so that the pattern keeps more.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Fail (4) where the channels of a masked layer cannot be reordered.")
+]
 TargetOption = Annotated[str | None, typer.Option("--target", help="The runtime: ort or eager. [default: ort]")]
 
 # ---- on which images

@@ -117,25 +117,30 @@ def overridden(
     recipe: Recipe,
     *,
     budget: dict[str, Any],
+    permute: dict[str, Any] | None,
     mask: dict[str, Any],
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
     """The recipe with what flags say in place of what it said; None and nothing say nothing.
 
-    `budget` and `mask` are parameters of the budget and of the mask pass; `top` and `nested` are keys of the recipe
-    itself and of its sections. A recipe with neither pass gets both at its end, where patterns are given. In one that
-    has only a mask pass, that takes the pattern and the choice of layers. Raises UsageError.
+    `budget`, `permute` and `mask` are parameters of these passes; `top` and `nested` are keys of the recipe itself and
+    of its sections. A recipe with neither budget nor mask gets all three at its end, where patterns are given; without
+    the permutation where `permute` is None. In one that has only a mask pass, that takes the pattern and the choice of
+    layers. Raises UsageError.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
+    order = {key: value for key, value in (permute or {}).items() if value}
     steps = list(recipe.passes)
     names = {step.name for step in steps}
     if (budget or mask) and not names & {"mp-budget", "nm-mask"}:
         if "patterns" not in budget:
             flags = ", ".join(f"--{key}" for key in (budget | mask))
             raise UsageError(f"{flags} goes with a pattern; give --pattern too")
-        steps += [Step(name="mp-budget"), Step(name="nm-mask")]
+        steps += [
+            Step(name=name) for name in ("mp-budget", "permute", "nm-mask") if name != "permute" or permute is not None
+        ]
     elif budget and "mp-budget" not in names:
         alone = [key for key in ("macs", "signal") if key in budget]
         if alone or len(budget.get("patterns", ())) > 1:
@@ -144,7 +149,11 @@ def overridden(
         mask |= {"pattern" if key == "patterns" else key: value for key, value in budget.items()}
         if "pattern" in mask:
             [mask["pattern"]] = mask["pattern"]
-    changes = {"mp-budget": budget, "nm-mask": mask}
+    if permute is None:
+        steps = [step for step in steps if step.name != "permute"]
+    elif order and all(step.name != "permute" for step in steps):
+        raise UsageError(f"--{next(iter(order))} goes with the permutation; add permute to the recipe's passes")
+    changes = {"mp-budget": budget, "permute": order, "nm-mask": mask}
     steps = [step.model_copy(update={"params": {**step.params, **changes.get(step.name, {})}}) for step in steps]
     content = recipe.model_dump(mode="json")
     content["passes"] = [step.model_dump() for step in steps]

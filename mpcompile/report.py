@@ -36,6 +36,8 @@ class LayerRow(Value):
     axis: int | None  # where the groups lie in that weight
     spectrum: Spectrum | None  # its Marchenko–Pastur fit, where a budget made one
     unfitted: str | None  # why it has none
+    permuted: bool  # whether its input channels were reordered
+    unpermuted: str | None  # why not, where a permutation looked at it
 
 
 class Parity(Value):
@@ -176,6 +178,10 @@ class Report(Value):
         """The layers that a budget looked at."""
         return [row for row in self.layers if row.spectrum or row.unfitted]
 
+    def unmoved(self) -> list[LayerRow]:
+        """The layers whose channels a permutation left as they were."""
+        return [row for row in self.layers if row.unpermuted]
+
     def weights(self) -> int:
         """How many weights the Linear and Conv2d layers have."""
         return sum(math.prod(row.shape) for row in self.layers)
@@ -206,6 +212,8 @@ def layer_rows(model: Model, lowered: Lowered) -> tuple[LayerRow, ...]:
                 axis=found.axis if found else None,
                 spectrum=plan.spectrum,
                 unfitted=plan.unfitted,
+                permuted=plan.permutation is not None,
+                unpermuted=plan.unpermuted,
             )
         )
     return tuple(rows)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from mpcompile.model import Model
@@ -97,6 +95,9 @@ def couple(model: Model) -> Coupling:
 
 def _classes(count: int, equal: Sequence["np.ndarray"]) -> "np.ndarray":
     """The class of each atom."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     pairs = np.concatenate(equal) if equal else np.empty((0, 2), np.int64)
     graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     found: np.ndarray = connected_components(graph, directed=False)[1]

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mpcompile.model import NM
@@ -123,6 +122,8 @@ class _State:
 
     def _assign(self, slot: int) -> bool:
         """Takes the column at `slot` out of every group and puts all back in the best way."""
+        from scipy.optimize import linear_sum_assignment
+
         taken = self.groups[:, slot].clone()
         values = self._values(slot, taken).double()
         rows, places = linear_sum_assignment(values.numpy(), maximize=True)

@@ -116,7 +116,7 @@ class Permute:
 
     pattern: NM | None = None
     score: Literal["magnitude", "activation"] = "magnitude"
-    sweeps: int = 16
+    sweeps: int = 5
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = False

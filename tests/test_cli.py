@@ -67,7 +67,8 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1", "no kernels"):
         assert word in done.stdout
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
-        "load", "capture", "export dense", "mp-budget", "nm-mask", "export compressed", "evaluate", "time", "write",
+        "load", "capture", "export dense", "mp-budget", "permute", "nm-mask", "export compressed", "evaluate", "time",
+        "write",
     ]  # fmt: skip
     assert saved.read_text() == (output / "recipe.yaml").read_text()
     assert yaml.safe_load(saved.read_text())["data"] == {"calibration": 256, "held_out": 64, "seed": 0}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.model import NM
-from mpcompile.passes import MPBudget, NMMask
+from mpcompile.passes import MPBudget, NMMask, Permute
 from mpcompile.recipe import Recipe, Step, overridden, read_recipe
 from mpcompile.resolve import build_pass, plan_of, recipe_schema
 from mpcompile.runtimes import OnnxRuntime
@@ -97,7 +97,7 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
 @pytest.mark.parametrize(
     ("step", "error"),
     [
-        (Step(name="nm-musk"), "pass 'nm-musk' is unknown; the passes are mp-budget, nm-mask"),
+        (Step(name="nm-musk"), "pass 'nm-musk' is unknown; the passes are mp-budget, permute, nm-mask"),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
             "pass nm-mask has no 'patern'; it has pattern, criterion, include",
@@ -128,7 +128,8 @@ def test_targets_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags(recipe: Recipe, mask: dict[str, Any] | None = None, **budget: Any) -> Recipe:
-    return overridden(recipe, budget=budget, mask=mask or {}, top={"opset": None}, nested={"data": {"seed": None}})
+    top: dict[str, Any] = {"opset": None}
+    return overridden(recipe, budget=budget, permute={}, mask=mask or {}, top=top, nested={"data": {"seed": None}})
 
 
 def test_flags_win_over_the_recipe() -> None:
@@ -136,7 +137,7 @@ def test_flags_win_over_the_recipe() -> None:
     assert flags(recipe) == recipe
     [step] = flags(recipe, patterns=("1:4",)).passes
     assert step.params == {"pattern": "1:4", "exclude": ["blocks.0.*"]}
-    changed = overridden(recipe, budget={}, mask={}, top={"batch": "dynamic"}, nested={"data": {"seed": 9}})
+    changed = overridden(recipe, budget={}, permute={}, mask={}, top={"batch": "dynamic"}, nested={"data": {"seed": 9}})
     assert (changed.batch, changed.data.seed, changed.data.calibration) == (None, 9, 64)
     both = Recipe.from_yaml("passes: [{mp-budget: {macs: 0.7}}, nm-mask]")
     assert plan_of(flags(both, patterns=("1:4", "2:4"), macs=0.6, exclude=["a"])).passes == (
@@ -145,8 +146,14 @@ def test_flags_win_over_the_recipe() -> None:
     )
 
 
-def test_a_pattern_alone_adds_budget_and_mask() -> None:
-    assert plan_of(flags(Recipe(), patterns=("2:4",))).passes == (MPBudget(), NMMask())
+def test_a_pattern_alone_adds_budget_permutation_and_mask() -> None:
+    assert plan_of(flags(Recipe(), patterns=("2:4",))).passes == (MPBudget(), Permute(), NMMask())
+    without = overridden(Recipe(), budget={"patterns": ("2:4",)}, permute=None, mask={}, top={}, nested={})
+    assert plan_of(without).passes == (MPBudget(), NMMask())
+    with pytest.raises(UsageError, match="--strict goes with the permutation; add permute"):
+        overridden(
+            Recipe.from_yaml("passes: [nm-mask]"), budget={}, permute={"strict": True}, mask={}, top={}, nested={}
+        )
     with pytest.raises(UsageError, match="--exclude goes with a pattern; give --pattern too"):
         flags(Recipe(), exclude=["head"])
 
@@ -171,8 +178,8 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     schema = recipe_schema()
     json.dumps(schema)
     assert schema["additionalProperties"] is False
-    [names, budget, mask] = schema["properties"]["passes"]["items"]["oneOf"]
-    assert names == {"enum": ["mp-budget", "nm-mask"]}
+    [names, budget, _, mask] = schema["properties"]["passes"]["items"]["oneOf"]
+    assert names == {"enum": ["mp-budget", "permute", "nm-mask"]}
     assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
     assert mask["properties"]["nm-mask"]["additionalProperties"] is False
