@@ -1,6 +1,8 @@
 """How much more an order of channels keeps, by search -> results/permute.{json,md}.
 
-    python benchmarks/permute.py        # weights of the pretrained models: make bench-models
+    python benchmarks/permute.py [KIND …]        # weights of the pretrained models: make bench-models
+
+With kinds of channels named, only their rows are measured anew, and the others stay as they are in the file.
 
 Efficacy is (kept after − kept before) / (ideal − kept before), where the ideal keeps in each row the largest weights
 wherever they are. The cells are those that the analysis finds in real models: the hidden layers of MLPs, the values
@@ -20,6 +22,8 @@ alone.
 """
 
 import itertools
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -153,7 +157,7 @@ def measure(model: Model, arch: str, kind: str, layer: str, pattern: NM) -> dict
     """The row for one layer's cells."""
     own = jobs(model, pattern, layer)
     started = time.perf_counter()
-    ours = [search(job.score, pattern, SWEEPS * job.sweep) for job in own]
+    ours = [search(job.score, pattern, job.work(SWEEPS)) for job in own]
     seconds = {"ours": time.perf_counter() - started}
     before, after = sum(f.before for f in ours), {"ours": sum(f.after for f in ours)}
     limit = max(10 * seconds["ours"], 15.0) / len(own)
@@ -178,9 +182,14 @@ def measure(model: Model, arch: str, kind: str, layer: str, pattern: NM) -> dict
 def main() -> None:
     """Writes both files."""
     torch.manual_seed(0)
+    kinds = sys.argv[1:] or [kind for shown in SHOWN.values() for kind in shown]
+    stored = json.loads((RESULTS / "permute.json").read_text(encoding="utf-8"))["rows"] if sys.argv[1:] else []
     rows = []
     for arch, model in models():
         for kind, layers in SHOWN[arch].items():
+            if kind not in kinds:
+                rows.extend(row for row in stored if (row["model"], row["kind"]) == (arch, kind))
+                continue
             for pattern, layer in itertools.product((NM(2, 4), NM(8, 16)), layers):
                 rows.append(measure(model, arch, kind, layer, pattern))
                 print(rows[-1], flush=True)

@@ -29,6 +29,8 @@ from mpcompile.passes.order_search import Found, kept, search
 from mpcompile.pipeline import Effect
 from mpcompile.progress import tracked
 
+SMALLEST_SWEEP = 2e7  # differences: a hundredth of a second
+
 
 @dataclass(frozen=True)
 class Job:
@@ -39,11 +41,10 @@ class Job:
     score: Tensor  # (rows, columns)
     pattern: NM
 
-    @property
-    def sweep(self) -> float:
-        """The differences that one sweep of assignments takes."""
+    def work(self, sweeps: int) -> float:
+        """The differences that so many sweeps of assignments take; small cells get more, since they cost nothing."""
         rows, columns = self.score.shape
-        return rows * columns * columns / self.pattern.of
+        return sweeps * max(rows * columns * columns / self.pattern.of, SMALLEST_SWEEP)
 
 
 def scores_by_axis(
@@ -116,7 +117,7 @@ class Permute:
 
     pattern: NM | None = None
     score: Literal["magnitude", "activation"] = "magnitude"
-    sweeps: int = 5
+    sweeps: int = 4
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -147,7 +148,7 @@ class Permute:
             job = job_of(cell, scores)
             if job is None:
                 continue
-            found = search(job.score, job.pattern, self.sweeps * job.sweep, self.seed)
+            found = search(job.score, job.pattern, job.work(self.sweeps), self.seed)
             if found.after > found.before:
                 self._move(model, job, found, orders, own, scales)
         return model.with_plan(self._plans(model, patterns, coupling.stays, coupling.groups, orders))
