@@ -184,7 +184,7 @@ def main() -> None:
     torch.manual_seed(0)
     kinds = sys.argv[1:] or [kind for shown in SHOWN.values() for kind in shown]
     stored = json.loads((RESULTS / "permute.json").read_text(encoding="utf-8"))["rows"] if sys.argv[1:] else []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arch, model in models():
         for kind, layers in SHOWN[arch].items():
             if kind not in kinds:
