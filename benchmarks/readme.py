@@ -18,6 +18,16 @@ def body(name: str) -> str:
     return text[text.index("\n|") + 1 :]
 
 
+def orders() -> str:
+    """The rows of the first layer of each kind."""
+    head, rule, *rows = body("permute").strip().splitlines()
+    first: dict[str, str] = {}
+    for row in rows:
+        kind, layer = row.split(" | ")[:2]
+        first.setdefault(kind, layer)
+    return "\n".join([head, rule, *(row for row in rows if first[row.split(" | ")[0]] == row.split(" | ")[1])]) + "\n"
+
+
 def first_table(name: str) -> str:
     """The first table of a results file."""
     return body(name).partition("\n\n")[0] + "\n"
@@ -63,7 +73,7 @@ def blocks() -> dict[str, str]:
         "([table, with a reason for each other](benchmarks/results/capture.md)).\n",
         "spectra": first_table("spectra"),
         "budget": budget(),
-        "permute": body("permute"),
+        "permute": orders(),
         "speed": body("analyze_speed"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }

@@ -1,7 +1,7 @@
 """mpcompile: compress a trained PyTorch vision model, ship it, and show the evidence.
 
     import mpcompile
-    recipe = mpcompile.Recipe(passes=({"nm-mask": {"pattern": "2:4"}},))
+    recipe = mpcompile.Recipe(passes=("mp-budget", "permute", "nm-mask"))
     artifact = mpcompile.compile(module, recipe, data="images/", output="out/")
 
 Importing this loads no runtime (onnxruntime, TensorRT) and does not touch CUDA.

@@ -28,6 +28,7 @@ from torch import Tensor
 from mpcompile.model import NM
 
 WIDEST_EXCHANGE = 8192  # columns; the gains of all pairs are held at once
+CALL = 5e5  # differences that could be taken in the time of a call that takes none
 SHAKEN = 0.1  # the share of columns exchanged at random where nothing helps any more
 
 
@@ -73,9 +74,11 @@ def search(score: Float[Tensor, "rows columns"], pattern: NM, differences: float
     best, best_order = max(starts, key=lambda pair: pair[0])
     state = _State(score, pattern, best_order.reshape(-1, pattern.of).clone())
     rng = np.random.default_rng(seed)
-    while state.work < differences:
+    patience, failures = max(4, columns // 4), 0
+    while state.work < differences and failures < patience:
         state.descend(differences)
         now = kept(score[:, state.order], pattern)
+        failures = 0 if now > best else failures + 1
         if now > best:
             best, best_order = now, state.order.clone()
         if state.work < differences:
@@ -117,8 +120,9 @@ class _State:
         rest = self.columns[others]  # (G, M − 1, rows)
         threshold = rest.topk(self.pattern.keep, dim=1).values[:, -1].contiguous()
         distance = torch.cdist(self.columns[candidates], threshold, p=1.0)
-        # Finding the thresholds costs about four differences a number; it is most of it where groups are few and wide.
-        self.work += distance.numel() * self.columns.shape[1] + 4 * rest.numel()
+        # Finding the thresholds costs about four differences a number, most of it where groups are few and wide; and
+        # a call costs something however small it is.
+        self.work += distance.numel() * self.columns.shape[1] + 4 * rest.numel() + CALL
         return (distance + self.totals[candidates][:, None] - threshold.sum(1)[None, :]) / 2
 
     def _assign(self, slot: int) -> bool:

@@ -10,7 +10,8 @@ The order of output channels is free only in so far as it is the order of somebo
 patterns it is the reader's score that decides; whole heads keep their places, since groups of M lie within a head.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -19,17 +20,20 @@ import torch
 from torch import Tensor
 
 from mpcompile.activations import input_scales, per_weight
+from mpcompile.checkpoint import first_line
 from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError
 from mpcompile.model import NM, LayerPlan, Model
-from mpcompile.passes.coupling import Cell, Group, apply_order, couple
+from mpcompile.passes.coupling import Cell, Coupling, Group, apply_order, couple
 from mpcompile.passes.ledger import Axis
 from mpcompile.passes.nm_mask import NMMask
 from mpcompile.passes.order_search import Found, kept, search
 from mpcompile.pipeline import Effect
 from mpcompile.progress import tracked
 
-SMALLEST_SWEEP = 2e7  # differences: a hundredth of a second
+log = logging.getLogger(__name__)
+
+SMALLEST_SWEEP = 4e7  # differences: a few hundredths of a second
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class Permute:
         if self.score == "activation" and not len(data.calibration):
             raise PassError("the score activation needs calibration images; give --data, or another score")
         scales = input_scales(model, data.calibration) if self.score == "activation" else {}
-        coupling = couple(model)
+        coupling, failure = self._coupling(model)
         cells = [(group, cell) for group in coupling.groups for cell in group.cells]
         orders: dict[Axis, np.ndarray] = {}
         for _, cell in tracked(cells, _label):
@@ -151,7 +155,15 @@ class Permute:
             found = search(job.score, job.pattern, job.work(self.sweeps), self.seed)
             if found.after > found.before:
                 self._move(model, job, found, orders, own, scales)
-        return model.with_plan(self._plans(model, patterns, coupling.stays, coupling.groups, orders))
+        return model.with_plan(self._plans(model, patterns, coupling, orders, failure))
+
+    def _coupling(self, model: Model) -> tuple[Coupling, str | None]:
+        """The coupling; where following the channels fails, none, and what failed: the model is left as it is."""
+        try:
+            return couple(model), None
+        except Exception as error:
+            log.warning("channels keep their order: the graph cannot be followed (%s)", first_line(error))
+            return Coupling((), {}), f"the graph cannot be followed: {type(error).__name__}: {first_line(error)}"
 
     def _move(
         self,
@@ -172,8 +184,11 @@ class Permute:
         shared = any(pattern.rows > 1 for pattern in patterns.values())
         before = kept_by(scores_by_axis(model, patterns, scales)) if shared else 0.0
         apply_order(model, job.cell, order)
+        _reorder_scales(model, job.cell, order, scales)
         if shared and kept_by(scores_by_axis(model, patterns, scales)) <= before:
-            apply_order(model, job.cell, np.argsort(order))
+            back = np.argsort(order)
+            apply_order(model, job.cell, back)
+            _reorder_scales(model, job.cell, back, scales)
             return
         parameters = dict(model.graph.named_parameters())
         for axis, slots in job.cell.slots.items():
@@ -185,19 +200,19 @@ class Permute:
         self,
         model: Model,
         patterns: Mapping[str, NM],
-        stays: Mapping[Axis, str],
-        groups: Sequence[Group],
+        coupling: Coupling,
         orders: Mapping[Axis, "np.ndarray"],
+        failure: str | None,
     ) -> dict[str, LayerPlan]:
         """Each masked layer's plan with its order, or the reason for none. Raises PassError where strict."""
         plans = {}
-        reasons = {axis.owner: reason for axis, reason in stays.items()}
-        for group in groups:
+        reasons = {axis.owner: reason for axis, reason in coupling.stays.items()}
+        for group in coupling.groups:
             for axis in group.readers:
                 reasons.setdefault(axis.owner, "; ".join(group.blocked) or "no order was found that keeps more")
         for name in patterns:
             own = {axis: order for axis, order in orders.items() if axis.owner == f"{name}.weight" and axis.dim == 1}
-            reason = reasons.get(f"{name}.weight", "its inputs are not followed through the graph")
+            reason = failure or reasons.get(f"{name}.weight", "its inputs are not followed through the graph")
             if self.strict and not own and "no order was found" not in reason:
                 raise PassError(f"the input channels of {name} cannot be moved: {reason}; leave --strict out to go on")
             # A grouped convolution has an order for each group; one tensor holds them one after another.
@@ -205,6 +220,17 @@ class Permute:
             permutation = torch.from_numpy(np.concatenate(whole)) if whole else None
             plans[name] = replace(model.plan_of(name), permutation=permutation, unpermuted=None if whole else reason)
         return plans
+
+
+def _reorder_scales(model: Model, cell: Cell, order: "np.ndarray", scales: Mapping[str, Tensor]) -> None:
+    """Moves the scales of inputs with the inputs, in place."""
+    for axis, slots in cell.slots.items():
+        name = axis.owner.removesuffix(".weight")
+        if axis.dim == 1 and name in scales:
+            layer = model.layer(name)
+            group = 0 if axis.rows is None else axis.rows[0] // (axis.rows[1] - axis.rows[0])
+            first = group * layer.weight.shape[1]
+            scales[name][torch.from_numpy(first + slots)] = scales[name][torch.from_numpy(first + slots[order])]
 
 
 def _label(pair: tuple[Group, Cell]) -> str:

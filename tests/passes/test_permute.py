@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mpcompile.activations import input_scales
 from mpcompile.capture import capture
-from mpcompile.data import Data
+from mpcompile.data import Data, Split
 from mpcompile.errors import PassError, UsageError
 from mpcompile.load import source_of
 from mpcompile.lower import lower
@@ -24,6 +25,7 @@ from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.parity import relative_difference
 from mpcompile.passes import NMMask, Permute
 from mpcompile.passes.coupling import apply_order, couple
+from mpcompile.passes.permute import kept_by, scores_by_axis
 from mpcompile.pipeline import Pass, PassManager
 from mpcompile.testing import _seeded, assert_same_function, tiny_cnn, tiny_source, tiny_vit
 
@@ -104,12 +106,12 @@ def test_any_legal_order_of_every_group_keeps_the_function(architecture: Model) 
 def test_a_planted_order_is_undone_up_to_equivalence(seed: int) -> None:
     """A shuffled network is as good as the one that it was made from: the search keeps about as much of either."""
     model, _ = PassManager([]).run(tiny_vit(), Data())
-    plain = kept_share(PassManager([Permute(sweeps=40)]).run(model, Data())[0], NM(2, 4))
+    plain = kept_share(PassManager([Permute(sweeps=8)]).run(model, Data())[0], NM(2, 4))
     rng = np.random.default_rng(seed)
     for group in couple(model).groups:
         for cell in group.cells:
             apply_order(model, cell, rng.permutation(cell.size))
-    shuffled = kept_share(PassManager([Permute(sweeps=40)]).run(model, Data())[0], NM(2, 4))
+    shuffled = kept_share(PassManager([Permute(sweeps=8)]).run(model, Data())[0], NM(2, 4))
     # Local optima from different starts: within half a per cent of what is kept.
     assert shuffled == pytest.approx(plain, rel=5e-3)
 
@@ -147,6 +149,46 @@ def test_rows_that_share_a_pattern_are_searched_together() -> None:
 def test_activations_may_weigh_the_score() -> None:
     with pytest.raises(PassError, match="the score activation needs calibration images; give --data"):
         PassManager([Permute(score="activation")]).run(tiny_vit(), Data())
+
+
+class Pictures:
+    classes = 0
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(index)), -1
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_cnn])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(2, 4, rows=2)])
+def test_with_activations_more_of_the_products_is_kept(build: Callable[[], Model], pattern: NM) -> None:
+    data = Data(Split(Pictures(), tuple(range(24)), labelled=False))
+
+    def products(model: Model) -> float:
+        scales = input_scales(model, data.calibration)
+        choices = NMMask(pattern).choices(model)
+        patterns = {name: choice for name, choice in choices.items() if isinstance(choice, NM)}
+        return kept_by(scores_by_axis(model, patterns, scales))
+
+    model = build()
+    result, _ = PassManager([Permute(pattern, score="activation")]).run(model, data)
+    assert products(result) > products(model)
+
+
+def test_a_graph_that_cannot_be_followed_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: Model) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("mpcompile.passes.permute.couple", fails)
+    model = tiny_vit()
+    result, _ = PassManager([Permute(), NMMask()]).run(model, Data())
+    plan = result.plan["blocks.0.mlp.fc2"]
+    assert plan.unpermuted == "the graph cannot be followed: RuntimeError: no such operator"
+    assert plan.mask is not None
+    with pytest.raises(PassError, match="cannot be moved: the graph cannot be followed"):
+        PassManager([Permute(strict=True)]).run(model, Data())
 
 
 # ---- what stays
