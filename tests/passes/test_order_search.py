@@ -64,8 +64,8 @@ def test_a_planted_order_is_found_again() -> None:
     shuffled = x[:, torch.randperm(64, generator=rng)]
     found = search(shuffled, NM(2, 4), 2e8)
     assert kept(x, NM(2, 4)) == pytest.approx(ideal(x, NM(2, 4)), rel=1e-3)
-    # A needle in a haystack: the search comes within a hundredth of what was planted, from a quarter below it.
-    assert found.before < 0.8 * kept(x, NM(2, 4))
+    # A needle in a haystack: the search comes within a hundredth of what was planted, from a seventh below it.
+    assert found.before < 0.87 * kept(x, NM(2, 4))
     assert found.after > 0.99 * kept(x, NM(2, 4))
 
 
