@@ -196,7 +196,7 @@ class Tracker(fx.Interpreter):
         given = flows((args, kwargs))
         if len(given) == 1 and given[0].planes and moves_only(call, args, kwargs, given[0].tensor):
             return self._move(call, args, kwargs)
-        for flow in flows((args, kwargs)):
+        for flow in given:
             for plane in flow.planes:
                 self.ledger.fix(plane.numpy(), f"{self._what} is not understood")
         return wrapped(call(*plain(args), **plain(kwargs)), f"{self._what} is not understood")

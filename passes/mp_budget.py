@@ -24,6 +24,7 @@ from mpcompile.layers import default_against, eligible, is_depthwise, places
 from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.passes import signals
 from mpcompile.passes.allocate import InfeasibleError, Option, damage, least_damage
+from mpcompile.passes.nm_mask import TWO_OF_FOUR
 from mpcompile.passes.roles import attention_layers
 from mpcompile.passes.sensitivity import amplification
 from mpcompile.pipeline import Effect
@@ -32,7 +33,6 @@ from mpcompile.spectrum import Analysis, NoFitError, analyse
 
 Signal = Literal["mp", "magnitude", "std", "uniform", "lamp", "owl", "sensitivity"]
 NEED_IMAGES = ("owl", "sensitivity")
-TWO_OF_FOUR = NM(keep=2, of=4)
 
 
 def fit_layers(model: Model, *, null: bool, level: float, seed: int) -> dict[str, Analysis | str]:

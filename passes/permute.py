@@ -33,6 +33,7 @@ from mpcompile.progress import tracked
 
 log = logging.getLogger(__name__)
 
+NO_GAIN = "no order was found that keeps more"
 SMALLEST_SWEEP = 4e7  # differences: a few hundredths of a second
 
 
@@ -148,8 +149,9 @@ class Permute:
         for _, cell in tracked(cells, _label):
             touched = {axis.owner.removesuffix(".weight") for axis in cell.slots} & patterns.keys()
             own = {name: patterns[name] for name in touched}
-            scores = scores_by_axis(model, own, scales)
-            job = job_of(cell, scores)
+            # Of the layers that it touches only those that read it are scored: the others are moved along.
+            readers = {axis.owner.removesuffix(".weight") for axis in cell.slots if axis.dim == 1} & patterns.keys()
+            job = job_of(cell, scores_by_axis(model, {name: patterns[name] for name in readers}, scales))
             if job is None:
                 continue
             found = search(job.score, job.pattern, job.work(self.sweeps), self.seed)
@@ -209,11 +211,11 @@ class Permute:
         reasons = {axis.owner: reason for axis, reason in coupling.stays.items()}
         for group in coupling.groups:
             for axis in group.readers:
-                reasons.setdefault(axis.owner, "; ".join(group.blocked) or "no order was found that keeps more")
+                reasons.setdefault(axis.owner, "; ".join(group.blocked) or NO_GAIN)
         for name in patterns:
             own = {axis: order for axis, order in orders.items() if axis.owner == f"{name}.weight" and axis.dim == 1}
             reason = failure or reasons.get(f"{name}.weight", "its inputs are not followed through the graph")
-            if self.strict and not own and "no order was found" not in reason:
+            if self.strict and not own and reason != NO_GAIN:
                 raise PassError(f"the input channels of {name} cannot be moved: {reason}; leave --strict out to go on")
             # A grouped convolution has an order for each group; one tensor holds them one after another.
             whole = [order for _, order in sorted(own.items(), key=lambda pair: pair[0].rows or (0, 0))]
