@@ -22,7 +22,8 @@ from mpcompile.pipeline import run_example
 
 log = logging.getLogger(__name__)
 
-# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces.
+# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces: a module that another thread runs
+# meanwhile fails. A capture also runs modules, so all of it holds the lock.
 TRACING = threading.Lock()
 # The graph runs the same operators on the same values; only a fused kernel that the tracer took apart can round
 # differently.
@@ -77,6 +78,12 @@ def capture(
     While it traces, torch.fx takes over calls of every module of the process: two captures wait for each other, and
     no other thread may run a module meanwhile.
     """
+    with TRACING:
+        return _captured(module, source, example, leaves)
+
+
+def _captured(module: nn.Module, source: Source | None, example: Tensor | None, leaves: Sequence[str]) -> Model:
+    """`capture`, for the one thread that may trace."""
     if isinstance(getattr(module, "_orig_mod", None), nn.Module):
         raise CaptureError("the module is a torch.compile of another; give that one, module._orig_mod")
     source = source or Source(name=type(module).__name__, sha256="", arch=type(module).__name__)
@@ -93,8 +100,7 @@ def capture(
     expected = _run_original(reference, example)
     tracer = ImageTracer(leaves)
     try:
-        with TRACING:
-            graph = tracer.trace(traced)
+        graph = tracer.trace(traced)
         graph_module = fx.GraphModule(traced, graph, type(module).__name__)
     except Exception as error:
         raise CaptureError(_refusal(module, error)) from error

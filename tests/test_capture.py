@@ -1,6 +1,7 @@
 """Capture: real architectures trace and compute the same, the caller's model is unchanged, refusals help."""
 
 import copy
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,6 +38,12 @@ TIMM = [
 
 
 SMALLER = {"vit_small_patch14_dinov2": {"img_size": 112}}  # not 518: the trace is the same
+
+
+class Slow(TinyMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return super().forward(x)
 
 
 def source_for(module: nn.Module, name: str) -> Source:
@@ -160,8 +167,9 @@ def test_half_precision_modules_are_captured_in_float32_and_doubles_in_float64()
 
 
 def test_two_threads_capture_at_once() -> None:
-    modules = [TinyMLP() for _ in range(6)]
-    with ThreadPoolExecutor(3) as pool:
+    # Slow enough that one is traced while another would run, which torch.fx breaks.
+    modules = [Slow() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
         models = list(pool.map(lambda module: capture(module, tiny_source()), modules))
     for module, model in zip(modules, models, strict=True):
         assert_same_function(module, model.graph, model.example, tolerance=1e-6)
