@@ -43,7 +43,8 @@ SMALLER = {"vit_small_patch14_dinov2": {"img_size": 112}}  # not 518: the trace 
 class Slow(TinyMLP):
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(0.05)
-        return super().forward(x)
+        out: Tensor = super().forward(x)
+        return out
 
 
 def source_for(module: nn.Module, name: str) -> Source:
