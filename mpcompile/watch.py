@@ -4,7 +4,8 @@ A graph may call a layer, call it inside a module that was kept whole, or fetch 
 BEiT does). Hooks see the first two, the interpreter the third.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -26,9 +27,15 @@ class Watcher(fx.Interpreter):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The graph's outputs."""
+        with self.watching():
+            return super().run(*args, **kwargs)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, single nodes may be run; `run` does it by itself."""
         handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
         try:
-            return super().run(*args, **kwargs)
+            yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,29 +1,48 @@
-"""Zero all but the N best weights of every M input channels.
+"""Zero all but the N best weights of every M input channels, and make the best of those that stay.
 
 For a score s ≥ 0 of the weight's shape, groups g of M consecutive input channels (per kernel tap) and blocks of
 `rows` neighbouring output channels that share a pattern, the mask keeps in each group the N largest of
 
     S[block, g, m] = Σ over the rows of the block of s[row, g, m].
 
-No other choice of N keeps a larger total score, since groups do not interact. With the criterion `magnitude`,
-s = |W|: the kept sum of |W| is the largest possible (as in NVIDIA's ASP, where N:M is 2:4 and rows is 1).
+No other choice of N keeps a larger total score, since groups do not interact. The criteria, each with its score:
+
+- `magnitude`: s = |W|, so the kept sum of |W| is the largest possible (as in NVIDIA's ASP); needs no images;
+- `wanda`: s = u² E[x²], what removing a weight alone costs in squared output (Sun et al., arXiv 2306.11695);
+- `covariance`: from there, swaps within each group while they lower what removing costs together
+  (passes/covariance.py);
+- `joint`: the support is found together with the weights on it (passes/joint.py).
+
+The kept weights are then refitted by exact least squares (passes/refit.py), layer by layer on what the layers before
+now give (passes/lockstep.py). With a refit, u is the best dense weight for these inputs, and x is taken about its mean
+where the bias is free to follow; without, u is the layer's own weight.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpcompile.data import Data
-from mpcompile.errors import PassError, on_layer
+from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.layers import eligible
 from mpcompile.masks import grouped, ungrouped
 from mpcompile.model import NM, Model
+from mpcompile.passes.covariance import swapped
+from mpcompile.passes.joint import joint_support
+from mpcompile.passes.lockstep import Layer, Site, rewrite_in_order
+from mpcompile.passes.moments import Moments, Problem, flat, unflat
+from mpcompile.passes.refit import damped, of_layer, put, refit, unconstrained
 from mpcompile.pipeline import Effect
+from mpcompile.resume import Finished, run_key
+
+Criterion = Literal["magnitude", "wanda", "covariance", "joint"]
+Target = Literal["none", "layer", "model"]
+
+TWO_OF_FOUR = NM(keep=2, of=4)
 
 
 def nm_mask(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> Bool[Tensor, "out in_ *taps"]:
@@ -36,23 +55,20 @@ def nm_mask(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> Bool[Tensor, 
     return ungrouped(kept.repeat_interleave(pattern.rows, dim=0), score.shape)
 
 
-def magnitude(weight: Float[Tensor, "out in_ *taps"]) -> Float[Tensor, "out in_ *taps"]:
-    """|W|."""
-    return weight.abs()
-
-
-CRITERIA: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"magnitude": magnitude})
-
-TWO_OF_FOUR = NM(keep=2, of=4)
-
-
 @dataclass(frozen=True, slots=True)
 class NMMask:
-    """Masks every layer for which a pattern is planned, and by `pattern` those for which none is.
+    """Masks every layer for which a pattern is planned, and by `pattern` those for which none is; refits what is kept.
 
     Without `pattern` the layers that a budget planned nothing for stay dense; where there was no budget, it is 2:4.
     Stems, output layers, depthwise convolutions and widths that M does not divide stay dense, each with its
     reason in the plan. `include` and `exclude` are shell patterns over qualified module names.
+
+    `refit` says what the kept weights are to reproduce from the inputs that the masked layers before them give:
+    `model`, what the dense model has at that place, which also makes up for what those layers lost; `layer`, what
+    the layer's own dense weights make of these inputs; `none`: they stay as they are. With calibration images
+    `criterion` is joint and `refit` model unless they are set; without, magnitude and none. Not `sequential`, every
+    layer is calibrated on the dense model's inputs. `damping` is explained in passes/refit.py. `prior` (α) holds the
+    criterion covariance to the largest weights of the layer, as many as `prior_density` says.
     """
 
     name: ClassVar[str] = "nm-mask"
@@ -60,9 +76,27 @@ class NMMask:
     requires: ClassVar[tuple[str, ...]] = ()
 
     pattern: NM | None = None
-    criterion: Literal["magnitude"] = "magnitude"
+    criterion: Criterion | None = None
+    refit: Target | None = None
+    sequential: bool = True
+    damping: float = 0.02
+    prior: float = 0.0
+    prior_density: float = 0.65
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        if self.criterion == "joint" and self.refit == "none":
+            raise UsageError("the criterion joint chooses weights for their refit; set refit to model or layer")
+        if not 0 < self.damping < float("inf"):
+            raise UsageError(f"damping is {self.damping}; it is a positive share of the mean second moment")
+        if self.prior < 0 or not 0 < self.prior_density < 1:
+            raise UsageError(
+                f"prior is {self.prior} and prior_density {self.prior_density}; needed are ≥ 0 and a share in (0, 1)"
+            )
+        if self.prior and self.criterion != "covariance":
+            raise UsageError("the prior goes with the criterion covariance; set that too")
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
@@ -72,7 +106,7 @@ class NMMask:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(choices.items())[:3])
             what = self.pattern or TWO_OF_FOUR
             raise PassError(f"no layer takes {what} ({shown or 'the model has no Linear and no Conv2d'})")
-        plans = {}
+        plans, due = {}, {}
         for name, choice in choices.items():
             with on_layer(name):
                 plan = model.plan_of(name)
@@ -82,9 +116,81 @@ class NMMask:
                 elif isinstance(choice, str):
                     plans[name] = replace(plan, skipped=choice)
                 else:
-                    mask = masked(model.layer(name), choice, CRITERIA[self.criterion])
-                    plans[name] = replace(plan, pattern=choice, mask=mask, skipped=None)
+                    due[name] = choice
+        found = self._masked(model, data, due)
+        for name, (mask, missed) in found.items():
+            plans[name] = replace(model.plan_of(name), pattern=due[name], mask=mask, missed=missed, skipped=None)
         return model.with_plan(plans)
+
+    def _masked(self, model: Model, data: Data, due: Mapping[str, NM]) -> dict[str, tuple[Tensor, float | None]]:
+        """Each layer's mask, which was applied, and the share of its outputs' power that it misses where that is known.
+
+        Raises PassError where images are needed and there are none.
+        """
+        criterion = self.criterion or ("joint" if len(data.calibration) and self.refit != "none" else "magnitude")
+        target = self.refit or ("model" if len(data.calibration) else "none")
+        if criterion == "magnitude" and target == "none":
+            return {name: (masked(model, name, pattern), None) for name, pattern in due.items()}
+        if not len(data.calibration):
+            what = f"the criterion {criterion}" if criterion != "magnitude" else f"the refit to the {target}"
+            raise PassError(f"{what} needs calibration images; give --data, or the criterion magnitude and no refit")
+        found: dict[str, tuple[Tensor, float | None]] = {}
+        finished = Finished(lambda: run_key(repr(self), model, due, data.calibration))
+
+        def rewrite(site: Site, moments: Moments | None) -> None:
+            layers = [model.layer(name) for name in site.names]
+            result = finished.get(site.names[0])
+            if result is None:
+                assert moments is not None  # collected wherever nothing was finished
+                result = self._fitted(site, layers[0], due[site.names[0]], moments, criterion, target)
+                finished.put(site.names[0], result)
+            put(site, layers[0], result)
+            for name, layer in zip(site.names, layers, strict=True):
+                found[name] = (result["mask"].reshape(layer.weight.shape), float(result["missed"]))
+
+        rewrite_in_order(model, data.calibration, list(due), rewrite, self.sequential, finished.__contains__)
+        return found
+
+    def _fitted(
+        self, site: Site, layer: Layer, pattern: NM, moments: Moments, criterion: Criterion, target: Target
+    ) -> dict[str, Tensor]:
+        """What is to be put into a layer: `mask` and `weight`, `bias` where the mean output is free, and `missed`."""
+        own = flat(layer.weight)
+        centred = site.centred and target != "none"
+        problem = moments.problem(centred)
+        if target == "layer":
+            problem = of_layer(problem, own, layer.bias if site.biased else None)
+        if target == "none":
+            best, fitted = own.double(), problem
+        else:
+            fitted = damped(problem, own, self.damping)
+            best = unconstrained(fitted)
+        mask = self._support(best, fitted, own, pattern, criterion)
+        weight = torch.where(mask, own.double(), 0) if target == "none" else refit(fitted, mask)
+        wanted = problem.power.sum()
+        result = {
+            "mask": unflat(mask, layer.weight.shape),
+            "weight": unflat(weight, layer.weight.shape).to(layer.weight.dtype),
+            "missed": problem.error(weight).sum() / wanted if wanted > 0 else torch.zeros(()),
+        }
+        if centred:
+            result["bias"] = problem.bias(weight)
+        return result
+
+    def _support(
+        self, best: Tensor, problem: Problem, own: Tensor, pattern: NM, criterion: Criterion
+    ) -> Bool[Tensor, "out columns"]:
+        """The places that the criterion keeps."""
+        if criterion == "magnitude":
+            return nm_mask(own.abs(), pattern)
+        power = problem.gram.diagonal(dim1=-2, dim2=-1).repeat_interleave(len(own) // len(problem.gram), 0)
+        mask = nm_mask(best.square() * power, pattern)
+        if criterion == "covariance":
+            source = largest(own, self.prior_density) if self.prior else None
+            return swapped(best, problem.gram, mask, pattern, self.prior, source)
+        if criterion == "joint":
+            return joint_support(best, problem.gram, lambda scaled: nm_mask(scaled.square(), pattern))
+        return mask
 
     def choices(self, model: Model) -> dict[str, NM | str]:
         """For each layer that multiplies by weights the pattern that it takes, or why it stays dense."""
@@ -101,9 +207,19 @@ class NMMask:
         return choices
 
 
-def masked(layer: nn.Linear | nn.Conv2d, pattern: NM, score: Callable[[Tensor], Tensor]) -> Bool[Tensor, "..."]:
-    """The mask that was applied to the layer's weight."""
-    mask = nm_mask(score(layer.weight), pattern)
-    # Not a product with the mask: that would leave −0.0, and NaN where a weight is infinite.
-    layer.weight.masked_fill_(~mask, 0.0)
-    return mask
+def masked(model: Model, name: str, pattern: NM) -> Bool[Tensor, "..."]:
+    """The mask of the largest weights, which was applied to the layer."""
+    with on_layer(name):
+        weight = model.layer(name).weight
+        mask = nm_mask(weight.abs(), pattern)
+        # Not a product with the mask: that would leave −0.0, and NaN where a weight is infinite.
+        weight.masked_fill_(~mask, 0.0)
+        return mask
+
+
+def largest(weight: Float[Tensor, "out columns"], density: float) -> Bool[Tensor, "out columns"]:
+    """The places of the largest weights, that share of all."""
+    size = weight.abs().flatten()
+    kept = torch.zeros(len(size), dtype=torch.bool)
+    kept[size.argsort(descending=True, stable=True)[: round(density * len(size))]] = True
+    return kept.reshape(weight.shape)

@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "model", "parity", "environment", "spectrum", "progress"),
     ("masks", "layers", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
     ("watch",),
-    ("activations", "cost"),
+    ("activations", "cost", "resume"),
     ("pipeline", "evaluate", "load", "lower"),
     ("capture",),
     ("passes", "runtimes", "report"),

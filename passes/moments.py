@@ -1,0 +1,161 @@
+"""Moments: the second moments of what a layer sums over, streamed image by image.
+
+For a layer W with inputs x (one row a position or token, in the order of `columns`) and wanted outputs y, a
+least-squares problem in W needs only
+
+    C = E[x xᵀ],  G = E[y xᵀ],  E[x],  E[y],  E[y²],
+
+whose size does not grow with the number of images. Products of one chunk are float32, of values less the first
+chunk's mean so that a large mean costs no digits; sums over chunks are float64.
+
+`columns` lays a convolution out as a Linear on unfolded inputs, taps outside and input channels inside: the order of
+mpcompile.masks.grouped, in which groups of M run along the input channels of one tap.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mpcompile.errors import PassError
+
+CHUNK_BYTES = 128 << 20  # of unfolded inputs at once
+
+
+def flat(weight: Float[Tensor, "out in_ *taps"]) -> Float[Tensor, "out columns"]:
+    """The weight as the matrix that multiplies `columns`; for a grouped convolution one group's columns."""
+    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+
+
+def unflat(matrix: Float[Tensor, "out columns"], shape: torch.Size) -> Float[Tensor, "out in_ *taps"]:
+    """The inverse of `flat`, contiguous."""
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups rows columns"]:
+    """What each output of the layer sums over: a row an output position, a column a weight."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, layer.in_features)
+    groups, taps = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    if taps == 1 and layer.stride == (1, 1) and not any(_padding(layer, x)):
+        rows = x.movedim(1, -1).reshape(-1, groups, x.shape[1] // groups)
+        return rows.movedim(1, 0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, _padding(layer, x), mode=mode)
+    unfolded = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # b, in·taps, places
+    by_channel = unfolded.reshape(len(x), groups, x.shape[1] // groups, taps, -1)
+    return by_channel.permute(1, 0, 4, 3, 2).reshape(groups, -1, taps * (x.shape[1] // groups))
+
+
+def _padding(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    """Left, right, top and bottom, as the layer pads this input."""
+    if type(layer).__name__ == "Conv2dSame" or layer.padding == "same":
+        sides: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        ):
+            total = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            sides = [total // 2, total - total // 2, *sides]
+        return (sides[0], sides[1], sides[2], sides[3])
+    if isinstance(layer.padding, str):  # "valid"
+        return (0, 0, 0, 0)
+    top, left = layer.padding
+    return (left, left, top, top)
+
+
+def rows_of(layer: nn.Linear | nn.Conv2d, y: Tensor) -> Float[Tensor, "rows out"]:
+    """The layer's outputs with a row for each row of `columns`."""
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
+
+
+def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"]:
+    """The layer's outputs without its bias, a row for each row of `columns`."""
+    matrices = flat(layer.weight.detach()).reshape(getattr(layer, "groups", 1), -1, layer.weight[0].numel())
+    by_group = columns(layer, x) @ matrices.mT
+    return by_group.movedim(0, 1).reshape(by_group.shape[1], -1)
+
+
+@dataclass
+class Moments:
+    """Sums over rows of inputs x and wanted outputs y, all less a fixed shift; float64."""
+
+    count: int = 0
+    shift_x: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns
+    shift_y: Tensor = field(default_factory=lambda: torch.empty(0))  # out
+    sum_x: Tensor = field(default_factory=lambda: torch.empty(0))
+    sum_y: Tensor = field(default_factory=lambda: torch.empty(0))
+    sum_xx: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns, columns
+    sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # out, columns
+    sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # out
+
+    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Float[Tensor, "rows out"]) -> None:
+        """Takes in inputs of the layer and the outputs wanted for them (`rows_of` or `product`)."""
+        places = len(y) // len(x)
+        images = max(1, CHUNK_BYTES // (places * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
+        for start in range(0, len(x), images):
+            self._add_rows(columns(layer, x[start : start + images]), y[start * places : (start + images) * places])
+
+    @property
+    def finite(self) -> bool:
+        """Whether every sum is finite."""
+        return bool(self.sum_xx.isfinite().all() and self.sum_yx.isfinite().all())
+
+    def _add_rows(self, x: Float[Tensor, "groups rows columns"], y: Float[Tensor, "rows out"]) -> None:
+        if x.shape[1] != y.shape[0]:
+            raise PassError(f"its inputs unfold to {x.shape[1]} rows and it has {y.shape[0]} outputs")
+        groups, rows, width = x.shape
+        if not self.count:
+            self.shift_x, self.shift_y = x.mean(1), y.mean(0)
+            self.sum_x = torch.zeros(groups, width, dtype=torch.float64)
+            self.sum_y = torch.zeros(y.shape[1], dtype=torch.float64)
+            self.sum_xx = torch.zeros(groups, width, width, dtype=torch.float64)
+            self.sum_yx = torch.zeros(y.shape[1], width, dtype=torch.float64)
+            self.sum_yy = torch.zeros(y.shape[1], dtype=torch.float64)
+        x, y = x - self.shift_x[:, None], y - self.shift_y
+        by_group = y.reshape(rows, groups, -1).movedim(1, 0)
+        self.count += rows
+        self.sum_x += x.sum(1, dtype=torch.float64)
+        self.sum_y += y.sum(0, dtype=torch.float64)
+        self.sum_xx += x.mT @ x
+        self.sum_yx += (by_group.mT @ x).reshape(self.sum_yx.shape)
+        self.sum_yy += y.square().sum(0, dtype=torch.float64)
+
+    def problem(self, centred: bool) -> "Problem":
+        """The expectations: about the means where the bias is free to follow, about zero where it is not."""
+        n, groups = self.count, len(self.sum_x)
+        dx, dy = self.sum_x / n, self.sum_y / n
+        mean_x, mean_y = dx + self.shift_x, dy + self.shift_y
+        per_row = len(mean_y) // groups
+        gram = self.sum_xx / n - dx[:, :, None] * dx[:, None]
+        cross = self.sum_yx / n - dy[:, None] * dx.repeat_interleave(per_row, 0)
+        power = self.sum_yy / n - dy.square()
+        if not centred:
+            gram = gram + mean_x[:, :, None] * mean_x[:, None]
+            cross = cross + mean_y[:, None] * mean_x.repeat_interleave(per_row, 0)
+            power = power + mean_y.square()
+        return Problem(gram, cross, power, mean_x, mean_y, n)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Which W′ makes E‖y − W′x‖² least: its moments, in float64. Groups are those of a grouped convolution."""
+
+    gram: Float[Tensor, "groups columns columns"]  # C
+    cross: Float[Tensor, "out columns"]  # G
+    power: Float[Tensor, " out"]  # E[y²]
+    mean_x: Float[Tensor, "groups columns"]
+    mean_y: Float[Tensor, " out"]
+    count: int
+
+    def error(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
+        """E(y − W′x)² for each output."""
+        w = matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
+        quadratic = ((w @ self.gram) * w).sum(-1).flatten()
+        return self.power - 2 * (self.cross * matrix.double()).sum(-1) + quadratic
+
+    def bias(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
+        """What has to be added to W′x for the mean of y."""
+        w = matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
+        return self.mean_y - (w @ self.mean_x[..., None]).flatten()
