@@ -110,12 +110,26 @@ def compile_command(
     permute: PermuteOption = True,
     strict: StrictOption = False,
     criterion: Annotated[
-        str | None, typer.Option(help="How weights are chosen: magnitude. [default: magnitude]")
+        str | None,
+        typer.Option(
+            help="How weights are chosen: magnitude, wanda, covariance or joint. [default: joint with --data, else "
+            "magnitude]"
+        ),
+    ] = None,
+    refit: Annotated[
+        str | None,
+        typer.Option(
+            help="What kept weights are fitted to: the dense model, the layer's own outputs (layer), or none. "
+            "[default: model with --data, else none]"
+        ),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or fp16, written into the graph. [default: fp32]")] = None,
     batch: Annotated[str | None, typer.Option(help="A fixed batch size, or dynamic. [default: dynamic]")] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23. [default: 20]")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Fail (6) where top-1 falls by more points.")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Take layers back until top-1 falls by no more points, and fail (6) where it still does."),
+    ] = None,
     calibration: CalibrationOption = None,
     held_out: Annotated[int | None, typer.Option(help="Images to evaluate on. [default: all]")] = None,
     seed: SeedOption = None,
@@ -129,6 +143,10 @@ def compile_command(
     std: StdOption = None,
     leaf: LeafOption = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML); options override it.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep finished layers there until the run is done, and go on from them."),
+    ] = None,
     save_config: Annotated[Path | None, typer.Option(help="Write the resolved recipe here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder of mpcompile.")] = False,
@@ -141,6 +159,7 @@ def compile_command(
     from mpcompile.artifact import Artifact
     from mpcompile.compile import compile, preview, stages
     from mpcompile.recipe import Recipe, overridden, read_recipe
+    from mpcompile.resume import keeping
 
     given = read_recipe(config) if config else Recipe()
     recipe = overridden(
@@ -153,7 +172,8 @@ def compile_command(
             "exclude": exclude,
         },
         permute={"strict": strict} if permute else None,
-        mask={"criterion": criterion},
+        mask={"criterion": criterion, "refit": refit},
+        evidence=_evidence(max_drop) if data else {},
         top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
         nested={
             "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
@@ -171,7 +191,7 @@ def compile_command(
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
     failure = None
     try:
-        with progress(stages(recipe), quiet or as_json) as observe:
+        with progress(stages(recipe), quiet or as_json) as observe, keeping(resume):
             artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
     except AccuracyError as error:  # the folder is written, and is shown before the command fails
         failure, artifact = error, Artifact.open(output)
@@ -181,6 +201,12 @@ def compile_command(
         show_artifact(artifact)
     if failure:
         raise failure
+
+
+def _evidence(max_drop: float | None) -> dict[str, dict[str, Any]]:
+    """The passes that follow the masks where there are images."""
+    restore = {} if max_drop is None else {"restore": {"max_drop": max_drop}}
+    return {"batch-norm": {}, **restore, "certify": {}}
 
 
 @app.command("analyze")

@@ -132,7 +132,9 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
         return data
     logits = dense(dense.example)
     outputs = logits.shape[1] if logits.ndim == 2 else 0  # more axes are no classes to count hits in
-    return load_data(Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed)
+    return load_data(
+        Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed, choice.validation
+    )
 
 
 def _run(
@@ -154,7 +156,7 @@ def _run(
     observe("export dense")
     before = export(dense, DENSE)
     parity = [_parity(before, check, "dense: ONNX Runtime against PyTorch")]
-    model, records = PassManager(plan.passes).run(dense, data.for_passes(), observe)
+    model, records = PassManager(plan.passes).run(dense, data, observe)
     observe("export compressed")
     after = export(model, COMPRESSED)
     require_finite(after.onnx, _calibration(data, check), recipe.precision)
@@ -182,10 +184,15 @@ def _run(
         recipe_sha256=recipe.sha256,
         environment=environment(_versions(plan.runtime), engines["dense"].device),
         data=DataUsed(
-            calibration=len(data.calibration), held_out=len(data.held_out), seed=recipe.data.seed, notes=data.notes
+            calibration=len(data.calibration),
+            validation=len(data.validation),
+            held_out=len(data.held_out),
+            seed=recipe.data.seed,
+            notes=data.notes,
         ),
         passes=records,
         layers=layers,
+        certificate=model.certificate,
         accelerated=accelerated,
         parity=tuple(parity),
         comparison=comparison,

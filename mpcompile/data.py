@@ -83,15 +83,20 @@ NONE = Split(NoImages(), (), labelled=False)
 
 @dataclass(frozen=True)
 class Data:
-    """Images to calibrate and train on, and others, never shown to a pass, to evaluate on."""
+    """Images to calibrate and train on, others to decide on, and others again to evaluate on.
+
+    What a pass fits, it fits on `calibration`; where it chooses by what it measures, it measures on `validation`, which
+    are training images too. `held_out` are shown to no pass that changes the model.
+    """
 
     calibration: Split = NONE
     held_out: Split = NONE
     notes: tuple[str, ...] = ()
+    validation: Split = NONE
 
     def for_passes(self) -> "Data":
-        """The same without the held-out images: what a pass is given."""
-        return Data(self.calibration, notes=self.notes)
+        """The same without the held-out images: what a pass that changes the model is given."""
+        return Data(self.calibration, notes=self.notes, validation=self.validation)
 
 
 @dataclass(frozen=True)
@@ -142,11 +147,18 @@ class ArrayImages:
 
 
 def load_data(
-    path: Path, source: Source, outputs: int, calibration: int = 256, held_out: int | None = None, seed: int = 0
+    path: Path,
+    source: Source,
+    outputs: int,
+    calibration: int = 256,
+    held_out: int | None = None,
+    seed: int = 0,
+    validation: int = 256,
 ) -> Data:
     """The images at `path`, preprocessed for a model with that many outputs.
 
-    At most `calibration` and `held_out` images are taken, chosen by `seed`. Raises LoadError.
+    At most that many images are taken, chosen by `seed`; of one pool, validation gets at most a fifth of what
+    calibration leaves. Raises LoadError.
     """
     if not path.exists():
         raise LoadError(f"{path} does not exist; --data takes a folder of images or an .npz file")
@@ -154,10 +166,12 @@ def load_data(
     train, test = _read_npz(path, source, outputs) if path.is_file() else _read_folders(path, source, notes)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(train))
-    chosen = order[:calibration]
+    chosen, left = order[:calibration], order[calibration:]
     if test is None:  # one pool: disjoint shares of it
-        test, rest = train, order[calibration:]
+        deciding = left[: min(validation, len(left) // 5)]
+        test, rest = train, left[len(deciding) :]
     else:
+        deciding = left[:validation]
         rest = rng.permutation(len(test))
     if not len(rest):
         raise LoadError(
@@ -172,6 +186,7 @@ def load_data(
         Split(train, tuple(chosen.tolist()), labelled),
         Split(test, tuple(rest.tolist()), labelled),
         tuple(notes + note),
+        Split(train, tuple(deciding.tolist()), labelled),
     )
 
 

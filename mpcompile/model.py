@@ -133,6 +133,39 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerCertificate:
+    """What one layer's change R = A − S does, A being its dense weights and S those it has now.
+
+    `reach` is the mean over images of ‖Rψ‖∞, the largest change of any of its outputs on the inputs ψ that it now gets;
+    `share` its part of the logits' shift, to first order. `critical` is the largest amplification L of ‖Rψ‖∞ to the
+    logits at which the paper's theorem still certifies the change, given the penalties that the model was trained with;
+    None where those are not known. passes/certify.py has the statements.
+    """
+
+    name: str
+    reach: float
+    reach_max: float
+    share: float
+    critical: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What is proven of the compressed model on images that no pass has seen, and what follows for others."""
+
+    images: int
+    agreeing: int  # images with the dense model's answer
+    proven: int  # images whose margin exceeds twice their logit shift
+    agreement_bound: float  # Clopper–Pearson, one-sided, at `confidence`
+    confidence: float
+    shift_mean: float  # of max |Δ logit|
+    shift_max: float
+    margin_median: float  # of the dense model: largest logit less the second
+    explained: float  # the sum of the layers' shares: 1 where the first order is all there is
+    layers: tuple[LayerCertificate, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A captured model and the plan for its layers, keyed by qualified module name.
 
@@ -144,6 +177,8 @@ class Model:
     example: Tensor
     source: Source
     plan: Mapping[str, LayerPlan] = field(default_factory=lambda: MappingProxyType({}))
+    dense: fx.GraphModule | None = None  # the graph before the first lossy pass; None where nothing was lost yet
+    certificate: "Certificate | None" = None  # what was proven last; of this graph
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         """Each Linear and Conv2d with its qualified name, in the order of definition."""

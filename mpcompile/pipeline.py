@@ -68,7 +68,11 @@ Observer = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PassManager:
-    """Runs passes in order over a copy of a model. It keeps no state, so one manager serves many models."""
+    """Runs passes in order over a copy of a model. It keeps no state, so one manager serves many models.
+
+    Held-out images are shown to an analysis after which nothing changes the model, and to no other pass. The graph as
+    it was before the first lossy pass stays with the model, as `dense`.
+    """
 
     passes: Sequence[Pass]
 
@@ -93,17 +97,24 @@ class PassManager:
         model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
         records: list[PassRecord] = []
         outputs = run_example(model)
-        for step in self.passes:
+        for index, step in enumerate(self.passes):
             observe(step.name)
             earlier = [record.name for record in records]
             started = time.perf_counter()
-            result = _attempt(step, model, data, earlier)
+            if step.effect is Effect.LOSSY and model.dense is None:
+                model = replace(model, dense=copy.deepcopy(model.graph))
+            result = _attempt(step, model, self._shown(data, index), earlier)
             seconds = time.perf_counter() - started
             outputs, drift = _verify(step, model, result, outputs, earlier)
             changed = _changed(model, result)
             records.append(PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result)))
             model = result
         return model, tuple(records)
+
+    def _shown(self, data: Data, index: int) -> Data:
+        """The images for a pass: held-out ones only for an analysis after which nothing changes the model."""
+        rest = self.passes[index:]
+        return data if all(step.effect is Effect.ANALYSIS for step in rest) else data.for_passes()
 
 
 def run_example(model: Model) -> Tensor:

@@ -53,6 +53,7 @@ class DataChoice(Strict):
     """How many images are used; which, the seed decides."""
 
     calibration: Annotated[int, Field(ge=1)] = 256
+    validation: Annotated[int, Field(ge=0)] = 256  # for passes that choose by what they measure
     held_out: Annotated[int, Field(ge=1)] | None = None  # all there are
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -119,6 +120,7 @@ def overridden(
     budget: dict[str, Any],
     permute: dict[str, Any] | None,
     mask: dict[str, Any],
+    evidence: dict[str, dict[str, Any]] | None = None,
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
@@ -127,7 +129,8 @@ def overridden(
     `budget`, `permute` and `mask` are parameters of these passes; `top` and `nested` are keys of the recipe itself and
     of its sections. A recipe with neither budget nor mask gets all three at its end, where patterns are given; without
     the permutation where `permute` is None. In one that has only a mask pass, that takes the pattern and the choice of
-    layers. Raises UsageError.
+    layers. `evidence` names passes, with their parameters, that follow where the recipe gets its passes from flags.
+    Raises UsageError.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
@@ -141,6 +144,7 @@ def overridden(
         steps += [
             Step(name=name) for name in ("mp-budget", "permute", "nm-mask") if name != "permute" or permute is not None
         ]
+        steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
     elif budget and "mp-budget" not in names:
         alone = [key for key in ("macs", "signal") if key in budget]
         if alone or len(budget.get("patterns", ())) > 1:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mpcompile.evaluate import Comparison
 from mpcompile.lower import Lowered
-from mpcompile.model import Model, Source, Spectrum
+from mpcompile.model import Certificate, Model, Source, Spectrum
 from mpcompile.pipeline import PassRecord
 from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
@@ -37,6 +37,7 @@ class LayerRow(Value):
     spectrum: Spectrum | None  # its Marchenko–Pastur fit, where a budget made one
     unfitted: str | None  # why it has none
     permuted: bool  # whether its input channels were reordered
+    missed: float | None  # of its dense outputs' power on calibration images, where it was refitted
     unpermuted: str | None  # why not, where a permutation looked at it
 
 
@@ -69,6 +70,7 @@ class DataUsed(Value):
     """How many images were used for what, which the seed chose, and what is to be known of them."""
 
     calibration: int
+    validation: int
     held_out: int
     seed: int
     notes: tuple[str, ...]
@@ -102,6 +104,7 @@ class Report(Value):
     accelerated: bool  # whether the target has kernels for the patterns used
     parity: tuple[Parity, ...]
     comparison: Comparison | None
+    certificate: Certificate | None
     latency: tuple[Latency, ...]
     gates: tuple[Gate, ...]
     files: tuple[FileRow, ...]
@@ -148,6 +151,12 @@ class Report(Value):
                     f"({c.logit_shift_max:.3f})",
                 )
             )
+        if self.certificate:
+            k = self.certificate
+            rows.append((f"proven unchanged, {k.images:,} held-out images", "", f"{k.proven / k.images:.2%}", ""))
+            rows.append(
+                (f"same answer on unseen images, at {k.confidence:.0%}", "", f"at least {k.agreement_bound:.2%}", "")
+            )
         dense, compressed = self.onnx_bytes("dense.onnx"), self.onnx_bytes("model.onnx")
         rows.append(("ONNX file", _megabytes(dense), _megabytes(compressed), f"{compressed / dense:.2f}×"))
         rows.append(
@@ -177,6 +186,14 @@ class Report(Value):
     def spectra(self) -> list[LayerRow]:
         """The layers that a budget looked at."""
         return [row for row in self.layers if row.spectrum or row.unfitted]
+
+    def refitted(self) -> bool:
+        """Whether any layer says what it misses."""
+        return any(row.missed is not None for row in self.layers)
+
+    def critical(self) -> bool:
+        """Whether the certificate has critical amplifications."""
+        return self.certificate is not None and any(row.critical is not None for row in self.certificate.layers)
 
     def unmoved(self) -> list[LayerRow]:
         """The layers whose channels a permutation left as they were."""
@@ -212,6 +229,7 @@ def layer_rows(model: Model, lowered: Lowered) -> tuple[LayerRow, ...]:
                 axis=found.axis if found else None,
                 spectrum=plan.spectrum,
                 unfitted=plan.unfitted,
+                missed=plan.missed,
                 permuted=plan.permutation is not None,
                 unpermuted=plan.unpermuted,
             )

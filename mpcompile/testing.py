@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from mpcompile.capture import capture
-from mpcompile.data import Data
+from mpcompile.data import Data, Split
 from mpcompile.masks import pattern_violation, violation
 from mpcompile.model import NM, Model, Source
 from mpcompile.parity import relative_difference
@@ -101,6 +101,33 @@ class _WithoutRequires:
 
     def __call__(self, model: Model, data: Data) -> Model:
         return self.inner(model, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Images of normal noise, each its own by `seed` and index, labelled in turn."""
+
+    size: tuple[int, ...]
+    count: int
+    seed: int = 0
+    classes: int = 10
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        rng = torch.Generator().manual_seed(self.seed * self.count + index)
+        return torch.randn(self.size, generator=rng), index % self.classes
+
+
+def tiny_data(model: Model, count: int = 64) -> Data:
+    """Noise for a tiny model: as many images to calibrate, to decide and to evaluate on."""
+
+    def split(seed: int) -> Split:
+        images = Noise(tuple(model.example.shape[1:]), count, seed)
+        return Split(images, tuple(range(count)), labelled=True)
+
+    return Data(split(0), split(1), validation=split(2))
 
 
 class TinyMLP(nn.Module):

@@ -6,11 +6,16 @@ from types import MappingProxyType
 if __name__ == "passes":  # from the repository root this would succeed and make every class twice
     raise ImportError("import mpcompile.passes, not passes")
 
+from mpcompile.passes.batch_norm import BatchNorm
+from mpcompile.passes.certify import Certify
 from mpcompile.passes.mp_budget import MPBudget
 from mpcompile.passes.nm_mask import NMMask
 from mpcompile.passes.permute import Permute
+from mpcompile.passes.restore import Restore
 from mpcompile.pipeline import Pass
 
-PASSES: Mapping[str, type[Pass]] = MappingProxyType({kind.name: kind for kind in (MPBudget, Permute, NMMask)})
+PASSES: Mapping[str, type[Pass]] = MappingProxyType(
+    {kind.name: kind for kind in (MPBudget, Permute, NMMask, BatchNorm, Restore, Certify)}
+)
 
-__all__ = ["PASSES", "MPBudget", "NMMask", "Permute"]
+__all__ = ["PASSES", "BatchNorm", "Certify", "MPBudget", "NMMask", "Permute", "Restore"]

@@ -34,8 +34,7 @@ def joint_support(
 ) -> Bool[Tensor, "out columns"]:
     """The support that the alternation comes to rest on; `gram` has to be positive definite."""
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # groups, columns
-    values, vectors = torch.linalg.eigh(gram / (scale[:, :, None] * scale[:, None]))
-    values, vectors = values.float(), vectors.float()
+    values, vectors = torch.linalg.eigh((gram / (scale[:, :, None] * scale[:, None])).float())
     shape = (len(gram), len(best) // len(gram), best.shape[1])
     v = (best.reshape(shape) * scale[:, None]).float()
     pull = ((v @ vectors) * values[:, None]) @ vectors.mT  # V C

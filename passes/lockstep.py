@@ -96,15 +96,16 @@ def rewrite_in_order(
     rewrite: Rewrite,
     sequential: bool = True,
     known: Callable[[str], bool] = lambda name: False,
+    dense: fx.GraphModule | None = None,
 ) -> None:
     """Calls `rewrite` for each weight of these layers in order of execution, with the moments of what flows into it.
 
     Inputs are those of the model as it is being rewritten or, where not `sequential`, as it was. Wanted outputs are
-    those of the model as it was, without the bias where no bias can be set. Layers that the images do not reach are
-    left out, and for those that are `known` no moments are collected. Raises LoadError where an image is not finite,
-    PassError where a layer's inputs are not, or where memory cannot hold the images.
+    those of `dense`, or of the model as it was, without the bias where no bias can be set. Layers that the images do
+    not reach are left out, and for those that are `known` no moments are collected. Raises LoadError where an image is
+    not finite, PassError where a layer's inputs are not, or where memory cannot hold the images.
     """
-    dense = copy.deepcopy(model.graph)
+    dense = copy.deepcopy(model.graph) if dense is None else dense
     due = _due(model, names)
     waiting = [(nodes, site) for nodes, site in due if not known(site.names[0])]
     several = {site: Moments() for nodes, site in waiting if len(nodes) > 1 or len(site.names) > 1}
@@ -156,7 +157,7 @@ def peak_bytes(model: Model) -> float:
         meta: Any = node.meta.get("tensor_meta")
         # TensorMetadata is itself a tuple; a node with several outputs has a plain one of them.
         metas = [meta] if isinstance(meta, TensorMetadata) else meta if isinstance(meta, tuple | list) else []
-        return sum(m.shape.numel() * m.dtype.itemsize for m in metas if isinstance(m, TensorMetadata))
+        return float(sum(m.shape.numel() * m.dtype.itemsize for m in metas if isinstance(m, TensorMetadata)))
 
     last: dict[fx.Node, fx.Node] = {}
     for node in model.graph.graph.nodes:
@@ -189,6 +190,12 @@ def _read(images: Split, model: Model) -> list[Tensor]:
             raise LoadError(f"calibration image {index * BATCH + bad[0]} holds numbers that are not finite")
         batches.append(pixels.to(model.example.dtype))
     return batches
+
+
+def site_of(model: Model, name: str) -> Site | None:
+    """Where a layer's weight is applied, alone or with others; None where the graph does not apply it."""
+    names = [other for other, layer in model.layers() if layer.weight is model.layer(name).weight]
+    return next((site for _, site in _due(model, names)), None)
 
 
 def _due(model: Model, names: Sequence[str]) -> list[tuple[list[fx.Node], Site]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from mpcompile.errors import PassError
@@ -24,12 +24,12 @@ from mpcompile.errors import PassError
 CHUNK_BYTES = 128 << 20  # of unfolded inputs at once
 
 
-def flat(weight: Float[Tensor, "out in_ *taps"]) -> Float[Tensor, "out columns"]:
+def flat(weight: Shaped[Tensor, "out in_ *taps"]) -> Shaped[Tensor, "out columns"]:
     """The weight as the matrix that multiplies `columns`; for a grouped convolution one group's columns."""
     return weight.movedim(1, -1).reshape(weight.shape[0], -1)
 
 
-def unflat(matrix: Float[Tensor, "out columns"], shape: torch.Size) -> Float[Tensor, "out in_ *taps"]:
+def unflat(matrix: Shaped[Tensor, "out columns"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
     """The inverse of `flat`, contiguous."""
     return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 

@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, fx
 
 from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError, on_layer
@@ -114,23 +114,33 @@ class NMMask:
                     if choice == plan.pattern and self.pattern not in (None, choice):
                         raise PassError(f"it is masked at {choice} already; exclude it from {self.pattern}")
                 elif isinstance(choice, str):
-                    plans[name] = replace(plan, skipped=choice)
+                    if plan.skipped != choice:
+                        plans[name] = replace(plan, skipped=choice)
                 else:
                     due[name] = choice
-        found = self._masked(model, data, due)
+        found = self.mask_layers(model, data, due)
         for name, (mask, missed) in found.items():
             plans[name] = replace(model.plan_of(name), pattern=due[name], mask=mask, missed=missed, skipped=None)
         return model.with_plan(plans)
 
-    def _masked(self, model: Model, data: Data, due: Mapping[str, NM]) -> dict[str, tuple[Tensor, float | None]]:
+    def mask_layers(
+        self, model: Model, data: Data, due: Mapping[str, NM], dense: fx.GraphModule | None = None
+    ) -> dict[str, tuple[Tensor, float | None]]:
         """Each layer's mask, which was applied, and the share of its outputs' power that it misses where that is known.
 
-        Raises PassError where images are needed and there are none.
+        Outputs are fitted to those of `dense`, which is the model as it is unless it is given. Raises PassError where
+        images are needed and there are none.
         """
         criterion = self.criterion or ("joint" if len(data.calibration) and self.refit != "none" else "magnitude")
         target = self.refit or ("model" if len(data.calibration) else "none")
         if criterion == "magnitude" and target == "none":
-            return {name: (masked(model, name, pattern), None) for name, pattern in due.items()}
+            plain: dict[str, tuple[Tensor, float | None]] = {}
+            for name, pattern in due.items():
+                with on_layer(name):
+                    plain[name] = (masked(model.layer(name), pattern), None)
+            return plain
+        if not due:
+            return {}
         if not len(data.calibration):
             what = f"the criterion {criterion}" if criterion != "magnitude" else f"the refit to the {target}"
             raise PassError(f"{what} needs calibration images; give --data, or the criterion magnitude and no refit")
@@ -148,7 +158,7 @@ class NMMask:
             for name, layer in zip(site.names, layers, strict=True):
                 found[name] = (result["mask"].reshape(layer.weight.shape), float(result["missed"]))
 
-        rewrite_in_order(model, data.calibration, list(due), rewrite, self.sequential, finished.__contains__)
+        rewrite_in_order(model, data.calibration, list(due), rewrite, self.sequential, finished.__contains__, dense)
         return found
 
     def _fitted(
@@ -207,14 +217,12 @@ class NMMask:
         return choices
 
 
-def masked(model: Model, name: str, pattern: NM) -> Bool[Tensor, "..."]:
-    """The mask of the largest weights, which was applied to the layer."""
-    with on_layer(name):
-        weight = model.layer(name).weight
-        mask = nm_mask(weight.abs(), pattern)
-        # Not a product with the mask: that would leave −0.0, and NaN where a weight is infinite.
-        weight.masked_fill_(~mask, 0.0)
-        return mask
+def masked(layer: Layer, pattern: NM) -> Bool[Tensor, "..."]:
+    """The mask of the largest weights, which was applied to the layer's weight."""
+    mask = nm_mask(layer.weight.abs(), pattern)
+    # Not a product with the mask: that would leave −0.0, and NaN where a weight is infinite.
+    layer.weight.masked_fill_(~mask, 0.0)
+    return mask
 
 
 def largest(weight: Float[Tensor, "out columns"], density: float) -> Bool[Tensor, "out columns"]:

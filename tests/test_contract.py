@@ -7,8 +7,9 @@ import pytest
 
 from mpcompile.lower import lower
 from mpcompile.model import Model
-from mpcompile.passes import PASSES
-from mpcompile.testing import check_contract, tiny_mlp
+from mpcompile.passes import PASSES, NMMask
+from mpcompile.pipeline import PassManager
+from mpcompile.testing import check_contract, tiny_data, tiny_mlp
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
@@ -18,7 +19,14 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Model) -> None:
     kind = PASSES[name]
     assert kind.name == name
     assert (kind.__doc__ or "").strip()
-    check_contract(kind(), tiny)
+    check_contract(kind(), tiny, tiny_data(tiny))
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name not in ("mp-budget", "permute")])
+def test_every_pass_keeps_the_contract_after_the_masks(name: str, tiny: Model) -> None:
+    data = tiny_data(tiny)
+    masked, _ = PassManager([NMMask()]).run(tiny, data)
+    check_contract(PASSES[name](), masked, data)
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -41,8 +41,10 @@ def arrays(path: Path, **changes: np.ndarray) -> Path:
 
 def test_one_folder_gives_disjoint_shares(tmp_path: Path) -> None:
     data = load_data(classes(tmp_path), SOURCE, outputs=2, calibration=4)
-    assert (len(data.calibration), len(data.held_out)) == (4, 8)
-    assert not set(data.calibration.order) & set(data.held_out.order)
+    # Validation gets a fifth of the eight that calibration leaves.
+    splits = (data.calibration, data.validation, data.held_out)
+    assert [len(split) for split in splits] == [4, 1, 7]
+    assert len({index for split in splits for index in split.order}) == 12
     assert data.held_out.labelled
     assert data.notes == ()
 
@@ -98,7 +100,7 @@ def test_what_is_left_out_and_how_classes_are_numbered_is_told(tmp_path: Path) -
     (tmp_path / "2" / "scan.dng").write_bytes(b"raw")
     Image.new("RGB", (20, 20)).save(tmp_path / "2" / "more.webp")
     data = load_data(tmp_path, SOURCE, outputs=2, calibration=2)
-    assert len(data.calibration) + len(data.held_out) == 13
+    assert len(data.calibration) + len(data.validation) + len(data.held_out) == 13
     assert data.notes[0].startswith("1 files in ")
     assert "2 before 10; torchvision sorts them otherwise" in data.notes[1]
 

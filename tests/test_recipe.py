@@ -97,10 +97,13 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
 @pytest.mark.parametrize(
     ("step", "error"),
     [
-        (Step(name="nm-musk"), "pass 'nm-musk' is unknown; the passes are mp-budget, permute, nm-mask"),
+        (
+            Step(name="nm-musk"),
+            "pass 'nm-musk' is unknown; the passes are mp-budget, permute, nm-mask, batch-norm, restore, certify",
+        ),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
-            "pass nm-mask has no 'patern'; it has pattern, criterion, include",
+            "pass nm-mask has no 'patern'; it has pattern, criterion, refit",
         ),
         (Step(name="nm-mask", params={"pattern": "4:2"}), "pass nm-mask: pattern: pattern 4:2: needs 1 ≤ N < M"),
         (Step(name="nm-mask", params={"criterion": "luck"}), "pass nm-mask: criterion: .*'magnitude'.*found 'luck'"),
@@ -178,8 +181,8 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     schema = recipe_schema()
     json.dumps(schema)
     assert schema["additionalProperties"] is False
-    [names, budget, _, mask] = schema["properties"]["passes"]["items"]["oneOf"]
-    assert names == {"enum": ["mp-budget", "permute", "nm-mask"]}
+    [names, budget, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
+    assert names == {"enum": ["mp-budget", "permute", "nm-mask", "batch-norm", "restore", "certify"]}
     assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
     assert mask["properties"]["nm-mask"]["additionalProperties"] is False

@@ -1,0 +1,172 @@
+"""Prune–restore: what the pattern pays for is used, and layers that cost most go back until the loss is small enough.
+
+Two steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P stays removed and Q comes back).
+
+1. A group of M that keeps fewer than N weights, or keeps zeros, pays for slots that it does not use: sparse kernels
+   read N of every M whatever they hold. Such slots take the dense model's largest weights of their group. (A mask pass
+   fills its slots itself; masks that were read from elsewhere may not.)
+2. While the loss on validation images is above the limit, the masked layer with the largest share of the logits' shift
+   (first order, passes/certify.py) goes to the mildest of `patterns` that it can carry and that is milder than its own,
+   masked and refitted anew from its dense weights, or back to dense. The shares are measured anew after each, since
+   they change with what was restored. What this costs in multiply-accumulates is told as it goes.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mpcompile.cost import cost
+from mpcompile.data import Data, Split
+from mpcompile.errors import PassError, UsageError, on_layer
+from mpcompile.layers import fact_against, places
+from mpcompile.masks import grouped, ungrouped
+from mpcompile.model import NM, Model
+from mpcompile.passes.certify import attribution, outputs_of, twin_of
+from mpcompile.passes.lockstep import site_of
+from mpcompile.passes.nm_mask import NMMask
+from mpcompile.pipeline import Effect
+from mpcompile.progress import tracked
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Fills unused slots; takes layers back, worst first, until the loss on validation images is within the limits.
+
+    `max_drop` is in points of top-1 against the dense model and needs labels; `max_shift` is the mean over images of
+    the largest change of a logit, as a share of the dense logits' range. Without a limit only slots are filled.
+    """
+
+    name: ClassVar[str] = "restore"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    max_drop: float | None = None
+    max_shift: float | None = None
+    patterns: tuple[NM, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses limits that mean nothing."""
+        for what, limit in (("max_drop", self.max_drop), ("max_shift", self.max_shift)):
+            if limit is not None and not 0 <= limit < float("inf"):
+                raise UsageError(f"{what} is {limit}; it is a limit of 0 or more")
+
+    def __call__(self, model: Model, data: Data) -> Model:
+        """The model within the limits. Raises PassError where they cannot be measured."""
+        if model.dense is None:
+            return model
+        reference, model = model.dense, self._filled(model)
+        if self.max_drop is None and self.max_shift is None:
+            return model
+        images = data.validation if len(data.validation) else data.calibration
+        if not len(images):
+            raise PassError("a limit on the loss is measured on validation images; give --data")
+        if self.max_drop is not None and not images.labelled:
+            raise PassError("max_drop needs labelled images; give max_shift instead")
+        with torch.no_grad():
+            dense = outputs_of(reference, images)
+        counted = cost(model)
+        steps = tracked([name for name, plan in model.plan.items() if plan.mask is not None])
+        while not self._within(model, dense, images):
+            next(steps, None)
+            shares = attribution(model, images)
+            masked = [name for name, plan in model.plan.items() if plan.mask is not None]
+            if not masked:
+                break
+            worst = max(masked, key=lambda name: shares.get(name, 0.0))
+            with on_layer(worst):
+                model = self._taken_back(model, data, worst)
+            log.info(
+                "%s goes to %s, its share of the shift was %.0f %%; %.3g multiply-accumulates an image are left",
+                worst,
+                model.plan_of(worst).pattern if model.plan_of(worst).mask is not None else "dense",
+                100 * shares.get(worst, 0.0),
+                counted.executed_macs(patterns_of(model)),
+            )
+        return model
+
+    def _filled(self, model: Model) -> Model:
+        """The model with every slot of its patterns in use."""
+        plans = {}
+        for name, plan in model.plan.items():
+            if plan.mask is None or plan.pattern is None:
+                continue
+            with on_layer(name):
+                layer, dense = model.layer(name), twin_of(model, name).weight.detach()
+                used = plan.mask & (layer.weight.detach() != 0)
+                mask = filled(used, dense, plan.pattern)
+                new = mask & ~used
+                if bool(new.any()):
+                    with torch.no_grad():
+                        layer.weight.copy_(torch.where(new, dense, layer.weight))
+                    plans[name] = replace(plan, mask=mask)
+        return model.with_plan(plans)
+
+    def _within(self, model: Model, dense: Tensor, images: Split) -> bool:
+        """Whether the model is within both limits."""
+        with torch.no_grad():
+            found = outputs_of(model.graph, images)
+        if self.max_shift is not None:
+            shift = (found - dense).abs().flatten(1).amax(1).mean()
+            spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
+            if not float(shift) <= self.max_shift * float(spread):
+                return False
+        if self.max_drop is not None:
+            labels = torch.cat([labels for _, labels in images.batches()])
+            before, after = ((z.argmax(1) == labels).double().mean() for z in (dense, found))
+            return float(100 * (before - after)) <= self.max_drop
+        return True
+
+    def _taken_back(self, model: Model, data: Data, name: str) -> Model:
+        """The model with one layer, and those that share its weight, at a milder pattern or dense."""
+        site = site_of(model, name)
+        tied = [other for other, module in model.layers() if module.weight is model.layer(name).weight]
+        plan, where = model.plan_of(name), places(model)
+        able = [p for p in self.patterns if plan.pattern and p.density > plan.pattern.density]
+        able = sorted((p for p in able if not fact_against(model.layer(name), where.get(name), p)), key=_density)
+        with torch.no_grad():
+            for other in tied:
+                _copy(twin_of(model, other), model.layer(other))
+            if site is not None and site.norm is not None and model.dense is not None:
+                at = next(path for path, module in model.graph.named_modules() if module is site.norm)
+                _copy(model.dense.get_submodule(at), site.norm)
+            if able:
+                found = NMMask().mask_layers(model, data, dict.fromkeys(tied, able[0]), model.dense)
+                plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}
+                return model.with_plan(plans)
+        reason = "restored: masked it cost more than the limit allows"
+        return model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in tied})
+
+
+def _copy(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the parameters and buffers of another."""
+    for name, value in old.state_dict().items():
+        new.state_dict()[name].copy_(value)
+
+
+def _density(pattern: NM) -> float:
+    return pattern.density
+
+
+def patterns_of(model: Model) -> Mapping[str, NM]:
+    """The patterns of the masked layers."""
+    return {n: plan.pattern for n, plan in model.plan.items() if plan.mask is not None and plan.pattern is not None}
+
+
+def filled(
+    used: Bool[Tensor, "out in_ *taps"], dense: Float[Tensor, "out in_ *taps"], pattern: NM
+) -> Bool[Tensor, "out in_ *taps"]:
+    """N places in every group of M: those used first, then the largest dense weights."""
+    size = grouped(dense.abs().double(), pattern.of)
+    shared = size.reshape(-1, pattern.rows, *size.shape[1:]).sum(1)
+    already = grouped(used, pattern.of).reshape(-1, pattern.rows, *size.shape[1:]).any(1)
+    rank = torch.where(already, float("inf"), shared)
+    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
+    chosen = torch.zeros_like(already).scatter_(-1, best, True)
+    return ungrouped(chosen.repeat_interleave(pattern.rows, dim=0), dense.shape)
