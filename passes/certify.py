@@ -30,10 +30,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data import Data, Split
 from mpcompile.errors import PassError, UsageError
 from mpcompile.model import Certificate, LayerCertificate, Model
+from mpcompile.passes.lockstep import sites_of
 from mpcompile.passes.moments import columns, flat
 from mpcompile.pipeline import Effect
 from mpcompile.progress import tracked
@@ -84,7 +86,7 @@ class Certify:
     def _layer(self, model: Model, name: str, reach: Tensor, share: float) -> LayerCertificate:
         critical = None
         if self.weight_decay or self.l1:
-            dense, now = twin_of(model, name).weight.double(), model.layer(name).weight.double()
+            dense, now = (side.weight.detach().double() for side in (twin_of(model, name), model.layer(name)))
             saved = self.weight_decay * (dense.square().sum() - now.square().sum())
             saved = saved + self.l1 * (dense.abs().sum() - now.abs().sum())
             critical = max(0.0, float(saved / (2 * reach.mean()).clamp_min(1e-300)))
@@ -180,29 +182,59 @@ def reaches_of(model: Model, images: Split) -> dict[str, Tensor]:
 
 
 def attribution(model: Model, images: Split) -> dict[str, float]:
-    """Each changed layer's first-order share of the logits' squared shift; a normalisation has its own."""
+    """Each changed layer's first-order share of the logits' squared shift.
+
+    A batch normalisation that took up a layer's bias counts with that layer, any other by its own name.
+    """
     assert model.dense is not None
     old, now = _tensors(model.dense), _tensors(model.graph)
-    moved = {
-        name: now[name] - value for name, value in old.items() if name in now and not torch.equal(value, now[name])
-    }
-    middle = {name: (old[name] + delta / 2).requires_grad_(True) for name, delta in moved.items()}
-    totals, power = dict.fromkeys(moved, 0.0), 0.0
+    moved = {n: now[n] - value for n, value in old.items() if n in now and not torch.equal(value, now[n])}
+    middle = {name: old[name] + delta / 2 for name, delta in moved.items()}
+    # Statistics cannot be differentiated by, and act like the normalisation's own weight and bias:
+    # y = γ (x − μ)/s + β, so dμ is −γ/s dβ, and dσ² is −γ/2s² dγ.
+    as_if: dict[str, Tensor] = {}
+    for name, module in model.dense.named_modules():
+        if not isinstance(module, _BatchNorm) or not module.affine:
+            continue
+        mean, var = (moved.get(f"{name}.{part}") for part in ("running_mean", "running_var"))
+        variance = middle.get(f"{name}.running_var", old.get(f"{name}.running_var"))
+        if variance is None or (mean is None and var is None):
+            continue
+        gamma = middle.get(f"{name}.weight", old[f"{name}.weight"])
+        if mean is not None:
+            as_if[f"{name}.bias"] = -gamma * mean / (variance + module.eps).sqrt()
+        if var is not None:
+            as_if[f"{name}.weight"] = -gamma * var / (2 * (variance + module.eps))
+    parameters = dict(model.dense.named_parameters())
+    changes = {name: delta for name, delta in moved.items() if name in parameters}
+    for name, delta in as_if.items():
+        changes[name] = changes[name] + delta if name in changes else delta
+    sloped = {name: middle.get(name, old[name]).requires_grad_(True) for name in changes}
+    totals, power = dict.fromkeys(changes, 0.0), 0.0
     for pixels, _ in images.batches(BATCH):
         pixels = pixels.to(model.example.dtype)
         with torch.no_grad():
             shift = model.graph(pixels) - model.dense(pixels)
         with torch.enable_grad():
-            logits = torch.func.functional_call(model.dense, {**old, **middle}, (pixels,))
-            slopes = torch.autograd.grad((logits * shift).sum(), list(middle.values()), allow_unused=True)
-        for (name, delta), slope in zip(moved.items(), slopes, strict=True):
+            logits = torch.func.functional_call(model.dense, {**old, **middle, **sloped}, (pixels,))
+            slopes = torch.autograd.grad((logits * shift).sum(), list(sloped.values()), allow_unused=True)
+        for (name, delta), slope in zip(changes.items(), slopes, strict=True):
             totals[name] += 0.0 if slope is None else float((slope.double() * delta.double()).sum())
         power += float(shift.double().square().sum())
+    owner = _owners_of_norms(model)
     shares: dict[str, float] = {}
     for name, total in totals.items():
-        owner = name.rpartition(".")[0]
-        shares[owner] = shares.get(owner, 0.0) + (total / power if power else 0.0)
+        module_name = name.rpartition(".")[0]
+        at = owner.get(module_name, module_name)
+        shares[at] = shares.get(at, 0.0) + (total / power if power else 0.0)
     return shares
+
+
+def _owners_of_norms(model: Model) -> dict[str, str]:
+    """The layer whose mean output each batch normalisation takes up."""
+    names = {id(module): name for name, module in model.graph.named_modules()}
+    sites = sites_of(model, changed(model))
+    return {names[id(site.norm)]: site.names[0] for site in sites if site.norm is not None}
 
 
 def _tensors(graph: fx.GraphModule) -> Mapping[str, Tensor]:

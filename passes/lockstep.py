@@ -192,10 +192,9 @@ def _read(images: Split, model: Model) -> list[Tensor]:
     return batches
 
 
-def site_of(model: Model, name: str) -> Site | None:
-    """Where a layer's weight is applied, alone or with others; None where the graph does not apply it."""
-    names = [other for other, layer in model.layers() if layer.weight is model.layer(name).weight]
-    return next((site for _, site in _due(model, names)), None)
+def sites_of(model: Model, names: Sequence[str]) -> list[Site]:
+    """Where the weights of these layers are applied, in order of execution; layers without a place are left out."""
+    return [site for _, site in _due(model, names)]
 
 
 def _due(model: Model, names: Sequence[str]) -> list[tuple[list[fx.Node], Site]]:

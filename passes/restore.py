@@ -27,7 +27,7 @@ from mpcompile.layers import fact_against, places
 from mpcompile.masks import grouped, ungrouped
 from mpcompile.model import NM, Model
 from mpcompile.passes.certify import attribution, outputs_of, twin_of
-from mpcompile.passes.lockstep import site_of
+from mpcompile.passes.lockstep import sites_of
 from mpcompile.passes.nm_mask import NMMask
 from mpcompile.pipeline import Effect
 from mpcompile.progress import tracked
@@ -125,7 +125,6 @@ class Restore:
 
     def _taken_back(self, model: Model, data: Data, name: str) -> Model:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
-        site = site_of(model, name)
         tied = [other for other, module in model.layers() if module.weight is model.layer(name).weight]
         plan, where = model.plan_of(name), places(model)
         able = [p for p in self.patterns if plan.pattern and p.density > plan.pattern.density]
@@ -133,9 +132,10 @@ class Restore:
         with torch.no_grad():
             for other in tied:
                 _copy(twin_of(model, other), model.layer(other))
-            if site is not None and site.norm is not None and model.dense is not None:
-                at = next(path for path, module in model.graph.named_modules() if module is site.norm)
-                _copy(model.dense.get_submodule(at), site.norm)
+            for site in sites_of(model, tied):
+                if site.norm is not None and model.dense is not None:
+                    at = next(path for path, module in model.graph.named_modules() if module is site.norm)
+                    _copy(model.dense.get_submodule(at), site.norm)
             if able:
                 found = NMMask().mask_layers(model, data, dict.fromkeys(tied, able[0]), model.dense)
                 plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import mpcompile
 from mpcompile.artifact import Artifact
@@ -11,6 +12,10 @@ from mpcompile.model import Model
 from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_vit
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fashion_vit"
+# A deadline would measure the machine: what else runs on it, and what a first example imports.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
 TINY = {"mlp": tiny_mlp, "cnn": tiny_cnn, "vit": tiny_vit}
 
 

@@ -1,0 +1,132 @@
+"""Prune–restore: slots are filled, layers come back in order of their share until the limit holds."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpcompile.data import Data
+from mpcompile.errors import PassError, UsageError
+from mpcompile.masks import pattern_violation
+from mpcompile.model import NM, Model
+from mpcompile.passes import NMMask, Restore
+from mpcompile.passes.restore import filled
+from mpcompile.pipeline import PassManager
+from mpcompile.testing import assert_follows, tiny_cnn, tiny_data, tiny_vit
+
+
+def shift(model: Model, dense: Model, data: Data) -> float:
+    """As the pass measures it: mean largest change, as a share of the range."""
+    images = data.validation.first(len(data.validation))
+    before, after = dense(images), model(images)
+    spread = (before.amax(1) - before.amin(1)).mean()
+    return float((after - before).abs().amax(1).mean() / spread)
+
+
+def test_layers_come_back_until_the_limit_holds(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_vit()
+    data = tiny_data(model)
+    masked, _ = PassManager([NMMask(NM(1, 4))]).run(model, data)
+    limit = shift(masked, model, data) / 2
+    with caplog.at_level(logging.INFO, "mpcompile"):
+        result, records = PassManager([NMMask(NM(1, 4)), Restore(max_shift=limit)]).run(model, data)
+    assert shift(result, model, data) <= limit
+    back = [name for name, plan in result.plan.items() if plan.skipped and plan.skipped.startswith("restored")]
+    kept = [name for name, plan in result.plan.items() if plan.mask is not None]
+    assert back
+    assert kept  # not all: the limit is half of what was lost
+    for name in back:
+        assert torch.equal(result.layer(name).weight, model.layer(name).weight)
+        assert f"{name} goes to dense" in caplog.text
+    assert "multiply-accumulates an image are left" in caplog.text
+    assert any("masks taken back" in note for note in records[-1].notes)
+    for name in kept:
+        assert_follows(result.layer(name).weight, NM(1, 4))
+
+
+def test_a_milder_pattern_comes_before_dense() -> None:
+    model = tiny_vit()
+    data = tiny_data(model)
+    masked, _ = PassManager([NMMask(NM(1, 4))]).run(model, data)
+    limit = 0.7 * shift(masked, model, data)
+    step = Restore(max_shift=limit, patterns=(NM(2, 4), NM(1, 4)))
+    result, _ = PassManager([NMMask(NM(1, 4)), step]).run(model, data)
+    milder = [name for name, plan in result.plan.items() if plan.mask is not None and plan.pattern == NM(2, 4)]
+    assert milder
+    for name in milder:
+        assert_follows(result.layer(name).weight, NM(2, 4))
+    assert shift(result, model, data) <= limit
+
+
+def test_a_limit_of_nothing_brings_everything_back_exactly() -> None:
+    model = tiny_cnn()
+    data = tiny_data(model)
+    result, _ = PassManager([NMMask(NM(2, 4)), Restore(max_shift=0.0)]).run(model, data)
+    assert all(plan.mask is None for plan in result.plan.values())
+    assert torch.equal(result(model.example), model(model.example))
+
+
+def test_norms_that_took_up_a_bias_come_back_with_their_layer() -> None:
+    from mpcompile.capture import capture
+    from mpcompile.testing import tiny_source
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = torch.nn.Conv2d(1, 16, 3), torch.nn.Conv2d(16, 32, 1, bias=False)
+            self.norm, self.head = torch.nn.BatchNorm2d(32), torch.nn.Linear(32, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.norm(self.conv(self.stem(x).relu())).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+    model = capture(Normed().eval(), tiny_source())
+    data = tiny_data(model)
+    result, _ = PassManager([NMMask(NM(1, 4)), Restore(max_shift=0.0)]).run(model, data)
+    assert torch.equal(result(model.example), model(model.example))
+
+
+def test_unused_slots_take_the_largest_weights_of_their_group() -> None:
+    model = tiny_vit()
+    masked, _ = PassManager([NMMask(NM(1, 4), "magnitude")]).run(model, Data())
+    name = "blocks.0.mlp.fc1"
+    plan = replace(masked.plan[name], pattern=NM(2, 4))  # a 1:4 mask in a pattern that pays for two
+    result, _ = PassManager([Restore()]).run(masked.with_plan({name: plan}), Data())
+    mask = result.plan[name].mask
+    assert mask is not None
+    assert int(mask.sum()) == mask.numel() // 2
+    best = (NMMask(NM(2, 4), "magnitude", include=(name,)), Data())
+    wanted, _ = PassManager([best[0]]).run(model, best[1])
+    assert torch.equal(result.layer(name).weight, wanted.layer(name).weight)
+
+
+def test_filling_keeps_what_is_used_and_the_pattern_of_shared_rows() -> None:
+    dense = torch.randn(8, 16)
+    used = torch.zeros(8, 16, dtype=torch.bool)
+    used[0, 3] = used[1, 3] = True
+    mask = filled(used, dense, NM(2, 4, rows=2))
+    assert pattern_violation(mask, NM(2, 4, rows=2)) is None
+    assert bool(mask[used].all())
+    assert int(mask.sum()) == 64
+
+
+def test_limits_that_cannot_be_measured_are_refused() -> None:
+    model = tiny_vit()
+    data = tiny_data(model)
+    with pytest.raises(PassError, match="a limit on the loss is measured on validation images; give --data"):
+        PassManager([NMMask(NM(2, 4)), Restore(max_shift=0.1)]).run(model, Data())
+    unlabelled = replace(data, validation=replace(data.validation, labelled=False))
+    with pytest.raises(PassError, match="max_drop needs labelled images; give max_shift instead"):
+        PassManager([NMMask(NM(2, 4)), Restore(max_drop=1.0)]).run(model, unlabelled)
+    with pytest.raises(UsageError, match="max_drop is -1.0"):
+        Restore(max_drop=-1.0)
+
+
+def test_a_limit_on_accuracy_holds_on_the_validation_images() -> None:
+    model = tiny_vit()
+    data = tiny_data(model)
+    result, _ = PassManager([NMMask(NM(1, 4), "magnitude", "none"), Restore(max_drop=1.0)]).run(model, data)
+    images = data.validation.first(64)
+    labels = torch.tensor([data.validation.images[i][1] for i in data.validation.order])
+    drop = sum(sign * int((m(images).argmax(1) == labels).sum()) for sign, m in ((1, model), (-1, result)))
+    assert drop <= 0.64
