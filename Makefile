@@ -36,6 +36,8 @@ bench: bench-models
 	$(BIN)/python benchmarks/spectra.py
 	$(BIN)/python benchmarks/budget.py
 	$(BIN)/python benchmarks/permute.py
+	$(BIN)/python benchmarks/one_shot.py
+	$(BIN)/python benchmarks/certificates.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:

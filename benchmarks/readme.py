@@ -10,6 +10,7 @@ import re
 
 from common import RESULTS, ROOT, markdown
 from fashion_vit import COLUMNS, cells
+from one_shot import cell
 
 
 def body(name: str) -> str:
@@ -57,6 +58,22 @@ def budget() -> str:
     return markdown(("signal", *heads), table) + f"\n{reason}\n"
 
 
+def one_shot() -> str:
+    """Top-1 and logit shift of the methods that leave batch statistics alone or have them moved, at 2:4 and 1:4."""
+    rows = json.loads((RESULTS / "one_shot.json").read_text(encoding="utf-8"))["rows"]
+    dense = {row["model"]: row["top1"] for row in rows if row["method"] == "dense"}
+    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense" and "re-estimated" not in m]
+
+    def cells(model: str, method: str, pattern: str) -> tuple[str, str]:
+        return cell([r for r in rows if (r["model"], r["method"], r.get("pattern")) == (model, method, pattern)])
+
+    shown = [(model, pattern) for model in dense for pattern in ("2:4", "1:4")]
+    heads = [head for model, pattern in shown for head in (f"{model}, {pattern}", "shift")]
+    table = [("dense", *(text for model, _ in shown for text in (f"{100 * dense[model]:.2f}", "")))]
+    table += [(m, *(text for model, pattern in shown for text in cells(model, m, pattern))) for m in methods]
+    return markdown(("method", *heads), table)
+
+
 def blocks() -> dict[str, str]:
     """The text of each block of README."""
     capture = json.loads((RESULTS / "capture.json").read_text(encoding="utf-8"))
@@ -74,6 +91,8 @@ def blocks() -> dict[str, str]:
         "spectra": first_table("spectra"),
         "budget": budget(),
         "permute": orders(),
+        "one_shot": one_shot(),
+        "certificates": first_table("certificates"),
         "speed": body("analyze_speed"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }

@@ -80,13 +80,15 @@ class Restore:
             if not masked:
                 break
             worst = max(masked, key=lambda name: shares.get(name, 0.0))
+            share = shares.get(worst, 0.0)
+            reason = f"restored: masked, its share of the logits' shift was {share:.0%}, past the limit"
             with on_layer(worst):
-                model = self._taken_back(model, data, worst)
+                model = self._taken_back(model, data, worst, reason)
             log.info(
                 "%s goes to %s, its share of the shift was %.0f %%; %.3g multiply-accumulates an image are left",
                 worst,
                 model.plan_of(worst).pattern if model.plan_of(worst).mask is not None else "dense",
-                100 * shares.get(worst, 0.0),
+                100 * share,
                 counted.executed_macs(patterns_of(model)),
             )
         return model
@@ -123,7 +125,7 @@ class Restore:
             return float(100 * (before - after)) <= self.max_drop
         return True
 
-    def _taken_back(self, model: Model, data: Data, name: str) -> Model:
+    def _taken_back(self, model: Model, data: Data, name: str, reason: str) -> Model:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
         tied = [other for other, module in model.layers() if module.weight is model.layer(name).weight]
         plan, where = model.plan_of(name), places(model)
@@ -140,7 +142,6 @@ class Restore:
                 found = NMMask().mask_layers(model, data, dict.fromkeys(tied, able[0]), model.dense)
                 plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}
                 return model.with_plan(plans)
-        reason = "restored: masked it cost more than the limit allows"
         return model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in tied})
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,13 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1", "no kernels"):
         assert word in done.stdout
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
-        "load", "capture", "export dense", "mp-budget", "permute", "nm-mask", "export compressed", "evaluate", "time",
-        "write",
+        "load", "capture", "export dense", "mp-budget", "permute", "nm-mask", "batch-norm", "certify",
+        "export compressed", "evaluate", "time", "write",
     ]  # fmt: skip
     assert saved.read_text() == (output / "recipe.yaml").read_text()
-    assert yaml.safe_load(saved.read_text())["data"] == {"calibration": 256, "held_out": 64, "seed": 0}
+    assert yaml.safe_load(saved.read_text())["data"] == {
+        "calibration": 256, "validation": 256, "held_out": 64, "seed": 0,
+    }  # fmt: skip
 
     # The recipe it wrote gives the same weights again, and --json prints the report and nothing else.
     again = mpcompile(
@@ -108,11 +111,59 @@ def test_without_images_nothing_is_claimed_of_accuracy(example: Path, quick: Pat
     assert json.loads((output / "report.json").read_text())["comparison"] is None
 
 
-def test_an_accuracy_gate_fails_with_a_written_folder(example: Path, quick: Path, tmp_path: Path) -> None:
+def test_max_drop_takes_layers_back_and_is_asked_of_held_out_images(example: Path, quick: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     done = mpcompile(
-        example / "model.safetensors", "--pattern", "1:16", "--data", example / "images.npz", "-o", output,
-        "--config", quick, "--max-drop", 1, "-q",
+        example / "model.safetensors", "--pattern", "1:8", "--data", example / "images.npz", "-o", output,
+        "--config", quick, "--max-drop", 5, "--refit", "none", "-v",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "multiply-accumulates an image are left" in done.stderr
+    report = json.loads((output / "report.json").read_text())
+    assert [step["name"] for step in report["passes"]][-3:] == ["batch-norm", "restore", "certify"]
+    reasons = [row["reason"] for row in report["layers"] if row["reason"]]
+    assert any("restored: masked, its share of the logits' shift was" in reason for reason in reasons)
+    assert report["certificate"]["images"] == 64
+    text = (output / "report.md").read_text()
+    assert "predictions are proven unchanged" in text
+    assert "first-order" in text
+
+
+def test_a_kill_loses_no_finished_layer(example: Path, quick: Path, tmp_path: Path) -> None:
+    kept, output = tmp_path / "kept", tmp_path / "out"
+    words = [
+        sys.executable, "-m", "mpcompile", example / "model.safetensors", "--pattern", "2:4", "--data",
+        example / "images.npz", "-o", output, "--config", quick, "--resume", kept,
+    ]  # fmt: skip
+    child = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(kept.glob("run-*/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    stamps = {path: path.stat().st_mtime_ns for path in kept.glob("run-*/*.safetensors")}
+    assert 0 < len(stamps) < 24
+    again = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(kept.glob("run-*/*.safetensors"))) < 24 and again.poll() is None:
+        assert all(not path.exists() or path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+        time.sleep(0.02)
+    assert again.wait() == 0
+    assert not kept.exists()
+
+
+def test_a_refit_of_that_name_is_refused(example: Path, tmp_path: Path) -> None:
+    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "--refit", "much", "-o", tmp_path / "out")
+    refused(done, 2, "pass nm-mask: refit: Input should be 'none', 'layer' or 'model' (found 'much')")
+    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "--refit", "model", "-o", tmp_path / "out")
+    refused(done, 4, "the refit to the model needs calibration images; give --data")
+
+
+def test_an_accuracy_gate_fails_with_a_written_folder(example: Path, tmp_path: Path) -> None:
+    output, config = tmp_path / "out", tmp_path / "recipe.yaml"
+    config.write_text(QUICK + "passes: [{nm-mask: {pattern: 1:16, criterion: magnitude, refit: none}}]\n")
+    done = mpcompile(
+        example / "model.safetensors", "--data", example / "images.npz", "-o", output,
+        "--config", config, "--max-drop", 1, "-q",
     )  # fmt: skip
     refused(done, 6, "is written, and fails its gate: top-1 drop in points is")
     [gate] = json.loads((output / "report.json").read_text())["gates"]

@@ -1,0 +1,91 @@
+"""Do certificates hold on images they were not made on? -> results/certificates.{json,md}.
+
+    python benchmarks/certificates.py        # EfficientNet's weights: make bench-models
+
+The 2,000 held-out images of Fashion-MNIST in two halves. On the first a certificate is made; on both it is counted how
+many predictions are certified unchanged and how many of these differ (a theorem says none), and on the second how many
+predictions agree, against the Clopper–Pearson bound from the first.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import RESULTS, markdown, write
+from one_shot import models
+from pretrained import fashion_data
+
+from mpcompile.model import NM, Model
+from mpcompile.passes import Certify, NMMask, Permute
+from mpcompile.passes.certify import outputs_of, unchanged
+from mpcompile.pipeline import Pass, PassManager
+
+CASES = {
+    "largest weights, no refit": NMMask(criterion="magnitude", refit="none"),
+    "joint, refit (ours)": NMMask(),
+}
+PATTERNS = (NM(2, 4), NM(1, 4))
+
+
+def measure(name: str, model: Model, pattern: NM, method: str, step: NMMask) -> dict[str, Any]:
+    """The row of one pruned model."""
+    data = fashion_data(model.source)
+    halves = [replace(data.held_out, order=data.held_out.order[start::2]) for start in (0, 1)]
+    steps: list[Pass] = [Permute(), replace(step, pattern=pattern), Certify(attribute=0)]
+    result, _ = PassManager(steps).run(model, replace(data, held_out=halves[0]))
+    made = result.certificate
+    assert made is not None
+    row: dict[str, Any] = {"model": name, "pattern": str(pattern), "method": method, "bound": made.agreement_bound}
+    for which, images in zip(("first", "second"), halves, strict=True):
+        with torch.no_grad():
+            before, after = outputs_of(model.graph, images), outputs_of(result.graph, images)
+        proven, same = unchanged(before, after), before.argmax(1) == after.argmax(1)
+        row[which] = {
+            "images": len(images),
+            "proven": int(proven.sum()),
+            "flips": int((~same).sum()),
+            "flips_of_proven": int((proven & ~same).sum()),
+            "agreement": float(same.double().mean()),
+        }
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    """Writes both files."""
+    rows = [
+        measure(name, model, pattern, method, step)
+        for name, _, model in models()
+        for pattern in PATTERNS
+        for method, step in CASES.items()
+    ]
+    question = (__doc__ or "").partition("\n")[0]
+    write("certificates", question, "cpu", ("torch", "timm", "scipy"), rows)
+    (RESULTS / "certificates.md").write_text(show(rows), encoding="utf-8")
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """One table."""
+    heads = (
+        "model", "pattern", "method", "certified, of 2,000", "of these changed", "changed, of 2,000",
+        "bound from the first half", "agreement on the second", "holds",
+    )  # fmt: skip
+    table = [
+        (
+            row["model"],
+            row["pattern"],
+            row["method"],
+            f"{row['first']['proven'] + row['second']['proven']:,}",
+            str(row["first"]["flips_of_proven"] + row["second"]["flips_of_proven"]),
+            f"{row['first']['flips'] + row['second']['flips']:,}",
+            f"{row['bound']:.2%}",
+            f"{row['second']['agreement']:.2%}",
+            "yes" if row["second"]["agreement"] >= row["bound"] else "**no**",
+        )
+        for row in rows
+    ]
+    return f"# Certificates against what happens\n\n{markdown(heads, table)}"
+
+
+if __name__ == "__main__":
+    main()
