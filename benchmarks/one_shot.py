@@ -41,6 +41,7 @@ from mpcompile.pipeline import Pass, PassManager
 PATTERNS = (NM(2, 4), NM(8, 16), NM(1, 4))
 SEEDS = (0, 1, 2)
 OURS = "joint, permutation, refit (ours)"
+REFITTED = ("covariance, permutation, refit", OURS)  # the refit has set the means that statistics would be moved for
 
 
 def models() -> list[tuple[str, nn.Module, Model]]:
@@ -133,13 +134,13 @@ def main() -> None:
                     row = {"model": name, "pattern": str(pattern), "seed": seed, "layers": len(names)}
                     if not seedless or seed == SEEDS[0]:
                         add(row | {"method": method, "seconds": seconds} | measured(result, data, dense))
-                    if normed and method != OURS and pattern == PATTERNS[0]:
+                    if normed and method not in REFITTED and pattern == PATTERNS[0]:
                         add(
                             row
                             | {"method": f"{method} + statistics re-estimated", "seconds": seconds}
                             | measured(reestimated(result, data.calibration), data, dense)
                         )
-                    if normed and method != OURS:
+                    if normed and method not in REFITTED:
                         add(
                             row
                             | {"method": f"{method} + statistics moved", "seconds": seconds}
