@@ -17,7 +17,7 @@ from mpcompile.data import load_data
 from mpcompile.errors import AccuracyError, LoadError, UsageError
 from mpcompile.load import Request, load
 from mpcompile.masks import violation
-from mpcompile.model import NM
+from mpcompile.model import NM, Certificate, LayerCertificate
 from mpcompile.recipe import Recipe
 from mpcompile.report import Report
 from mpcompile.runtimes import RUNTIMES, Engine, Runtime
@@ -29,6 +29,18 @@ QUICK = {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], 
 def test_the_report_is_read_back_as_written(artifact: Artifact) -> None:
     assert Report.read(artifact.folder) == artifact.report == Artifact.open(artifact.folder).report
     assert artifact.recipe.sha256 == artifact.report.recipe_sha256
+
+
+@pytest.mark.parametrize("critical", [None, 2.5])
+def test_the_certificate_is_one_table_in_the_report(artifact: Artifact, critical: float | None) -> None:
+    rows = tuple(LayerCertificate(name, 0.1, 0.2, share, critical) for name, share in (("a", 0.2), ("b", 0.7)))
+    proven = Certificate(64, 60, 50, 0.9, 0.95, 0.1, 0.3, 1.5, 0.9, rows)
+    text = artifact.report.model_copy(update={"certificate": proven}).markdown()
+    lines = text[text.index("| layer | reach") :].splitlines()
+    table = lines[: lines.index("")]  # a table ends at its first empty line
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| b", "| a"]
+    assert len({line.count("|") for line in table}) == 1
+    assert ("critical amplification" in table[0]) == (critical is not None)
 
 
 def test_weights_load_into_the_original_class(artifact: Artifact, example: Path) -> None:
