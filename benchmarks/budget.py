@@ -22,7 +22,7 @@ import torch
 from common import RESULTS, ROOT, markdown, write
 from pretrained import fashion_data, on_fashion
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpcompile.capture import capture
 from mpcompile.data import Data
@@ -44,12 +44,12 @@ SIGNALS: tuple[Signal, ...] = get_args(Signal)
 CNN_SIZE = 96  # pixels; the head is fitted at this size
 
 
-def models() -> Iterator[tuple[str, Model]]:
-    """The two captured models."""
+def models() -> Iterator[tuple[str, nn.Module, Model]]:
+    """The two models, as modules and captured."""
     loaded = load(Request(str(ROOT / "examples" / "fashion_vit" / "model.safetensors")))
-    yield "fashion_vit", capture(loaded.module, loaded.source)
+    yield "fashion_vit", loaded.module, capture(loaded.module, loaded.source)
     module, source = on_fashion("efficientnet_lite0", CNN_SIZE)
-    yield "efficientnet_lite0", capture(module, source)
+    yield "efficientnet_lite0", module, capture(module, source)
 
 
 def logits(model: Model, data: Data) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def plot(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> Non
 def main() -> None:
     """Writes the three files."""
     rows: list[dict[str, Any]] = []
-    for name, model in models():
+    for name, _, model in models():
         data = fashion_data(model.source)
         dense, labels = logits(model, data)
         top1 = float((dense.argmax(1) == labels).double().mean())

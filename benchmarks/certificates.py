@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from budget import models
 from common import RESULTS, markdown, write
-from one_shot import models
 from pretrained import fashion_data
 
 from mpcompile.model import NM, Model

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.data import Split
+from mpcompile.masks import flat, unflat
 from mpcompile.model import NM, Model
 from mpcompile.passes.lockstep import Site, rewrite_in_order
-from mpcompile.passes.moments import Moments, flat, unflat
+from mpcompile.passes.moments import Moments
 from mpcompile.passes.nm_mask import nm_mask
 
 DAMPING = 0.01  # as in the paper; ModelOpt's own default is 0.1
