@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mpcompile.data import Split
 from mpcompile.model import Model
-from mpcompile.progress import tracked
 from mpcompile.watch import Watcher
 
 BATCH = 32
@@ -32,9 +31,8 @@ def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " chann
         counts[name] = counts.get(name, 0) + len(rows)
 
     watcher = Watcher(model.graph, add)
-    starts = range(0, len(images), BATCH)
     with torch.no_grad():
-        for _, (pixels, _labels) in zip(tracked(starts, "image {}".format), images.batches(BATCH), strict=True):
+        for pixels, _ in images.announced(BATCH):
             watcher.run(pixels.to(model.example.dtype))
     return {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 

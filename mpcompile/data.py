@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mpcompile.errors import LoadError
 from mpcompile.model import Source
+from mpcompile.progress import tracked
 
 HELD_OUT_FOLDERS = ("val", "validation", "test")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -59,6 +60,12 @@ class Split:
         for start in range(0, len(self.order), size):
             pairs = [self.images[index] for index in self.order[start : start + size]]
             yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def announced(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`batches`, each told to whoever listens to progress before it is handed out."""
+        starts = range(0, len(self), size)
+        for _, batch in zip(tracked(starts, "image {}".format), self.batches(size), strict=True):
+            yield batch
 
     def first(self, count: int) -> Tensor:
         """The first images as one batch."""

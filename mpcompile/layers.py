@@ -181,12 +181,19 @@ def eligible(
     return _agreed_among_tied(model, verdicts)
 
 
+def tied(model: Model, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """These layers in sets that share one weight, in the order of their first."""
+    sharing: dict[int, list[str]] = {}
+    for name in names:
+        layer = model.layer(name)
+        # Not its attribute: a parametrised weight is another tensor each time.
+        sharing.setdefault(id(layer._parameters.get("weight", layer)), []).append(name)
+    return [tuple(group) for group in sharing.values()]
+
+
 def _agreed_among_tied(model: Model, verdicts: dict[str, str | None]) -> dict[str, str | None]:
     """The verdicts, with a reason against any layer taken as one against all that share its weight."""
-    sharing: dict[int, list[str]] = {}
-    for name, layer in model.layers():
-        sharing.setdefault(id(layer._parameters.get("weight", layer)), []).append(name)
-    for names in sharing.values():
+    for names in tied(model, [name for name, _ in model.layers()]):
         against = next((name for name in names if verdicts[name]), None)
         for name in names:
             if against and not verdicts[name]:

@@ -12,14 +12,24 @@ from torch import Tensor, nn
 from mpcompile.model import NM, LayerPlan
 
 
+def flat(weight: Shaped[Tensor, "out in_ *taps"]) -> Shaped[Tensor, "out columns"]:
+    """The weight as a matrix with taps outside and input channels inside; `unflat` is the inverse."""
+    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+
+
+def unflat(matrix: Shaped[Tensor, "out columns"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
+    """The matrix put back into a weight of this shape, contiguous."""
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
 def grouped(weight: Shaped[Tensor, "out in_ *taps"], of: int) -> Shaped[Tensor, "out groups of"]:
     """The weight with its groups of `of` input channels as the last axis; `ungrouped` is the inverse."""
-    return weight.movedim(1, -1).reshape(weight.shape[0], -1, of)
+    return flat(weight).reshape(weight.shape[0], -1, of)
 
 
 def ungrouped(groups: Shaped[Tensor, "out groups of"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
     """Groups put back into a weight of this shape, contiguous."""
-    return groups.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+    return unflat(groups.flatten(1), shape)
 
 
 def pattern_violation(mask: Bool[Tensor, "out in_ *taps"], pattern: NM) -> str | None:

@@ -178,7 +178,7 @@ class Model:
     source: Source
     plan: Mapping[str, LayerPlan] = field(default_factory=lambda: MappingProxyType({}))
     dense: fx.GraphModule | None = None  # the graph before the first lossy pass; None where nothing was lost yet
-    certificate: "Certificate | None" = None  # what was proven last; of this graph
+    certificate: Certificate | None = None  # what was proven last; of this graph
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         """Each Linear and Conv2d with its qualified name, in the order of definition."""

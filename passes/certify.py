@@ -34,11 +34,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data import Data, Split
 from mpcompile.errors import PassError, UsageError
+from mpcompile.masks import flat
 from mpcompile.model import Certificate, LayerCertificate, Model
 from mpcompile.passes.lockstep import sites_of
-from mpcompile.passes.moments import columns, flat
+from mpcompile.passes.moments import applied
 from mpcompile.pipeline import Effect
-from mpcompile.progress import tracked
 from mpcompile.watch import Watcher
 
 BATCH = 32
@@ -95,19 +95,17 @@ class Certify:
 
 def certificate(before: Tensor, after: Tensor, confidence: float) -> Certificate:
     """What dense and compressed logits (n, outputs) prove by themselves; no layers yet."""
-    proven = unchanged(before, after)
     agreeing = int((before.argmax(1) == after.argmax(1)).sum())
-    shift = (before.double() - after.double()).abs().amax(1)
-    top = before.double().topk(2, dim=1).values
+    shift = shift_of(before, after)
     return Certificate(
         images=len(before),
         agreeing=agreeing,
-        proven=int(proven.sum()),
+        proven=int(unchanged(before, after).sum()),
         agreement_bound=lower_bound(agreeing, len(before), confidence),
         confidence=confidence,
         shift_mean=float(shift.mean()),
         shift_max=float(shift.max()),
-        margin_median=float((top[:, 0] - top[:, 1]).median()),
+        margin_median=float(margin_of(before).median()),
         explained=0.0,
         layers=(),
     )
@@ -115,8 +113,18 @@ def certificate(before: Tensor, after: Tensor, confidence: float) -> Certificate
 
 def unchanged(before: Tensor, after: Tensor) -> Tensor:
     """For each row of logits whether the dense margin exceeds twice the shift, so that the argmax is the same."""
-    top = before.double().topk(2, dim=1).values
-    return (top[:, 0] - top[:, 1]) > 2 * (before.double() - after.double()).abs().amax(1)
+    return margin_of(before) > 2 * shift_of(before, after)
+
+
+def margin_of(logits: Tensor) -> Tensor:
+    """Each row's largest logit less its second, in float64."""
+    top = logits.double().topk(2, dim=1).values
+    return top[:, 0] - top[:, 1]
+
+
+def shift_of(before: Tensor, after: Tensor) -> Tensor:
+    """Each row's largest change of a logit, in float64."""
+    return (before.double() - after.double()).abs().amax(1)
 
 
 def lower_bound(successes: int, trials: int, confidence: float) -> float:
@@ -165,15 +173,11 @@ def reaches_of(model: Model, images: Split) -> dict[str, Tensor]:
         if name not in differences:
             return
         matrix, bias = differences[name]
-        rows = columns(layer, x)
-        by_group = rows @ matrix.reshape(len(rows), -1, rows.shape[-1]).mT
-        change = by_group.movedim(0, 1).reshape(rows.shape[1], -1) + bias
-        reach = change.abs().reshape(len(x), -1).amax(1)
+        reach = (applied(layer, matrix, x) + bias).abs().reshape(len(x), -1).amax(1)
         seen[name] = torch.maximum(seen[name], reach) if name in seen else reach  # applied at several places
 
     watcher = Watcher(model.graph, see)
-    starts = range(0, len(images), BATCH)
-    for _, (pixels, _labels) in zip(tracked(starts, "image {}".format), images.batches(BATCH), strict=True):
+    for pixels, _ in images.announced(BATCH):
         seen.clear()
         watcher.run(pixels.to(model.example.dtype))
         for name, reach in seen.items():

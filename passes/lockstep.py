@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data import Split
 from mpcompile.errors import LoadError, PassError, on_layer
-from mpcompile.layers import weight_sites
+from mpcompile.layers import tied, weight_sites
 from mpcompile.model import Model
 from mpcompile.passes.moments import Moments, product, rows_of
 from mpcompile.progress import tracked
@@ -201,18 +201,15 @@ def _due(model: Model, names: Sequence[str]) -> list[tuple[list[fx.Node], Site]]
     """The weights to rewrite, each with the nodes that apply it, by the first of them."""
     sites, _ = weight_sites(model.graph)
     place = {node: index for index, node in enumerate(model.graph.graph.nodes)}
-    sharing: dict[int, list[str]] = {}
-    for name in names:
-        sharing.setdefault(id(model.layer(name).weight), []).append(name)
     due = []
-    for group in sharing.values():
+    for group in tied(model, names):
         nodes = list(dict.fromkeys(node for name in group for node in sites.get(name, ())))
         nodes.sort(key=place.__getitem__)
         if nodes:
             alone = len(nodes) == 1 and len(group) == 1 and nodes[0].op == "call_module"
             biased = alone and model.layer(group[0]).bias is not None
             norm = _norm_after(model, nodes[0], group[0]) if alone and not biased else None
-            due.append((nodes, Site(tuple(group), biased, norm)))
+            due.append((nodes, Site(group, biased, norm)))
     return sorted(due, key=lambda item: place[item[0][0]])
 
 

@@ -9,29 +9,20 @@ whose size does not grow with the number of images. Products of one chunk are fl
 chunk's mean so that a large mean costs no digits; sums over chunks are float64.
 
 `columns` lays a convolution out as a Linear on unfolded inputs, taps outside and input channels inside: the order of
-mpcompile.masks.grouped, in which groups of M run along the input channels of one tap.
+mpcompile.masks.flat, in which groups of M run along the input channels of one tap.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mpcompile.errors import PassError
+from mpcompile.masks import flat
 
 CHUNK_BYTES = 128 << 20  # of unfolded inputs at once
-
-
-def flat(weight: Shaped[Tensor, "out in_ *taps"]) -> Shaped[Tensor, "out columns"]:
-    """The weight as the matrix that multiplies `columns`; for a grouped convolution one group's columns."""
-    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
-
-
-def unflat(matrix: Shaped[Tensor, "out columns"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
-    """The inverse of `flat`, contiguous."""
-    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
 def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups rows columns"]:
@@ -70,11 +61,16 @@ def rows_of(layer: nn.Linear | nn.Conv2d, y: Tensor) -> Float[Tensor, "rows out"
     return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
+def applied(layer: nn.Linear | nn.Conv2d, matrix: Float[Tensor, "out columns"], x: Tensor) -> Float[Tensor, "rows out"]:
+    """What a matrix in place of the layer's flat weight makes of its inputs, without bias; rows as in `columns`."""
+    rows = columns(layer, x)
+    by_group = rows @ matrix.reshape(len(rows), -1, matrix.shape[1]).mT
+    return by_group.movedim(0, 1).reshape(rows.shape[1], -1)
+
+
 def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"]:
     """The layer's outputs without its bias, a row for each row of `columns`."""
-    matrices = flat(layer.weight.detach()).reshape(getattr(layer, "groups", 1), -1, layer.weight[0].numel())
-    by_group = columns(layer, x) @ matrices.mT
-    return by_group.movedim(0, 1).reshape(by_group.shape[1], -1)
+    return applied(layer, flat(layer.weight.detach()), x)
 
 
 @dataclass
@@ -149,13 +145,20 @@ class Problem:
     mean_y: Float[Tensor, " out"]
     count: int
 
+    def by_group(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, "groups rows columns"]:
+        """A matrix's rows by the group whose inputs they sum over, in float64."""
+        return matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
+
+    def mean_of(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
+        """E[Wx]."""
+        return (self.by_group(matrix) @ self.mean_x[..., None]).flatten()
+
     def error(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
         """E(y − W′x)² for each output."""
-        w = matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
+        w = self.by_group(matrix)
         quadratic = ((w @ self.gram) * w).sum(-1).flatten()
         return self.power - 2 * (self.cross * matrix.double()).sum(-1) + quadratic
 
     def bias(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
         """What has to be added to W′x for the mean of y."""
-        w = matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
-        return self.mean_y - (w @ self.mean_x[..., None]).flatten()
+        return self.mean_y - self.mean_of(matrix)

@@ -20,7 +20,7 @@ from mpcompile.activations import input_scales, per_weight
 from mpcompile.cost import Cost, cost
 from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError
-from mpcompile.layers import default_against, eligible, is_depthwise, places
+from mpcompile.layers import default_against, eligible, is_depthwise, places, tied
 from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.passes import signals
 from mpcompile.passes.allocate import InfeasibleError, Option, damage, least_damage
@@ -115,7 +115,9 @@ class MPBudget:
         if any(plan.mask is not None for plan in model.plan.values()):
             raise PassError("some layers are masked already; the budget stands before the masks")
         verdicts = {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
-        units = _units(model, verdicts)
+        # Layers that share one weight are decided on together.
+        able = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
+        units = tied(model, able)
         chosen = self._chosen(model, data, fits, verdicts, units)
         plans = {}
         for name in dict.fromkeys(name for verdict in verdicts.values() for name in verdict):
@@ -179,12 +181,3 @@ class MPBudget:
         if self.macs is not None:
             return counted.macs * (1 - self.macs)
         return sum(counted.layers[name] * (1 - patterns[0].density) for unit, patterns in able.items() for name in unit)
-
-
-def _units(model: Model, verdicts: Mapping[NM, Mapping[str, str | None]]) -> list[tuple[str, ...]]:
-    """The layers that are decided on together, since they share one weight."""
-    sharing: dict[int, list[str]] = {}
-    for name, layer in model.layers():
-        if any(verdict[name] is None for verdict in verdicts.values()):
-            sharing.setdefault(id(layer.weight), []).append(name)
-    return [tuple(names) for names in sharing.values()]

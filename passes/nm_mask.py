@@ -29,12 +29,12 @@ from torch import Tensor, fx
 from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.layers import eligible
-from mpcompile.masks import grouped, ungrouped
+from mpcompile.masks import flat, grouped, unflat, ungrouped
 from mpcompile.model import NM, Model
 from mpcompile.passes.covariance import swapped
 from mpcompile.passes.joint import joint_support
 from mpcompile.passes.lockstep import Layer, Site, rewrite_in_order
-from mpcompile.passes.moments import Moments, Problem, flat, unflat
+from mpcompile.passes.moments import Moments, Problem
 from mpcompile.passes.refit import damped, of_layer, put, refit, unconstrained
 from mpcompile.pipeline import Effect
 from mpcompile.resume import Finished, run_key

@@ -30,9 +30,8 @@ CONVERGED = 1e-10  # residual in units of what is wanted
 
 def of_layer(problem: Problem, weight: Float[Tensor, "out columns"], bias: Tensor | None) -> Problem:
     """The problem whose wanted outputs are the layer's own, y = Wx + b, on the same inputs."""
-    w = weight.double().reshape(len(problem.gram), -1, weight.shape[1])
+    w, mean = problem.by_group(weight), problem.mean_of(weight)
     cross = w @ problem.gram
-    mean = (w @ problem.mean_x[..., None]).flatten()
     return replace(
         problem,
         cross=cross.reshape(weight.shape),

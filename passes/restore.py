@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from mpcompile.cost import cost
 from mpcompile.data import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
-from mpcompile.layers import fact_against, places
-from mpcompile.masks import grouped, ungrouped
+from mpcompile.layers import fact_against, places, tied
 from mpcompile.model import NM, Model
 from mpcompile.passes.certify import attribution, outputs_of, twin_of
 from mpcompile.passes.lockstep import sites_of
-from mpcompile.passes.nm_mask import NMMask
+from mpcompile.passes.nm_mask import NMMask, nm_mask
 from mpcompile.pipeline import Effect
 from mpcompile.progress import tracked
 
@@ -127,22 +126,22 @@ class Restore:
 
     def _taken_back(self, model: Model, data: Data, name: str, reason: str) -> Model:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
-        tied = [other for other, module in model.layers() if module.weight is model.layer(name).weight]
+        alike = next(group for group in tied(model, [other for other, _ in model.layers()]) if name in group)
         plan, where = model.plan_of(name), places(model)
         able = [p for p in self.patterns if plan.pattern and p.density > plan.pattern.density]
         able = sorted((p for p in able if not fact_against(model.layer(name), where.get(name), p)), key=_density)
         with torch.no_grad():
-            for other in tied:
+            for other in alike:
                 _copy(twin_of(model, other), model.layer(other))
-            for site in sites_of(model, tied):
+            for site in sites_of(model, alike):
                 if site.norm is not None and model.dense is not None:
                     at = next(path for path, module in model.graph.named_modules() if module is site.norm)
                     _copy(model.dense.get_submodule(at), site.norm)
             if able:
-                found = NMMask().mask_layers(model, data, dict.fromkeys(tied, able[0]), model.dense)
+                found = NMMask().mask_layers(model, data, dict.fromkeys(alike, able[0]), model.dense)
                 plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}
                 return model.with_plan(plans)
-        return model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in tied})
+        return model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in alike})
 
 
 def _copy(old: nn.Module, new: nn.Module) -> None:
@@ -164,10 +163,4 @@ def filled(
     used: Bool[Tensor, "out in_ *taps"], dense: Float[Tensor, "out in_ *taps"], pattern: NM
 ) -> Bool[Tensor, "out in_ *taps"]:
     """N places in every group of M: those used first, then the largest dense weights."""
-    size = grouped(dense.abs().double(), pattern.of)
-    shared = size.reshape(-1, pattern.rows, *size.shape[1:]).sum(1)
-    already = grouped(used, pattern.of).reshape(-1, pattern.rows, *size.shape[1:]).any(1)
-    rank = torch.where(already, float("inf"), shared)
-    best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
-    chosen = torch.zeros_like(already).scatter_(-1, best, True)
-    return ungrouped(chosen.repeat_interleave(pattern.rows, dim=0), dense.shape)
+    return nm_mask(torch.where(used, float("inf"), dense.abs()), pattern)

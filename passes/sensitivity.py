@@ -17,7 +17,6 @@ import torch
 
 from mpcompile.data import Split
 from mpcompile.model import Model
-from mpcompile.progress import tracked
 
 BATCH = 32
 
@@ -31,8 +30,7 @@ def amplification(model: Model, images: Split, names: Sequence[str], seed: int =
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        starts = range(0, len(images), BATCH)
-        for _, (pixels, _labels) in zip(tracked(starts, "image {}".format), images.batches(BATCH), strict=True):
+        for pixels, _ in images.announced(BATCH):
             with torch.enable_grad():
                 logits = model.graph(pixels.to(model.example.dtype))
                 signs = torch.randint(0, 2, logits.shape, generator=rng).to(logits.dtype) * 2 - 1

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from mpcompile.masks import flat, unflat
 from mpcompile.model import NM
-from mpcompile.passes.moments import Moments, columns, flat, product, rows_of, unflat
+from mpcompile.passes.moments import Moments, Problem, columns, product, rows_of
 from mpcompile.passes.nm_mask import nm_mask
 from mpcompile.passes.refit import damped, of_layer, refit, unconstrained
 
@@ -93,14 +94,18 @@ def problems(draw: st.DrawFn) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
     return layer, x, y, mask
 
 
+def damped_problem(layer: nn.Linear, x: Tensor, y: Tensor, damping: float = 1e-2) -> Problem:
+    """Of these inputs and wanted outputs, about their means, pulled towards the layer's own weights."""
+    moments = Moments()
+    moments.add(layer, x, y)
+    return damped(moments.problem(centred=True), layer.weight.detach(), damping)
+
+
 @given(problems(), st.sampled_from((1e-3, 1e-2, 1.0)))
 @settings(max_examples=60)
 def test_refit_equals_a_dense_float64_solve(case: tuple[nn.Linear, Tensor, Tensor, Tensor], damping: float) -> None:
     layer, x, y, mask = case
-    moments = Moments()
-    moments.add(layer, x, y)
-    weight = layer.weight.detach()
-    problem = damped(moments.problem(centred=True), weight, damping)
+    problem = damped_problem(layer, x, y, damping)
     found = refit(problem, mask)
     gram, cross = problem.gram[0].numpy(), problem.cross.numpy()
     for row, kept in enumerate(mask.numpy()):
@@ -116,10 +121,7 @@ def test_refit_equals_a_dense_float64_solve(case: tuple[nn.Linear, Tensor, Tenso
 @settings(max_examples=60)
 def test_refit_never_misses_more_than_the_weights_as_they_are(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
     layer, x, y, mask = case
-    moments = Moments()
-    moments.add(layer, x, y)
-    weight = layer.weight.detach()
-    problem = damped(moments.problem(centred=True), weight, 1e-2)
+    weight, problem = layer.weight.detach(), damped_problem(layer, x, y)
     before, after = problem.error(torch.where(mask, weight, 0)), problem.error(refit(problem, mask))
     assert bool((after <= before + 1e-6 * problem.power).all())
 
@@ -141,10 +143,8 @@ def test_with_everything_kept_the_layers_own_weights_come_back(case: tuple[nn.Li
 
 def test_inputs_that_never_vary_leave_the_weights_as_they_were() -> None:
     layer = nn.Linear(8, 4)
-    moments = Moments()
-    moments.add(layer, torch.zeros(5, 8), torch.zeros(5, 4))
     mask = nm_mask(layer.weight.detach().abs(), NM(2, 4))
-    found = refit(damped(moments.problem(centred=True), layer.weight.detach(), 1e-2), mask)
+    found = refit(damped_problem(layer, torch.zeros(5, 8), torch.zeros(5, 4)), mask)
     torch.testing.assert_close(found.float(), torch.where(mask, layer.weight.detach(), 0))
 
 
