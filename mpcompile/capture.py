@@ -2,7 +2,8 @@
 
 The trace is taken on a deep copy, once: tracing can leave proxies in a model's caches (timm's LeViT keeps its
 attention biases), and a second trace of the same instance would bake them in. Only the image is a placeholder;
-every optional argument of `forward` takes its default, so that none is left in the graph.
+every optional argument of `forward` takes its default, so that none is left in the graph. nn.MultiheadAttention is
+written out (mpcompile/multihead.py).
 """
 
 import copy
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.errors import CaptureError
 from mpcompile.model import Model, Source
+from mpcompile.multihead import write_out
 from mpcompile.parity import relative_difference
 from mpcompile.pipeline import run_example
 
@@ -105,6 +107,7 @@ def _captured(module: nn.Module, source: Source | None, example: Tensor | None, 
     except Exception as error:
         raise CaptureError(_refusal(module, error)) from error
     _keep_layer_modules(graph_module, traced)
+    write_out(graph_module)
     model = Model(graph=graph_module.eval(), example=example, source=source)
     _check_same(model, reference, expected)
     return model

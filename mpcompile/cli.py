@@ -44,6 +44,7 @@ from mpcompile.options import (
     StdOption,
     StrictOption,
     TargetOption,
+    TomeOption,
     VerboseOption,
 )
 
@@ -103,6 +104,7 @@ def compile_command(
     pattern: PatternOption = None,
     macs: MacsOption = None,
     budget: BudgetOption = None,
+    tome: TomeOption = None,
     target: TargetOption = None,
     data: DataOption = None,
     include: IncludeOption = None,
@@ -162,17 +164,19 @@ def compile_command(
     from mpcompile.resume import keeping
 
     given = read_recipe(config) if config else Recipe()
+    budget_macs, tome_macs = options.shared_macs(macs, tome, pattern)
     recipe = overridden(
         given,
         budget={
-            "patterns": options.patterns(pattern, target or given.target, macs),
-            "macs": macs,
+            "patterns": options.patterns(pattern, target or given.target, budget_macs),
+            "macs": budget_macs,
             "signal": budget,
             "include": include,
             "exclude": exclude,
         },
         permute={"strict": strict} if permute else None,
         mask={"criterion": criterion, "refit": refit},
+        tome={"r": tome, "macs": tome_macs},
         evidence=_evidence(max_drop) if data else {},
         top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
         nested={

@@ -15,6 +15,7 @@ from torch import nn
 from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
+from mpcompile.conventions import charged
 from mpcompile.data import Data, load_data
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, UsageError
@@ -193,6 +194,7 @@ def _run(
         passes=records,
         layers=layers,
         certificate=model.certificate,
+        cost=charged(dense, model),
         accelerated=accelerated,
         parity=tuple(parity),
         comparison=comparison,

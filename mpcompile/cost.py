@@ -4,6 +4,9 @@ Counted by running the graph node by node on its example under PyTorch's own FLO
 layers, attention, products inside modules that tracing kept whole. One multiply-accumulate is two of its FLOPs;
 additions of biases, norms and activations are not counted, as is usual. All figures are for one image.
 
+What token merging itself multiplies (finding partners and adding tokens up) is counted apart: it is no part of the
+model, and no convention charges it.
+
 A layer with the pattern N:M executes N/M of its multiply-accumulates where its runtime has a kernel for it, and all of
 them where not. Packed, a kept weight needs its own bits and ⌈log₂ M⌉ more for its place in the group; `rows` rows that
 share a pattern share that place.
@@ -19,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from mpcompile.merging import merge_tokens
 from mpcompile.model import NM, Model
 from mpcompile.watch import Watcher
 
@@ -30,6 +34,7 @@ class NodeCost:
     node: str
     macs: float
     activation_bytes: float
+    merging: bool = False  # whether it merges tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,13 @@ class Cost:
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates of the dense model."""
-        return sum(node.macs for node in self.nodes)
+        """Multiply-accumulates of the dense model, without those of token merging itself."""
+        return sum((node.macs for node in self.nodes if not node.merging), 0.0)
+
+    @property
+    def merging_macs(self) -> float:
+        """Multiply-accumulates of token merging itself."""
+        return sum((node.macs for node in self.nodes if node.merging), 0.0)
 
     @property
     def activation_bytes(self) -> float:
@@ -86,7 +96,7 @@ def cost(model: Model) -> Cost:
         seen.add(id(layer.weight))
     total = sum(parameter.numel() for parameter in model.graph.parameters())
     return Cost(
-        nodes=tuple(NodeCost(name, macs / batch, size / batch) for name, macs, size in counter.rows),
+        nodes=tuple(NodeCost(name, macs / batch, size / batch, merging) for name, macs, size, merging in counter.rows),
         layers={name: counter.layers.get(name, 0.0) / batch for name in weights},
         weights=weights,
         other_parameters=total - sum(weights.values()),
@@ -98,12 +108,17 @@ class _Counter(Watcher):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, self._count_layer)
-        self.rows: list[tuple[str, float, int]] = []
+        self.rows: list[tuple[str, float, int, bool]] = []
         self.layers: dict[str, float] = {}
 
     def _count_layer(self, name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
         positions = y.numel() / layer.weight.shape[0]  # at each of them every filter is applied once
         self.layers[name] = self.layers.get(name, 0.0) + positions * layer.weight.numel()
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter or buffer, out of reach of autograd: the counter wants to know how a view of one was made."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's result; its count is kept."""
@@ -116,7 +131,8 @@ class _Counter(Watcher):
         args = self.fetch_args_kwargs_from_env(n)
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors(args)}
         written = (t for t in _tensors(result) if t.untyped_storage().data_ptr() not in given)
-        self.rows.append((n.name, counted.get_total_flops() / 2, sum(t.numel() * t.element_size() for t in written)))
+        size = sum(t.numel() * t.element_size() for t in written)
+        self.rows.append((n.name, counted.get_total_flops() / 2, size, n.target is merge_tokens))
         return result
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -95,6 +95,7 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
                 dynamic_shapes=shapes,
                 optimize=True,
                 verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _sorted_stably},
             )
     except Exception as error:
         hint = "; try a fixed one, --batch 1" if batch is None else ""
@@ -105,6 +106,14 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
         raise BuildError(f"torch.onnx returned nothing for {model.source.arch}")
     file: onnx.ModelProto = program.model_proto
     return file
+
+
+def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """torch.sort(stable=True), which the exporter lacks, as a TopK of all: of equal numbers the first comes first."""
+    from onnxscript import opset18
+
+    count: Any = opset18.Constant(value_ints=[values.shape[dim]])
+    return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
 
 
 def _cause(error: BaseException) -> str:

@@ -45,7 +45,10 @@ PatternOption = Annotated[
 ]
 MacsOption = Annotated[
     float | None,
-    typer.Option("--macs", help="The share of multiply-accumulates to leave; the budget decides where."),
+    typer.Option(
+        "--macs",
+        help="The share of multiply-accumulates to leave; the budget decides where, or with --tome auto the merging.",
+    ),
 ]
 BudgetOption = Annotated[
     str | None,
@@ -64,6 +67,15 @@ PermuteOption = Annotated[
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Fail (4) where the channels of a masked layer cannot be reordered.")
+]
+TomeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tome",
+        metavar="R",
+        help="Merge tokens: 8 after each attention; 8:decreasing, from 16 down to none; 0,0,4,8, each its own; auto, "
+        "shared out so that --macs is reached.",
+    ),
 ]
 TargetOption = Annotated[str | None, typer.Option("--target", help="The runtime: ort or eager. [default: ort]")]
 
@@ -122,6 +134,20 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def shared_macs(macs: float | None, tome: str | None, pattern: str | None) -> tuple[float | None, float | None]:
+    """--macs for the budget and for token merging, of which one goes by it."""
+    if tome != "auto":
+        return macs, None
+    if macs is None:
+        raise UsageError("--tome auto shares merges out and needs something to reach; give --macs too")
+    if pattern is not None and ("," in pattern or pattern.startswith("auto")):
+        raise UsageError(
+            f"--tome auto and --pattern {pattern} would both go by --macs; give one pattern, or say in a recipe what "
+            "each is to reach"
+        )
+    return None, macs
 
 
 def patterns(text: str | None, target: str, macs: float | None) -> tuple[str, ...]:

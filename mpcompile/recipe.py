@@ -120,21 +120,23 @@ def overridden(
     budget: dict[str, Any],
     permute: dict[str, Any] | None,
     mask: dict[str, Any],
+    tome: dict[str, Any] | None = None,
     evidence: dict[str, dict[str, Any]] | None = None,
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
     """The recipe with what flags say in place of what it said; None and nothing say nothing.
 
-    `budget`, `permute` and `mask` are parameters of these passes; `top` and `nested` are keys of the recipe itself and
-    of its sections. A recipe with neither budget nor mask gets all three at its end, where patterns are given; without
-    the permutation where `permute` is None. In one that has only a mask pass, that takes the pattern and the choice of
-    layers. `evidence` names passes, with their parameters, that follow where the recipe gets its passes from flags.
-    Raises UsageError.
+    `budget`, `permute`, `mask` and `tome` are parameters of these passes; `top` and `nested` are keys of the recipe
+    itself and of its sections. A recipe with neither budget nor mask gets all three at its end, where patterns are
+    given; without the permutation where `permute` is None. In one that has only a mask pass, that takes the pattern and
+    the choice of layers. One without token merging gets it after the masks, where `tome` says something. `evidence`
+    names passes, with their parameters, that follow where the recipe gets its passes from flags. Raises UsageError.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
     order = {key: value for key, value in (permute or {}).items() if value}
+    tome = {key: value for key, value in (tome or {}).items() if value is not None}
     steps = list(recipe.passes)
     names = {step.name for step in steps}
     if (budget or mask) and not names & {"mp-budget", "nm-mask"}:
@@ -144,7 +146,6 @@ def overridden(
         steps += [
             Step(name=name) for name in ("mp-budget", "permute", "nm-mask") if name != "permute" or permute is not None
         ]
-        steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
     elif budget and "mp-budget" not in names:
         alone = [key for key in ("macs", "signal") if key in budget]
         if alone or len(budget.get("patterns", ())) > 1:
@@ -153,11 +154,16 @@ def overridden(
         mask |= {"pattern" if key == "patterns" else key: value for key, value in budget.items()}
         if "pattern" in mask:
             [mask["pattern"]] = mask["pattern"]
+    if tome and "tome" not in names:
+        after = max((place + 1 for place, step in enumerate(steps) if step.name == "nm-mask"), default=len(steps))
+        steps.insert(after, Step(name="tome"))
+    if not recipe.passes and steps:
+        steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
     if permute is None:
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):
         raise UsageError(f"--{next(iter(order))} goes with the permutation; add permute to the recipe's passes")
-    changes = {"mp-budget": budget, "permute": order, "nm-mask": mask}
+    changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
     steps = [step.model_copy(update={"params": {**step.params, **changes.get(step.name, {})}}) for step in steps]
     content = recipe.model_dump(mode="json")
     content["passes"] = [step.model_dump() for step in steps]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from mpcompile.conventions import Charged
 from mpcompile.evaluate import Comparison
 from mpcompile.lower import Lowered
 from mpcompile.model import Certificate, Model, Source, Spectrum
@@ -105,6 +106,7 @@ class Report(Value):
     parity: tuple[Parity, ...]
     comparison: Comparison | None
     certificate: Certificate | None
+    cost: Charged
     latency: tuple[Latency, ...]
     gates: tuple[Gate, ...]
     files: tuple[FileRow, ...]
@@ -152,10 +154,10 @@ class Report(Value):
                 )
             )
         if self.certificate:
-            k = self.certificate
-            rows.append((f"proven unchanged, {k.images:,} held-out images", "", f"{k.proven / k.images:.2%}", ""))
+            p = self.certificate
+            rows.append((f"proven unchanged, {p.images:,} held-out images", "", f"{p.proven / p.images:.2%}", ""))
             rows.append(
-                (f"same answer on unseen images, at {k.confidence:.0%}", "", f"at least {k.agreement_bound:.2%}", "")
+                (f"same answer on unseen images, at {p.confidence:.0%}", "", f"at least {p.agreement_bound:.2%}", "")
             )
         dense, compressed = self.onnx_bytes("dense.onnx"), self.onnx_bytes("model.onnx")
         rows.append(("ONNX file", _megabytes(dense), _megabytes(compressed), f"{compressed / dense:.2f}×"))
@@ -167,6 +169,10 @@ class Report(Value):
                 f"{self.nonzero() / self.weights():.2f}×",
             )
         )
+        k = self.cost
+        rows.append(("multiply-accumulates, zeros skipped", *_macs(k.dense, k.compressed)))
+        if self.merges_tokens():
+            rows.append(("the same, blocks charged as in the paper", *_macs(k.dense, k.as_published)))
         for pair in self.latency:
             low, high = pair.speedup.interval
             rows.append(
@@ -178,6 +184,10 @@ class Report(Value):
                 )
             )
         return rows
+
+    def merges_tokens(self) -> bool:
+        """Whether fewer tokens leave than enter."""
+        return len(set(self.cost.tokens)) > 1
 
     def onnx_bytes(self, name: str) -> int:
         """The size of an ONNX file, with the file of weights beside it where there is one."""
@@ -284,6 +294,11 @@ def verdict_on(
             told = f"it is {pair.speedup.ratio:.2f} times as fast as {baseline} ({interval})"
         sentences.append(f"At batch {pair.dense.batch} {told}.")
     return tuple(sentences)
+
+
+def _macs(dense: float, compressed: float) -> tuple[str, str, str]:
+    """The cells of two counts."""
+    return f"{dense / 1e9:.4g} G", f"{compressed / 1e9:.4g} G", f"{compressed / dense - 1:+.2%}"
 
 
 def _count(value: int) -> str:

@@ -12,10 +12,11 @@ from mpcompile.passes.mp_budget import MPBudget
 from mpcompile.passes.nm_mask import NMMask
 from mpcompile.passes.permute import Permute
 from mpcompile.passes.restore import Restore
+from mpcompile.passes.tome import ToMe
 from mpcompile.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = MappingProxyType(
-    {kind.name: kind for kind in (MPBudget, Permute, NMMask, BatchNorm, Restore, Certify)}
+    {kind.name: kind for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Certify)}
 )
 
-__all__ = ["PASSES", "BatchNorm", "Certify", "MPBudget", "NMMask", "Permute", "Restore"]
+__all__ = ["PASSES", "BatchNorm", "Certify", "MPBudget", "NMMask", "Permute", "Restore", "ToMe"]

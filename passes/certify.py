@@ -213,6 +213,8 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
     changes = {name: delta for name, delta in moved.items() if name in parameters}
     for name, delta in as_if.items():
         changes[name] = changes[name] + delta if name in changes else delta
+    if not changes:  # what moved the logits, if anything did, was no weight
+        return {}
     sloped = {name: middle.get(name, old[name]).requires_grad_(True) for name in changes}
     totals, power = dict.fromkeys(changes, 0.0), 0.0
     for pixels, _ in images.batches(BATCH):

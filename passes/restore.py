@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mpcompile.cost import cost
 from mpcompile.data import Data, Split
@@ -138,7 +138,9 @@ class Restore:
                     at = next(path for path, module in model.graph.named_modules() if module is site.norm)
                     _copy(model.dense.get_submodule(at), site.norm)
             if able:
-                found = NMMask().mask_layers(model, data, dict.fromkeys(alike, able[0]), model.dense)
+                # Where tokens were merged, the dense graph has no place for place the same outputs to be fitted to.
+                reference = model.dense if model.dense and _same_nodes(model.graph, model.dense) else None
+                found = NMMask().mask_layers(model, data, dict.fromkeys(alike, able[0]), reference)
                 plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}
                 return model.with_plan(plans)
         return model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in alike})
@@ -148,6 +150,11 @@ def _copy(old: nn.Module, new: nn.Module) -> None:
     """Gives a module the parameters and buffers of another."""
     for name, value in old.state_dict().items():
         new.state_dict()[name].copy_(value)
+
+
+def _same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Whether two graphs do the same operations in the same order."""
+    return [node.target for node in one.graph.nodes] == [node.target for node in other.graph.nodes]
 
 
 def _density(pattern: NM) -> float:

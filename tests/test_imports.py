@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 # Lower layers may not import higher ones; a file may import its own layer, save for passes and runtimes.
 LAYERS = (
     ("errors", "model", "parity", "environment", "spectrum", "progress"),
-    ("masks", "layers", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
-    ("watch",),
+    ("masks", "layers", "merging", "multihead", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
+    ("watch", "attention"),
     ("activations", "cost", "resume"),
-    ("pipeline", "evaluate", "load", "lower"),
+    ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("capture",),
     ("passes", "runtimes", "report"),
     ("artifact",),

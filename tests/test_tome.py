@@ -1,0 +1,358 @@
+"""Token merging in graphs: which models take it, what it leaves alone, its schedules, and the ONNX file."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mpcompile.capture import capture
+from mpcompile.conventions import as_published, charged, merges
+from mpcompile.cost import cost
+from mpcompile.data import Data
+from mpcompile.errors import PassError, UsageError
+from mpcompile.load import source_of
+from mpcompile.lower import lower
+from mpcompile.merging import each_one, log_size, merge_tokens
+from mpcompile.model import NM, Model
+from mpcompile.parity import relative_difference
+from mpcompile.passes import NMMask, Restore, ToMe
+from mpcompile.passes.token_graph import merging_sites, protected_tokens
+from mpcompile.passes.token_schedule import costs, decreasing, spelt
+from mpcompile.pipeline import PassManager, run_example
+from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
+
+
+def captured(arch: str, **options: object) -> Model:
+    """A captured timm model with random weights, or one of torchvision's where the name says so."""
+    torch.manual_seed(0)
+    if arch.startswith("torchvision:"):
+        module = getattr(torchvision.models, arch.partition(":")[2])()
+        for head in [m for n, m in module.named_modules() if n.startswith("heads") and isinstance(m, nn.Linear)]:
+            nn.init.normal_(head.weight)  # it starts with zeros, and then every image has the same outputs
+    else:
+        module = timm.create_model(arch, **options)
+    source = source_of(module, name=arch, arch=arch, sha256="")
+    if "img_size" in options:
+        source = replace(source, size=(3, options["img_size"], options["img_size"]))  # type: ignore[arg-type]
+    return capture(module, source)
+
+
+def run(model: Model, *passes: object, data: Data | None = None) -> Model:
+    result, _ = PassManager(passes).run(model, data or Data())  # type: ignore[arg-type]
+    return result
+
+
+TAKEN = {
+    "vit_tiny_patch16_224": 1,
+    "deit_tiny_distilled_patch16_224": 2,
+    "vit_small_patch14_reg4_dinov2": 5,
+    "vit_medium_patch16_gap_256": 0,  # average pooling, no class token
+    "vit_base_patch32_clip_224": 1,
+    "vit_base_patch32_siglip_256": 0,  # attention pooling
+    "torchvision:vit_b_32": 1,
+}
+
+
+@pytest.mark.parametrize("arch", TAKEN)
+def test_real_architectures_take_it(arch: str) -> None:
+    options = {} if arch.startswith("torchvision") else {"depth": 3}
+    if "dinov2" in arch:
+        options["img_size"] = 112
+    model = captured(arch, **options)
+    run_example(model)
+    sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
+    assert protected_tokens(model, sites[0]) == TAKEN[arch]
+    result = run(model, ToMe(r=3))
+    assert merges(result.graph, result.example) == (3,) * len(sites)
+    biased = sum(node.target is log_size for node in result.graph.graph.nodes)
+    pools = "siglip" in arch
+    assert biased == len(sites) - 1 + pools  # every attention after a merge, a pooling one too
+    assert sum(node.target is merge_tokens for node in result.graph.graph.nodes) == len(sites)
+
+
+REFUSED = {
+    "resnet18": "no self-attention that is added to its tokens",
+    "swin_tiny_patch4_window7_224": "no self-attention that is added to its tokens",
+    "pvt_v2_b0": "its keys are 49 tokens and the stream it adds to is",
+    "beit_base_patch16_224": "it adds a bias or mask of its own",
+    "vit_small_patch16_dinov3": "does not run on another number of tokens",
+    "cait_xxs24_224": "its keys are 197 tokens and the stream it adds to is",
+    "torchvision:swin_t": "no self-attention that is added to its tokens",
+}
+
+
+@pytest.mark.parametrize("arch", REFUSED)
+def test_others_are_refused_with_a_reason(arch: str) -> None:
+    with pytest.raises(PassError, match=REFUSED[arch]):
+        run(captured(arch), ToMe())
+
+
+class Places(nn.Module):
+    """A transformer block around which something can depend on where a token stands, or not weigh tokens."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embed = nn.Linear(4, 8)
+        self.blocks = nn.ModuleList(timm.layers.attention.Attention(8, num_heads=2) for _ in range(2))
+        self.mix = nn.Conv1d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(2).transpose(1, 2).reshape(x.shape[0], -1, 4))
+        x = x + self.blocks[0](x)
+        if self.kind == "grid":
+            x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.blocks[1](x)
+        x = x.sum(1) if self.kind == "sum" else x.transpose(1, 2).mean(-1) if self.kind == "turned" else x.mean(1)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("grid", "the outputs depend on the order of tokens"),
+        ("sum", "a token of size two does not count as two"),
+        ("turned", "a token of size two does not count as two"),
+    ],
+)
+def test_what_does_not_take_tokens_for_a_weighted_set_is_refused(kind: str, said: str) -> None:
+    torch.manual_seed(0)
+    model = capture(Places(kind).eval(), example=torch.randn(2, 1, 8, 8))
+    with pytest.raises(PassError, match=said):
+        run(model, ToMe(r=2))
+
+
+def test_a_mean_over_tokens_is_weighed() -> None:
+    """With all tokens of an image equal, merging changes nothing: sizes reach attention and the mean."""
+    torch.manual_seed(0)
+    model = capture(Places("mean").eval(), example=torch.randn(2, 1, 8, 8))
+    result = run(model, ToMe(r=4))
+    flat = torch.ones(3, 1, 8, 8) * torch.tensor([1.0, -2.0, 0.5])[:, None, None, None]
+    # 16 equal tokens; float32 sums in another order.
+    torch.testing.assert_close(result(flat), model(flat), rtol=1e-5, atol=1e-6)
+    assert merges(result.graph, result.example) == (4, 4)
+
+
+def test_unfused_attention_is_found() -> None:
+    fused = captured("vit_tiny_patch16_224", depth=2)
+    module = timm.create_model("vit_tiny_patch16_224", depth=2)
+    for block in module.blocks:
+        block.attn.fused_attn = False
+    module.load_state_dict(fused.graph.state_dict())
+    plain = capture(module, fused.source)
+    assert not any("scaled_dot_product" in node.name for node in plain.graph.graph.nodes)
+    found, wanted = run(plain, ToMe()), run(fused, ToMe())
+    # The same sums by another kernel; a different merge would move outputs by per cents.
+    assert relative_difference(wanted(fused.example).numpy(), found(fused.example).numpy()) < 1e-4
+
+
+def test_no_merges_is_the_same_graph() -> None:
+    model = tiny_vit()
+    for r in (0, "0:decreasing", "0,0"):
+        result = run(model, ToMe(r=r))
+        assert [n.name for n in result.graph.graph.nodes] == [n.name for n in model.graph.graph.nodes]
+        assert torch.equal(result(model.example), model(model.example))
+
+
+@pytest.mark.parametrize("tokens", [17, 16])
+def test_sizes_sum_to_the_number_of_tokens(tokens: int) -> None:
+    seen: list[Tensor] = []
+
+    class Sizes(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            value = super().run_node(n)
+            if n.target is merge_tokens:
+                seen.append(value[1])
+            return value
+
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, num_classes=4, embed_dim=16, depth=3, num_heads=2,
+        class_token=tokens == 17, global_pool="token" if tokens == 17 else "avg",
+    )  # fmt: skip
+    model = capture(vit, example=torch.randn(3, 1, 8, 8))
+    result = run(model, ToMe(r=64))  # as many as can
+    with torch.no_grad():
+        Sizes(result.graph).run(model.example)
+    assert [size.shape[1] for size in seen] == ([9, 5, 3] if tokens == 17 else [8, 4, 2])
+    assert all((size.sum(1) == tokens).all() for size in seen)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "torchvision:vit_b_32"])
+def test_onnx_is_the_same_at_any_batch_and_has_no_scatter(arch: str, tmp_path: object) -> None:
+    model = run(captured(arch) if "torchvision" in arch else captured(arch, depth=4), ToMe(r=7))
+    lowered = lower(model, tmp_path / "model.onnx")  # type: ignore[operator]
+    operators = {node.op_type for node in onnx.load(lowered.onnx).graph.node}
+    assert operators >= {"TopK", "GatherElements", "ArgMax"}
+    assert not operators & {"ScatterElements", "ScatterND", "NonZero", "Loop", "If"}
+    session = onnxruntime.InferenceSession(lowered.onnx, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, *model.example.shape[1:])
+        [found] = session.run(None, {"images": images.numpy()})
+        assert relative_difference(model(images).numpy(), found) < 1e-4
+
+
+def test_equal_keys_merge_alike_in_onnx_runtime(tmp_path: object) -> None:
+    """An image of one colour: all its patches but for their position are equal, and without positions all keys are."""
+    model = tiny_vit()
+    with torch.no_grad():
+        model.graph.pos_embed.zero_()  # type: ignore[operator]
+    result = run(model, ToMe(r=3))
+    session = onnxruntime.InferenceSession(
+        lower(result, tmp_path / "m.onnx").onnx,  # type: ignore[operator]
+        providers=["CPUExecutionProvider"],
+    )
+    images = torch.ones(2, 1, 8, 8)
+    [found] = session.run(None, {"images": images.numpy()})
+    assert relative_difference(result(images).numpy(), found) < 1e-4
+
+
+# ---- schedules
+
+
+def test_schedules_are_spelt() -> None:
+    assert spelt(8, 3) == spelt("8", 3) == spelt("8:uniform", 3) == (8, 8, 8)
+    assert spelt("8:decreasing", 12) == decreasing(8, 12) == (16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0)
+    assert decreasing(5, 1) == (5,)
+    assert spelt("0,0,4,8", 4) == spelt((0, 0, 4, 8), 4) == (0, 0, 4, 8)
+
+
+@pytest.mark.parametrize("r", ["eight", "8:steep", "-1", "1,2:decreasing", "", "4,x"])
+def test_what_is_no_schedule_is_refused(r: str) -> None:
+    with pytest.raises(UsageError, match="needed is a number of tokens such as 8"):
+        ToMe(r=r)
+
+
+def test_other_mistakes_are_refused() -> None:
+    with pytest.raises(UsageError, match="r: auto needs macs"):
+        ToMe(r="auto")
+    with pytest.raises(UsageError, match="macs goes with r: auto, and r is 8"):
+        ToMe(macs=0.5)
+    with pytest.raises(UsageError, match="macs is a share between 0 and 1, found 1.5"):
+        ToMe(r="auto", macs=1.5)
+    with pytest.raises(UsageError, match="images is at least 1, found 0"):
+        ToMe(images=0)
+    with pytest.raises(UsageError, match="r has 3 numbers, and the model 2 attentions"):
+        run(tiny_vit(), ToMe(r=(1, 2, 3)))
+    with pytest.raises(UsageError, match="at blocks.1.attn there are 9 tokens, 1 of them protected, .* at most 4"):
+        run(tiny_vit(), ToMe(r="8,5"))
+    with pytest.raises(PassError, match="merged in this graph already"):
+        run(tiny_vit(), ToMe(r=1), ToMe(r=1))
+    with pytest.raises(PassError, match="measures on calibration images, and there are none"):
+        run(tiny_vit(), ToMe(r="auto", macs=0.7))
+    with pytest.raises(PassError, match=r"leaves \d\d.\d% of the dense multiply-accumulates, and macs asks for 10.0%"):
+        run(tiny_vit(), ToMe(r="auto", macs=0.1), data=tiny_data(tiny_vit()))
+
+
+def test_costs_are_those_of_the_merged_graph() -> None:
+    """The polynomial in the tokens, fitted to three of their numbers, is exact at others."""
+    model = captured("vit_tiny_patch16_224", depth=4)
+    run_example(model)
+    sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
+    patterns = {"blocks.1.mlp.fc1": NM(1, 4)}
+    found = costs(model, sites, 1, patterns)
+    for schedule in ((0, 0, 0, 0), (3, 9, 0, 20), (98, 40, 3, 1)):
+        merged = run(model, ToMe(r=schedule))
+        assert found.of(schedule) == pytest.approx(cost(merged).executed_macs(patterns), rel=1e-9)
+
+
+def test_auto_reaches_its_share_and_moves_logits_less() -> None:
+    model = captured("vit_tiny_patch16_224", depth=4, img_size=64, patch_size=8)
+    data = tiny_data(model, 24)
+
+    def shift(result: Model) -> float:
+        images = data.calibration.first(24)
+        return float((result(images) - model(images)).abs().amax(1).mean())
+
+    result = run(model, ToMe(r="auto", macs=0.7, images=24), data=data)
+    dense = cost(model).macs
+    assert cost(result).macs <= 0.7 * dense
+    for plain in ("uniform", "decreasing"):
+        same_cost = next(
+            merged for r in range(1, 33) if cost(merged := run(model, ToMe(r=f"{r}:{plain}"))).macs <= 0.7 * dense
+        )
+        assert shift(result) <= shift(same_cost)
+    # A class token is all that is read at the end: merging after the last attention costs nothing at all.
+    free = run(model, ToMe(r="auto", macs=0.99, images=24), data=data)
+    assert merges(free.graph, free.example) == (0, 0, 0, 32)
+    assert shift(free) == 0
+
+
+def test_auto_counts_masks_in() -> None:
+    model = tiny_vit()
+    data = tiny_data(model)
+    masked = run(
+        model, NMMask(pattern=NM(1, 4), criterion="magnitude", refit="none"), ToMe(r="auto", macs=0.75), data=data
+    )
+    assert merges(masked.graph, masked.example) == (0, 0)  # the masks alone leave less
+
+
+# ---- both conventions
+
+
+def test_vit_base_costs_what_the_paper_says_and_what_is_true() -> None:
+    """The paper: 59.81 % and 7.06 G for ViT-B/16, r = 8, 2:4; with the MLP at its own tokens 61.10 %, 6.83 G."""
+    model = captured("vit_base_patch16_224")
+    result = run(model, ToMe(r=8))
+    dense = cost(model).macs
+    patterns = {name: NM(2, 4) for name, _ in result.layers() if name.startswith("blocks.")}
+    published, true = as_published(result).executed_macs(patterns), cost(result).executed_macs(patterns)
+    assert (round(100 * (1 - published / dense), 2), round(published / 1e9, 2)) == (59.81, 7.06)
+    assert (round(100 * (1 - true / dense), 2), round(true / 1e9, 2)) == (61.10, 6.83)
+    assert as_published(result).macs / 1e9 == pytest.approx(13.557, abs=5e-4)
+    assert cost(result).merging_macs < 0.001 * dense
+
+
+def test_charged_is_both_at_once() -> None:
+    model = tiny_vit()
+    result = run(model, NMMask(criterion="magnitude", refit="none"), ToMe(r=4))
+    found = charged(model, result)
+    assert found.tokens == (17, 13, 9)
+    assert found.compressed < found.as_published < found.dense == cost(model).macs
+    assert charged(model, model).tokens == (17, 17, 17)
+    assert charged(tiny_cnn(), tiny_cnn()).tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("arch", "pattern", "chosen", "saved"),
+    [
+        ("vit_large_patch16_224", NM(8, 16), "blocks.", 48.32),
+        ("convnextv2_base", NM(12, 16), "pointwise", 24.1),
+        ("resnet50", NM(8, 16), "convolutions", 48.5),
+    ],
+)
+def test_other_models_cost_what_the_paper_says(arch: str, pattern: NM, chosen: str, saved: float) -> None:
+    """The nominal rows of arXiv 2606.02608: no token merging, stem and head dense."""
+    model = captured(arch)
+    layers = {
+        "blocks.": [n for n, _ in model.layers() if n.startswith("blocks.")],
+        "pointwise": [n for n, m in model.layers() if isinstance(m, nn.Linear) and "head" not in n],
+        "convolutions": [n for n, m in model.layers() if isinstance(m, nn.Conv2d) and n != "conv1"],
+    }[chosen]
+    found = cost(model)
+    share = 1 - found.executed_macs(dict.fromkeys(layers, pattern)) / found.macs
+    assert 100 * share == pytest.approx(saved, abs=0.05)
+
+
+def test_masks_after_merging_and_restoring_after_both() -> None:
+    """Merged first, the refit sees merged tokens on both sides; merged last, a restored layer is fitted to itself."""
+    model = tiny_vit()
+    data = tiny_data(model)
+    first = run(model, ToMe(r=4), NMMask(), data=data)
+    assert merges(first.graph, first.example) == (4, 4)
+    assert any(plan.mask is not None for plan in first.plan.values())
+    last = run(model, NMMask(), ToMe(r=4), Restore(max_shift=0.0, patterns=(NM(3, 4),)), data=data)
+    assert merges(last.graph, last.example) == (4, 4)
+    assert np.isfinite(last(model.example).numpy()).all()
+
+
+def test_each_one_is_one() -> None:
+    assert torch.equal(each_one(torch.randn(2, 3, 4)), torch.ones(2, 3, 1))
