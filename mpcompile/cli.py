@@ -132,6 +132,10 @@ def compile_command(
         float | None,
         typer.Option(help="Take layers back until top-1 falls by no more points, and fail (6) where it still does."),
     ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(metavar="EPOCHS", help="Train on --data against the dense model for so long, masks held."),
+    ] = None,
     calibration: CalibrationOption = None,
     held_out: Annotated[int | None, typer.Option(help="Images to evaluate on. [default: all]")] = None,
     seed: SeedOption = None,
@@ -159,7 +163,8 @@ def compile_command(
     """Compress MODEL, check every step, and write the output folder."""
     configure_logging(verbose, quiet)
     from mpcompile.artifact import Artifact
-    from mpcompile.compile import compile, preview, stages
+    from mpcompile.compile import compile, follow, preview, stages
+    from mpcompile.distributed import joined
     from mpcompile.recipe import Recipe, overridden, read_recipe
     from mpcompile.resume import keeping
 
@@ -177,7 +182,7 @@ def compile_command(
         permute={"strict": strict} if permute else None,
         mask={"criterion": criterion, "refit": refit},
         tome={"r": tome, "macs": tome_macs},
-        evidence=_evidence(max_drop) if data else {},
+        evidence=_evidence(max_drop, distill) if data else {},
         top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
         nested={
             "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
@@ -191,12 +196,18 @@ def compile_command(
     if dry_run:
         show_preview(preview(request, recipe, data), recipe, as_json)
         return
+    if distill is not None and not data:
+        raise UsageError("--distill needs images to train on; give --data")
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
     failure = None
     try:
-        with progress(stages(recipe), quiet or as_json) as observe, keeping(resume):
-            artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
+        with joined() as here, progress(stages(recipe), quiet or as_json or not here.first) as observe:
+            if not here.first:
+                follow(request, recipe, data)
+                return
+            with keeping(resume):
+                artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
     except AccuracyError as error:  # the folder is written, and is shown before the command fails
         failure, artifact = error, Artifact.open(output)
     if as_json:
@@ -207,10 +218,11 @@ def compile_command(
         raise failure
 
 
-def _evidence(max_drop: float | None) -> dict[str, dict[str, Any]]:
-    """The passes that follow the masks where there are images."""
+def _evidence(max_drop: float | None, distill: int | None) -> dict[str, dict[str, Any]]:
+    """The passes that follow masks and merges where there are images."""
     restore = {} if max_drop is None else {"restore": {"max_drop": max_drop}}
-    return {"batch-norm": {}, **restore, "certify": {}}
+    train = {} if distill is None else {"distill": {"epochs": distill}}
+    return {"batch-norm": {}, **restore, **train, "certify": {}}
 
 
 @app.command("analyze")

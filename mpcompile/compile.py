@@ -25,7 +25,7 @@ from mpcompile.lower import Lowered, lower
 from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
 from mpcompile.parity import TOLERANCE, require_parity
-from mpcompile.passes import NMMask
+from mpcompile.passes import Distill, NMMask
 from mpcompile.pipeline import Effect, Observer, PassManager
 from mpcompile.recipe import DataChoice, Recipe
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
@@ -71,6 +71,20 @@ def compile(
     if failed:
         raise AccuracyError(f"{output} is written, and fails its gate: {'; '.join(map(str, failed))}")
     return artifact
+
+
+def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None) -> None:
+    """What a process does that torchrun started beside the first: trains along in each distillation, writes nothing.
+
+    The first process calls `compile` with the same arguments. Raises a MpcompileError.
+    """
+    plan = plan_of(recipe)
+    loaded, leaves = loaded_from(model)
+    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    images = data_for(data, dense, recipe.data)
+    for step in plan.passes:
+        if isinstance(step, Distill):
+            step.follow(images, dense.source)
 
 
 def stages(recipe: Recipe) -> tuple[str, ...]:
@@ -177,6 +191,7 @@ def _run(
     layers = layer_rows(model, after)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and patterns <= plan.runtime.accelerates
+    costs = charged(dense, model)
     report = Report(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -187,6 +202,7 @@ def _run(
         data=DataUsed(
             calibration=len(data.calibration),
             validation=len(data.validation),
+            training=len(data.training) if any(isinstance(step, Distill) for step in plan.passes) else 0,
             held_out=len(data.held_out),
             seed=recipe.data.seed,
             notes=data.notes,
@@ -194,14 +210,15 @@ def _run(
         passes=records,
         layers=layers,
         certificate=model.certificate,
-        cost=charged(dense, model),
+        cost=costs,
+        epochs=model.epochs,
         accelerated=accelerated,
         parity=tuple(parity),
         comparison=comparison,
         latency=latency,
         gates=gates_of(recipe, comparison),
         files=file_rows(folder),
-        verdict=verdict_on(layers, recipe.target, accelerated, comparison, latency),
+        verdict=verdict_on(layers, recipe.target, accelerated, costs.tokens, comparison, latency),
     )
     report.write(folder)
     return report

@@ -93,17 +93,19 @@ class Data:
     """Images to calibrate and train on, others to decide on, and others again to evaluate on.
 
     What a pass fits, it fits on `calibration`; where it chooses by what it measures, it measures on `validation`, which
-    are training images too. `held_out` are shown to no pass that changes the model.
+    are training images too. `training` are all that there are to train on, those for calibration among them and those
+    for validation not. `held_out` are shown to no pass that changes the model.
     """
 
     calibration: Split = NONE
     held_out: Split = NONE
     notes: tuple[str, ...] = ()
     validation: Split = NONE
+    training: Split = NONE
 
     def for_passes(self) -> "Data":
         """The same without the held-out images: what a pass that changes the model is given."""
-        return Data(self.calibration, notes=self.notes, validation=self.validation)
+        return replace(self, held_out=NONE)
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,19 @@ class FolderImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture, label = self.picture(index)
+        return self.transform(picture), label
+
+    def picture(self, index: int) -> tuple[Any, int]:
+        """The image as it is in its file."""
         from PIL import Image
 
         path = self.paths[index]
         try:
             with Image.open(path) as image:
-                pixels = image.convert(self.mode)
+                return image.convert(self.mode), self.labels[index]
         except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, DecompressionBombError …
             raise LoadError(f"{path} is not an image that can be read ({error}); mend or remove it") from error
-        return self.transform(pixels), self.labels[index]
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,13 @@ class ArrayImages:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = torch.from_numpy(self.pixels[index]).permute(2, 0, 1).float() / 255
         return (image - self.mean[:, None, None]) / self.std[:, None, None], int(self.labels[index])
+
+    def picture(self, index: int) -> tuple[Any, int]:
+        """The image of one or three channels as PIL has it."""
+        from PIL import Image
+
+        pixels = self.pixels[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), int(self.labels[index])
 
 
 def load_data(
@@ -194,6 +207,7 @@ def load_data(
         Split(test, tuple(rest.tolist()), labelled),
         tuple(notes + note),
         Split(train, tuple(deciding.tolist()), labelled),
+        Split(train, tuple(np.setdiff1d(order if test is not train else chosen, deciding).tolist()), labelled),
     )
 
 

@@ -166,6 +166,19 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True)
+class Epoch:
+    """One epoch of training. Losses are means over its steps; spectra are those of the masked layers at its end."""
+
+    steps: int
+    loss: float
+    labels_loss: float | None  # cross-entropy; None where the images have no labels
+    teacher_loss: float  # τ² KL to the dense model
+    rate: float  # learning rate of the last step
+    edge: float | None  # mean of σ₊ over the masked layers; None where none can be fitted
+    spikes: int | None  # singular values past the noise edge T₊, all masked layers together
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A captured model and the plan for its layers, keyed by qualified module name.
 
@@ -179,6 +192,7 @@ class Model:
     plan: Mapping[str, LayerPlan] = field(default_factory=lambda: MappingProxyType({}))
     dense: fx.GraphModule | None = None  # the graph before the first lossy pass; None where nothing was lost yet
     certificate: Certificate | None = None  # what was proven last; of this graph
+    epochs: tuple[Epoch, ...] = ()  # of all training that it had here
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         """Each Linear and Conv2d with its qualified name, in the order of definition."""

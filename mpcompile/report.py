@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from mpcompile.conventions import Charged
 from mpcompile.evaluate import Comparison
 from mpcompile.lower import Lowered
-from mpcompile.model import Certificate, Model, Source, Spectrum
+from mpcompile.model import Certificate, Epoch, Model, Source, Spectrum
 from mpcompile.pipeline import PassRecord
 from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
@@ -72,6 +72,7 @@ class DataUsed(Value):
 
     calibration: int
     validation: int
+    training: int
     held_out: int
     seed: int
     notes: tuple[str, ...]
@@ -107,6 +108,7 @@ class Report(Value):
     comparison: Comparison | None
     certificate: Certificate | None
     cost: Charged
+    epochs: tuple[Epoch, ...]
     latency: tuple[Latency, ...]
     gates: tuple[Gate, ...]
     files: tuple[FileRow, ...]
@@ -251,6 +253,7 @@ def verdict_on(
     layers: tuple[LayerRow, ...],
     target: str,
     accelerated: bool,
+    tokens: tuple[int, ...],
     comparison: Comparison | None,
     latency: tuple[Latency, ...],
 ) -> tuple[str, ...]:
@@ -270,6 +273,11 @@ def verdict_on(
     if masked and not accelerated:
         sentences.append(
             f"The target {target} has no kernels for them and runs masked layers as dense, so they save no time here."
+        )
+    if len(set(tokens)) > 1:
+        sentences.append(
+            f"Tokens are merged, from {tokens[0]} to {tokens[-1]} over {len(tokens) - 1} attentions, which is less "
+            "work for any target."
         )
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)

@@ -8,6 +8,7 @@ if __name__ == "passes":  # from the repository root this would succeed and make
 
 from mpcompile.passes.batch_norm import BatchNorm
 from mpcompile.passes.certify import Certify
+from mpcompile.passes.distill import Distill
 from mpcompile.passes.mp_budget import MPBudget
 from mpcompile.passes.nm_mask import NMMask
 from mpcompile.passes.permute import Permute
@@ -16,7 +17,7 @@ from mpcompile.passes.tome import ToMe
 from mpcompile.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = MappingProxyType(
-    {kind.name: kind for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Certify)}
+    {kind.name: kind for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Distill, Certify)}
 )
 
-__all__ = ["PASSES", "BatchNorm", "Certify", "MPBudget", "NMMask", "Permute", "Restore", "ToMe"]
+__all__ = ["PASSES", "BatchNorm", "Certify", "Distill", "MPBudget", "NMMask", "Permute", "Restore", "ToMe"]

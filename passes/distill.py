@@ -1,0 +1,154 @@
+"""A short distillation: the compressed model learns from the dense one, its masks held.
+
+What is minimised is in passes/objective.py, the loop in passes/training.py. The defaults are the paper's recipe for
+ViT-B (arXiv 2606.02608, Online Resource 2): AdamW at 1e-5 with decay 0.01 on what is no bias, norm or embedding, three
+epochs in batches of 32 after 1,000 steps of warming up, RandAugment and random erasing. On few images or a small model
+a larger rate is called for.
+
+Started by torchrun, every process trains on its share of each batch and ends with the same weights.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.data import Data, Split
+from mpcompile.distributed import place, shared
+from mpcompile.errors import PassError, UsageError
+from mpcompile.model import Epoch, Model, Source
+from mpcompile.passes.objective import ElasticNet
+from mpcompile.passes.training import Objective, Schedule, Training
+from mpcompile.pipeline import Effect
+from mpcompile.resume import Finished, run_key
+from mpcompile.training_images import Augmentation
+
+LOOKED_AT = 64  # images whose pixels tell one set of images from another, beside their number and order
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to train along."""
+
+    graph: fx.GraphModule
+    dense: fx.GraphModule
+    masks: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Trains the compressed model on labels and on the dense model's answers; every masked weight stays zero.
+
+    `alpha` is the weight of the dense model's answers at temperature `tau`, 1 − alpha that of labels smoothed by
+    `smoothing`; without labels only the dense model counts. `batch` counts the images of a step in all processes
+    together, worked off in `accumulate` parts. `precision` is fp32, bf16 or fp16, by autocast. `scale`, `flip`,
+    `policy` and `erasing` are the augmentation (timm's transforms). `kept_l1` and `kept_l2` penalise kept weights,
+    `removed_l1` and `removed_l2` those removed: for the share `soft` of training these may grow again, and fade until
+    its end. With --resume a checkpoint is kept every `minutes`.
+    """
+
+    name: ClassVar[str] = "distill"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    alpha: float = 0.5
+    tau: float = 2.0
+    smoothing: float = 0.1
+    epochs: int = 3
+    batch: int = 32
+    accumulate: int = 1
+    rate: float = 1e-5
+    weight_decay: float = 0.01
+    warmup: int = 1000
+    optimizer: str = "adamw"
+    clip: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    scale: float = 0.08
+    flip: float = 0.5
+    policy: str | None = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+    kept_l1: float = 0.0
+    kept_l2: float = 0.0
+    removed_l1: float = 0.0
+    removed_l2: float = 0.0
+    soft: float = 0.0
+    seed: int = 0
+    workers: int = 0
+    minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        positive = ("tau", "epochs", "batch", "accumulate", "rate", "scale")
+        for field in positive:
+            if not 0 < getattr(self, field) < float("inf"):
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number above 0")
+        for field in ("weight_decay", "warmup", "kept_l1", "kept_l2", "removed_l1", "removed_l2", "workers", "minutes"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number of 0 or more")
+        for field in ("alpha", "smoothing", "scale", "flip", "erasing", "soft"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a share between 0 and 1")
+        if self.clip is not None and self.clip <= 0:
+            raise UsageError(f"distill: clip is {self.clip}; it is a norm above 0")
+        if not self.soft and (self.removed_l1 or self.removed_l2):
+            raise UsageError("distill: removed weights are zero, and cannot be penalised; set soft, too")
+        if not is_optimizer(self.optimizer):
+            raise UsageError(f"distill: timm has no optimizer {self.optimizer!r}; try adamw or sgd")
+
+    def __call__(self, model: Model, data: Data) -> Model:
+        """The trained model, with a record of every epoch."""
+        assert model.dense is not None  # the manager keeps it before the first lossy pass
+        images = data.training if len(data.training) else data.calibration
+        masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
+        self._require(images)
+        # Only the first process keeps checkpoints, and is asked for them.
+        finished = Finished(lambda: self._key(model, images))
+        epochs = self._trained(shared(Job(model.graph, model.dense, masks)), images, model.source, finished)
+        return replace(model, epochs=(*model.epochs, *epochs))
+
+    def follow(self, data: Data, source: Source) -> fx.GraphModule:
+        """Trains along in a process that is not the first; the trained graph, the same as there."""
+        images = data.training if len(data.training) else data.calibration
+        self._require(images)
+        job: Job = shared(None)
+        self._trained(job, images, source, Finished(lambda: ""))
+        return job.graph
+
+    def _require(self, images: Split) -> None:
+        """Raises PassError where the images fill no batch, or a batch cannot be shared out."""
+        size = place().size
+        if not len(images):
+            raise PassError("a distillation needs training images; give --data")
+        if len(images) < self.batch:
+            raise PassError(
+                f"{len(images)} training images fill no batch of {self.batch}; give more, or a smaller batch"
+            )
+        if self.batch % size:
+            raise PassError(f"a batch of {self.batch} cannot be shared out among {size} processes; give a multiple")
+
+    def _key(self, model: Model, images: Split) -> str:
+        """A name for this very training."""
+        some = replace(images, order=images.order[:LOOKED_AT])
+        return run_key(f"{self} {hash(images.order)}", model, {name: p.pattern for name, p in model.plan.items()}, some)
+
+    def _trained(self, job: Job, images: Split, source: Source, finished: Finished) -> tuple[Epoch, ...]:
+        """Trains the job's graph in place."""
+        net = ElasticNet(self.kept_l1, self.kept_l2, self.removed_l1, self.removed_l2)
+        training = Training(
+            job.graph,
+            job.dense,
+            job.masks,
+            Schedule(**{field: getattr(self, field) for field in Schedule.__dataclass_fields__}),
+            Objective(self.alpha, self.tau, self.smoothing, net),
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+        )
+        augmentation = Augmentation(self.scale, self.flip, self.policy, self.erasing)
+        return training.run(images, source, augmentation, finished)
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether timm knows an optimizer by that name."""
+    from timm.optim import list_optimizers
+
+    return name in list_optimizers()

@@ -1,0 +1,351 @@
+"""Distillation: the objective against float64, masks held, resumed after a kill, and in two processes as in one."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mpcompile.artifact import Artifact
+from mpcompile.data import Data, Split
+from mpcompile.distributed import Place, joined, place, shared
+from mpcompile.errors import PassError, UsageError
+from mpcompile.model import Model
+from mpcompile.passes import Distill, NMMask, ToMe
+from mpcompile.passes.objective import ElasticNet, labels_loss, teacher_loss
+from mpcompile.passes.training import reached_parameters
+from mpcompile.pipeline import PassManager
+from mpcompile.resume import keeping
+from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
+from mpcompile.training_images import Augmentation, Batches, TrainingImages
+
+QUICK = Distill(epochs=2, batch=16, rate=1e-3, warmup=2)
+MASKS = NMMask(criterion="magnitude", refit="none")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(model: Model, *passes: object, data: Data | None = None) -> Model:
+    result, _ = PassManager(passes).run(model, data or tiny_data(model))  # type: ignore[arg-type]
+    return result
+
+
+def weights(model: Model) -> dict[str, Tensor]:
+    return dict(model.graph.state_dict())
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- the objective
+
+
+def test_losses_are_their_formulae() -> None:
+    rng = np.random.default_rng(0)
+    z, dense = rng.normal(size=(2, 5, 7))
+    labels = rng.integers(0, 7, 5)
+
+    def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        e = np.exp(x - x.max(1, keepdims=True))
+        shares: NDArray[np.float64] = e / e.sum(1, keepdims=True)
+        return shares
+
+    tau, smoothing = 2.0, 0.1
+    p, q = softmax(z / tau), softmax(dense / tau)
+    kl = tau**2 * (q * np.log(q / p)).sum(1).mean()
+    smoothed = np.full((5, 7), smoothing / 7)
+    smoothed[np.arange(5), labels] += 1 - smoothing
+    ce = -(smoothed * np.log(softmax(z))).sum(1).mean()
+    z_, dense_ = torch.tensor(z, dtype=torch.float32), torch.tensor(dense, dtype=torch.float32)
+    # float32 against float64
+    assert float(teacher_loss(z_, dense_, tau)) == pytest.approx(kl, rel=1e-5)
+    assert float(labels_loss(z_, torch.tensor(labels), smoothing)) == pytest.approx(ce, rel=1e-5)
+    assert float(teacher_loss(z_, z_, tau)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_elastic_net_tells_kept_from_removed() -> None:
+    weight, mask = torch.tensor([[1.0, -2.0], [3.0, -4.0]]), torch.tensor([[True, False], [False, True]])
+    assert float(ElasticNet(kept_l1=1.0).of([(weight, mask)])) == 5
+    assert float(ElasticNet(removed_l1=1.0).of([(weight, mask)])) == 5
+    assert float(ElasticNet(kept_l2=1.0).of([(weight, mask)])) == 17
+    assert float(ElasticNet(removed_l2=1.0).of([(weight, mask), (weight, mask)])) == 26
+    assert not ElasticNet()
+
+
+# ---- the pass
+
+
+@pytest.mark.parametrize("build", [tiny_vit, tiny_cnn])
+def test_it_learns_and_holds_the_masks(build: object) -> None:
+    model = build()  # type: ignore[operator]
+    data = tiny_data(model)
+    masked = run(model, MASKS, data=data)
+    result = run(model, MASKS, dataclasses.replace(QUICK, epochs=8, rate=3e-3, alpha=1.0), data=data)
+    assert len(result.epochs) == 8
+    assert result.epochs[-1].teacher_loss < 0.7 * result.epochs[0].teacher_loss
+    images = data.calibration.first(64)
+
+    def shift(other: Model) -> float:
+        return float((other(images) - model(images)).square().mean())
+
+    assert shift(result) < 0.7 * shift(masked)
+    for name, plan in result.plan.items():
+        if plan.mask is not None:
+            assert (result.layer(name).weight[~plan.mask] == 0).all()
+            assert (result.layer(name).weight[plan.mask] != 0).any()
+    assert all(parameter.requires_grad for parameter in result.graph.parameters())
+
+
+def test_without_labels_the_dense_model_alone_teaches() -> None:
+    model = tiny_vit()
+    images = Noise((1, 8, 8), 32)
+    unlabelled = Data(training=Split(images, tuple(range(32)), labelled=False))
+    labelled = Data(training=Split(images, tuple(range(32)), labelled=True))
+    alone = run(model, MASKS, QUICK, data=unlabelled)
+    assert alone.epochs[0].labels_loss is None
+    assert alone.epochs[0].loss == alone.epochs[0].teacher_loss
+    with_alpha_one = run(model, MASKS, dataclasses.replace(QUICK, alpha=1.0), data=labelled)
+    assert_same_weights(weights(alone), weights(with_alpha_one))
+
+
+def test_accumulating_is_one_step() -> None:
+    # Not Adam: it divides by the size of a gradient, and that of a key's bias is nothing but rounding.
+    step = dataclasses.replace(QUICK, optimizer="sgd", rate=0.01)
+    whole, parts = (run(tiny_vit(), MASKS, dataclasses.replace(step, accumulate=n)) for n in (1, 4))
+    for name, value in weights(whole).items():
+        # Float32 sums of gradients in another order, over 8 steps.
+        torch.testing.assert_close(weights(parts)[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "step", [{"precision": "bf16"}, {"soft": 0.5, "removed_l2": 0.1}, {"clip": 0.1}, {"kept_l1": 1e-3}]
+)
+def test_options_train_and_hold_the_masks(step: dict[str, object]) -> None:
+    result = run(tiny_vit(), MASKS, dataclasses.replace(QUICK, **step))  # type: ignore[arg-type]
+    assert not all(torch.equal(v, weights(run(tiny_vit(), MASKS, QUICK))[n]) for n, v in weights(result).items())
+
+
+def test_l2_shrinks_the_bulk() -> None:
+    """What the paper's theory says: under decay σ₊ falls."""
+
+    def edges(kept_l2: float) -> list[float | None]:
+        from timm.models.vision_transformer import VisionTransformer
+
+        from mpcompile.capture import capture
+
+        vit = VisionTransformer(
+            img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=1, num_heads=2
+        )
+        model = capture(vit, tiny_source())
+        step = dataclasses.replace(QUICK, epochs=3, rate=3e-3, kept_l2=kept_l2, weight_decay=0.0)
+        return [epoch.edge for epoch in run(model, MASKS, step).epochs]
+
+    without, with_decay = edges(0.0), edges(1.0)
+    assert with_decay[-1] is not None
+    assert without[-1] is not None
+    assert with_decay[-1] < with_decay[0] < without[0]  # type: ignore[operator]
+    assert with_decay[-1] < 0.9 * without[-1]
+
+
+def test_a_parameter_that_the_graph_does_not_use_is_left() -> None:
+    model = tiny_vit()
+    model.graph.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    assert "unused" not in reached_parameters(model.graph)
+    result = run(model, MASKS, QUICK)
+    assert torch.equal(result.graph.get_parameter("unused"), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"epochs": 0}, "epochs is 0; it is a number above 0"),
+        ({"rate": float("nan")}, "rate is nan"),
+        ({"alpha": 1.5}, "alpha is 1.5; it is a share between 0 and 1"),
+        ({"warmup": -1}, "warmup is -1; it is a number of 0 or more"),
+        ({"clip": 0.0}, "clip is 0.0; it is a norm above 0"),
+        ({"removed_l1": 0.1}, "removed weights are zero, and cannot be penalised; set soft"),
+        ({"optimizer": "addam"}, "timm has no optimizer 'addam'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        dataclasses.replace(QUICK, **options)  # type: ignore[arg-type]
+
+
+def test_images_that_do_not_do_are_refused() -> None:
+    with pytest.raises(PassError, match="a distillation needs training images; give --data"):
+        run(tiny_vit(), MASKS, QUICK, data=Data(validation=tiny_data(tiny_vit()).validation))
+    with pytest.raises(PassError, match="64 training images fill no batch of 65"):
+        run(tiny_vit(), MASKS, dataclasses.replace(QUICK, batch=65))
+
+    class Broken(Noise):
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.full((1, 8, 8), torch.nan), 0
+
+    bad = Data(training=Split(Broken((1, 8, 8), 16), tuple(range(16)), labelled=True))
+    with pytest.raises(PassError, match="the loss is not finite at step 0; try a smaller rate"):
+        run(tiny_vit(), MASKS, QUICK, data=bad)
+
+
+# ---- images
+
+
+def test_images_follow_from_seed_epoch_and_index() -> None:
+    from mpcompile.data import load_data
+
+    path = Path(__file__).parents[1] / "examples" / "fashion_vit" / "images.npz"
+    source = tiny_source((1, 28, 28))
+    data = load_data(path, source, 10)
+    assert len(data.training) == 1000 - 256  # all but those for validation
+    assert not set(data.training.order) & set(data.validation.order)
+    assert set(data.calibration.order) <= set(data.training.order)
+    images = TrainingImages(data.training, source, Augmentation(), seed=0)
+    before = torch.get_rng_state()
+    (one, label), (again, _), (other, _) = images[0, 5], images[0, 5], images[1, 5]
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert label == data.training.images[5][1]
+    plain = TrainingImages(data.training, source, Augmentation(scale=1.0, flip=0.0, erasing=0.0), seed=0)
+    # A crop of a random shape is resized: nearly the image, not it.
+    assert (plain[0, 5][0] - data.training.images[5][0]).abs().mean() < 0.5
+
+
+def test_processes_share_each_batch_and_a_resumed_run_goes_on() -> None:
+    order = tuple(range(100, 137))
+    alone = list(Batches(order, 8, 3, 0, Place(0, 1), 0))
+    assert len(alone) == 12
+    assert all(len({index for _, index in epoch}) == 8 for epoch in alone)
+    halves = [list(Batches(order, 8, 3, 0, Place(rank, 2), 0)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in alone]
+    assert list(Batches(order, 8, 3, 0, Place(0, 1), 6)) == alone[6:]
+    assert alone[0] != alone[4]  # another order in another epoch
+    assert {epoch for epoch, _ in alone[4]} == {1}
+
+
+# ---- resuming
+
+
+def test_a_checkpoint_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    step = dataclasses.replace(QUICK, minutes=0.0, kept_l2=1e-3)
+
+    class Stop(Exception):
+        pass
+
+    class Failing(Noise):
+        """Fails once, in the middle of the second epoch."""
+
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            Failing.reads += 1
+            if Failing.reads == 64 * 4 + 64 + 20:
+                raise Stop
+            return super().__getitem__(index)
+
+    def data() -> Data:
+        images = Failing((1, 8, 8), 64)
+        return Data(training=Split(images, tuple(range(64)), labelled=True))
+
+    plain = Data(training=Split(Noise((1, 8, 8), 64), tuple(range(64)), labelled=True))
+    undisturbed = run(tiny_vit(), MASKS, step, data=plain)
+    Failing.reads = 64 * 4 - 64
+    with pytest.raises(PassError), keeping(tmp_path):
+        run(tiny_vit(), MASKS, step, data=data())
+    assert list(tmp_path.glob("run-*/training.safetensors"))
+    with keeping(tmp_path):
+        resumed = run(tiny_vit(), MASKS, step, data=data())
+    assert_same_weights(weights(undisturbed), weights(resumed))
+    assert resumed.epochs == undisturbed.epochs
+    assert not list(tmp_path.glob("run-*"))
+
+
+def command(folder: Path, output: str, *more: str) -> list[str]:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        "passes:\n"
+        "  - nm-mask: {pattern: 2:4, criterion: magnitude, refit: none}\n"
+        "  - tome: {r: 6}\n"
+        "  - distill: {epochs: 2, batch: 32, optimizer: sgd, rate: 1.0e-3, warmup: 4, minutes: 0, scale: 0.8}\n"
+        "bench: {batches: [1], seconds: 0.05}\n",
+        encoding="utf-8",
+    )
+    example = Path(__file__).parents[1] / "examples" / "fashion_vit"
+    start = [str(example / "model.safetensors"), "--config", str(recipe), "--data", str(example / "images.npz")]
+    return ["-m", "mpcompile", *start, "--held-out", "100", "-o", str(folder / output), "-q", *more]
+
+
+def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, *command(tmp_path, "undisturbed")], check=True, env=ONE_THREAD)
+    resumable = [sys.executable, *command(tmp_path, "killed", "--resume", str(tmp_path / "kept"))]
+    process = subprocess.Popen(resumable, env=ONE_THREAD)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("kept/run-*/training.safetensors")):
+        assert process.poll() is None, "it ended before there was a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(np.random.default_rng().uniform(0, 2))  # any moment of the training will do
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    subprocess.run(resumable, check=True, env=ONE_THREAD)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "killed"))
+    assert_same_weights(one, other)
+    assert len(Artifact.open(tmp_path / "killed").verify()) == 24
+    assert not list((tmp_path / "kept").glob("run-*"))
+
+
+# ---- several processes
+
+
+def torchrun(*arguments: str) -> None:
+    started = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    subprocess.run([sys.executable, *started], check=True, env=ONE_THREAD, timeout=300)
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    script = str(Path(__file__).parent / "two_processes.py")
+    torchrun(script, str(tmp_path))
+    subprocess.run([sys.executable, script, str(tmp_path)], check=True, env=ONE_THREAD)
+    first, second, alone = (load_file(tmp_path / f"{name}.safetensors") for name in ("2-0", "2-1", "1-0"))
+    assert_same_weights(first, second)
+    for name, value in alone.items():
+        # As in test_accumulating_is_one_step: gradients summed in another order.
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_under_torchrun_writes_what_one_process_writes(tmp_path: Path) -> None:
+    torchrun(*command(tmp_path, "two"))
+    subprocess.run([sys.executable, *command(tmp_path, "one")], check=True, env=ONE_THREAD)
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert len(Artifact.open(tmp_path / "two").verify()) == 24
+    for name, value in one.items():
+        # The same, over 46 steps.
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place() == Place(0, 1)
+    assert shared({"a": 1}) == {"a": 1}
+    with joined() as here:
+        assert here.first
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2, and RANK, .* are not set; start it with torchrun"), joined():
+        pass
+
+
+def test_a_batch_has_to_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpcompile.passes.distill.place", lambda: Place(0, 3))
+    with pytest.raises(PassError, match="a batch of 16 cannot be shared out among 3 processes"):
+        run(tiny_vit(), MASKS, ToMe(r=2), QUICK)
