@@ -13,6 +13,7 @@ three improved by exchanges between two attentions while that measures better, a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, permutations
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from mpcompile.progress import tracked
 
 WIDEST_TOPK = 3840  # TensorRT's limit
 PROBES = (0.25, 0.5, 1.0)  # of half the tokens: where a damage is measured
-EXCHANGES = 2  # rounds over all attentions at most
+EXCHANGES, TRIALS = 4, 3  # rounds at most, and moves that are tried in each
 BATCH = 64
 BISECTIONS = 40
 HIGHEST_PRICE = 1e12  # of all the cost, in damages: nothing is dearer
@@ -158,7 +159,11 @@ def auto(
     plain = [_first_that_fits(shape, fits, sites, protected) for shape in shapes]
     found = _optimum(_damages(logits, tokens, sites, protected), executed, protected, budget)
     candidates = [schedule for schedule in (*plain, found) if schedule is not None]
-    return _exchanged(min(candidates, key=logits.shift), logits.shift, fits, protected, tokens)
+
+    def allowed(schedule: Sequence[int]) -> bool:
+        return min(schedule) >= 0 and within_limits(schedule, sites, protected) == tuple(schedule)
+
+    return _exchanged(min(candidates, key=logits.shift), logits.shift, fits, allowed)
 
 
 class _Logits:
@@ -254,21 +259,40 @@ def _exchanged(
     schedule: tuple[int, ...],
     shift: Callable[[tuple[int, ...]], float],
     fits: Callable[[Sequence[int]], bool],
-    protected: int,
-    tokens: int,
+    allowed: Callable[[Sequence[int]], bool],
 ) -> tuple[int, ...]:
-    """The schedule after merges were moved between attentions as long as logits move less for it."""
-    best = shift(schedule)
+    """The schedule after merges were moved between attentions as long as logits move less for it.
+
+    Which move is worth a trial is read off what a few merges less at one attention, and more at another, do alone.
+    """
     sites = range(len(schedule))
     for _ in range(EXCHANGES):
-        before = schedule
-        for giver in tracked(sites, "merges of attention {}".format):
-            tried = [t for taker in sites if (t := _moved(schedule, giver, taker, fits, protected, tokens))]
-            if tried and shift(nearest := min(tried, key=shift)) < best:
-                schedule, best = nearest, shift(nearest)
-        if schedule == before:
+        best = shift(schedule)
+        changes: dict[tuple[int, int], float] = {}
+        for site in tracked(sites, "merges of attention {}".format):
+            few = max(1, schedule[site] // 4)
+            for sign in (-1, 1):
+                changed = _changed(schedule, site, sign * few)
+                if allowed(changed):
+                    changes[site, sign] = shift(changed) - best
+        moves = sorted(
+            (
+                (changes[giver, -1] + changes[taker, 1], giver, taker)
+                for giver, taker in permutations(sites, 2)
+                if (giver, -1) in changes and (taker, 1) in changes
+            )
+        )
+        moved = (_moved(schedule, giver, taker, fits, allowed) for _, giver, taker in moves)
+        trials = list(islice((trial for trial in moved if trial is not None), TRIALS))
+        if not trials or shift(nearest := min(trials, key=shift)) >= best:
             break
+        schedule = nearest
     return schedule
+
+
+def _changed(schedule: tuple[int, ...], site: int, by: int) -> tuple[int, ...]:
+    """The schedule with so many merges more after one attention."""
+    return tuple(r + by if other == site else r for other, r in enumerate(schedule))
 
 
 def _moved(
@@ -276,25 +300,10 @@ def _moved(
     giver: int,
     taker: int,
     fits: Callable[[Sequence[int]], bool],
-    protected: int,
-    tokens: int,
+    allowed: Callable[[Sequence[int]], bool],
 ) -> tuple[int, ...] | None:
     """The schedule with a quarter of one attention's merges at another, as many there as the budget needs."""
-    given = max(1, schedule[giver] // 4)
-    if giver == taker or schedule[giver] == 0:
-        return None
-    changed = list(schedule)
-    changed[giver] -= given
-    left = tokens
-    for place, r in enumerate(changed):
-        if place == taker:
-            most = most_merged(left, protected)
-        left -= r
-    while not fits(changed) and changed[taker] < most:
-        changed[taker] += 1
-    left = tokens
-    for r in changed:
-        if r > most_merged(left, protected):
-            return None
-        left -= r
-    return tuple(changed) if fits(changed) else None
+    changed = _changed(schedule, giver, -max(1, schedule[giver] // 4))
+    while allowed(changed) and not fits(changed):
+        changed = _changed(changed, taker, 1)
+    return changed if allowed(changed) else None
