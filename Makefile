@@ -6,7 +6,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo check test bench bench-models clean
+.PHONY: demo check test bench bench-distill bench-models clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -38,6 +38,12 @@ bench: bench-models
 	$(BIN)/python benchmarks/permute.py
 	$(BIN)/python benchmarks/one_shot.py
 	$(BIN)/python benchmarks/certificates.py
+	$(BIN)/python benchmarks/token_merging.py
+	$(BIN)/python benchmarks/readme.py
+
+# Needs Fashion-MNIST, Debian's package dataset-fashion-mnist.
+bench-distill: $(READY)
+	$(BIN)/python benchmarks/distill.py --data $(or $(DATA),/usr/share/datasets/fashion-mnist)
 	$(BIN)/python benchmarks/readme.py
 
 clean:

@@ -93,6 +93,8 @@ def blocks() -> dict[str, str]:
         "permute": orders(),
         "one_shot": one_shot(),
         "certificates": first_table("certificates"),
+        "token_merging": first_table("token_merging"),
+        "distill": first_table("distill"),
         "speed": body("analyze_speed"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }

@@ -1,7 +1,8 @@
 """Token merging as a pass: after an attention, a fixed number of tokens go into those that they resemble most.
 
 The arithmetic and its source are in mpcompile/merging.py; passes/token_graph.py writes it into the graph and asks the
-model whether merging makes sense in it; passes/token_schedule.py says how many tokens merge where.
+model whether merging makes sense in it; passes/token_schedule.py says how many tokens merge where, and
+passes/token_search.py finds that for a share of multiply-accumulates.
 
 Tokens in front that are the same for every image when they reach the first attention (class, distillation and register
 tokens) are protected: they never merge, and nothing merges into them.
@@ -14,7 +15,8 @@ from mpcompile.data import Data
 from mpcompile.errors import UsageError
 from mpcompile.model import Model
 from mpcompile.passes.token_graph import check_laws, merged_nodes, merging_sites, protected_tokens
-from mpcompile.passes.token_schedule import auto, spelt, within_limits
+from mpcompile.passes.token_schedule import spelt, within_limits
+from mpcompile.passes.token_search import auto
 from mpcompile.pipeline import Effect, run_example
 
 

@@ -23,7 +23,8 @@ from mpcompile.model import NM, Model
 from mpcompile.parity import relative_difference
 from mpcompile.passes import NMMask, Restore, ToMe
 from mpcompile.passes.token_graph import merging_sites, protected_tokens
-from mpcompile.passes.token_schedule import costs, decreasing, spelt
+from mpcompile.passes.token_schedule import decreasing, spelt
+from mpcompile.passes.token_search import costs
 from mpcompile.pipeline import PassManager, run_example
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
