@@ -64,13 +64,23 @@ def attentions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Attent
     return found
 
 
+def operand(node: fx.Node, place: int) -> object:
+    """A tensor that a call is given, by place or, of torch's functions, by name; None where it has none there."""
+    if place < len(node.args):
+        return node.args[place]
+    return next(
+        (node.kwargs[name] for name in (("input", "self"), ("other", "mat2"))[place] if name in node.kwargs), None
+    )
+
+
 def _fused(node: fx.Node) -> Attention:
     """A call of scaled_dot_product_attention."""
     arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
     arguments |= node.kwargs
     keys = arguments["key"]
-    if not isinstance(keys, fx.Node):
-        raise TypeError(f"{node.name} attends to something that is no node")
+    if not isinstance(keys, fx.Node) or len(shape_of(keys)) != 4:
+        why = f"its keys have the shape {shape_of(keys)}, and (images, heads, tokens, width) is needed"
+        return Attention(node, _name(node), 0, node, unfit=why)
     bias = arguments.get("attn_mask")
     own = bias is not None and getattr(bias, "target", None) is not log_size
     if own or arguments.get("is_causal"):
@@ -81,11 +91,11 @@ def _fused(node: fx.Node) -> Attention:
 
 def _softmax_keys(node: fx.Node) -> fx.Node | None:
     """The keys where the node is softmax(q · kᵀ), perhaps scaled; None where it is another softmax."""
-    product = _behind_scaling(node.args[0], PRODUCTS)
+    product = _behind_scaling(operand(node, 0), PRODUCTS)
     if product is None or len(shape_of(product)) != 4:
         return None
-    transposed = _behind_scaling(product.args[1], TRANSPOSES)
-    keys = transposed.args[0] if transposed is not None else None
+    transposed = _behind_scaling(operand(product, 1), TRANSPOSES)
+    keys = None if transposed is None else operand(transposed, 0)
     swapped = (*shape_of(keys)[:2], *reversed(shape_of(keys)[2:]))
     return keys if isinstance(keys, fx.Node) and shape_of(transposed) == swapped else None
 

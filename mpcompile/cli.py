@@ -182,7 +182,9 @@ def compile_command(
         permute={"strict": strict} if permute else None,
         mask={"criterion": criterion, "refit": refit},
         tome={"r": tome, "macs": tome_macs},
-        evidence=_evidence(max_drop, distill) if data else {},
+        restore={"max_drop": max_drop} if data and max_drop is not None else {},
+        distill={"epochs": distill} if distill is not None else {},
+        evidence={"batch-norm": {}, "certify": {}} if data else {},
         top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
         nested={
             "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
@@ -216,13 +218,6 @@ def compile_command(
         show_artifact(artifact)
     if failure:
         raise failure
-
-
-def _evidence(max_drop: float | None, distill: int | None) -> dict[str, dict[str, Any]]:
-    """The passes that follow masks and merges where there are images."""
-    restore = {} if max_drop is None else {"restore": {"max_drop": max_drop}}
-    train = {} if distill is None else {"distill": {"epochs": distill}}
-    return {"batch-norm": {}, **restore, **train, "certify": {}}
 
 
 @app.command("analyze")

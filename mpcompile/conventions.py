@@ -97,7 +97,7 @@ class Charged:
 
     `compressed` is the true count; `as_published` charges each block at the tokens that enter it, as the paper does.
     Token merging itself needs `merging` more. `tokens` are those that enter each attention and those that leave the
-    last; where there is no attention, none.
+    last; where there is no attention, none. `merged` are those that token merging takes away after each.
     """
 
     dense: float
@@ -105,6 +105,7 @@ class Charged:
     as_published: float
     merging: float
     tokens: tuple[int, ...]
+    merged: tuple[int, ...]
 
 
 def charged(dense: Model, compressed: Model) -> Charged:
@@ -117,6 +118,7 @@ def charged(dense: Model, compressed: Model) -> Charged:
         as_published=as_published(compressed).executed_macs(patterns),
         merging=found.merging_macs,
         tokens=(*tokens[::2], *tokens[-1:]),
+        merged=merges(compressed.graph, compressed.example),
     )
 
 

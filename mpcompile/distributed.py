@@ -4,15 +4,17 @@ The compressing passes run in the first process alone. A pass that trains sends 
 it, and all of them train on their share of each batch.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, fx, nn
 
 from mpcompile.errors import UsageError
 
@@ -48,6 +50,8 @@ def joined() -> Iterator[Place]:
     if size == "1":
         yield Place(0, 1)
         return
+    if not size.isdecimal():
+        raise UsageError(f"WORLD_SIZE is {size!r}; it is a number of processes, as torchrun sets it")
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, and {', '.join(missing)} are not set; start it with torchrun")
@@ -70,3 +74,37 @@ def shared(value: T | None) -> T:
     [found] = box
     assert found is not None
     return found
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of these numbers over all processes."""
+    if place().size == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = values.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A graph as it travels: its nodes, and not its code, which would be traced anew and lose what is one node."""
+
+    nodes: fx.Graph
+    modules: dict[str, Any]
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule) -> "Parcel":
+        """The graph, ready to be pickled."""
+        # A copy, since the graph itself holds on to its module and would take that along as code.
+        return cls(
+            copy.deepcopy(graph.graph), {kind: graph.__dict__[kind] for kind in ("_modules", "_parameters", "_buffers")}
+        )
+
+    def opened(self) -> fx.GraphModule:
+        """The same graph over the same modules, in their order."""
+        root = nn.Module()
+        root.__dict__.update(self.modules)
+        graph = fx.GraphModule(root, self.nodes)
+        graph.__dict__.update(self.modules)
+        return graph

@@ -2,7 +2,8 @@
 
 Opset 20 by default: the newest in which TensorRT's parser fuses attention from plain operators, with LayerNorm
 and Gelu as operators of their own. Half precision is written into the graph, since TensorRT 11 has no other way;
-normalisations, softmax and the reductions they are made of stay in float32, inputs and outputs too.
+normalisations, softmax, the reductions they are made of and the matching of tokens stay in float32, inputs and
+outputs too.
 """
 
 import json
@@ -148,6 +149,7 @@ def to_half(file: onnx.ModelProto) -> onnx.ModelProto:
                 file,
                 keep_io_types=True,
                 op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FLOAT32],
+                node_block_list=_matching_tokens(file),
                 # The exporter wrote every shape; inferring them anew would serialise the file, which ends at 2 GB.
                 disable_shape_infer=True,
             )
@@ -156,11 +158,48 @@ def to_half(file: onnx.ModelProto) -> onnx.ModelProto:
     for node in half.graph.node:
         if not node.metadata_props and node.name in scopes:
             node.metadata_props.extend(scopes[node.name])
+    _drop_round_trips(half.graph)
     del half.graph.value_info[:]  # the converter leaves the types of before around the operators it spared
     ordered = onnx_ir.from_proto(half)  # and appends its casts at the end
     ordered.graph.sort()
     result: onnx.ModelProto = onnx_ir.to_proto(ordered)
     return result
+
+
+def _drop_round_trips(graph: onnx.GraphProto) -> None:
+    """Lets neighbours that were kept in float32 hand on what they computed: the converter rounds it in between."""
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    target = {output: next(a.i for a in node.attribute if a.name == "to") for output, node in casts.items()}
+    unrounded = {
+        output: casts[node.input[0]].input[0]
+        for output, node in casts.items()
+        if target[output] == single and target.get(node.input[0]) == half
+    }
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = unrounded.get(name, name)
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [node for node in graph.node if node.op_type != "Cast" or node.output[0] in used]
+    # A cast may have been used by another that goes.
+    used = {name for node in kept for name in node.input} | {output.name for output in graph.output}
+    kept = [node for node in kept if node.op_type != "Cast" or node.output[0] in used]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _matching_tokens(file: onnx.ModelProto) -> list[str]:
+    """The nodes from the mean over heads to the ranking of pairs: in half precision other tokens would merge."""
+    producer = {output: node for node in file.graph.node for output in node.output}
+    found: dict[str, onnx.NodeProto] = {}
+    waiting = [node for node in file.graph.node if node.op_type in ("TopK", "ArgMax")]
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found[node.name] = node
+            if node.op_type != "ReduceMean":
+                waiting += [producer[name] for name in node.input if name in producer]
+    return list(found)
 
 
 def _write_metadata(file: onnx.ModelProto, metadata: Mapping[str, str], masks: tuple[ProvenMask, ...]) -> None:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SMALLEST_NORM = 1e-6  # of a key; half precision can hold it
+SMALLEST_NORM = 1e-6  # added to that of a key, which may be zero; half precision can hold it
 
 
 def most_merged(tokens: int, protected: int) -> int:
@@ -42,9 +42,12 @@ def merge_tokens(
     """
     if r == 0:
         return x, size
+    if torch.is_autocast_enabled(x.device.type):  # in 8 or 11 bits many cosines tie, and others merge
+        with torch.autocast(x.device.type, enabled=False):
+            return merge_tokens(x.float(), size.float(), keys.float(), r, protected)
     even, odd = protected + protected % 2, protected + 1 - protected % 2
     metric = keys.mean(1)
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    metric = metric / (metric.norm(dim=-1, keepdim=True) + SMALLEST_NORM)
     similarity = metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)
     best, partner = similarity.max(-1)  # of equal ones the first
     order = best.sort(dim=-1, descending=True, stable=True)[1]

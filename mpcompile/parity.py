@@ -6,6 +6,10 @@ Tolerances are on max |Δ| / max |expected| over the outputs of a batch:
   few thousand terms leave about 1e-6, and a lost bias or a swapped axis leaves more than 1e-2.
 - float16 against float32, 1e-2: weights and activations carry 11 bits (5e-4 each), and the errors of a hundred
   layers add up; measured, 3e-4 to 2e-3 on ViT, BEiT, ResNet and ConvNeXt.
+
+Where tokens merge, rounding decides between pairs that are equally alike, and an image on which another pair merges has
+other outputs (measured in float16, 3 of 256 by up to 1e-1, the same answers on nearly all). There the tolerance holds
+for ALIKE of the images: a graph that is wrong is wrong on all.
 """
 
 from collections.abc import Mapping
@@ -16,6 +20,7 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import ParityError
 
+ALIKE = 0.9
 TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2})
 
 
@@ -27,11 +32,20 @@ def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floati
     return float(np.abs(found - expected).max() / scale)
 
 
-def require_parity(expected: NDArray[np.floating], found: NDArray[np.floating], precision: str, what: str) -> float:
-    """The relative difference, or a ParityError where it is past the tolerance of the precision."""
+def require_parity(
+    expected: NDArray[np.floating], found: NDArray[np.floating], precision: str, what: str, merging: bool = False
+) -> float:
+    """The relative difference, or a ParityError where it is past the tolerance of the precision.
+
+    Where `merging`, it is that of the share ALIKE of the images which differ least.
+    """
     if expected.shape != found.shape:
         raise ParityError(f"{what}: the outputs are {found.shape}, and {expected.shape} was expected")
     difference = relative_difference(expected, found)
+    if merging and np.isfinite(difference):
+        scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
+        each = np.abs(found - expected).reshape(len(found), -1).max(1) / scale
+        difference = float(np.quantile(each, ALIKE, method="higher"))
     if difference > TOLERANCE[precision]:
         raise ParityError(
             f"{what}: the outputs differ by {difference:.1e} of their size, and {TOLERANCE[precision]:.0e} is allowed "

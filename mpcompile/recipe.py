@@ -121,17 +121,20 @@ def overridden(
     permute: dict[str, Any] | None,
     mask: dict[str, Any],
     tome: dict[str, Any] | None = None,
+    restore: dict[str, Any] | None = None,
+    distill: dict[str, Any] | None = None,
     evidence: dict[str, dict[str, Any]] | None = None,
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
     """The recipe with what flags say in place of what it said; None and nothing say nothing.
 
-    `budget`, `permute`, `mask` and `tome` are parameters of these passes; `top` and `nested` are keys of the recipe
-    itself and of its sections. A recipe with neither budget nor mask gets all three at its end, where patterns are
-    given; without the permutation where `permute` is None. In one that has only a mask pass, that takes the pattern and
-    the choice of layers. One without token merging gets it after the masks, where `tome` says something. `evidence`
-    names passes, with their parameters, that follow where the recipe gets its passes from flags. Raises UsageError.
+    `budget`, `permute`, `mask`, `tome`, `restore` and `distill` are parameters of these passes; `top` and `nested` are
+    keys of the recipe itself and of its sections. A recipe with neither budget nor mask gets all three at its end,
+    where patterns are given; without the permutation where `permute` is None. In one that has only a mask pass, that
+    takes the pattern and the choice of layers. The last three are put in behind what comes before them, where they are
+    said and missing. `evidence` names passes, with their parameters, that follow where the recipe gets its passes from
+    flags. Raises UsageError.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
@@ -154,16 +157,22 @@ def overridden(
         mask |= {"pattern" if key == "patterns" else key: value for key, value in budget.items()}
         if "pattern" in mask:
             [mask["pattern"]] = mask["pattern"]
-    if tome and "tome" not in names:
-        after = max((place + 1 for place, step in enumerate(steps) if step.name == "nm-mask"), default=len(steps))
-        steps.insert(after, Step(name="tome"))
+    if tome:
+        steps = _with(steps, "tome", after=("mp-budget", "permute", "nm-mask"))
+        if tome["r"] != "auto":  # then nothing is left of what the recipe wanted to reach by it
+            steps = [_without(step, "macs") if step.name == "tome" else step for step in steps]
     if not recipe.passes and steps:
         steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
+    if restore:
+        steps = _with(steps, "restore", after=("mp-budget", "permute", "nm-mask", "tome", "batch-norm"))
+    if distill:
+        steps = _with(steps, "distill", after=("mp-budget", "permute", "nm-mask", "tome", "batch-norm", "restore"))
     if permute is None:
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):
         raise UsageError(f"--{next(iter(order))} goes with the permutation; add permute to the recipe's passes")
     changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
+    changes |= {"restore": restore or {}, "distill": distill or {}}
     steps = [step.model_copy(update={"params": {**step.params, **changes.get(step.name, {})}}) for step in steps]
     content = recipe.model_dump(mode="json")
     content["passes"] = [step.model_dump() for step in steps]
@@ -171,6 +180,19 @@ def overridden(
     for section, values in nested.items():
         content[section] |= {key: value for key, value in values.items() if value is not None}
     return Recipe.checked(content, "options")
+
+
+def _with(steps: list[Step], name: str, after: tuple[str, ...]) -> list[Step]:
+    """The steps with one of that name: where it stands, or behind the last of those that come before it."""
+    if any(step.name == name for step in steps):
+        return steps
+    place = max((place + 1 for place, step in enumerate(steps) if step.name in after), default=0)
+    return [*steps[:place], Step(name=name), *steps[place:]]
+
+
+def _without(step: Step, key: str) -> Step:
+    """The step without one of its parameters."""
+    return step.model_copy(update={"params": {k: value for k, value in step.params.items() if k != key}})
 
 
 def explained(error: ValidationError) -> str:

@@ -188,8 +188,8 @@ class Report(Value):
         return rows
 
     def merges_tokens(self) -> bool:
-        """Whether fewer tokens leave than enter."""
-        return len(set(self.cost.tokens)) > 1
+        """Whether any tokens are merged into others."""
+        return any(self.cost.merged)
 
     def onnx_bytes(self, name: str) -> int:
         """The size of an ONNX file, with the file of weights beside it where there is one."""
@@ -253,7 +253,7 @@ def verdict_on(
     layers: tuple[LayerRow, ...],
     target: str,
     accelerated: bool,
-    tokens: tuple[int, ...],
+    cost: Charged,
     comparison: Comparison | None,
     latency: tuple[Latency, ...],
 ) -> tuple[str, ...]:
@@ -274,10 +274,10 @@ def verdict_on(
         sentences.append(
             f"The target {target} has no kernels for them and runs masked layers as dense, so they save no time here."
         )
-    if len(set(tokens)) > 1:
+    if any(cost.merged):
         sentences.append(
-            f"Tokens are merged, from {tokens[0]} to {tokens[-1]} over {len(tokens) - 1} attentions, which is less "
-            "work for any target."
+            f"Tokens are merged, from {cost.tokens[0]} to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
+            "which is less work for any target."
         )
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)

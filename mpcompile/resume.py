@@ -83,5 +83,6 @@ class Finished:
         if self._folder is None:
             return
         partial = self._folder / f"{name}.partial"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
+        # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
+        save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, partial)
         partial.replace(self._folder / f"{name}.safetensors")

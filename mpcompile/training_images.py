@@ -5,7 +5,7 @@ So an epoch that is taken up again in its middle goes on as it would have, with 
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,6 +34,34 @@ class Augmentation:
     policy: str | None = "rand-m9-mstd0.5-inc1"
     erasing: float = 0.25
 
+    def understood(self) -> bool:
+        """Whether timm knows the policy."""
+        try:
+            transform_of(self, Source(name="", sha256="", arch=""))
+        except Exception:  # timm asserts, and raises KeyError and ValueError
+            return False
+        return True
+
+
+def transform_of(augmentation: Augmentation, source: Source) -> Callable[[Any], Tensor]:
+    """The training transform of timm for the images of a source."""
+    from timm.data import create_transform
+
+    transform: Callable[[Any], Tensor] = create_transform(
+        source.size,
+        is_training=True,
+        interpolation=source.interpolation,
+        mean=source.mean,
+        std=source.std,
+        scale=(augmentation.scale, 1.0),
+        hflip=augmentation.flip,
+        color_jitter=None,
+        auto_augment=augmentation.policy if source.size[0] == 3 else None,
+        re_prob=augmentation.erasing,
+        re_mode="pixel",
+    )
+    return transform
+
 
 @runtime_checkable
 class Pictures(Protocol):
@@ -48,23 +76,9 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
     """The images of a split under an augmentation; as they are where PIL has no picture of them."""
 
     def __init__(self, split: Split, source: Source, augmentation: Augmentation, seed: int) -> None:
-        from timm.data import create_transform
-
         self._images, self._seed = split.images, seed
         self._known = isinstance(split.images, Pictures) and source.size[0] in MODES
-        self._transform = create_transform(
-            source.size,
-            is_training=True,
-            interpolation=source.interpolation,
-            mean=source.mean,
-            std=source.std,
-            scale=(augmentation.scale, 1.0),
-            hflip=augmentation.flip,
-            color_jitter=None,
-            auto_augment=augmentation.policy if source.size[0] == 3 else None,
-            re_prob=augmentation.erasing,
-            re_mode="pixel",
-        )
+        self._transform = transform_of(augmentation, source)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key

@@ -8,6 +8,7 @@ a larger rate is called for.
 Started by torchrun, every process trains on its share of each batch and ends with the same weights.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.data import Data, Split
-from mpcompile.distributed import place, shared
+from mpcompile.distributed import Parcel, place, shared
 from mpcompile.errors import PassError, UsageError
 from mpcompile.model import Epoch, Model, Source
 from mpcompile.passes.objective import ElasticNet
@@ -27,12 +28,16 @@ from mpcompile.training_images import Augmentation
 LOOKED_AT = 64  # images whose pixels tell one set of images from another, beside their number and order
 
 
+# Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
+OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
+
+
 @dataclass(frozen=True)
 class Job:
     """What a process needs to train along."""
 
-    graph: fx.GraphModule
-    dense: fx.GraphModule
+    graph: Parcel
+    dense: Parcel
     masks: dict[str, Tensor]
 
 
@@ -83,37 +88,55 @@ class Distill:
         for field in positive:
             if not 0 < getattr(self, field) < float("inf"):
                 raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number above 0")
-        for field in ("weight_decay", "warmup", "kept_l1", "kept_l2", "removed_l1", "removed_l2", "workers", "minutes"):
+        for field in (
+            "weight_decay",
+            "warmup",
+            "kept_l1",
+            "kept_l2",
+            "removed_l1",
+            "removed_l2",
+            "seed",
+            "workers",
+            "minutes",
+        ):
             if not 0 <= getattr(self, field) < float("inf"):
                 raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number of 0 or more")
         for field in ("alpha", "smoothing", "scale", "flip", "erasing", "soft"):
             if not 0 <= getattr(self, field) <= 1:
                 raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a share between 0 and 1")
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"distill: clip is {self.clip}; it is a norm above 0")
         if not self.soft and (self.removed_l1 or self.removed_l2):
             raise UsageError("distill: removed weights are zero, and cannot be penalised; set soft, too")
-        if not is_optimizer(self.optimizer):
-            raise UsageError(f"distill: timm has no optimizer {self.optimizer!r}; try adamw or sgd")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"distill: optimizer is {self.optimizer!r}; it is one of {', '.join(OPTIMIZERS)}")
+        if not self._augmentation.understood():
+            raise UsageError(f"distill: timm knows no augmentation policy {self.policy!r}; try rand-m9-mstd0.5-inc1")
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        return Augmentation(self.scale, self.flip, self.policy, self.erasing)
 
     def __call__(self, model: Model, data: Data) -> Model:
         """The trained model, with a record of every epoch."""
         assert model.dense is not None  # the manager keeps it before the first lossy pass
-        images = data.training if len(data.training) else data.calibration
-        masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
+        images = images_of(data)
         self._require(images)
-        # Only the first process keeps checkpoints, and is asked for them.
+        masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
+        shared(Job(Parcel.of(model.graph), Parcel.of(model.dense), masks))
         finished = Finished(lambda: self._key(model, images))
-        epochs = self._trained(shared(Job(model.graph, model.dense, masks)), images, model.source, finished)
+        epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
 
     def follow(self, data: Data, source: Source) -> fx.GraphModule:
         """Trains along in a process that is not the first; the trained graph, the same as there."""
-        images = data.training if len(data.training) else data.calibration
+        images = images_of(data)
         self._require(images)
         job: Job = shared(None)
-        self._trained(job, images, source, Finished(lambda: ""))
-        return job.graph
+        graph = job.graph.opened()
+        # Only the first process keeps checkpoints, and tells the others what is in them.
+        self._trained(graph, job.dense.opened(), job.masks, images, source, Finished(lambda: ""))
+        return graph
 
     def _require(self, images: Split) -> None:
         """Raises PassError where the images fill no batch, or a batch cannot be shared out."""
@@ -128,27 +151,45 @@ class Distill:
             raise PassError(f"a batch of {self.batch} cannot be shared out among {size} processes; give a multiple")
 
     def _key(self, model: Model, images: Split) -> str:
-        """A name for this very training."""
+        """A name for this very training: what is trained, by whom, how and on what."""
+        digest = hashlib.sha256(repr(replace(self, workers=0, minutes=0.0)).encode())
+        digest.update(repr((model.source, images.labelled, images.order)).encode())
+        for node in model.graph.graph.nodes:
+            digest.update(f"{node.op} {node.name} {node.target if node.op != 'call_function' else ''} ".encode())
+            digest.update(f"{node.args} {node.kwargs}".encode())
+        assert model.dense is not None
+        masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
+        for name, value in [*model.dense.state_dict().items(), *masks.items()]:
+            digest.update(name.encode() + value.detach().contiguous().numpy(force=True).tobytes())
+        # Labels that are known without reading an image; of others, those of the first images.
+        labels = getattr(images.images, "labels", None)
         some = replace(images, order=images.order[:LOOKED_AT])
-        return run_key(f"{self} {hash(images.order)}", model, {name: p.pattern for name, p in model.plan.items()}, some)
+        known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
+        digest.update(repr([int(label) for label in known]).encode())
+        return run_key(digest.hexdigest(), model, {}, some)
 
-    def _trained(self, job: Job, images: Split, source: Source, finished: Finished) -> tuple[Epoch, ...]:
-        """Trains the job's graph in place."""
+    def _trained(
+        self,
+        graph: fx.GraphModule,
+        dense: fx.GraphModule,
+        masks: dict[str, Tensor],
+        images: Split,
+        source: Source,
+        finished: Finished,
+    ) -> tuple[Epoch, ...]:
+        """Trains the graph in place."""
         net = ElasticNet(self.kept_l1, self.kept_l2, self.removed_l1, self.removed_l2)
         training = Training(
-            job.graph,
-            job.dense,
-            job.masks,
+            graph,
+            dense,
+            masks,
             Schedule(**{field: getattr(self, field) for field in Schedule.__dataclass_fields__}),
             Objective(self.alpha, self.tau, self.smoothing, net),
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         )
-        augmentation = Augmentation(self.scale, self.flip, self.policy, self.erasing)
-        return training.run(images, source, augmentation, finished)
+        return training.run(images, source, self._augmentation, finished)
 
 
-def is_optimizer(name: str) -> bool:
-    """Whether timm knows an optimizer by that name."""
-    from timm.optim import list_optimizers
-
-    return name in list_optimizers()
+def images_of(data: Data) -> Split:
+    """The images that a distillation trains on."""
+    return data.training if len(data.training) else data.calibration

@@ -121,7 +121,7 @@ def check_laws(model: Model, sites: Sequence[Attention], protected: int) -> None
         except Exception as error:
             raise PassError(
                 f"after {sites[0].name} the graph does not run on another number of tokens "
-                f"({str(error).splitlines()[0]}); leave tome out"
+                f"({(str(error).splitlines() or [type(error).__name__])[0]}); leave tome out"
             ) from error
         if not difference <= LAW_TOLERANCE:
             raise PassError(
@@ -196,7 +196,7 @@ def _add_bias(site: Attention, bias: fx.Node) -> None:
 
 def _is_token_mean(node: fx.Node, tokens: int, protected: int) -> bool:
     """Whether a node takes the mean over all tokens, or over all that are not protected."""
-    if node.target not in MEANS or len(shape_of(node.args[0])) != 3:
+    if node.target not in MEANS or not node.args or len(shape_of(node.args[0])) != 3:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     over = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpcompile.data import Split
-from mpcompile.distributed import place, shared
+from mpcompile.distributed import place, shared, summed
 from mpcompile.errors import PassError
 from mpcompile.model import Epoch, Source
 from mpcompile.passes.objective import ElasticNet, labels_loss, teacher_loss
@@ -89,8 +89,9 @@ class Training:
         reached = reached_parameters(graph)
         for name, parameter in graph.named_parameters():
             parameter.requires_grad_(name in reached)
+        self._dtype = next(graph.parameters()).dtype
         self._optimizer = create_optimizer_v2(
-            graph, opt=schedule.optimizer, lr=schedule.rate, weight_decay=schedule.weight_decay
+            decayed_apart(graph, schedule.weight_decay), opt=schedule.optimizer, lr=schedule.rate
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self._step = 0
@@ -102,6 +103,7 @@ class Training:
         schedule, here = self._schedule, place()
         if kept := shared((finished.get("training") or {}) if here.first else None):
             self._restore(kept)
+            log.info("goes on after step %d", self._step)
         order = Batches(images.order, schedule.batch, schedule.epochs, schedule.seed, here, self._step)
         total, saved = schedule.epochs * order.per_epoch, time.monotonic()
         rates = cosine(self._optimizer, total, min(schedule.warmup, total // 2), schedule.rate)
@@ -109,7 +111,8 @@ class Training:
         read = loader(TrainingImages(images, source, augmentation, schedule.seed), order, schedule.workers)
         for (pixels, labels), step in zip(read, tracked(range(self._step, total), "step {}".format), strict=True):
             rates.step_update(step)
-            self._train(model, pixels.to(self._device), labels.to(self._device) if images.labelled else None)
+            answers = labels.to(self._device) if images.labelled else None
+            self._train(model, pixels.to(self._device, self._dtype), answers)
             self._step = step + 1
             self._hold_masks(total)
             if self._step % order.per_epoch == 0:
@@ -176,8 +179,8 @@ class Training:
             raise PassError(f"{broken} removed weights are not zero after training")
 
     def _close_epoch(self, steps: int, labelled: bool) -> None:
-        """Adds the record of an epoch. The losses are this process's share of it."""
-        loss, answered, teacher = (self._sums / steps).tolist()
+        """Adds the record of an epoch, its losses means over all processes."""
+        loss, answered, teacher = (summed(self._sums) / steps / place().size).tolist()
         self._sums.zero_()
         edge, spikes = spectra([weight for weight, _ in self._masked])
         rate = max(group["lr"] for group in self._optimizer.param_groups)
@@ -237,6 +240,25 @@ def reached_parameters(graph: fx.GraphModule) -> set[str]:
             used += [f"{node.target}.{name}" for name, _ in graph.get_submodule(str(node.target)).named_parameters()]
     values = {id(value) for name, value in graph.named_parameters(remove_duplicate=False) if name in used}
     return {name for name, value in graph.named_parameters() if id(value) in values}
+
+
+def decayed_apart(graph: fx.GraphModule, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that are trained, in a group with weight decay and one without.
+
+    Only matrices and filters of layers are decayed: no bias, no norm, and nothing that the graph fetches by itself, as
+    it does class tokens and position embeddings.
+    """
+    fetched = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    layers = {
+        f"{name}.weight" for name, m in graph.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+    }
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in graph.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and (name in layers or name not in fetched)
+            groups[decayed].append(parameter)
+    found = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    return [group for group in found if group["params"]]
 
 
 def cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: float) -> "CosineLRScheduler":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import no_type_check
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from mpcompile.distributed import Place, joined, place, shared
 from mpcompile.errors import PassError, UsageError
 from mpcompile.model import Model
 from mpcompile.passes import Distill, NMMask, ToMe
+from mpcompile.passes.distill import OPTIMIZERS
 from mpcompile.passes.objective import ElasticNet, labels_loss, teacher_loss
-from mpcompile.passes.training import reached_parameters
+from mpcompile.passes.training import decayed_apart, reached_parameters
 from mpcompile.pipeline import PassManager
 from mpcompile.resume import keeping
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
@@ -128,11 +130,32 @@ def test_accumulating_is_one_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [{"precision": "bf16"}, {"soft": 0.5, "removed_l2": 0.1}, {"clip": 0.1}, {"kept_l1": 1e-3}]
+    "step",
+    [{"precision": "bf16"}, {"precision": "fp16"}, {"soft": 0.5, "removed_l2": 0.1}, {"clip": 0.1}, {"kept_l1": 1e-3}],
 )
 def test_options_train_and_hold_the_masks(step: dict[str, object]) -> None:
-    result = run(tiny_vit(), MASKS, dataclasses.replace(QUICK, **step))  # type: ignore[arg-type]
-    assert not all(torch.equal(v, weights(run(tiny_vit(), MASKS, QUICK))[n]) for n, v in weights(result).items())
+    result = run(tiny_vit(), MASKS, ToMe(r=3), dataclasses.replace(QUICK, **step))  # type: ignore[arg-type]
+    plain = run(tiny_vit(), MASKS, ToMe(r=3), QUICK)
+    assert not all(torch.equal(value, weights(plain)[name]) for name, value in weights(result).items())
+    masks = {name: plan.mask for name, plan in result.plan.items() if plan.mask is not None}
+    assert masks
+    assert all((result.layer(name).weight[~mask] == 0).all() for name, mask in masks.items())
+
+
+def test_a_double_precision_model_is_trained_in_it() -> None:
+    from mpcompile.capture import capture
+    from mpcompile.testing import TinyMLP
+
+    model = capture(TinyMLP().double(), tiny_source())
+    assert run(model, MASKS, QUICK).graph.get_parameter("hidden.weight").dtype == torch.float64
+
+
+def test_class_tokens_and_positions_are_not_decayed() -> None:
+    graph = tiny_vit().graph
+    decayed, free = (group["params"] for group in decayed_apart(graph, 0.1))
+    names = {id(parameter): name for name, parameter in graph.named_parameters()}
+    assert {"cls_token", "pos_embed", "head.bias", "norm.weight"} <= {names[id(p)] for p in free}
+    assert {names[id(p)] for p in decayed} == {f"{name}.weight" for name, _ in tiny_vit().layers()}
 
 
 def test_l2_shrinks_the_bulk() -> None:
@@ -174,7 +197,10 @@ def test_a_parameter_that_the_graph_does_not_use_is_left() -> None:
         ({"warmup": -1}, "warmup is -1; it is a number of 0 or more"),
         ({"clip": 0.0}, "clip is 0.0; it is a norm above 0"),
         ({"removed_l1": 0.1}, "removed weights are zero, and cannot be penalised; set soft"),
-        ({"optimizer": "addam"}, "timm has no optimizer 'addam'"),
+        ({"optimizer": "addam"}, "optimizer is 'addam'; it is one of adamw, nadamw"),
+        ({"seed": -1}, "seed is -1; it is a number of 0 or more"),
+        ({"clip": float("nan")}, "clip is nan; it is a norm above 0"),
+        ({"policy": "foo"}, "timm knows no augmentation policy 'foo'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: dict[str, object], said: str) -> None:
@@ -236,38 +262,81 @@ def test_processes_share_each_batch_and_a_resumed_run_goes_on() -> None:
 # ---- resuming
 
 
-def test_a_checkpoint_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    step = dataclasses.replace(QUICK, minutes=0.0, kept_l2=1e-3)
+class Stopped(Exception):
+    """What a test stops a training with."""
 
-    class Stop(Exception):
-        pass
 
-    class Failing(Noise):
-        """Fails once, in the middle of the second epoch."""
+@dataclasses.dataclass(frozen=True)
+class Failing(Noise):
+    """Fails where it has been read so often."""
 
-        reads = 0
+    reads: list[int] = dataclasses.field(default_factory=list)
+    most: int = 1 << 30
 
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            Failing.reads += 1
-            if Failing.reads == 64 * 4 + 64 + 20:
-                raise Stop
-            return super().__getitem__(index)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.reads.append(index)
+        if len(self.reads) > self.most:
+            raise Stopped
+        return super().__getitem__(index)
 
-    def data() -> Data:
-        images = Failing((1, 8, 8), 64)
-        return Data(training=Split(images, tuple(range(64)), labelled=True))
 
-    plain = Data(training=Split(Noise((1, 8, 8), 64), tuple(range(64)), labelled=True))
-    undisturbed = run(tiny_vit(), MASKS, step, data=plain)
-    Failing.reads = 64 * 4 - 64
+def of_noise(most: int = 1 << 30, labels: int = 10) -> Data:
+    images = Failing((1, 8, 8), 64, classes=labels, most=most)
+    return Data(training=Split(images, tuple(range(64)), labelled=True))
+
+
+NAMING = 128  # images that are read to name a run: pixels and labels of 64
+KEPT = dataclasses.replace(QUICK, minutes=0.0, kept_l2=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_goes_on_to_the_same_weights(optimizer: str, tmp_path: Path) -> None:
+    step = dataclasses.replace(KEPT, optimizer=optimizer)
+    undisturbed = run(tiny_vit(), MASKS, step, data=of_noise())
+    # 80 images are the first epoch and a step of the second.
     with pytest.raises(PassError), keeping(tmp_path):
-        run(tiny_vit(), MASKS, step, data=data())
+        run(tiny_vit(), MASKS, step, data=of_noise(most=NAMING + 80 + 5))
     assert list(tmp_path.glob("run-*/training.safetensors"))
+    resumed_from = of_noise()
     with keeping(tmp_path):
-        resumed = run(tiny_vit(), MASKS, step, data=data())
+        resumed = run(tiny_vit(), MASKS, step, data=resumed_from)
+    assert len(resumed_from.training.images.reads) == NAMING + 128 - 80  # type: ignore[attr-defined]
     assert_same_weights(weights(undisturbed), weights(resumed))
     assert resumed.epochs == undisturbed.epochs
     assert not list(tmp_path.glob("run-*"))
+
+
+def test_another_training_does_not_go_on_from_it(tmp_path: Path) -> None:
+    for wanted, passes in enumerate(
+        [(MASKS, KEPT), (MASKS, ToMe(r=2), KEPT), (MASKS, ToMe(r=4), KEPT), (MASKS, dataclasses.replace(KEPT, tau=3.0))]
+    ):
+        with pytest.raises(PassError), keeping(tmp_path):
+            run(tiny_vit(), *passes, data=of_noise(most=NAMING + 40))
+        assert len(list(tmp_path.glob("run-*"))) == wanted + 1
+    with pytest.raises(PassError), keeping(tmp_path):
+        run(tiny_vit(), MASKS, KEPT, data=of_noise(most=NAMING + 40, labels=3))
+    assert len(list(tmp_path.glob("run-*"))) == 5
+    with pytest.raises(PassError), keeping(tmp_path):  # how often a checkpoint is kept changes nothing
+        run(tiny_vit(), MASKS, dataclasses.replace(KEPT, minutes=1e-9), data=of_noise(most=NAMING + 10))
+    assert len(list(tmp_path.glob("run-*"))) == 5
+
+
+def test_tied_weights_are_kept(tmp_path: Path) -> None:
+    from mpcompile.capture import capture
+    from mpcompile.testing import TinyMLP
+
+    class Tied(TinyMLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = torch.nn.Linear(32, 32)
+            self.twin.weight = self.hidden.weight
+
+        @no_type_check
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.twin(self.hidden(self.stem(x.flatten(1)))))
+
+    with keeping(tmp_path):
+        run(capture(Tied(), tiny_source()), MASKS, KEPT)
 
 
 def command(folder: Path, output: str, *more: str) -> list[str]:

@@ -21,7 +21,7 @@ def merged_by_loop(
     a_side, b_side = [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
     best: list[tuple[float, int, int]] = []
     for a in a_side:
-        scores = [float(metric[a] @ metric[b]) / max(norms[a], 1e-6) / max(norms[b], 1e-6) for b in b_side]
+        scores = [float((metric[a] / (norms[a] + 1e-6)) @ (metric[b] / (norms[b] + 1e-6))) for b in b_side]
         partner = scores.index(max(scores))
         best.append((scores[partner], a, b_side[partner]))
     going = sorted(best, key=lambda row: (-row[0], row[1]))[:r]

@@ -187,3 +187,28 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
     assert mask["properties"]["nm-mask"]["additionalProperties"] is False
+
+
+def merged_with(passes: list[object], **flags: dict[str, object]) -> list[Step]:
+    recipe = Recipe.checked({"passes": passes})
+    return list(overridden(recipe, budget={}, permute={}, mask={}, top={}, nested={}, **flags).passes)  # type: ignore[arg-type]
+
+
+def test_flags_put_passes_into_a_recipe_or_override_those_there() -> None:
+    assert [s.name for s in merged_with(["nm-mask", "certify"], distill={"epochs": 3})] == [
+        "nm-mask",
+        "distill",
+        "certify",
+    ]
+    [_, train] = merged_with(["nm-mask", {"distill": {"epochs": 1, "batch": 8}}], distill={"epochs": 3})
+    assert train.params == {"epochs": 3, "batch": 8}
+    assert [s.name for s in merged_with(["distill", "certify"], tome={"r": "8"})] == ["tome", "distill", "certify"]
+    steps = merged_with(["nm-mask", "batch-norm", "certify"], restore={"max_drop": 1.0}, tome={"r": "8"})
+    assert [step.name for step in steps] == ["nm-mask", "tome", "batch-norm", "restore", "certify"]
+
+
+def test_a_number_of_merges_takes_the_place_of_auto() -> None:
+    [step] = merged_with([{"tome": {"r": "auto", "macs": 0.5}}], tome={"r": "8"})
+    assert step.params == {"r": "8"}
+    [step] = merged_with([{"tome": {"r": 8}}], tome={"r": "auto", "macs": 0.5})
+    assert step.params == {"r": "auto", "macs": 0.5}
