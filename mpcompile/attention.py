@@ -103,9 +103,8 @@ def _softmax_keys(node: fx.Node) -> fx.Node | None:
 def _behind_scaling(node: object, targets: Collection[object]) -> fx.Node | None:
     """The first of these targets on the way back through what changes one tensor number by number."""
     while isinstance(node, fx.Node) and node.target not in targets:
-        inputs = [
-            tensor for tensor in node.all_input_nodes if shape_of(tensor)
-        ]  # timm passes None where it has no mask
+        # timm passes None where it has no mask; sizes are what token merging adds.
+        inputs = [other for other in node.all_input_nodes if shape_of(other) and other.target is not log_size]
         node = inputs[0] if len(inputs) == 1 and shape_of(inputs[0]) == shape_of(node) else None
     return node if isinstance(node, fx.Node) else None
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import no_type_check
 
 import numpy as np
 import onnx
@@ -206,12 +207,18 @@ def test_onnx_is_the_same_at_any_batch_and_has_no_scatter(arch: str, tmp_path: P
         assert relative_difference(model(images).numpy(), found) < 1e-4
 
 
-class Merging(nn.Module):
-    """merge_tokens alone, on an image of nine tokens whose keys are its first channel."""
+@torch.fx.wrap
+def merged_alone(tokens: Tensor) -> Tensor:
+    """Tokens and sizes after merging, where a token's key is its first number."""
+    return torch.cat(merge_tokens(tokens, each_one(tokens), tokens[:, None, :, :1], 3, 1), -1)
 
+
+class Merging(nn.Module):
+    """merge_tokens alone, on an image of nine tokens."""
+
+    @no_type_check  # traced with proxies, which checked annotations refuse
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        return torch.cat(merge_tokens(tokens, each_one(tokens), tokens[:, None, :, :1], 3, 1), -1).flatten(1)
+        return merged_alone(x.flatten(2).transpose(1, 2)).flatten(1)
 
 
 def test_of_equal_pairs_onnx_runtime_merges_the_same(tmp_path: Path) -> None:
