@@ -85,7 +85,8 @@ def blocks() -> dict[str, str]:
     )
     captured = sum(row["captured"] for row in capture["rows"])
     return {
-        "demo": f"What the demo prints, here on {device}:\n\n{demo}",
+        "demo": "What the demo printed when its benchmark was last run (it now counts multiply-accumulates, too), "
+        f"on {device}:\n\n{demo}",
         "capture": f"{captured} of the {len(capture['rows'])} timm and torchvision architectures tried are captured "
         "([table, with a reason for each other](benchmarks/results/capture.md)).\n",
         "spectra": first_table("spectra"),
