@@ -42,7 +42,8 @@ def merge_tokens(
     """
     if r == 0:
         return x, size
-    if torch.is_autocast_enabled(x.device.type):  # in 8 or 11 bits many cosines tie, and others merge
+    # In 8 or 11 bits many cosines tie, and others merge. No tensor: torch.fx traces a graph that it unpickles.
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return merge_tokens(x.float(), size.float(), keys.float(), r, protected)
     even, odd = protected + protected % 2, protected + 1 - protected % 2
