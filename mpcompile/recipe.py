@@ -132,9 +132,9 @@ def overridden(
     `budget`, `permute`, `mask`, `tome`, `restore` and `distill` are parameters of these passes; `top` and `nested` are
     keys of the recipe itself and of its sections. A recipe with neither budget nor mask gets all three at its end,
     where patterns are given; without the permutation where `permute` is None. In one that has only a mask pass, that
-    takes the pattern and the choice of layers. The last three are put in behind what comes before them, where they are
-    said and missing. `evidence` names passes, with their parameters, that follow where the recipe gets its passes from
-    flags. Raises UsageError.
+    takes the pattern and the choice of layers. `tome` and `distill` are put in behind what comes before them where they
+    are said and missing; `restore` only where the recipe gets its passes from flags, as the passes of `evidence` with
+    their parameters. Raises UsageError.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
@@ -163,7 +163,7 @@ def overridden(
             steps = [_without(step, "macs") if step.name == "tome" else step for step in steps]
     if not recipe.passes and steps:
         steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
-    if restore:
+    if restore and not recipe.passes:  # in a recipe that was given, a limit on the loss is a gate
         steps = _with(steps, "restore", after=("mp-budget", "permute", "nm-mask", "tome", "batch-norm"))
     if distill:
         steps = _with(steps, "distill", after=("mp-budget", "permute", "nm-mask", "tome", "batch-norm", "restore"))

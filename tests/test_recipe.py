@@ -204,7 +204,9 @@ def test_flags_put_passes_into_a_recipe_or_override_those_there() -> None:
     assert train.params == {"epochs": 3, "batch": 8}
     assert [s.name for s in merged_with(["distill", "certify"], tome={"r": "8"})] == ["tome", "distill", "certify"]
     steps = merged_with(["nm-mask", "batch-norm", "certify"], restore={"max_drop": 1.0}, tome={"r": "8"})
-    assert [step.name for step in steps] == ["nm-mask", "tome", "batch-norm", "restore", "certify"]
+    assert [step.name for step in steps] == ["nm-mask", "tome", "batch-norm", "certify"]
+    [_, restored] = merged_with(["nm-mask", {"restore": {"max_drop": 2.0}}], restore={"max_drop": 1.0})
+    assert restored.params == {"max_drop": 1.0}
 
 
 def test_a_number_of_merges_takes_the_place_of_auto() -> None:
