@@ -201,11 +201,6 @@ def load_data(
     rest = np.sort(rest[:held_out])  # in the order of the folder: neighbours on disk are read together
     if len(chosen) < calibration:
         notes.append(f"{calibration} calibration images were asked for, {len(chosen)} are there")
-    if test is train:
-        notes.append(
-            f"training, where there is any, is on the {len(chosen)} calibration images, since all others are held out; "
-            "for more, make folders train/ and val/"
-        )
     labelled, note = _labels_fit(test, outputs)
     return Data(
         Split(train, tuple(chosen.tolist()), labelled),

@@ -9,6 +9,7 @@ Started by torchrun, every process trains on its share of each batch and ends wi
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -27,6 +28,8 @@ from mpcompile.training_images import Augmentation
 
 LOOKED_AT = 64  # images whose pixels tell one set of images from another, beside their number and order
 
+
+log = logging.getLogger(__name__)
 
 # Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
 OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
@@ -122,6 +125,10 @@ class Distill:
         assert model.dense is not None  # the manager keeps it before the first lossy pass
         images = images_of(data)
         self._require(images)
+        if len(images) <= len(data.calibration):
+            log.warning(
+                "training on the %d calibration images alone; for more, give folders train/ and val/", len(images)
+            )
         masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
         shared(Job(Parcel.of(model.graph), Parcel.of(model.dense), masks))
         finished = Finished(lambda: self._key(model, images))
