@@ -110,7 +110,7 @@ class Charged:
 
 def charged(dense: Model, compressed: Model) -> Charged:
     """What a compressed model costs beside the dense one, by both conventions."""
-    patterns = {n: plan.pattern for n, plan in compressed.plan.items() if plan.mask is not None and plan.pattern}
+    patterns = compressed.patterns()
     found, tokens = cost(compressed), parts(compressed.graph, compressed.example).tokens
     return Charged(
         dense=cost(dense).macs,

@@ -211,6 +211,14 @@ class Model:
         """The plan for a layer: an empty one where none was written."""
         return self.plan.get(name, LayerPlan())
 
+    def patterns(self) -> dict[str, NM]:
+        """The patterns of the masked layers."""
+        return {n: plan.pattern for n, plan in self.plan.items() if plan.mask is not None and plan.pattern is not None}
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of the masked layers."""
+        return {name: plan.mask for name, plan in self.plan.items() if plan.mask is not None}
+
     def with_plan(self, plans: Mapping[str, LayerPlan]) -> "Model":
         """The same graph with these layers' plans replaced."""
         return replace(self, plan=MappingProxyType({**self.plan, **plans}))

@@ -129,7 +129,7 @@ class Distill:
             log.warning(
                 "training on the %d calibration images alone; for more, give folders train/ and val/", len(images)
             )
-        masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
+        masks = model.masks()
         shared(Job(Parcel.of(model.graph), Parcel.of(model.dense), masks))
         finished = Finished(lambda: self._key(model, images))
         epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
@@ -165,8 +165,7 @@ class Distill:
             digest.update(f"{node.op} {node.name} {node.target if node.op != 'call_function' else ''} ".encode())
             digest.update(f"{node.args} {node.kwargs}".encode())
         assert model.dense is not None
-        masks = {name: plan.mask for name, plan in model.plan.items() if plan.mask is not None}
-        for name, value in [*model.dense.state_dict().items(), *masks.items()]:
+        for name, value in [*model.dense.state_dict().items(), *model.masks().items()]:
             digest.update(name.encode() + value.detach().contiguous().numpy(force=True).tobytes())
         # Labels that are known without reading an image; of others, those of the first images.
         labels = getattr(images.images, "labels", None)

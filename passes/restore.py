@@ -12,7 +12,6 @@ Two steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P 
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -88,7 +87,7 @@ class Restore:
                 worst,
                 model.plan_of(worst).pattern if model.plan_of(worst).mask is not None else "dense",
                 100 * share,
-                counted.executed_macs(patterns_of(model)),
+                counted.executed_macs(model.patterns()),
             )
         return model
 
@@ -159,11 +158,6 @@ def _same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
 
 def _density(pattern: NM) -> float:
     return pattern.density
-
-
-def patterns_of(model: Model) -> Mapping[str, NM]:
-    """The patterns of the masked layers."""
-    return {n: plan.pattern for n, plan in model.plan.items() if plan.mask is not None and plan.pattern is not None}
 
 
 def filled(

@@ -84,9 +84,8 @@ def auto(
         raise PassError("tome: r: auto measures on calibration images, and there are none; give --data, or an r")
     if most_merged(sites[0].tokens, protected) < 2:
         raise PassError(f"tome: {sites[0].tokens} tokens are too few to share merges out; give an r")
-    patterns = {name: plan.pattern for name, plan in model.plan.items() if plan.mask is not None and plan.pattern}
     dense = costs(model, sites, protected, {}).of([0] * len(sites))
-    executed, budget = costs(model, sites, protected, patterns), share * dense
+    executed, budget = costs(model, sites, protected, model.patterns()), share * dense
     tokens = sites[0].tokens
     most = within_limits([tokens] * len(sites), sites, protected)
     if executed.of(most) > budget:
