@@ -29,7 +29,7 @@ from mpcompile.lower import lower
 from mpcompile.model import Model
 from mpcompile.passes import ToMe
 from mpcompile.pipeline import PassManager
-from mpcompile.runtimes import RUNTIMES
+from mpcompile.runtimes import RUNTIMES, Build
 from mpcompile.timing import sample, speedup
 
 QUESTION = "what does merging tokens cost in accuracy, and how much faster is it really, without training?"
@@ -79,7 +79,7 @@ def measure(name: str, model: Model, data: Data, folder: Path, seconds: float) -
     merged = variants(model, data, RATES[name])
     runtime = RUNTIMES["ort"]
     engines = {
-        label: runtime.build(lower(each, folder / f"{name}-{label.replace(' ', '-')}.onnx"), 1)
+        label: runtime.build(lower(each, folder / f"{name}-{label.replace(' ', '-')}.onnx"), Build(threads=1))
         for label, each in {"dense": model, **merged}.items()
     }
     rows: list[dict[str, Any]] = []

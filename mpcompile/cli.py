@@ -125,9 +125,17 @@ def compile_command(
             "[default: model with --data, else none]"
         ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or fp16, written into the graph. [default: fp32]")] = None,
-    batch: Annotated[str | None, typer.Option(help="A fixed batch size, or dynamic. [default: dynamic]")] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23. [default: 20]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16, written into the graph. [default: fp32]")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="8: fixed; 1,8,64: free, built for and timed at these; or dynamic. [default: dynamic]"),
+    ] = None,
+    require_engine: Annotated[
+        bool, typer.Option("--require-engine", help="Fail (7) where the target cannot build an engine here.")
+    ] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23. [default: 20; 22 for bf16]")] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(help="Take layers back until top-1 falls by no more points, and fail (6) where it still does."),
@@ -169,6 +177,7 @@ def compile_command(
     from mpcompile.resume import keeping
 
     given = read_recipe(config) if config else Recipe()
+    file_batch, batches = options.batch(batch)
     budget_macs, tome_macs = options.shared_macs(macs, tome, pattern)
     recipe = overridden(
         given,
@@ -185,11 +194,11 @@ def compile_command(
         restore={"max_drop": max_drop} if data and max_drop is not None else {},
         distill={"epochs": distill} if distill is not None else {},
         evidence={"batch-norm": {}, "certify": {}} if data else {},
-        top={"target": target, "precision": precision, "batch": options.batch(batch), "opset": opset},
+        top={"target": target, "precision": precision, "batch": file_batch, "opset": opset},
         nested={
             "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
-            "bench": {"threads": threads},
-            "gates": {"max_drop": max_drop},
+            "bench": {"threads": threads, "batches": batches},
+            "gates": {"max_drop": max_drop, "engine": require_engine or None},
         },
     )
     request = _request(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf)

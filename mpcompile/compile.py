@@ -16,13 +16,13 @@ from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, w
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.conventions import charged
-from mpcompile.data import Data, load_data
+from mpcompile.data import Data, Split, load_data
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.evaluate import Comparison, compare
 from mpcompile.load import Loaded, Request, load, source_of
 from mpcompile.lower import Lowered, lower
-from mpcompile.merging import merge_tokens
+from mpcompile.merging import merges_tokens
 from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
 from mpcompile.parity import ALIKE, TOLERANCE, relative_difference, require_parity
@@ -32,8 +32,8 @@ from mpcompile.pipeline import Effect, Observer, PassManager
 from mpcompile.recipe import DataChoice, Recipe
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
 from mpcompile.resolve import Plan, plan_of
-from mpcompile.runtimes import Engine, Runtime
-from mpcompile.runtimes.ort import require_finite, session_on
+from mpcompile.runtimes import Build, Engine, Judging, Runtime
+from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
 from mpcompile.timing import sample, speedup, timing
 
 PARITY_IMAGES = 32
@@ -92,7 +92,7 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
 def stages(recipe: Recipe) -> tuple[str, ...]:
     """The names that `compile` tells its observer, in order."""
     passes = tuple(step.name for step in recipe.passes)
-    return ("load", "capture", "export dense", *passes, "export compressed", "evaluate", "time", "write")
+    return ("load", "capture", "export dense", *passes, "export compressed", "build", "evaluate", "time", "write")
 
 
 def preview(
@@ -177,17 +177,29 @@ def _run(
     costs = charged(dense, model)
     observe("export compressed")
     after = export(model, COMPRESSED)
-    require_finite(after.onnx, _calibration(data, check), recipe.precision)
+    require_finite(after, _calibration(data, check))
     parity.append(_parity(after, check, "compressed: ONNX Runtime against PyTorch"))
 
-    engines = {
-        name: plan.runtime.build(x, recipe.bench.threads) for name, x in (("dense", before), ("compressed", after))
-    }
+    observe("build")
+    batches = recipe.bench.batches if recipe.batch is None else (recipe.batch,)  # a fixed batch has one latency
+    build = Build(threads=recipe.bench.threads, batches=batches, folder=folder)
+    _, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
+    verdicts = prepared.verdicts
+    engines: dict[str, Engine] = {}
+    for name, exported in (("dense", before), ("compressed", after)):
+        # What runs nowhere here is judged by what runs the same file.
+        engines[name] = cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
+        if not isinstance(engines[name], OrtEngine):
+            parity.append(_engine_parity(engines[name], exported, check, f"{name}: target {recipe.target}"))
     observe("evaluate")
     comparison = compare(engines["dense"], engines["compressed"], data.held_out) if len(data.held_out) else None
     observe("time")
-    batches = recipe.bench.batches if recipe.batch is None else (recipe.batch,)  # a fixed batch has one latency
-    latency = tuple(_latency(engines, data, dense, batch, recipe.bench.seconds) for batch in batches)
+    latency: tuple[Latency, ...] = ()
+    if not plan.idle:
+        latency = tuple(_latency(engines, data, dense, batch, recipe.bench.seconds) for batch in batches)
+        if isinstance(engines["compressed"], Judging):
+            images = images_for(data.held_out, dense.example.numpy(), batches[-1])
+            verdicts = engines["compressed"].judged(verdicts, after.masks, images)
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -219,8 +231,12 @@ def _run(
         comparison=comparison,
         latency=latency,
         gates=gates_of(recipe, comparison),
+        idle=plan.idle,
+        notes=prepared.notes,
+        commands=(*prepared.commands, bench_command(recipe)) if plan.idle and plan.runtime.offline else (),
+        verdicts=verdicts,
         files=file_rows(folder),
-        verdict=verdict_on(layers, recipe.target, accelerated, costs, comparison, latency),
+        verdict=verdict_on(layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle),
     )
     report.write(folder)
     return report
@@ -251,8 +267,8 @@ def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.
 
 def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
     """The ONNX file against the graph that it was made from. Raises ParityError."""
-    merging = any(node.target is merge_tokens for node in lowered.model.graph.graph.nodes)
-    expected, found = lowered.model(torch.from_numpy(images)).numpy(), session_on(lowered.onnx)(images)
+    merging = merges_tokens(lowered.model.graph.graph)
+    expected, found = lowered.model(torch.from_numpy(images)).numpy(), cpu_engine(lowered)(images)
     difference = require_parity(expected, found, lowered.precision, what, merging)
     if merging:
         largest = relative_difference(expected, found)
@@ -260,14 +276,32 @@ def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
     return Parity(what=what, difference=difference, tolerance=TOLERANCE[lowered.precision], images=len(images))
 
 
+def _engine_parity(engine: Engine, lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
+    """An engine against ONNX Runtime on the same file. Raises ParityError."""
+    what += " against ONNX Runtime on the CPU"
+    merging = merges_tokens(lowered.model.graph.graph)
+    difference = require_parity(cpu_engine(lowered)(images), engine(images), lowered.precision, what, merging)
+    return Parity(what=what, difference=difference, tolerance=TOLERANCE[lowered.precision], images=len(images))
+
+
+def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
+    """A batch to time: real images where there are enough, else the example over and over."""
+    if len(images) >= batch:
+        return np.ascontiguousarray(images.first(batch).numpy())
+    return np.ascontiguousarray(np.resize(example, (batch, *example.shape[1:])))
+
+
+def bench_command(recipe: Recipe) -> str:
+    """What measures an output folder on a machine that can run it."""
+    batches = ",".join(map(str, recipe.bench.batches if recipe.batch is None else (recipe.batch,)))
+    return f"mpcompile bench OUT --target {recipe.target} --batch {batches}"
+
+
 def _latency(engines: dict[str, Engine], data: Data, model: Model, batch: int, seconds: float) -> Latency:
     """Dense and compressed in turns, on real images where there are enough."""
-    if len(data.held_out) >= batch:
-        images = data.held_out.first(batch).numpy()
-    else:
-        images = np.resize(model.example.numpy(), (batch, *model.example.shape[1:]))
+    images = images_for(data.held_out, model.example.numpy(), batch)
     runs: dict[str, Callable[[NDArray[np.float32]], object]] = dict(engines)
-    samples = sample(runs, np.ascontiguousarray(images), seconds)
+    samples = sample(runs, images, seconds)
     return Latency(
         dense=timing(samples["dense"], batch, engines["dense"].device),
         compressed=timing(samples["compressed"], batch, engines["compressed"].device),

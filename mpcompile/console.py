@@ -27,8 +27,12 @@ def show_artifact(artifact: Artifact) -> None:
     console.print(report_table(artifact.report))
     for sentence in artifact.report.verdict:
         console.print(sentence)
-    for note in artifact.report.data.notes:
+    for note in (*artifact.report.notes, *artifact.report.data.notes):
         console.print(f"Note: {note}.")
+    if artifact.report.commands:
+        console.print("Where there is a GPU:")
+    for command in artifact.report.commands:
+        console.print(f"  {command}", soft_wrap=True)
     files = ", ".join(row.name for row in artifact.report.files)
     console.print(f"Written to {artifact.folder}: {files}, report.json, report.md", soft_wrap=True)
 

@@ -43,7 +43,8 @@ def _targets() -> list[Finding]:
     for name, runtime in RUNTIMES.items():
         missing = runtime.missing()
         if missing:
-            findings.append(Finding(f"target {name}", False, "not available", missing))
+            found = "no engine can be built; files are checked" if runtime.offline else "not available"
+            findings.append(Finding(f"target {name}", False, found, missing))
             continue
         versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
         fast = ", ".join(sorted(map(str, runtime.accelerates))) or "none: masked layers run as dense"

@@ -83,3 +83,10 @@ def on_layer(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise LayerFailure(name) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of the innermost reason: torch wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

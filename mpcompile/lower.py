@@ -1,9 +1,7 @@
 """Model -> ONNX file: export, precision, metadata, and a file that was read back and proven.
 
 Opset 20 by default: the newest in which TensorRT's parser fuses attention from plain operators, with LayerNorm
-and Gelu as operators of their own. Half precision is written into the graph, since TensorRT 11 has no other way;
-normalisations, softmax, the reductions they are made of and the matching of tokens stay in float32, inputs and
-outputs too.
+and Gelu as operators of their own; for bfloat16 opset 22, before which convolutions do not know it. Half precision is written into the graph, since TensorRT 11 has no other way.
 """
 
 import json
@@ -18,34 +16,38 @@ import onnx
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mpcompile.errors import BuildError, MaskError
+from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
+from mpcompile.half import to_bfloat16, to_half
 from mpcompile.model import Model
 from mpcompile.proof import METADATA_KEY, NAME_SCOPES, ProvenMask, prove
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
+OPSET, BFLOAT16_OPSET = 20, 22
 INPUT, OUTPUT = "images", "logits"
 # A protocol buffer ends at 2 GiB; the rest of the graph needs some of it.
 INLINE_LIMIT_BYTES = 2_000_000_000
-# Sums over many terms, and squares: where half precision runs out of range or digits.
-KEPT_IN_FLOAT32 = (
-    "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "BatchNormalization", "GroupNormalization",
-    "InstanceNormalization", "LpNormalization", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow",
-    "Sqrt", "Reciprocal",
-)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Lowered:
-    """A model and the ONNX file that it became. `batch` is None where the batch is free."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """An ONNX file of a model, and what a runtime has to know of it. `batch` is None where the batch is free."""
 
-    model: Model
     onnx: Path
+    arch: str
+    image_shape: tuple[int, ...]  # channels, height, width
     precision: Precision
     batch: int | None
-    opset: int
     masks: tuple[ProvenMask, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered(Exported):
+    """A model and the ONNX file that it became."""
+
+    model: Model
+    opset: int
 
 
 def lower(
@@ -54,7 +56,7 @@ def lower(
     *,
     precision: Precision = "fp32",
     batch: int | None = None,
-    opset: int = 20,
+    opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     inline_limit_bytes: int = INLINE_LIMIT_BYTES,
 ) -> Lowered:
@@ -63,17 +65,33 @@ def lower(
     Over `inline_limit_bytes` the weights go into a file beside it. Raises BuildError where the exporter fails,
     MaskError where a mask is not in the file.
     """
+    opset = opset or (BFLOAT16_OPSET if precision == "bf16" else OPSET)
+    if precision == "bf16" and opset < BFLOAT16_OPSET:
+        raise UsageError(
+            f"bf16 needs opset {BFLOAT16_OPSET} or later, where convolutions know it; {opset} was asked for"
+        )
     file = _export(model, batch, opset)
     _drop_build_traces(file)
     if precision == "fp16":
         file = to_half(file)
+    elif precision == "bf16":
+        file = to_bfloat16(file)
     weights = model.graph.state_dict()
     masks = prove(file, model.plan, weights)
     _write_metadata(file, {**(metadata or {}), "mpcompile.precision": precision}, masks)
     _save(file, path, inline_limit_bytes)
     if prove(onnx.load(path), model.plan, weights) != masks:
         raise MaskError(f"{path.name} does not hold the masks that were written to it")
-    return Lowered(model, path, precision, batch, opset, masks)
+    return Lowered(
+        onnx=path,
+        arch=model.source.arch,
+        image_shape=tuple(model.example.shape[1:]),
+        precision=precision,
+        batch=batch,
+        masks=masks,
+        model=model,
+        opset=opset,
+    )
 
 
 def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
@@ -101,7 +119,7 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
     except Exception as error:
         hint = "; try a fixed one, --batch 1" if batch is None else ""
         raise BuildError(
-            f"torch.onnx cannot export {model.source.arch} with a {free}{hint}: {_cause(error)}"
+            f"torch.onnx cannot export {model.source.arch} with a {free}{hint}: {cause_of(error)}"
         ) from error
     if program is None:
         raise BuildError(f"torch.onnx returned nothing for {model.source.arch}")
@@ -117,13 +135,6 @@ def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, desce
     return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of the innermost reason: torch wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
 def _drop_build_traces(file: onnx.ModelProto) -> None:
     """Keeps each node's module path and drops what else the exporter wrote: stack traces with local file names."""
     for node in file.graph.node:
@@ -134,72 +145,6 @@ def _drop_build_traces(file: onnx.ModelProto) -> None:
     for value in (*file.graph.value_info, *file.graph.input, *file.graph.output, *file.graph.initializer):
         del value.metadata_props[:]
     del file.graph.metadata_props[:]
-
-
-def to_half(file: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in float16, with the operators of KEPT_IN_FLOAT32, the input and the output in float32."""
-    import onnx_ir
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-
-    scopes = {node.name: list(node.metadata_props) for node in file.graph.node}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of each number that half precision cannot hold; parity judges
-            half: onnx.ModelProto = convert_float_to_float16(
-                file,
-                keep_io_types=True,
-                op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_IN_FLOAT32],
-                node_block_list=_matching_tokens(file),
-                # The exporter wrote every shape; inferring them anew would serialise the file, which ends at 2 GB.
-                disable_shape_infer=True,
-            )
-    except Exception as error:
-        raise BuildError(f"the graph cannot be written in float16: {_cause(error)}") from error
-    for node in half.graph.node:
-        if not node.metadata_props and node.name in scopes:
-            node.metadata_props.extend(scopes[node.name])
-    _drop_round_trips(half.graph)
-    del half.graph.value_info[:]  # the converter leaves the types of before around the operators it spared
-    ordered = onnx_ir.from_proto(half)  # and appends its casts at the end
-    ordered.graph.sort()
-    result: onnx.ModelProto = onnx_ir.to_proto(ordered)
-    return result
-
-
-def _drop_round_trips(graph: onnx.GraphProto) -> None:
-    """Lets neighbours that were kept in float32 hand on what they computed: the converter rounds it in between."""
-    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
-    target = {output: next(a.i for a in node.attribute if a.name == "to") for output, node in casts.items()}
-    unrounded = {
-        output: casts[node.input[0]].input[0]
-        for output, node in casts.items()
-        if target[output] == single and target.get(node.input[0]) == half
-    }
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = unrounded.get(name, name)
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [node for node in graph.node if node.op_type != "Cast" or node.output[0] in used]
-    # A cast may have been used by another that goes.
-    used = {name for node in kept for name in node.input} | {output.name for output in graph.output}
-    kept = [node for node in kept if node.op_type != "Cast" or node.output[0] in used]
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
-def _matching_tokens(file: onnx.ModelProto) -> list[str]:
-    """The nodes from the mean over heads to the ranking of pairs: in half precision other tokens would merge."""
-    producer = {output: node for node in file.graph.node for output in node.output}
-    found: dict[str, onnx.NodeProto] = {}
-    waiting = [node for node in file.graph.node if node.op_type in ("TopK", "ArgMax")]
-    while waiting:
-        node = waiting.pop()
-        if node.name not in found:
-            found[node.name] = node
-            if node.op_type != "ReduceMean":
-                waiting += [producer[name] for name in node.input if name in producer]
-    return list(found)
 
 
 def _write_metadata(file: onnx.ModelProto, metadata: Mapping[str, str], masks: tuple[ProvenMask, ...]) -> None:

@@ -19,7 +19,7 @@ leaves the range of half precision. Of equal numbers the one with the lower inde
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, fx
 
 SMALLEST_NORM = 1e-6  # added to that of a key, which may be zero; half precision can hold it
 
@@ -83,3 +83,8 @@ def mean_by_size(x: Float[Tensor, "b n c"], size: Float[Tensor, "b m 1"], keepdi
     """The mean of tokens, each counted as often as its size says; `x` may lack protected tokens at its front."""
     weight = size[:, size.shape[1] - x.shape[1] :]
     return (x * (weight / weight.sum(1, keepdim=True))).sum(1, keepdim=keepdim)
+
+
+def merges_tokens(graph: fx.Graph) -> bool:
+    """Whether any node of a graph merges tokens."""
+    return any(node.target is merge_tokens for node in graph.nodes)

@@ -77,7 +77,14 @@ TomeOption = Annotated[
         "shared out so that --macs is reached.",
     ),
 ]
-TargetOption = Annotated[str | None, typer.Option("--target", help="The runtime: ort or eager. [default: ort]")]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="The runtime: ort (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX, compiled without a GPU) or eager "
+        "(PyTorch). [default: ort]",
+    ),
+]
 
 # ---- on which images
 
@@ -95,13 +102,17 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress an
 # ---- text -> values
 
 
-def batch(text: str | None) -> str | int | None:
-    """A fixed batch size, or `dynamic`."""
+def batch(text: str | None) -> tuple[str | int | None, tuple[int, ...] | None]:
+    """The batch of the file, fixed or `dynamic`, and the batches to build for and to time, where they are said."""
     if text is None or text == "dynamic":
-        return text
-    if not text.isdecimal():
-        raise UsageError(f"--batch {text!r} is neither a number nor dynamic")
-    return int(text)
+        return text, None
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(
+            f"--batch {text!r} is no number, as 8 (fixed), several, as 1,8,64 (free; these are timed), nor dynamic"
+        )
+    sizes = tuple(int(part) for part in parts)
+    return (sizes[0], None) if len(sizes) == 1 else ("dynamic", sizes)
 
 
 def size(text: str | None) -> tuple[int, int, int] | None:

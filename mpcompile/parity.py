@@ -4,6 +4,8 @@ Tolerances are on max |Δ| / max |expected| over the outputs of a batch:
 
 - float32 against float32, 1e-4: other kernels sum in another order; some hundred layers of sums over up to a
   few thousand terms leave about 1e-6, and a lost bias or a swapped axis leaves more than 1e-2.
+- bfloat16 against float32, 5e-2: weights carry 8 bits (4e-3 each), and nothing else is rounded where it is checked
+  on a CPU; measured, 3e-3 to 2e-2.
 - float16 against float32, 1e-2: weights and activations carry 11 bits (5e-4 each), and the errors of a hundred
   layers add up; measured, 3e-4 to 2e-3 on ViT, BEiT, ResNet and ConvNeXt.
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 from mpcompile.errors import ParityError
 
 ALIKE = 0.9
-TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2})
+TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2})
 
 
 def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:

@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from mpcompile.data import Data
 from mpcompile.errors import LayerFailure, MaskError, MpcompileError, PassError, UsageError
 from mpcompile.masks import violation
-from mpcompile.merging import merge_tokens
+from mpcompile.merging import merge_tokens, merges_tokens
 from mpcompile.model import LayerPlan, Model
 from mpcompile.parity import relative_difference
 
@@ -197,7 +197,7 @@ def _notes(before: Model, after: Model) -> tuple[str, ...]:
     fields = [field for field in LayerPlan.__dataclass_fields__ if count(after, field) != count(before, field)]
     notes = [f"{field}: {count(after, field)} layers" for field in fields]
     schedule = [node.args[3] for node in after.graph.graph.nodes if node.target is merge_tokens]
-    if schedule and not any(node.target is merge_tokens for node in before.graph.graph.nodes):
+    if schedule and not merges_tokens(before.graph.graph):
         notes.append(f"tokens merged after {len(schedule)} attentions: {', '.join(map(str, schedule))}")
     freed = [name for name, plan in before.plan.items() if plan.mask is not None and after.plan[name].mask is None]
     if freed:

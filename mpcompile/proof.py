@@ -8,7 +8,7 @@ convolution before it. What the file says is therefore read back and compared wi
 import ast
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,11 @@ class FileWeight:
 
 @dataclass(frozen=True, slots=True)
 class ProvenMask:
-    """One planned mask, found in the file."""
+    """One planned mask, found in the file: the weight that holds it, and the nodes that multiply by that."""
 
     layer: str
     initializer: str
+    nodes: tuple[str, ...]
     op: str
     axis: int
     pattern: str
@@ -156,7 +157,11 @@ def prove(
         if not found:
             raise MaskError(f"{name}: its mask was lost on the way; no weight in the ONNX file is this layer's")
         rows.extend(prove_one(name, plans[name], weight) for weight in found)
-    return tuple(dict.fromkeys(rows))  # an initializer that several nodes use is one row
+    users: dict[ProvenMask, tuple[str, ...]] = {}  # an initializer that several nodes use is one row
+    for row in rows:
+        alone = replace(row, nodes=())
+        users[alone] = (*users.get(alone, ()), *row.nodes)
+    return tuple(replace(row, nodes=nodes) for row, nodes in users.items())
 
 
 def prove_one(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
@@ -174,6 +179,7 @@ def prove_one(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
     return ProvenMask(
         layer=name,
         initializer=weight.initializer,
+        nodes=(weight.node,),
         op=weight.op,
         axis=weight.axis,
         pattern=str(plan.pattern) if plan.pattern else "unstructured",

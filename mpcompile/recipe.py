@@ -70,6 +70,7 @@ class Gates(Strict):
     """What the result has to keep, or the command fails with exit code 6."""
 
     max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1 on held-out images
+    engine: bool = False  # that the target builds an engine here, or exit code 7; else a file that was checked will do
 
 
 class Recipe(Strict):
@@ -78,9 +79,9 @@ class Recipe(Strict):
     schema_version: Literal[1] = 1
     passes: tuple[Step, ...] = ()
     target: str = "ort"
-    precision: Literal["fp32", "fp16"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     batch: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_batch)] = None
-    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    opset: Annotated[int, Field(ge=18, le=23)] | None = None  # 20; 22 for bf16
     data: DataChoice = DataChoice()
     bench: Bench = Bench()
     gates: Gates = Gates()

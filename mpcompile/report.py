@@ -13,6 +13,7 @@ from mpcompile.model import Certificate, Epoch, Model, Source, Spectrum
 from mpcompile.pipeline import PassRecord
 from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
+from mpcompile.verdict import LayerVerdict, tally
 
 INDISTINCT = 0.03
 TEMPLATES = Path(__file__).parent / "templates"
@@ -105,6 +106,10 @@ class Report(Value):
     layers: tuple[LayerRow, ...]
     accelerated: bool  # whether the target has kernels for the patterns used
     parity: tuple[Parity, ...]
+    idle: str | None  # why no engine of the target ran here
+    notes: tuple[str, ...]  # what the target made or said of the file
+    commands: tuple[str, ...]  # that build and measure it where it can run
+    verdicts: tuple[LayerVerdict, ...]  # what the target makes of each masked layer, where it tells
     comparison: Comparison | None
     certificate: Certificate | None
     cost: Charged
@@ -135,6 +140,7 @@ class Report(Value):
             lstrip_blocks=True,
             autoescape=False,
         )
+        environment.filters["yes_no"] = {True: "yes", False: "no", None: "not known"}.get
         return environment.get_template("report.md.j2").render(report=self, rows=self.summary())
 
     def summary(self) -> list[tuple[str, str, str, str]]:
@@ -256,6 +262,8 @@ def verdict_on(
     cost: Charged,
     comparison: Comparison | None,
     latency: tuple[Latency, ...],
+    verdicts: tuple[LayerVerdict, ...] = (),
+    idle: str | None = None,
 ) -> tuple[str, ...]:
     """What was gained, against what, and what was lost, in sentences that claim only what was measured."""
     masked = [row for row in layers if row.pattern]
@@ -274,6 +282,8 @@ def verdict_on(
         sentences.append(
             f"The target {target} has no kernels for them and runs masked layers as dense, so they save no time here."
         )
+    if verdicts:
+        sentences.append(tally(verdicts))
     if any(cost.merged):
         sentences.append(
             f"Tokens are merged, from {cost.tokens[0]} to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
@@ -291,6 +301,8 @@ def verdict_on(
         )
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
+    if idle:
+        sentences.append(f"No engine of the target {target} ran here, and no speed was measured: {idle}.")
     for pair in latency:
         low, high = pair.speedup.interval
         interval = f"interval {low:.2f} to {high:.2f}, on {pair.dense.device}"

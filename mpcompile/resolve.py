@@ -22,6 +22,7 @@ class Plan:
 
     passes: tuple[Pass, ...]
     runtime: Runtime
+    idle: str | None = None  # why no engine of the target runs here, where its files are made and checked all the same
 
 
 def plan_of(recipe: Recipe) -> Plan:
@@ -29,7 +30,10 @@ def plan_of(recipe: Recipe) -> Plan:
     runtime = RUNTIMES.get(recipe.target)
     if runtime is None:
         raise UsageError(f"target {recipe.target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
-    if missing := runtime.missing():
+    missing = runtime.missing()
+    if missing and recipe.gates.engine:
+        raise RuntimeMissing(f"target {recipe.target}: {missing}, and an engine is required")
+    if missing and not runtime.offline:
         raise RuntimeMissing(f"target {recipe.target}: {missing}")
     if refused := runtime.refuses(recipe.precision, recipe.bench.threads):
         raise UsageError(f"target {recipe.target}: {refused}")
@@ -37,7 +41,7 @@ def plan_of(recipe: Recipe) -> Plan:
         raise UsageError("the recipe has no passes; give --pattern, such as --pattern 2:4, or a recipe with passes")
     passes = tuple(build_pass(step) for step in recipe.passes)
     PassManager(passes)  # refuses an order that cannot work
-    return Plan(passes, runtime)
+    return Plan(passes, runtime, missing or runtime.idle())
 
 
 def build_pass(step: Step) -> Pass:

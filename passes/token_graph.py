@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.attention import Attention, attentions, shape_of
 from mpcompile.errors import PassError
-from mpcompile.merging import each_one, log_size, mean_by_size, merge_tokens
+from mpcompile.merging import each_one, log_size, mean_by_size, merge_tokens, merges_tokens
 from mpcompile.model import Model
 from mpcompile.parity import relative_difference
 
@@ -38,7 +38,7 @@ def merging_sites(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Att
 
     One that only reads the tokens, as a pooling does, is none of them; of parallel ones that share a sum, the last is.
     """
-    if any(node.target is merge_tokens for node in graph.nodes):
+    if merges_tokens(graph):
         raise PassError("tokens are merged in this graph already; give the whole schedule to one tome")
     found = attentions(graph, modules)
     unfit = next((site for site in found if site.unfit), None)

@@ -8,8 +8,23 @@ if __name__ == "runtimes":  # from the repository root this would succeed and ma
 
 from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort import OnnxRuntime
-from mpcompile.runtimes.protocol import Engine, Runtime
+from mpcompile.runtimes.protocol import Build, Engine, Judging, Prepared, Runtime
+from mpcompile.runtimes.tensorrt import TensorRT
+from mpcompile.runtimes.tensorrt_rtx import TensorRTForRTX
 
-RUNTIMES: Mapping[str, Runtime] = MappingProxyType({Eager.name: Eager(), OnnxRuntime.name: OnnxRuntime()})
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {runtime.name: runtime for runtime in (Eager(), OnnxRuntime(), TensorRT(), TensorRTForRTX())}
+)
 
-__all__ = ["RUNTIMES", "Eager", "Engine", "OnnxRuntime", "Runtime"]
+__all__ = [
+    "RUNTIMES",
+    "Build",
+    "Eager",
+    "Engine",
+    "Judging",
+    "OnnxRuntime",
+    "Prepared",
+    "Runtime",
+    "TensorRT",
+    "TensorRTForRTX",
+]

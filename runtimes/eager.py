@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpcompile.lower import Lowered
+from mpcompile.errors import BuildError
+from mpcompile.lower import Exported, Lowered
 from mpcompile.model import NM, Model
+from mpcompile.runtimes.protocol import Build, Prepared
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,14 @@ class Eager:
 
     name: ClassVar[str] = "eager"
     accelerates: ClassVar[frozenset[NM]] = frozenset()
+    offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:
         """Nothing: PyTorch is what mpcompile stands on."""
+        return None
+
+    def idle(self) -> str | None:
+        """It runs wherever PyTorch does."""
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
@@ -54,6 +62,12 @@ class Eager:
     def versions(self) -> Mapping[str, str]:
         return {"torch": str(torch.__version__)}
 
-    def build(self, lowered: Lowered, threads: int | None = None) -> EagerEngine:
-        """The engine."""
-        return EagerEngine(lowered.model)
+    def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
+        """Nothing: it does not look at the file."""
+        return Prepared()
+
+    def build(self, exported: Exported, build: Build) -> EagerEngine:
+        """The engine. Raises BuildError where there is only a file."""
+        if not isinstance(exported, Lowered):
+            raise BuildError("target eager runs the captured graph, and an output folder holds none; use --target ort")
+        return EagerEngine(exported.model)

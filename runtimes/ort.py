@@ -7,7 +7,7 @@ so. Sessions are checked for the provider that was asked for, because ONNX Runti
 import importlib.util
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, ParityError, RuntimeMissing
-from mpcompile.lower import INPUT, Lowered
+from mpcompile.half import widened
+from mpcompile.lower import INPUT, Exported
 from mpcompile.model import NM
+from mpcompile.runtimes.pieces import in_pieces
+from mpcompile.runtimes.protocol import Build, Prepared
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -37,12 +40,7 @@ class OrtEngine:
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of a batch; one of another size than a fixed one is run in pieces of that size."""
         fixed = self.session.get_inputs()[0].shape[0]
-        if not isinstance(fixed, int) or fixed == len(images):
-            return self._run(images)
-        short = -len(images) % fixed
-        padded = np.concatenate([images, np.repeat(images[-1:], short, axis=0)]) if short else images
-        pieces = [self._run(padded[start : start + fixed]) for start in range(0, len(padded), fixed)]
-        return np.concatenate(pieces)[: len(images)]
+        return in_pieces(self._run, images, fixed, fixed) if isinstance(fixed, int) else self._run(images)
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
@@ -66,6 +64,7 @@ class OnnxRuntime:
 
     name: ClassVar[str] = "ort"
     accelerates: ClassVar[frozenset[NM]] = frozenset()
+    offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:
         """What to install, or None."""
@@ -73,9 +72,13 @@ class OnnxRuntime:
             return "onnxruntime is not installed: pip install onnxruntime (or mpcompile[gpu])"
         return None
 
-    def refuses(self, precision: str, threads: int | None) -> str | None:
-        """It runs either precision on any number of threads."""
+    def idle(self) -> str | None:
+        """It runs where it is installed."""
         return None
+
+    def refuses(self, precision: str, threads: int | None) -> str | None:
+        """It runs float32 and float16 on any number of threads."""
+        return "it has no bfloat16 kernels on a CPU; use fp32 or fp16" if precision == "bf16" else None
 
     def versions(self) -> Mapping[str, str]:
         """The library's own word: it comes as onnxruntime or as onnxruntime-gpu."""
@@ -83,9 +86,25 @@ class OnnxRuntime:
 
         return {"onnxruntime": onnxruntime.__version__}
 
-    def build(self, lowered: Lowered, threads: int | None = None) -> OrtEngine:
+    def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
+        """Nothing: it runs the file as it is."""
+        return Prepared()
+
+    def build(self, exported: Exported, build: Build) -> OrtEngine:
         """A session on the file, on the CPU, with that many threads or ONNX Runtime's own choice."""
-        return session_on(lowered.onnx, threads)
+        return session_on(exported.onnx, build.threads)
+
+
+def cpu_engine(exported: Exported) -> OrtEngine:
+    """An engine on the CPU for any precision: a bfloat16 file runs as its copy in float32."""
+    if exported.precision != "bf16":
+        return session_on(exported.onnx)
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / exported.onnx.name
+        onnx.save_model(widened(onnx.load(exported.onnx)), path, save_as_external_data=True)
+        return replace(session_on(path), file=exported.onnx)
 
 
 def session_on(file: Path, threads: int | None = None) -> OrtEngine:
@@ -107,15 +126,15 @@ def session_on(file: Path, threads: int | None = None) -> OrtEngine:
     return OrtEngine(session, file)
 
 
-def require_finite(file: Path, batches: Iterable[NDArray[np.float32]], precision: str) -> int:
+def require_finite(exported: Exported, batches: Iterable[NDArray[np.float32]]) -> int:
     """How many images were run with finite results. Raises ParityError, naming the first operator that overflows.
 
     In half precision the result of every operator is looked at, not only the outputs: on a CPU ONNX Runtime computes
     in float32 and drops casts between neighbours, so that what overflows on a GPU may look fine here.
     """
-    engine, scan, count = session_on(file), None, 0
+    engine, scan, count, file = cpu_engine(exported), None, 0, exported.onnx
     for images in batches:
-        if scan is None and precision == "fp16":
+        if scan is None and exported.precision == "fp16":
             scan = OverflowScan(file)
         if scan is not None and count < SCANNED_IMAGES and (found := scan(images[: SCANNED_IMAGES - count])):
             raise ParityError(f"{file.name}: {found} overflows in half precision on calibration images; use fp32")

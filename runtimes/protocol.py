@@ -1,13 +1,60 @@
-"""What a runtime and an engine are: the two protocols that every file beside this one fulfils."""
+"""What a runtime and an engine are: the protocols that every file beside this one fulfils, and what passes between."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcompile.lower import Lowered
+from mpcompile.lower import Exported
 from mpcompile.model import NM
+from mpcompile.proof import ProvenMask
+from mpcompile.verdict import LayerVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """How an engine is built. `batches` are those that will be run: where the file leaves the batch free, an engine
+    that has to know its shapes is made for the smallest to the largest, and tuned for the middle one. `sparse` lets
+    it use sparse kernels. `folder` is where files of its own go, if any.
+    """
+
+    threads: int | None = None
+    sparse: bool = True
+    batches: tuple[int, ...] = (1, 8)
+    folder: Path | None = None
+
+    def profile(self, exported: Exported) -> tuple[tuple[int, ...], ...] | None:
+        """The smallest, usual and largest shape of the images, or None where the file has one only."""
+        if exported.batch is not None:
+            return None
+        ordered = sorted(self.batches)
+        sizes = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+        return tuple((size, *exported.image_shape) for size in sizes)
+
+    def spelt(self, exported: Exported) -> str:
+        """What tells the engines of a model apart, for the names of files: model, pattern, precision, batches."""
+        patterns = sorted({mask.pattern for mask in exported.masks})
+        pattern = "mixed" if len(patterns) > 1 else patterns[0].replace(":", "x") if patterns else "dense"
+        unused = "-unused" if patterns and not self.sparse else ""
+        smallest, largest = min(self.batches), max(self.batches)
+        batches = exported.batch or (largest if smallest == largest else f"{smallest}-{largest}")
+        name = re.sub(r"[^A-Za-z0-9_.]+", "_", exported.arch)
+        return f"{name}-{pattern}{unused}-{exported.precision}-bs{batches}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a runtime makes of a file without running it: what becomes of each masked layer, sentences for the report,
+    and the commands that build and measure it where it can run.
+    """
+
+    verdicts: tuple[LayerVerdict, ...] = ()
+    notes: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -29,14 +76,34 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class Judging(Protocol):
+    """An engine that tells what it chose for each masked layer."""
+
+    def judged(
+        self,
+        verdicts: Sequence[LayerVerdict],
+        masks: Sequence[ProvenMask],
+        images: NDArray[np.float32],
+        unused: Self | None = None,
+    ) -> tuple[LayerVerdict, ...]:
+        """The verdicts, completed; `unused` is an engine of the same file whose sparse kernels were not allowed."""
+        ...
+
+
+@runtime_checkable
 class Runtime(Protocol):
     """Something that executes models, whether or not it is installed here."""
 
     name: ClassVar[str]
     accelerates: ClassVar[frozenset[NM]]  # the patterns that it has kernels for; any other runs as dense
+    offline: ClassVar[bool]  # whether files are prepared and checked for it where it is missing
 
     def missing(self) -> str | None:
         """What to install to use it here, or None: the one text for the command line, `doctor` and the tests."""
+        ...
+
+    def idle(self) -> str | None:
+        """Why what it makes does not run here although nothing is missing, as a sentence, or None."""
         ...
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
@@ -47,6 +114,10 @@ class Runtime(Protocol):
         """The versions of the software that decides how fast it is."""
         ...
 
-    def build(self, lowered: Lowered, threads: int | None = None) -> Engine:
+    def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
+        """What can be said and made of a file without running it; files go into `folder`. Raises BuildError."""
+        ...
+
+    def build(self, exported: Exported, build: Build) -> Engine:
         """An engine for a model. Raises RuntimeMissing or BuildError."""
         ...

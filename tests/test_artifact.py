@@ -20,7 +20,7 @@ from mpcompile.masks import violation
 from mpcompile.model import NM, Certificate, LayerCertificate
 from mpcompile.recipe import Recipe
 from mpcompile.report import Report
-from mpcompile.runtimes import RUNTIMES, Engine, Runtime
+from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime
 from mpcompile.testing import TinyCNN, assert_follows, tiny_source
 
 QUICK = {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], "seconds": 0.05}}
@@ -229,7 +229,7 @@ def test_runtimes_keep_their_protocol(name: str, tmp_path: Path) -> None:
     if missing := runtime.missing():
         pytest.skip(missing)
     model = capture(TinyCNN().eval(), tiny_source())
-    engine = runtime.build(mpcompile.lower(model, tmp_path / "model.onnx"))
+    engine = runtime.build(mpcompile.lower(model, tmp_path / "model.onnx"), Build())
     assert isinstance(engine, Engine)
     assert engine.device
     assert engine.layers()

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lower layers may not import higher ones; a file may import its own layer, save for passes and runtimes.
 LAYERS = (
-    ("errors", "model", "parity", "environment", "spectrum", "progress", "distributed"),
+    ("errors", "model", "parity", "environment", "spectrum", "progress", "distributed", "verdict"),
     ("masks", "layers", "merging", "multihead", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
+    ("half",),
     ("watch", "attention"),
     ("activations", "cost", "resume", "training_images"),
     ("conventions", "pipeline", "evaluate", "load", "lower"),

@@ -290,7 +290,7 @@ def test_overflow_in_half_precision_names_the_operator(tmp_path: Path) -> None:
     # The outputs alone would not tell: they are finite here, and would not be on a GPU.
     assert np.isfinite(session_on(lowered.onnx)(images)).all()
     with pytest.raises(ParityError, match=r"model.onnx: (Gemm|MatMul|Add) \w*linear_1\w* overflows in half precision"):
-        require_finite(lowered.onnx, [images], "fp16")
+        require_finite(lowered, [images])
 
 
 def test_masks_of_minus_infinity_are_no_overflow(tmp_path: Path) -> None:
@@ -306,10 +306,10 @@ def test_masks_of_minus_infinity_are_no_overflow(tmp_path: Path) -> None:
 
     model = capture(Masked(), tiny_source())
     lowered = lower(model, tmp_path / "model.onnx", precision="fp16")
-    assert require_finite(lowered.onnx, [model.example.numpy()], "fp16") == 2
+    assert require_finite(lowered, [model.example.numpy()]) == 2
 
 
 def test_finite_outputs_are_counted(vit_file: Lowered) -> None:
     images = vit_file.model.example.numpy()
-    assert require_finite(vit_file.onnx, [images, images], "fp32") == 4
+    assert require_finite(vit_file, [images, images]) == 4
     assert OverflowScan(vit_file.onnx)(images) is None

@@ -1,0 +1,56 @@
+"""Whether an NVIDIA GPU can be used, asked in a process of its own: TensorRT's runtime crashes without a driver."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+PROBE = """
+import ctypes, json
+try:
+    cuda = ctypes.CDLL("libcuda.so.1")
+except OSError:
+    print(json.dumps({"error": "no NVIDIA driver (libcuda.so.1) is installed"})); raise SystemExit
+status = cuda.cuInit(0)
+if status:
+    print(json.dumps({"error": f"the NVIDIA driver does not start (CUDA error {status})"})); raise SystemExit
+count = ctypes.c_int()
+cuda.cuDeviceGetCount(ctypes.byref(count))
+if not count.value:
+    print(json.dumps({"error": "the NVIDIA driver finds no GPU"})); raise SystemExit
+device, name, major, minor = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+cuda.cuDeviceGet(ctypes.byref(device), 0)
+cuda.cuDeviceGetName(name, 256, device)
+cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+print(json.dumps({"name": name.value.decode(), "capability": [major.value, minor.value]}))
+"""
+SECONDS = 60  # a driver that has to wake its GPU takes some
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The first GPU: its name and compute capability."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def sm(self) -> str:
+        """As in names of files: sm80."""
+        return f"sm{self.capability[0]}{self.capability[1]}"
+
+
+def first_gpu() -> Gpu | str:
+    """The first GPU that the driver has, or why there is none."""
+    try:
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=SECONDS)
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return f"the NVIDIA driver does not answer within {SECONDS} s"
+    except ValueError:
+        return f"the NVIDIA driver fails when it is asked for GPUs (exit code {done.returncode})"
+    if "error" in answer:
+        return str(answer["error"])
+    major, minor = answer["capability"]
+    return Gpu(answer["name"], (major, minor))

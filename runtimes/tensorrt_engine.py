@@ -1,0 +1,298 @@
+"""Building a TensorRT engine from an ONNX file, running it, and reading what is in it. Needs a GPU.
+
+Device memory, streams and CUDA graphs are PyTorch's. The builder's log is kept at VERBOSE, since only there the names
+of layers with sparse kernels stand; profiling is DETAILED, since only then layers tell their kernels. Nothing is asked
+for that is not in both TensorRT 10 and 11: a test checks this file against the bindings of either.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpcompile.checkpoint import file_sha256
+from mpcompile.errors import BuildError
+from mpcompile.lower import INPUT, OUTPUT, Exported
+from mpcompile.proof import ProvenMask
+from mpcompile.runtimes.nvidia import Gpu
+from mpcompile.runtimes.pieces import in_pieces
+from mpcompile.runtimes.protocol import Build
+from mpcompile.runtimes.tensorrt import engine_name
+from mpcompile.runtimes.tensorrt_logs import EngineLayer, SparsityLog, inspected, sparsity_in
+from mpcompile.runtimes.tensorrt_verdict import completed
+from mpcompile.verdict import LayerVerdict
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+PROFILED_CALLS = 20
+TIMING_CACHE = "timing.cache"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialised engine and the log of its build."""
+
+    data: bytes = field(repr=False)
+    log: str = field(repr=False)
+
+
+def planned(file: Path, profile: tuple[tuple[int, ...], ...] | None, sparse: bool, cache: Path | None = None) -> Plan:
+    """The engine of an ONNX file, serialised. `profile` are the smallest, usual and largest shape of the images where
+    the batch is free; `cache` is a file of timings, read where it is there and written anew. Raises BuildError.
+    """
+    import tensorrt as trt
+
+    logger = kept_logger()
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # its factory returned nothing
+        raise BuildError(f"TensorRT {trt.__version__} has no builder here: {logger.errors() or error}") from error
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        errors = [parser.get_error(place) for place in range(parser.num_errors)]
+        told = "; ".join(" ".join(error.desc().split()) for error in errors)
+        raise BuildError(f"TensorRT {trt.__version__} does not take {file.name}: {told}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    if profile is not None:
+        shapes = builder.create_optimization_profile()
+        smallest, usual, largest = (trt.Dims(shape) for shape in profile)
+        shapes.set_shape(INPUT, smallest, usual, largest)
+        config.add_optimization_profile(shapes)
+    if cache is not None:
+        known = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
+        config.set_timing_cache(known, False)
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise BuildError(f"TensorRT {trt.__version__} cannot build {file.name}: {logger.errors() or 'no reason given'}")
+    if cache is not None:
+        cache.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
+    return Plan(bytes(memoryview(built)), logger.text())
+
+
+def engine_from(exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
+    """An engine that runs, checked for the precision asked; its plan, log and what it is go into `build.folder`."""
+    import tensorrt as trt
+
+    folder = build.folder
+    plan = planned(
+        exported.onnx, build.profile(exported), build.sparse, folder / TIMING_CACHE if folder is not None else None
+    )
+    engine = TensorRTEngine.loaded(plan, exported, build, gpu)
+    if folder is not None:
+        stem = engine_name(exported, build, trt.__version__, gpu)
+        path = folder / f"{stem}.engine"
+        path.write_bytes(plan.data)
+        (folder / f"{stem}.log").write_text(plan.log, encoding="utf-8")
+        sidecar = {
+            "onnx": exported.onnx.name,
+            "onnx_sha256": file_sha256(exported.onnx),
+            "sha256": file_sha256(path),
+            "timing_cache_sha256": file_sha256(folder / TIMING_CACHE),
+            "tensorrt": trt.__version__,
+            "gpu": gpu.name,
+            "compute_capability": list(gpu.capability),
+            "precision": exported.precision,
+            "sparse_weights": build.sparse,
+            "sparsity": asdict(engine.sparsity),
+            "layers": [asdict(layer) for layer in engine.engine_layers],
+        }
+        (folder / f"{stem}.json").write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+    return engine
+
+
+@dataclass(frozen=True)
+class TensorRTEngine:
+    """An engine on the first GPU. Calls are not thread-safe: they share one execution context."""
+
+    context: "trt.IExecutionContext"
+    engine: "trt.ICudaEngine"
+    runtime: "trt.Runtime"  # an engine does not outlive it
+    gpu: Gpu
+    batches: tuple[int, int]  # smallest and largest
+    engine_layers: tuple[EngineLayer, ...]
+    sparsity: SparsityLog
+
+    @classmethod
+    def loaded(cls, plan: Plan, exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
+        """The engine of a plan. Raises BuildError where it does not load, or is not in the precision of the file."""
+        import tensorrt as trt
+
+        logger = kept_logger()
+        runtime = trt.Runtime(logger)
+        engine = runtime.deserialize_cuda_engine(plan.data)
+        if engine is None:
+            raise BuildError(f"TensorRT {trt.__version__} cannot load its own engine: {logger.errors()}")
+        context = engine.create_execution_context()
+        if context is None:
+            raise BuildError(f"TensorRT {trt.__version__} cannot run its engine: {logger.errors()}")
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context
+        layers = tuple(inspected(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))
+        if wrong := other_precision(layers, exported):
+            raise BuildError(
+                f"{len(wrong)} layers of the engine run in float32 and {exported.precision} was asked for "
+                f"(first {wrong[0]}); the file says {exported.precision}, so this is the builder's doing"
+            )
+        sizes = (exported.batch,) * 2 if exported.batch is not None else (min(build.batches), max(build.batches))
+        return cls(context, engine, runtime, gpu, sizes, layers, sparsity_in(plan.log))
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of a batch; one that the engine was not built for is run in pieces."""
+        return in_pieces(self._run, images, *self.batches)
+
+    def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        call = Call(self.context, torch.from_numpy(images))
+        call.copy_in()
+        call.execute()
+        logits: NDArray[np.float32] = call.copy_out().numpy()
+        return logits
+
+    def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
+        """One call as the harness times it: it returns when the GPU is done. Raises BuildError where the engine was
+        not built for that batch.
+        """
+        if not self.batches[0] <= len(images) <= self.batches[1]:
+            raise BuildError(f"the engine was built for batches of {self.batches[0]} to {self.batches[1]}")
+        call = Call(self.context, torch.from_numpy(images))
+        call.copy_in()
+        run = call.captured() if graph else call.execute
+
+        def once() -> None:
+            if transfers:
+                call.copy_in()
+            run()
+            if transfers:
+                call.copy_out()
+            call.stream.synchronize()
+
+        return once
+
+    def layer_times(self, images: NDArray[np.float32]) -> Mapping[str, float]:
+        """Milliseconds of each layer of the engine: medians over PROFILED_CALLS calls, layer by layer, uncaptured."""
+        import tensorrt as trt
+
+        class Times(trt.IProfiler):  # type: ignore[misc] # where TensorRT is not installed
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+                self.found: dict[str, list[float]] = {}
+
+            def report_layer_time(self, layer_name: str, ms: Any) -> None:
+                self.found.setdefault(layer_name, []).append(float(ms))
+
+        times = Times()
+        call = Call(self.context, torch.from_numpy(images))
+        call.copy_in()
+        self.context.profiler = times
+        for _ in range(PROFILED_CALLS):
+            call.execute()
+            call.stream.synchronize()
+        return {name: float(np.median(found)) for name, found in times.found.items()}
+
+    def judged(
+        self,
+        verdicts: Sequence[LayerVerdict],
+        masks: Sequence[ProvenMask],
+        images: NDArray[np.float32],
+        unused: "TensorRTEngine | None" = None,
+    ) -> tuple[LayerVerdict, ...]:
+        """The verdicts, completed; `unused` is an engine of the same file whose sparse kernels were not allowed."""
+        dense_ms, dense_layers = (unused.layer_times(images), unused.engine_layers) if unused else ({}, ())
+        return completed(
+            verdicts, masks, self.sparsity, self.engine_layers, self.layer_times(images), dense_ms, dense_layers
+        )
+
+    def layers(self) -> Sequence[Mapping[str, Any]]:
+        """One row a layer of the engine."""
+        return [asdict(layer) | {"sparse": layer.sparse} for layer in self.engine_layers]
+
+    @property
+    def device(self) -> str:
+        return self.gpu.name
+
+
+class Call:
+    """Images of one shape on the device, and where their logits go."""
+
+    def __init__(self, context: "trt.IExecutionContext", images: torch.Tensor) -> None:
+        self.context, self.stream = context, torch.cuda.Stream()
+        self.source = images.pin_memory()
+        self.images = torch.empty(images.shape, dtype=images.dtype, device="cuda")
+        context.set_input_shape(INPUT, tuple(images.shape))
+        shape = tuple(context.get_tensor_shape(OUTPUT))
+        self.logits = torch.empty(shape, dtype=torch.float32, device="cuda")
+        self.result = torch.empty(shape, dtype=torch.float32).pin_memory()
+        context.set_tensor_address(INPUT, self.images.data_ptr())
+        context.set_tensor_address(OUTPUT, self.logits.data_ptr())
+
+    def copy_in(self) -> None:
+        """Starts the transfer of the images."""
+        with torch.cuda.stream(self.stream):
+            self.images.copy_(self.source, non_blocking=True)
+
+    def execute(self) -> None:
+        """Starts the engine. Raises BuildError."""
+        if not self.context.execute_async_v3(self.stream.cuda_stream):
+            raise BuildError("TensorRT could not start its engine; its log is beside the engine file")
+
+    def captured(self) -> Callable[[], None]:
+        """The engine's work as a CUDA graph, which is started at once instead of kernel by kernel."""
+        self.execute()  # what is set up at the first call is no part of the graph
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.execute()
+
+        def replay() -> None:
+            with torch.cuda.stream(self.stream):
+                graph.replay()
+
+        return replay
+
+    def copy_out(self) -> torch.Tensor:
+        """The logits, once the device is done."""
+        with torch.cuda.stream(self.stream):
+            self.result.copy_(self.logits, non_blocking=True)
+        self.stream.synchronize()
+        return self.result
+
+
+def other_precision(layers: Sequence[EngineLayer], exported: Exported) -> list[str]:
+    """The layers that multiply by a masked weight and have no number in the precision of the file."""
+    if exported.precision == "fp32":
+        return []
+    nodes = {node for mask in exported.masks for node in mask.nodes}
+    return [
+        layer.name for layer in layers if layer.types and nodes.intersection(layer.onnx) and not layer.in_half_precision
+    ]
+
+
+def kept_logger() -> Any:
+    """A logger that keeps every message."""
+    import tensorrt as trt
+
+    class Kept(trt.ILogger):  # type: ignore[misc] # where TensorRT is not installed
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[tuple[trt.ILogger.Severity, str]] = []
+
+        def log(self, severity: "trt.ILogger.Severity", msg: str) -> None:
+            self.messages.append((severity, msg))
+
+        def text(self) -> str:
+            return "\n".join(message for _, message in self.messages) + "\n"
+
+        def errors(self) -> str:
+            worst = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+            return "; ".join(" ".join(message.split()) for severity, message in self.messages if severity in worst)
+
+    return Kept()
