@@ -1,7 +1,8 @@
 """Model -> ONNX file: export, precision, metadata, and a file that was read back and proven.
 
 Opset 20 by default: the newest in which TensorRT's parser fuses attention from plain operators, with LayerNorm
-and Gelu as operators of their own; for bfloat16 opset 22, before which convolutions do not know it. Half precision is written into the graph, since TensorRT 11 has no other way.
+and Gelu as operators of their own; for bfloat16 opset 22, before which convolutions do not know it. Half precision is
+written into the graph, since TensorRT 11 has no other way.
 """
 
 import json

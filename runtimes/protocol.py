@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +84,9 @@ class Judging(Protocol):
         verdicts: Sequence[LayerVerdict],
         masks: Sequence[ProvenMask],
         images: NDArray[np.float32],
-        unused: Self | None = None,
+        unused: Any = None,
     ) -> tuple[LayerVerdict, ...]:
-        """The verdicts, completed; `unused` is an engine of the same file whose sparse kernels were not allowed."""
+        """The verdicts, completed; `unused` is an engine of the same kind and file without sparse kernels, if any."""
         ...
 
 

@@ -96,7 +96,8 @@ def inspected(text: str) -> list[EngineLayer]:
     except ValueError:
         return []
     layers = content.get("Layers") if isinstance(content, Mapping) else None
-    return [_layer(row) for row in layers or () if isinstance(row, str | Mapping)]
+    rows = layers if isinstance(layers, list) else []
+    return [_layer(row) for row in rows if isinstance(row, str | Mapping)]
 
 
 def _layer(row: str | Mapping[str, Any]) -> EngineLayer:

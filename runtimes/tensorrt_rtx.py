@@ -106,7 +106,9 @@ class TensorRTForRTX:
             "masked_weights_not_found": sorted(masked - plan.verbatim),
             "layers": [asdict(layer) for layer in plan.layers],
         }
-        path.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+        Path(f"{str(path).removesuffix('.engine')}.json").write_text(
+            json.dumps(sidecar, indent=1) + "\n", encoding="utf-8"
+        )
         notes = [
             f"{exported.onnx.name} compiles for {', '.join(plan.capabilities)}: {len(plan.layers)} layers, "
             f"{plan.attentions} attentions in one kernel each"
