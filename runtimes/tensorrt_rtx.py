@@ -92,7 +92,8 @@ class TensorRTForRTX:
             raise BuildError("; ".join([str(error), *reasons])) from error
         version = self.versions()["tensorrt-rtx"]
         targets = "+".join(name.removeprefix("SM") for name in plan.capabilities)
-        path = folder / f"{build.spelt(exported)}-rtx{version}-sm{targets}.engine"
+        stem = f"{build.spelt(exported)}-rtx{version}-sm{targets}"
+        path = folder / f"{stem}.engine"
         path.write_bytes(plan.data)
         masked = {mask.initializer for mask in exported.masks}
         sidecar = {
@@ -106,9 +107,7 @@ class TensorRTForRTX:
             "masked_weights_not_found": sorted(masked - plan.verbatim),
             "layers": [asdict(layer) for layer in plan.layers],
         }
-        Path(f"{str(path).removesuffix('.engine')}.json").write_text(
-            json.dumps(sidecar, indent=1) + "\n", encoding="utf-8"
-        )
+        (folder / f"{stem}.json").write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
         notes = [
             f"{exported.onnx.name} compiles for {', '.join(plan.capabilities)}: {len(plan.layers)} layers, "
             f"{plan.attentions} attentions in one kernel each"

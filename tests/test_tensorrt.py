@@ -70,9 +70,8 @@ def test_every_name_is_in_the_bindings_of_this_release(bindings: dict[str, str],
     text = (tmp_path / "tensorrt_bindings" / "tensorrt.pyi").read_text()
     text = re.sub(r"^bool: DataType\n", "", text, flags=re.MULTILINE)  # it would hide the type of the same name
     # That it is a buffer is not in its docstring, which is all that stubgen reads.
-    text = text.replace(
-        "class IHostMemory:\n", "class IHostMemory:\n    def __buffer__(self, flags: int) -> memoryview: ...\n"
-    )
+    buffer = "    def __buffer__(self, flags: int) -> memoryview: ..."
+    text = text.replace("class IHostMemory:\n", f"class IHostMemory:\n{buffer}\n")
     stub = package / "__init__.pyi"
     file = "runtimes/tensorrt_engine.py"
     command = [
@@ -178,7 +177,7 @@ def test_a_target_without_a_gpu_refuses_to_build(tmp_path: Path) -> None:
         TensorRT().build(lowered, Build())
 
 
-def test_engines_are_named_for_what_they_are(artifact: mpcompile.Artifact, tmp_path: Path) -> None:
+def test_engines_are_named_for_what_they_are(tmp_path: Path) -> None:
     lowered = lower(tiny_vit(), tmp_path / "m.onnx", precision="fp16", batch=8)
     gpu = Gpu("NVIDIA A100", (8, 0))
     assert engine_name(lowered, Build(), "10.16.1", gpu) == f"{lowered.arch}-dense-fp16-bs8-trt10.16.1-sm80"
@@ -196,7 +195,7 @@ def test_the_driver_is_asked_in_another_process() -> None:
 def test_batches_of_any_size_run_on_an_engine_for_some(count: int, sizes: list[int]) -> None:
     seen = []
 
-    def engine(images: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def engine(images: np.ndarray) -> np.ndarray:
         seen.append(len(images))
         return images * 2
 

@@ -32,7 +32,7 @@ from mpcompile.testing import tiny_cnn, tiny_vit
 def file_of(
     nodes: list[onnx.NodeProto],
     constants: dict[str, np.ndarray] | None = None,
-    opset: int = 20,  # type: ignore[type-arg]
+    opset: int = 20,
 ) -> onnx.ModelProto:
     images = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 4, 4])
     logits = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
