@@ -17,6 +17,7 @@ from mpcompile.console import (
     progress,
     show_analysis,
     show_artifact,
+    show_bench,
     show_findings,
     show_preview,
 )
@@ -316,6 +317,34 @@ def _request(
         std=options.numbers(std, "--std"),
         leaves=tuple(leaf or ()),
     )
+
+
+@app.command("bench")
+def bench_command(
+    folder: Annotated[Path, typer.Argument(help="An output folder.")],
+    target: TargetOption = None,
+    batch: Annotated[str | None, typer.Option(help="Batches to time, as 1,8,64. [default: the recipe's]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its choice]")] = None,
+    seconds: Annotated[float, typer.Option(help="For each batch; 15 to 200 rounds.")] = 4.0,
+    transfers: Annotated[
+        bool, typer.Option("--transfers/--no-transfers", help="Count copies to and from a GPU.")
+    ] = True,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Start a GPU's work as one CUDA graph.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Time an output folder on its target: dense, masked with sparse kernels off, and on, in turns."""
+    configure_logging(verbose, quiet)
+    from mpcompile.bench import Settings, bench, steps
+
+    settings = Settings(target, options.batches(batch), threads, seconds, transfers, cuda_graph)
+    with progress(steps(folder, settings), quiet or as_json) as observe:
+        found = bench(folder, settings, observe)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    elif not quiet:
+        show_bench(found, folder / "bench" / found.target)
 
 
 @app.command()

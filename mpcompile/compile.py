@@ -1,8 +1,9 @@
 """The front door: model + recipe -> Artifact."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
+from mpcompile.bench import command as bench_command
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.conventions import charged
@@ -206,6 +208,9 @@ def _run(
     layers = layer_rows(model, after)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and patterns <= plan.runtime.accelerates
+    commands: tuple[str, ...] = ()
+    if plan.idle and plan.runtime.offline:
+        commands = (*prepared.commands, bench_command(recipe.target, batches))
     report = Report(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -233,7 +238,7 @@ def _run(
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
         notes=prepared.notes,
-        commands=(*prepared.commands, bench_command(recipe)) if plan.idle and plan.runtime.offline else (),
+        commands=commands,
         verdicts=verdicts,
         files=file_rows(folder),
         verdict=verdict_on(layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle),
@@ -291,17 +296,10 @@ def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArr
     return np.ascontiguousarray(np.resize(example, (batch, *example.shape[1:])))
 
 
-def bench_command(recipe: Recipe) -> str:
-    """What measures an output folder on a machine that can run it."""
-    batches = ",".join(map(str, recipe.bench.batches if recipe.batch is None else (recipe.batch,)))
-    return f"mpcompile bench OUT --target {recipe.target} --batch {batches}"
-
-
 def _latency(engines: dict[str, Engine], data: Data, model: Model, batch: int, seconds: float) -> Latency:
     """Dense and compressed in turns, on real images where there are enough."""
     images = images_for(data.held_out, model.example.numpy(), batch)
-    runs: dict[str, Callable[[NDArray[np.float32]], object]] = dict(engines)
-    samples = sample(runs, images, seconds)
+    samples = sample({name: partial(engine, images) for name, engine in engines.items()}, seconds)
     return Latency(
         dense=timing(samples["dense"], batch, engines["dense"].device),
         compressed=timing(samples["compressed"], batch, engines["compressed"].device),

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from mpcompile.analyze import Analysis
 from mpcompile.artifact import Artifact
+from mpcompile.bench_report import Bench
 from mpcompile.doctor import Finding
 from mpcompile.pipeline import Observer
 from mpcompile.progress import listening
@@ -35,6 +37,20 @@ def show_artifact(artifact: Artifact) -> None:
         console.print(f"  {command}", soft_wrap=True)
     files = ", ".join(row.name for row in artifact.report.files)
     console.print(f"Written to {artifact.folder}: {files}, report.json, report.md", soft_wrap=True)
+
+
+def show_bench(found: Bench, folder: Path) -> None:
+    """Prints a row a batch and build, what that says, and where the files are."""
+    console = _console()
+    table = Table(title=f"{found.model} on {found.target}, {found.precision}", title_justify="left")
+    for name in ("batch", "build", "p50 ms", "p90 ms", "p99 ms", "images/s", "times as fast as dense"):
+        table.add_column(name, justify="left" if name == "build" else "right", overflow="fold")
+    for row in found.rows():
+        table.add_row(*row)
+    console.print(table)
+    for sentence in found.sentences():
+        console.print(sentence)
+    console.print(f"Written to {folder}: bench.json, bench.md, bench.svg", soft_wrap=True)
 
 
 def show_analysis(found: Analysis) -> None:

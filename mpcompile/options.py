@@ -106,13 +106,21 @@ def batch(text: str | None) -> tuple[str | int | None, tuple[int, ...] | None]:
     """The batch of the file, fixed or `dynamic`, and the batches to build for and to time, where they are said."""
     if text is None or text == "dynamic":
         return text, None
+    try:
+        sizes = batches(text) or ()
+    except UsageError as error:
+        raise UsageError(f"{error}; it may also be dynamic, or one number, which is then fixed") from None
+    return (sizes[0], None) if len(sizes) == 1 else ("dynamic", sizes)
+
+
+def batches(text: str | None) -> tuple[int, ...] | None:
+    """Batch sizes, separated by commas."""
+    if text is None:
+        return None
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise UsageError(
-            f"--batch {text!r} is no number, as 8 (fixed), several, as 1,8,64 (free; these are timed), nor dynamic"
-        )
-    sizes = tuple(int(part) for part in parts)
-    return (sizes[0], None) if len(sizes) == 1 else ("dynamic", sizes)
+        raise UsageError(f"--batch {text!r} is not a list of batch sizes, such as 1,8,64")
+    return tuple(int(part) for part in parts)
 
 
 def size(text: str | None) -> tuple[int, int, int] | None:

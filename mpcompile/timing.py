@@ -1,8 +1,12 @@
 """Latency of several engines side by side: interleaved rounds -> a Timing each, and the speedup between two.
 
 Engines take turns, and the order of the turn is reversed every round, so that a machine that drifts or is shared
-slows all of them alike. A speedup is the median of the ratios round by round, with a bootstrap interval; a
-single time on such a machine means little, a ratio within one run means something.
+slows all of them alike. A speedup is the median of the ratios round by round; a single time on such a machine means
+little, a ratio within one run means something. Intervals are bootstrapped in blocks of neighbouring rounds, since what
+disturbs one round disturbs the next.
+
+A difference is told only where the whole interval is past INDISTINCT: two builds of one computation differ by a few per
+cent from memory layout alone.
 """
 
 import time
@@ -15,6 +19,9 @@ from numpy.typing import NDArray
 WARM_UP = 3
 ROUNDS = (15, 200)
 RESAMPLES = 2000
+INDISTINCT = 0.03
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,11 @@ class Timing:
     interval_ms: tuple[float, float]
     device: str
 
+    @property
+    def images_per_second(self) -> float:
+        """Throughput at the median."""
+        return 1000 * self.batch / self.p50_ms
+
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
@@ -39,26 +51,35 @@ class Speedup:
     count: int
     baseline: str
 
+    @property
+    def told(self) -> bool:
+        """Whether the interval supports a difference."""
+        return self.interval[0] > 1 + INDISTINCT or self.interval[1] < 1 - INDISTINCT
 
-Run = Callable[[NDArray[np.float32]], object]
+    def spelt(self, baseline: str) -> str:
+        """The comparison in words, with its interval."""
+        interval = f"interval {self.interval[0]:.2f} to {self.interval[1]:.2f}, {self.count} rounds"
+        if not self.told:
+            return f"no difference from {baseline} can be told from noise ({interval})"
+        return f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
 
 
-def sample(engines: Mapping[str, Run], images: NDArray[np.float32], seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds of each engine, round by round; ROUNDS bounds how many, whatever the time allowed."""
-    for run in engines.values():
+def sample(calls: Mapping[str, Call], seconds: float) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each call, round by round; ROUNDS bounds how many, whatever the time allowed."""
+    for call in calls.values():
         for _ in range(WARM_UP):
-            run(images)
+            call()
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.perf_counter() < end):
-        order = list(engines)[:: -1 if len(rounds) % 2 else 1]
+        order = list(calls)[:: -1 if len(rounds) % 2 else 1]
         turn = {}
         for name in order:
             started = time.perf_counter_ns()
-            engines[name](images)
+            calls[name]()
             turn[name] = (time.perf_counter_ns() - started) / 1e6
         rounds.append(turn)
-    return {name: np.array([turn[name] for turn in rounds]) for name in engines}
+    return {name: np.array([turn[name] for turn in rounds]) for name in calls}
 
 
 def timing(samples_ms: NDArray[np.float64], batch: int, device: str) -> Timing:
@@ -74,8 +95,11 @@ def speedup(baseline_ms: NDArray[np.float64], samples_ms: NDArray[np.float64], b
 
 
 def median_interval(samples: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """A 95 % percentile-bootstrap interval of the median."""
+    """A 95 % percentile interval of the median, by a circular block bootstrap with blocks of n^(1/3) samples."""
     rng = np.random.default_rng(seed)
-    medians = np.median(rng.choice(samples, (RESAMPLES, len(samples))), axis=1)
-    low, high = np.percentile(medians, (2.5, 97.5)).tolist()
+    count = len(samples)
+    length = max(1, round(count ** (1 / 3)))
+    starts = rng.integers(0, count, (RESAMPLES, -(-count // length)))
+    places = (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :count] % count
+    low, high = np.percentile(np.median(samples[places], axis=1), (2.5, 97.5)).tolist()
     return low, high

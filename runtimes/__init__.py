@@ -8,7 +8,7 @@ if __name__ == "runtimes":  # from the repository root this would succeed and ma
 
 from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort import OnnxRuntime
-from mpcompile.runtimes.protocol import Build, Engine, Judging, Prepared, Runtime
+from mpcompile.runtimes.protocol import Build, Engine, Judging, Prepared, Runtime, Staging
 from mpcompile.runtimes.tensorrt import TensorRT
 from mpcompile.runtimes.tensorrt_rtx import TensorRTForRTX
 
@@ -25,6 +25,7 @@ __all__ = [
     "OnnxRuntime",
     "Prepared",
     "Runtime",
+    "Staging",
     "TensorRT",
     "TensorRTForRTX",
 ]

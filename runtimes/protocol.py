@@ -1,7 +1,7 @@
 """What a runtime and an engine are: the protocols that every file beside this one fulfils, and what passes between."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -72,6 +72,17 @@ class Engine(Protocol):
     @property
     def device(self) -> str:
         """What it runs on, for people to read."""
+        ...
+
+
+@runtime_checkable
+class Staging(Protocol):
+    """An engine on a device of its own, whose work can be timed apart from transfers."""
+
+    def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
+        """One call as it is timed: it returns when the device is done. With `graph` its work is recorded once and
+        started whole. Raises BuildError where that cannot be done.
+        """
         ...
 
 

@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lower layers may not import higher ones; a file may import its own layer, save for passes and runtimes.
 LAYERS = (
-    ("errors", "model", "parity", "environment", "spectrum", "progress", "distributed", "verdict"),
+    ("errors", "model", "parity", "environment", "spectrum", "progress", "distributed", "verdict", "machine"),
     ("masks", "layers", "merging", "multihead", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
     ("half",),
     ("watch", "attention"),
     ("activations", "cost", "resume", "training_images"),
     ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("capture",),
-    ("passes", "runtimes", "report"),
+    ("passes", "runtimes", "report", "bench_report"),
     ("artifact",),
     ("resolve",),
+    ("bench",),
     ("compile", "doctor"),
     ("analyze",),
     ("testing", "console"),
@@ -27,7 +28,7 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-FRONT_DOORS = ("resolve", "compile", "analyze")  # they alone import passes and runtimes
+FRONT_DOORS = ("resolve", "bench", "compile", "analyze")  # they alone import passes and runtimes
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").glob("*.py")])
 

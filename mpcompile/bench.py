@@ -1,0 +1,210 @@
+"""The front door of `mpcompile bench`: an output folder, timed on its target against the dense model.
+
+Three builds take turns: A, the dense file; B, the compressed file with sparse kernels not allowed; C, the same with
+them. B against A is what the graph alone is worth (merged tokens), C against B what sparse kernels are, and C against A
+what the user gets. All three are the same precision, the same runtime and the same settings.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcompile.artifact import Artifact
+from mpcompile.bench_report import Arm, Batch, Bench
+from mpcompile.environment import environment
+from mpcompile.errors import RuntimeMissing, UsageError
+from mpcompile.lower import Exported
+from mpcompile.machine import condition, disturbances
+from mpcompile.pipeline import Observer
+from mpcompile.resolve import RUNTIMES
+from mpcompile.runtimes import Build, Engine, Judging, Runtime, Staging
+from mpcompile.timing import Call, sample, speedup, timing
+from mpcompile.verdict import LayerVerdict
+
+DENSE, UNUSED, COMPRESSED = "dense", "masked, kernels off", "compressed"
+FOLDER = "bench"
+SECONDS = 4.0  # for each batch
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to time. `transfers`: whether copies to and from a GPU count; `graph`: whether a GPU's work is recorded once
+    as a CUDA graph and then started whole. None of `batches` and `target` mean the recipe's.
+    """
+
+    target: str | None = None
+    batches: tuple[int, ...] | None = None
+    threads: int | None = None
+    seconds: float = SECONDS
+    transfers: bool = True
+    graph: bool = False
+
+
+def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: None) -> Bench:
+    """The benchmark of an output folder, written into its folder `bench/TARGET`. Raises a MpcompileError."""
+    artifact = Artifact.open(folder)
+    recipe = artifact.recipe
+    target = settings.target or recipe.target
+    runtime = _runtime(target, recipe.precision, settings.threads)
+    batches = settings.batches or (recipe.bench.batches if recipe.batch is None else (recipe.batch,))
+    if recipe.batch is not None and set(batches) != {recipe.batch}:
+        raise UsageError(f"the files have a fixed batch of {recipe.batch}; leave --batch out")
+    observe("verify")
+    masks = artifact.verify()
+
+    def exported(path: Path, dense: bool) -> Exported:
+        source = artifact.report.model
+        return Exported(
+            onnx=path,
+            arch=source.arch,
+            image_shape=source.size,
+            precision=recipe.precision,
+            batch=recipe.batch,
+            masks=() if dense else masks,
+        )
+
+    before, after = exported(artifact.dense_onnx, True), exported(artifact.onnx, False)
+    output = folder / FOLDER / target
+    output.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target}.partial-", dir=output.parent) as temporary:
+        partial_output = Path(temporary) / target
+        partial_output.mkdir()
+        observe("build")
+        build = Build(settings.threads, batches=batches, folder=partial_output)
+        arms, engines = _built(runtime, before, after, build)
+        rows = []
+        for batch in batches:
+            observe(f"batch {batch}")
+            rows.append(_timed(engines, _images(artifact, batch), settings))
+        verdicts: tuple[LayerVerdict, ...] = runtime.prepare(after, partial_output, build).verdicts
+        judge = engines[COMPRESSED]
+        if isinstance(judge, Judging):
+            verdicts = judge.judged(verdicts, masks, _images(artifact, batches[-1]), engines.get(UNUSED))
+        result = Bench(
+            version=version("mpcompile"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            model=artifact.report.model.arch,
+            target=target,
+            precision=recipe.precision,
+            settings={
+                "threads": str(settings.threads or "the runtime's choice"),
+                "transfers": "counted" if settings.transfers else "not counted",
+                "CUDA graph": "yes" if settings.graph else "no",
+                "rounds within": f"{settings.seconds:g} s a batch",
+            },
+            environment=environment(runtime.versions(), engines[DENSE].device),
+            baseline=f"the dense model of the same folder in {recipe.precision}, in {_spelt(runtime)}, same settings",
+            arms=arms,
+            meanings=_meanings(UNUSED in engines),
+            batches=tuple(rows),
+            verdicts=verdicts,
+            command=command(target, batches, settings),
+        )
+        result.write(partial_output)
+        if output.exists():
+            shutil.rmtree(output)
+        partial_output.rename(output)
+    return result
+
+
+def steps(folder: Path, settings: Settings) -> tuple[str, ...]:
+    """The names that `bench` tells its observer, in order. Raises LoadError."""
+    recipe = Artifact.open(folder).recipe
+    batches = settings.batches or (recipe.bench.batches if recipe.batch is None else (recipe.batch,))
+    return ("verify", "build", *(f"batch {batch}" for batch in batches))
+
+
+def command(target: str, batches: Sequence[int], settings: Settings | None = None) -> str:
+    """The command line that does this; OUT stands for the folder."""
+    settings = settings or Settings()
+    words = ["mpcompile bench OUT", f"--target {target}", f"--batch {','.join(map(str, batches))}"]
+    words += [f"--threads {settings.threads}"] if settings.threads else []
+    words += [f"--seconds {settings.seconds:g}"] if settings.seconds != SECONDS else []
+    words += [] if settings.transfers else ["--no-transfers"]
+    words += ["--cuda-graph"] if settings.graph else []
+    return " ".join(words)
+
+
+def _runtime(target: str, precision: str, threads: int | None) -> Runtime:
+    """The runtime of a target, if it runs here. Raises UsageError or RuntimeMissing."""
+    runtime = RUNTIMES.get(target)
+    if runtime is None:
+        raise UsageError(f"target {target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
+    if reason := runtime.missing() or runtime.idle():
+        raise RuntimeMissing(f"target {target} cannot be timed here: {reason}")
+    if refused := runtime.refuses(precision, threads):
+        raise UsageError(f"target {target}: {refused}")
+    return runtime
+
+
+def _spelt(runtime: Runtime) -> str:
+    return ", ".join(f"{name} {number}" for name, number in runtime.versions().items())
+
+
+def _built(
+    runtime: Runtime, before: Exported, after: Exported, build: Build
+) -> tuple[tuple[Arm, ...], dict[str, Engine]]:
+    """The builds and their engines: two where the runtime has no sparse kernels, three where it has."""
+    off = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
+    engines: dict[str, Engine] = {DENSE: runtime.build(before, off)}
+    arms = [Arm(name=DENSE, what="the dense model", file=before.onnx.name)]
+    if runtime.accelerates and after.masks:
+        engines[UNUSED] = runtime.build(after, off)
+        arms.append(Arm(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name))
+    engines[COMPRESSED] = runtime.build(after, build)
+    kernels = "sparse kernels allowed" if UNUSED in engines else "which this target runs as dense"
+    arms.append(Arm(name=COMPRESSED, what=f"the compressed model, {kernels}", file=after.onnx.name))
+    return tuple(arms), engines
+
+
+def _meanings(three: bool) -> dict[str, str]:
+    """What each comparison stands for, by its key."""
+    whole = {f"{COMPRESSED}/{DENSE}": "what is gained in all"}
+    if not three:
+        return whole
+    return {f"{UNUSED}/{DENSE}": "the graph alone", f"{COMPRESSED}/{UNUSED}": "sparse kernels alone", **whole}
+
+
+def _images(artifact: Artifact, batch: int) -> NDArray[np.float32]:
+    """A batch of noise about as large as normalised pixels: latency does not depend on what the numbers are."""
+    shape = (batch, *artifact.report.model.size)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> Batch:
+    """One batch size, all builds in turns."""
+    calls = {name: _call(engine, images, settings) for name, engine in engines.items()}
+    on_gpu = any(isinstance(engine, Staging) for engine in engines.values())
+    before = condition(on_gpu)
+    samples = sample(calls, settings.seconds)
+    after = condition(on_gpu)
+    size = len(images)
+    return Batch(
+        batch=size,
+        timings={name: timing(found, size, engines[name].device) for name, found in samples.items()},
+        samples_ms={name: tuple(found.tolist()) for name, found in samples.items()},
+        comparisons={
+            key: speedup(samples[key.partition("/")[2]], samples[key.partition("/")[0]], key.partition("/")[2])
+            for key in _meanings(UNUSED in engines)
+        },
+        disturbances=disturbances(before, after),
+        before=before,
+        after=after,
+    )
+
+
+def _call(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
+    """One call as it is timed. Raises UsageError where there is nothing to leave out."""
+    if isinstance(engine, Staging):
+        return engine.staged(images, transfers=settings.transfers, graph=settings.graph)
+    if settings.graph or not settings.transfers:
+        raise UsageError("a CPU has no CUDA graph and no transfers; leave --cuda-graph and --no-transfers out")
+    return partial(engine, images)
