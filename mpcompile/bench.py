@@ -77,17 +77,8 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
     with tempfile.TemporaryDirectory(prefix=f".{target}.partial-", dir=output.parent) as temporary:
         partial_output = Path(temporary) / target
         partial_output.mkdir()
-        observe("build")
         build = Build(settings.threads, batches=batches, folder=partial_output)
-        arms, engines = _built(runtime, before, after, build)
-        rows = []
-        for batch in batches:
-            observe(f"batch {batch}")
-            rows.append(_timed(engines, _images(artifact, batch), settings))
-        verdicts: tuple[LayerVerdict, ...] = runtime.prepare(after, partial_output, build).verdicts
-        judge = engines[COMPRESSED]
-        if isinstance(judge, Judging):
-            verdicts = judge.judged(verdicts, masks, _images(artifact, batches[-1]), engines.get(UNUSED))
+        found = compared(runtime, before, after, build, settings, observe)
         result = Bench(
             version=version("mpcompile"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,12 +91,12 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
                 "CUDA graph": "yes" if settings.graph else "no",
                 "rounds within": f"{settings.seconds:g} s a batch",
             },
-            environment=environment(runtime.versions(), engines[DENSE].device),
+            environment=environment(runtime.versions(), found.device),
             baseline=f"the dense model of the same folder in {recipe.precision}, in {_spelt(runtime)}, same settings",
-            arms=arms,
-            meanings=_meanings(UNUSED in engines),
-            batches=tuple(rows),
-            verdicts=verdicts,
+            arms=found.arms,
+            meanings=found.meanings,
+            batches=found.batches,
+            verdicts=found.verdicts,
             command=command(target, batches, settings),
         )
         result.write(partial_output)
@@ -113,6 +104,42 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
             shutil.rmtree(output)
         partial_output.rename(output)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What was built and timed; `meanings` says what each comparison stands for."""
+
+    arms: tuple[Arm, ...]
+    meanings: dict[str, str]
+    batches: tuple[Batch, ...]
+    verdicts: tuple[LayerVerdict, ...]
+    device: str
+
+
+def compared(
+    runtime: Runtime,
+    before: Exported,
+    after: Exported,
+    build: Build,
+    settings: Settings,
+    observe: Observer = lambda stage: None,
+) -> Compared:
+    """A dense file and a compressed one, built and timed in turns at every batch of `build`, and what became of each
+    masked layer. Files of the engines go into `build.folder`. Raises RuntimeMissing or BuildError.
+    """
+    observe("build")
+    arms, engines = _built(runtime, before, after, build)
+    rows = []
+    for batch in build.batches:
+        observe(f"batch {batch}")
+        rows.append(_timed(engines, _images(after, batch), settings))
+    with tempfile.TemporaryDirectory() as folder:
+        verdicts = runtime.prepare(after, Path(folder), build).verdicts
+    judge = engines[COMPRESSED]
+    if isinstance(judge, Judging):
+        verdicts = judge.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(UNUSED))
+    return Compared(arms, _meanings(UNUSED in engines), tuple(rows), verdicts, engines[DENSE].device)
 
 
 def steps(folder: Path, settings: Settings) -> tuple[str, ...]:
@@ -173,10 +200,9 @@ def _meanings(three: bool) -> dict[str, str]:
     return {f"{UNUSED}/{DENSE}": "the graph alone", f"{COMPRESSED}/{UNUSED}": "sparse kernels alone", **whole}
 
 
-def _images(artifact: Artifact, batch: int) -> NDArray[np.float32]:
+def _images(exported: Exported, batch: int) -> NDArray[np.float32]:
     """A batch of noise about as large as normalised pixels: latency does not depend on what the numbers are."""
-    shape = (batch, *artifact.report.model.size)
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return np.random.default_rng(0).standard_normal((batch, *exported.image_shape)).astype(np.float32)
 
 
 def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> Batch:

@@ -81,8 +81,8 @@ TargetOption = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="The runtime: ort (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX, compiled without a GPU) or eager "
-        "(PyTorch). [default: ort]",
+        help="The runtime: ort or ort-cuda (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX, compiled without a "
+        "GPU) or eager (PyTorch). [default: ort]",
     ),
 ]
 

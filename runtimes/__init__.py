@@ -8,12 +8,13 @@ if __name__ == "runtimes":  # from the repository root this would succeed and ma
 
 from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort import OnnxRuntime
+from mpcompile.runtimes.ort_cuda import OnnxRuntimeCuda
 from mpcompile.runtimes.protocol import Build, Engine, Judging, Prepared, Runtime, Staging
 from mpcompile.runtimes.tensorrt import TensorRT
 from mpcompile.runtimes.tensorrt_rtx import TensorRTForRTX
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
-    {runtime.name: runtime for runtime in (Eager(), OnnxRuntime(), TensorRT(), TensorRTForRTX())}
+    {runtime.name: runtime for runtime in (Eager(), OnnxRuntime(), OnnxRuntimeCuda(), TensorRT(), TensorRTForRTX())}
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Engine",
     "Judging",
     "OnnxRuntime",
+    "OnnxRuntimeCuda",
     "Prepared",
     "Runtime",
     "Staging",

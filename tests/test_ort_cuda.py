@@ -1,0 +1,48 @@
+"""Target ort-cuda as far as it goes without a GPU, and on one where there is one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpcompile.errors import BuildError, RuntimeMissing
+from mpcompile.lower import lower
+from mpcompile.runtimes import Build, OnnxRuntimeCuda
+from mpcompile.runtimes.ort import session_on
+from mpcompile.runtimes.ort_cuda import OrtCudaEngine, _on_gpu
+from mpcompile.testing import tiny_vit
+
+MISSING = OnnxRuntimeCuda().missing()
+
+
+@pytest.mark.skipif(MISSING is None, reason="there is a GPU")
+def test_it_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeMissing, match="target ort-cuda: "):
+        OnnxRuntimeCuda().build(lower(tiny_vit(), tmp_path / "m.onnx"), Build())
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_not_taken_for_one_on_a_gpu(tmp_path: Path) -> None:
+    lowered = lower(tiny_vit(), tmp_path / "m.onnx")
+    with pytest.raises(RuntimeMissing, match="gave CPUExecutionProvider"):
+        _on_gpu(session_on(lowered.onnx).session)
+
+
+def test_a_graph_is_refused_and_a_call_with_transfers_is_the_session_s_own(tmp_path: Path) -> None:
+    model = tiny_vit()
+    lowered = lower(model, tmp_path / "m.onnx")
+    engine = OrtCudaEngine(session_on(lowered.onnx).session, lowered.onnx)
+    images = model.example.numpy()
+    with pytest.raises(BuildError, match="no CUDA graphs"):
+        engine.staged(images, transfers=True, graph=True)
+    assert np.array_equal(engine.staged(images, transfers=True, graph=False)(), engine(images))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_it_computes_what_the_cpu_does(tmp_path: Path) -> None:
+    model = tiny_vit()
+    lowered = lower(model, tmp_path / "m.onnx")
+    images = model.example.numpy()
+    engine = OnnxRuntimeCuda().build(lowered, Build())
+    # Other kernels, other orders of sums; TF32 is ONNX Runtime's default for float32 products.
+    assert np.abs(engine(images) - session_on(lowered.onnx)(images)).max() < 1e-2
+    engine.staged(images, transfers=False, graph=False)()
