@@ -6,7 +6,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo check test bench bench-distill bench-models clean
+.PHONY: demo check test bench bench-distill bench-gpu bench-models clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -48,6 +48,10 @@ bench: bench-models
 bench-distill: $(READY)
 	$(BIN)/python benchmarks/distill.py --data $(or $(DATA),/usr/share/datasets/fashion-mnist)
 	$(BIN)/python benchmarks/readme.py
+
+# Needs a GPU of compute capability 8.0 or newer and `pip install -e '.[trt]'`.
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf build dist *.egg-info
