@@ -3,16 +3,20 @@
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import timm
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from mpcompile.capture import capture
 from mpcompile.data import Data
+from mpcompile.load import source_of
 from mpcompile.lower import lower
 from mpcompile.model import NM, Model
 from mpcompile.passes import NMMask
@@ -133,16 +137,23 @@ def test_grouped_convolutions_are_neither_yes_nor_no() -> None:
     assert "2 groups" in row.reason
 
 
-@pytest.mark.parametrize("make", [tiny_vit, tiny_cnn])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_polygraphy_finds_the_same_weights_sparse(make: type, precision: str, tmp_path: Path) -> None:
-    lowered = lower(masked(make(), "2:4"), tmp_path / "m.onnx", precision=precision)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("tiny_vit", "fp16"),
+        ("tiny_cnn", "fp16"),
+        ("vit_tiny_patch16_224", "fp32"),
+        ("resnet18", "fp32"),
+        ("convnextv2_atto", "fp32"),
+    ],
+)
+def test_polygraphy_finds_the_same_weights_sparse(family: str, precision: str, tmp_path: Path) -> None:
+    model = {"tiny_vit": tiny_vit, "tiny_cnn": tiny_cnn}.get(family, partial(of_timm, family))()
+    lowered = lower(masked(model, "2:4"), tmp_path / "m.onnx", precision=precision)  # type: ignore[arg-type]
     rows = sparsity_of(onnx.load(lowered.onnx))
-    done = subprocess.run(
-        [Path(sys.executable).parent / "polygraphy", "inspect", "sparsity", lowered.onnx],
-        capture_output=True,
-        text=True,
-    )
+    polygraphy = str(Path(sys.executable).parent / "polygraphy")
+    command = [polygraphy, "inspect", "sparsity", str(lowered.onnx)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     theirs = {line.rpartition(": ")[2].strip() for line in said.splitlines() if "Found sparse tensor" in line}
@@ -150,16 +161,15 @@ def test_polygraphy_finds_the_same_weights_sparse(make: type, precision: str, tm
     assert theirs == {row.initializer for row in rows if row.two_four}
 
 
+def of_timm(name: str) -> Model:
+    """A timm model with random weights."""
+    module = timm.create_model(name).eval()
+    return capture(module, source_of(module, name=name, arch=name, sha256=""))
+
+
 @pytest.mark.slow
-def test_vit_b_is_checked_in_a_second_and_as_polygraphy_does(tmp_path: Path) -> None:
-    import timm
-
-    from mpcompile.capture import capture
-    from mpcompile.load import source_of
-
-    module = timm.create_model("vit_base_patch16_224").eval()
-    model = capture(module, source_of(module, name="vit", arch="vit_base_patch16_224", sha256=""))
-    lowered = lower(masked(model, "2:4"), tmp_path / "m.onnx", precision="fp16", batch=1)
+def test_vit_b_is_checked_in_a_second(tmp_path: Path) -> None:
+    lowered = lower(masked(of_timm("vit_base_patch16_224"), "2:4"), tmp_path / "m.onnx", precision="fp16", batch=1)
     file = onnx.load(lowered.onnx)
     started = time.perf_counter()
     rows = sparsity_of(file)
