@@ -144,7 +144,7 @@ def _rows(planned: Model, counted: Cost, fits: Mapping[str, LayerFit | str]) -> 
 
 def _forecast(target: str, counted: Cost, patterns: Mapping[str, NM]) -> Forecast:
     """What a target executes: layers whose pattern it has no kernel for are dense."""
-    fast = {name: pattern for name, pattern in patterns.items() if pattern in RUNTIMES[target].accelerates}
+    fast = {name: pattern for name, pattern in patterns.items() if RUNTIMES[target].has_kernel(pattern)}
     macs = counted.executed_macs(fast)
     return Forecast(
         target=target,

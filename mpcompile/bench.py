@@ -23,6 +23,7 @@ from mpcompile.environment import environment
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.lower import Exported
 from mpcompile.machine import condition, disturbances
+from mpcompile.model import NM
 from mpcompile.pipeline import Observer
 from mpcompile.resolve import RUNTIMES
 from mpcompile.runtimes import Build, Engine, Judging, Runtime, Staging
@@ -183,7 +184,7 @@ def _built(
     off = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
     engines: dict[str, Engine] = {DENSE: runtime.build(before, off)}
     arms = [Arm(name=DENSE, what="the dense model", file=before.onnx.name)]
-    if runtime.accelerates and after.masks:
+    if any(runtime.has_kernel(NM.parse(mask.pattern)) for mask in after.masks if ":" in mask.pattern):
         engines[UNUSED] = runtime.build(after, off)
         arms.append(Arm(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name))
     engines[COMPRESSED] = runtime.build(after, build)

@@ -207,7 +207,7 @@ def _run(
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     layers = layer_rows(model, after)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
-    accelerated = bool(patterns) and patterns <= plan.runtime.accelerates
+    accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
     commands: tuple[str, ...] = ()
     if plan.idle and plan.runtime.offline:
         commands = (*prepared.commands, bench_command(recipe.target, batches))

@@ -80,7 +80,5 @@ def auto_patterns(target: str, of: int | None = None) -> tuple[NM, ...]:
     Without `of`, a target without kernels gets those of M = 4.
     """
     runtime = RUNTIMES.get(target)
-    fast = (
-        [] if runtime is None or of is not None else sorted(runtime.accelerates, key=lambda p: (p.of, p.keep, p.rows))
-    )
-    return tuple(fast) or tuple(NM(keep, of or 4) for keep in range(1, of or 4))
+    fast = () if runtime is None or of is not None else runtime.auto_patterns()
+    return fast or tuple(NM(keep, of or 4) for keep in range(1, of or 4))

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError
 from mpcompile.lower import Exported, Lowered
-from mpcompile.model import NM, Model
-from mpcompile.runtimes.protocol import Build, Prepared
+from mpcompile.model import Model
+from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,10 @@ class EagerEngine:
 
 
 @dataclass(frozen=True)
-class Eager:
+class Eager(WithoutKernels):
     """Target `eager`. It has no sparse kernels, and always runs in float32."""
 
     name: ClassVar[str] = "eager"
-    accelerates: ClassVar[frozenset[NM]] = frozenset()
     offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:

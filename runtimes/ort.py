@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from mpcompile.errors import BuildError, ParityError, RuntimeMissing
 from mpcompile.half import widened
 from mpcompile.lower import INPUT, Exported
-from mpcompile.model import NM
 from mpcompile.runtimes.pieces import in_pieces
-from mpcompile.runtimes.protocol import Build, Prepared
+from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -59,11 +58,10 @@ class OrtEngine:
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(WithoutKernels):
     """Target `ort`."""
 
     name: ClassVar[str] = "ort"
-    accelerates: ClassVar[frozenset[NM]] = frozenset()
     offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.lower import INPUT, OUTPUT, Exported
-from mpcompile.model import NM
 from mpcompile.runtimes.nvidia import first_gpu
 from mpcompile.runtimes.ort import OrtEngine
-from mpcompile.runtimes.protocol import Build, Prepared
+from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -49,11 +48,10 @@ class OrtCudaEngine(OrtEngine):
 
 
 @dataclass(frozen=True)
-class OnnxRuntimeCuda:
+class OnnxRuntimeCuda(WithoutKernels):
     """Target `ort-cuda`."""
 
     name: ClassVar[str] = "ort-cuda"
-    accelerates: ClassVar[frozenset[NM]] = frozenset()
     offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:

@@ -14,6 +14,24 @@ from mpcompile.model import NM
 from mpcompile.proof import ProvenMask
 from mpcompile.verdict import LayerVerdict
 
+NO_KERNELS = "none: masked layers run as dense"
+
+
+class WithoutKernels:
+    """What a runtime says that has no kernels for any pattern."""
+
+    def kernels(self) -> str:
+        """None."""
+        return NO_KERNELS
+
+    def has_kernel(self, pattern: NM) -> bool:
+        """No."""
+        return False
+
+    def auto_patterns(self) -> tuple[NM, ...]:
+        """None."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class Build:
@@ -106,8 +124,19 @@ class Runtime(Protocol):
     """Something that executes models, whether or not it is installed here."""
 
     name: ClassVar[str]
-    accelerates: ClassVar[frozenset[NM]]  # the patterns that it has kernels for; any other runs as dense
     offline: ClassVar[bool]  # whether files are prepared and checked for it where it is missing
+
+    def kernels(self) -> str:
+        """For which patterns it has kernels, for people to read; any other runs as dense."""
+        ...
+
+    def has_kernel(self, pattern: NM) -> bool:
+        """Whether it has one for this pattern."""
+        ...
+
+    def auto_patterns(self) -> tuple[NM, ...]:
+        """The patterns that a budget chooses from with `--pattern auto`; none where it has no kernels."""
+        ...
 
     def missing(self) -> str | None:
         """What to install to use it here, or None: the one text for the command line, `doctor` and the tests."""

@@ -31,8 +31,19 @@ class TensorRT:
     """Target `trt`."""
 
     name: ClassVar[str] = "trt"
-    accelerates: ClassVar[frozenset[NM]] = frozenset({TWO_FOUR})
     offline: ClassVar[bool] = True
+
+    def kernels(self) -> str:
+        """One, on GPUs with sparse tensor cores."""
+        return str(TWO_FOUR)
+
+    def has_kernel(self, pattern: NM) -> bool:
+        """Whether every group of four keeps two: rows that share a pattern are no hindrance."""
+        return (pattern.keep, pattern.of) == (TWO_FOUR.keep, TWO_FOUR.of)
+
+    def auto_patterns(self) -> tuple[NM, ...]:
+        """The one that it has."""
+        return (TWO_FOUR,)
 
     def missing(self) -> str | None:
         """What keeps engines from being built here, or None."""

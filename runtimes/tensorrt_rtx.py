@@ -24,9 +24,8 @@ from onnx import numpy_helper
 from mpcompile.checkpoint import file_sha256
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.lower import INPUT, Exported
-from mpcompile.model import NM
 from mpcompile.proof import file_weights
-from mpcompile.runtimes.protocol import Build, Engine, Prepared
+from mpcompile.runtimes.protocol import Build, Engine, Prepared, WithoutKernels
 from mpcompile.runtimes.tensorrt_logs import EngineLayer, dumped
 from mpcompile.runtimes.tensorrt_rules import refusals
 
@@ -55,11 +54,10 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class TensorRTForRTX:
+class TensorRTForRTX(WithoutKernels):
     """Target `rtx`. `capabilities` are those that a plan is compiled for."""
 
     name: ClassVar[str] = "rtx"
-    accelerates: ClassVar[frozenset[NM]] = frozenset()
     offline: ClassVar[bool] = False
 
     capabilities: tuple[str, ...] = CAPABILITIES

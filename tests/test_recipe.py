@@ -76,7 +76,7 @@ def test_another_recipe_has_another_hash() -> None:
         ("- nm-mask", "holds list; a recipe is a mapping"),
         ("", "holds NoneType"),
         ("pases: []", "pases: Extra inputs are not permitted"),
-        ("precision: int7", "precision: .*'fp32' or 'fp16'.*found 'int7'"),
+        ("precision: int7", "precision: .*'fp32', 'fp16' or 'bf16'.*found 'int7'"),
         ("batch: many", "batch: .*found 'many'"),
         ("batch: 0", "batch: .*greater than or equal to 1"),
         ("opset: 9", "opset: .*greater than or equal to 18"),
