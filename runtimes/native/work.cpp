@@ -1,0 +1,72 @@
+#include "work.h"
+
+#include <stdlib.h>
+
+#include <atomic>
+
+namespace mpcompile {
+namespace {
+
+// The memory of a thread: the packed tile, and the sums of a chunk. Neighbouring items share their tile, so it is
+// packed again only where the tile or the call is another one.
+struct Scratch {
+    float* floats = nullptr;
+    int64_t size = 0;
+    uint64_t work = 0;
+    int64_t tile = -1;
+
+    ~Scratch() { free(floats); }
+
+    bool reserve(int64_t wanted) {
+        if (wanted <= size) return true;
+        free(floats);
+        floats = nullptr;
+        size = work = 0;
+        void* fresh = nullptr;
+        if (posix_memalign(&fresh, 64, size_t(wanted) * sizeof(float))) return false;
+        floats = static_cast<float*>(fresh);
+        size = wanted;
+        return true;
+    }
+};
+
+thread_local Scratch scratch;
+std::atomic<uint64_t> last_id{0};  // tells calls apart, nothing else
+
+int lanes_for(const Kernel& kernel, int64_t tokens) {
+    const int wanted = tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16;
+    return wanted < kernel.lanes ? wanted : kernel.lanes;
+}
+
+}  // namespace
+
+Work::Work(const Kernel& kernel, const Weights& weights, const Activations& activations)
+    : kernel_(kernel),
+      weights_(weights),
+      activations_(activations),
+      id_(++last_id),
+      lanes_(lanes_for(kernel, activations.tokens)),
+      vectors_((activations.tokens + lanes_ - 1) / lanes_),
+      tiles_((vectors_ + kernel.widest[weights.share] - 1) / kernel.widest[weights.share]) {}
+
+Tile Work::tile(int64_t index) const {
+    const int64_t begin = vectors_ * index / tiles_, end = vectors_ * (index + 1) / tiles_;
+    const int64_t left = activations_.tokens - begin * lanes_, width = (end - begin) * lanes_;
+    return {begin * lanes_, left < width ? left : width, lanes_, int(end - begin)};
+}
+
+bool Work::run(int64_t index) const {
+    const int64_t at = index / weights_.chunks();
+    const Tile mine = tile(at);
+    const int64_t packed = packed_floats(weights_, mine);
+    if (!scratch.reserve(packed + sums_floats(weights_, mine))) return false;
+    if (scratch.work != id_ || scratch.tile != at) {
+        kernel_.pack(weights_, activations_, mine, scratch.floats);
+        scratch.work = id_;
+        scratch.tile = at;
+    }
+    kernel_.compute(weights_, activations_, mine, index % weights_.chunks(), scratch.floats, scratch.floats + packed);
+    return true;
+}
+
+}  // namespace mpcompile
