@@ -1,0 +1,90 @@
+"""The shared library, built from the sources beside this file: by setup.py, and where that was skipped by
+`python -m mpcompile.runtimes.native`.
+
+Only the standard library is used, and nothing of mpcompile: setup.py runs this before anything is installed. The
+kernel is compiled once for every instruction set of the processor family; which one runs is decided when it runs.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = "libmpcompile_native.so"
+SYSTEMS = ("Linux", "Darwin")
+SHARED = ("work.cpp", "dispatch.cpp", "operator.cpp")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
+# A library that a session uses must not be unloaded: memory of ONNX Runtime's threads is freed by its code.
+LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
+KERNELS = {
+    "x86_64": {
+        "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+        "avx2": ("-mavx2", "-mfma"),
+        "baseline": (),
+    }
+}
+ELSEWHERE: dict[str, tuple[str, ...]] = {"baseline": ()}  # on aarch64 that is NEON
+
+
+class BuildFailed(Exception):
+    """The library was not built; the text is the compiler's, or why there was none to ask."""
+
+
+def compiler() -> list[str] | None:
+    """The command of a C++ compiler: $CXX as build tools read it, or the first that is found."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def unbuildable() -> str | None:
+    """Why no library can be built here, or None."""
+    if platform.system() not in SYSTEMS:
+        return f"the N:M kernel is built on Linux and macOS, not on {platform.system()}"
+    if compiler() is None:
+        return "no C++17 compiler was found (c++, g++ or clang++, or what CXX names)"
+    return None
+
+
+def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
+    """The object files of everything but programs, compiled into a folder. Raises BuildFailed."""
+    made = []
+    kernels = KERNELS.get(platform.machine(), ELSEWHERE)
+    jobs = [("kernel.cpp", name, (*flags, f"-DNM_KERNEL=kernel_{name}")) for name, flags in kernels.items()]
+    jobs += [(source, Path(source).stem, ()) for source in SHARED]
+    for source, name, flags in jobs:
+        target = folder / f"{name}.o"
+        run([*FLAGS, *flags, *extra, "-c", str(HERE / source), "-o", str(target)])
+        made.append(target)
+    return made
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The compiler with these arguments. Raises BuildFailed with what it says."""
+    command = compiler()
+    if command is None:
+        raise BuildFailed(unbuildable())
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildFailed(f"{shlex.join([*command, *arguments])}\n{done.stderr.strip()}")
+
+
+def build(target: Path = HERE / LIBRARY) -> Path:
+    """The library, written to `target` in one step. Raises BuildFailed."""
+    if why := unbuildable():
+        raise BuildFailed(why)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / LIBRARY
+        run([*LINK[platform.system()], *map(str, objects(Path(folder))), "-o", str(made)])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copyfile(made, beside)
+        beside.replace(target)  # a process that has the old one loaded keeps it
+    return target
+
