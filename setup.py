@@ -14,7 +14,8 @@ PACKAGE = "mpcompile.runtimes.native"
 def kernel() -> ModuleType:
     """runtimes/native/build.py, which needs nothing but the standard library."""
     spec = importlib.util.spec_from_file_location("native_build", Path(__file__).parent / "runtimes/native/build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -30,11 +30,14 @@ LAYERS = (
 )
 FRONT_DOORS = ("resolve", "bench", "compile", "analyze")  # they alone import passes and runtimes
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = sorted([*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").glob("*.py")])
+FILES = sorted(
+    [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]
+)
 
 
 def part_of(path: Path) -> str:
-    return path.stem if path.parent.name == "mpcompile" else path.parent.name
+    folder = path.relative_to(ROOT).parts[0]
+    return path.stem if folder == "mpcompile" else folder
 
 
 def imported(path: Path) -> set[str]:

@@ -87,4 +87,3 @@ def build(target: Path = HERE / LIBRARY) -> Path:
         shutil.copyfile(made, beside)
         beside.replace(target)  # a process that has the old one loaded keeps it
     return target
-

@@ -65,7 +65,9 @@ def _dense_weight() -> list[onnx.NodeProto]:
     """
     node = helper.make_node
     return [
-        *_constants(zero=0, one=1, first=[0], second=[1], whole=[-1], origin=[0, 0], units_at=[0, 2], blocks_at=[1, 2, 3]),
+        *_constants(
+            zero=0, one=1, first=[0], second=[1], whole=[-1], origin=[0, 0], units_at=[0, 2], blocks_at=[1, 2, 3]
+        ),
         *(_attribute(name) for name in ("rows", "columns", "block")),
         node("Shape", ["values"], ["block_count"], start=0, end=1),
         node("Squeeze", ["block_count"], ["blocks"]),

@@ -85,7 +85,7 @@ def pack(weight: Float32[np.ndarray, "rows columns"], of: int, share: int | None
 
 def unpack(packed: Packed) -> Float32[np.ndarray, "rows columns"]:
     """The dense weight again: what the function body in the file computes."""
-    blocks, units, steps, unit = packed.values.shape
+    blocks = len(packed.values)
     dense = np.zeros((packed.rows + 1, blocks * packed.block + 1), np.float32)
     column = packed.places.astype(np.int64) + packed.block * np.arange(blocks)[:, None, None, None]
     np.add.at(dense, (packed.order[None, :, None, :], np.broadcast_to(column, packed.values.shape)), packed.values)

@@ -9,29 +9,33 @@ that would take seconds. Exit code 0 and no output: right. Otherwise one sentenc
 
 import sys
 from importlib.metadata import files
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 
 def model() -> onnx.ModelProto:
-    """y = x W^T + bias with W = [[1, 0, 0, 2], [3, 0, 4, 0], [0, 0, 0, 5]], as two units of two rows."""
-    streams = {
+    """A product x W^T + bias with W = [[1, 0, 0, 2], [3, 0, 4, 0], [0, 0, 0, 5]], as two units of two rows."""
+    streams: dict[str, NDArray[Any]] = {
         "values": np.array([[[[1, 3], [2, 4]], [[5, 0], [0, 0]]]], np.float32),
         "places": np.array([[[[0, 0], [3, 2]], [[3, 4], [4, 4]]]], np.uint16),
         "common": np.array([[1, 0]], np.uint16),
         "order": np.array([[0, 1], [2, 3]], np.int32),
         "bias": np.array([0.5, -1, 0], np.float32),
     }
-    attributes = {"rows": 3, "columns": 4, "share": 1, "block": 4, "chunk": 16}
+    attributes: dict[str, Any] = {"rows": 3, "columns": 4, "share": 1, "block": 4, "chunk": 16}
     node = helper.make_node("NMGemm", ["x", *streams], ["y"], domain="mpcompile", **attributes)
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", 4])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["tokens", 3])
     stored = [numpy_helper.from_array(array, name) for name, array in streams.items()]
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mpcompile", 1)]
-    return helper.make_model(helper.make_graph([node], "selftest", [x], [y], stored), opset_imports=opsets, ir_version=8)
+    return helper.make_model(
+        helper.make_graph([node], "selftest", [x], [y], stored), opset_imports=opsets, ir_version=8
+    )
 
 
 def main(library: str) -> str | None:
@@ -40,9 +44,7 @@ def main(library: str) -> str | None:
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
     options.register_custom_ops_library(library)
-    session = onnxruntime.InferenceSession(
-        model().SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model().SerializeToString(), options, providers=["CPUExecutionProvider"])
     weight = np.array([[1, 0, 0, 2], [3, 0, 4, 0], [0, 0, 0, 5]], np.float32)
     for tokens in (1, 7, 200):
         x = np.arange(4 * tokens, dtype=np.float32).reshape(tokens, 4) % 13  # small integers: every sum is exact
