@@ -17,12 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from mpcompile.errors import BuildError
 from mpcompile.proof import ProvenMask
 from mpcompile.runtimes.native.graph import Product, Refused, find, packed, replace
-from mpcompile.runtimes.native.node import CONV
+from mpcompile.runtimes.native.node import CONV, OLDEST_OPSET
 from mpcompile.runtimes.native.pack import Packed
 from mpcompile.timing import Speedup, Timing, sample, speedup, timing
 
 PROVIDER = "CPUExecutionProvider"
-DENSE_OPSET = 18
 DEVICE = "cpu"
 
 
@@ -137,7 +136,7 @@ def dense_node(product: Product) -> onnx.ModelProto:
         weight = np.ascontiguousarray(weight.T)
     stored = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(product.bias, "b")]
     graph = helper.make_graph(nodes, "dense", [_float("x")], [_float("y")], stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", DENSE_OPSET)], ir_version=8)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
 
 
 def native_node(product: Product, made: Packed) -> onnx.ModelProto:

@@ -20,6 +20,7 @@ from mpcompile.runtimes.native.node import (
     CONV,
     DOMAIN,
     GEMM,
+    OLDEST_OPSET,
     VERSION,
     bias_initializer,
     function,
@@ -205,8 +206,11 @@ def replace(
     shapes = [value for value in result.graph.value_info if value.name not in inner]
     del result.graph.value_info[:]
     result.graph.value_info.extend(shapes)
+    opset = next(o.version for o in file.opset_import if o.domain in ("", "ai.onnx"))
+    if opset < OLDEST_OPSET:
+        raise BuildError(f"the file has opset {opset}; the native operator needs {OLDEST_OPSET} or newer")
     present = {f.name for f in result.functions if f.domain == DOMAIN}
-    result.functions.extend(function(op) for op in sorted({p.op for p in products} - present))
+    result.functions.extend(function(op, opset) for op in sorted({p.op for p in products} - present))
     if products and not any(opset.domain == DOMAIN for opset in result.opset_import):
         result.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return result

@@ -19,7 +19,7 @@ DOMAIN, VERSION = "mpcompile", 1
 GEMM, CONV = "NMGemm", "NMConv"
 INPUTS = ("x", "values", "places", "common", "order", "bias")
 ATTRIBUTES = ("rows", "columns", "share", "block", "chunk")
-FUNCTION_OPSET = 18  # ScatterElements that adds
+OLDEST_OPSET = 18  # ScatterElements that adds
 
 
 def make_node(op: str, name: str, x: str, y: str, prefix: str, bias: str, packed: Packed) -> onnx.NodeProto:
@@ -39,8 +39,8 @@ def bias_initializer(name: str, bias: Float32[np.ndarray, " rows"]) -> onnx.Tens
     return numpy_helper.from_array(bias.astype(np.float32), name)
 
 
-def function(op: str) -> onnx.FunctionProto:
-    """The operator GEMM or CONV in plain ONNX, for runtimes that do not know it."""
+def function(op: str, opset: int) -> onnx.FunctionProto:
+    """The operator GEMM or CONV in plain ONNX, for runtimes that do not know it; `opset` is the file's own."""
     body = [*_dense_weight()]
     if op == GEMM:
         body += [
@@ -54,8 +54,7 @@ def function(op: str) -> onnx.FunctionProto:
             helper.make_node("Unsqueeze", ["weight", "taps"], ["kernel"]),
             helper.make_node("Conv", ["x", "kernel", "bias"], ["y"], kernel_shape=[1, 1]),
         ]
-    opset = helper.make_opsetid("", FUNCTION_OPSET)
-    return helper.make_function(DOMAIN, op, INPUTS, ["y"], body, [opset], ATTRIBUTES)
+    return helper.make_function(DOMAIN, op, INPUTS, ["y"], body, [helper.make_opsetid("", opset)], ATTRIBUTES)
 
 
 def _dense_weight() -> list[onnx.NodeProto]:
