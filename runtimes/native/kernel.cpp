@@ -20,31 +20,62 @@ using mpcompile::Weights;
 // How many independent sums a row is split into, so that the latency of additions does not bound narrow tiles.
 constexpr int chains_of(int rows, int vectors) { return rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4; }
 
+// The sums of one row in registers: VECTORS vectors, of which the last is half as wide where HALF.
+template <typename V, int VECTORS, bool HALF>
+struct Sums {
+    static constexpr int LANES = sizeof(V) / sizeof(float), FULL = VECTORS - HALF;
+    V full[FULL];
+    f8 half;
+
+    NM_MEMBER void clear() {
+        NM_UNROLL for (int j = 0; j < FULL; j++) full[j] = V{};
+        if constexpr (HALF) half = f8{};
+    }
+    NM_MEMBER void read(const float* from) {
+        NM_UNROLL for (int j = 0; j < FULL; j++) full[j] = load<V>(from + LANES * j);
+        if constexpr (HALF) half = load<f8>(from + LANES * FULL);
+    }
+    NM_MEMBER void write(float* to) const {
+        NM_UNROLL for (int j = 0; j < FULL; j++) store<V>(to + LANES * j, full[j]);
+        if constexpr (HALF) store<f8>(to + LANES * FULL, half);
+    }
+    NM_MEMBER void add(const Sums& other) {
+        NM_UNROLL for (int j = 0; j < FULL; j++) full[j] += other.full[j];
+        if constexpr (HALF) half += other.half;
+    }
+};
+
 // One block of one unit: sums[r] += values * x. COUPLED: rows 0 and 1 have places of their own after `common` steps.
-template <typename V, int ROWS, int VECTORS, bool COUPLED>
+template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
 NM_INLINE void unit(const float* x, const uint16_t* places, const float* values, int64_t common, int64_t steps,
                     float* const (&sums)[ROWS], bool first) {
-    constexpr int LANES = sizeof(V) / sizeof(float), CHAINS = chains_of(ROWS, VECTORS);
+    using Row = Sums<V, VECTORS, HALF>;
+    constexpr int LANES = Row::LANES, FULL = Row::FULL, CHAINS = chains_of(ROWS, VECTORS);
     constexpr size_t WIDTH = size_t(LANES) * VECTORS;
-    V acc[CHAINS][ROWS][VECTORS];
+    Row acc[CHAINS][ROWS];
     NM_UNROLL for (int c = 0; c < CHAINS; c++) NM_UNROLL for (int r = 0; r < ROWS; r++)
-        NM_UNROLL for (int j = 0; j < VECTORS; j++)
-            acc[c][r][j] = c || first ? V{} : load<V>(sums[r] + LANES * j);
-    const auto together = [&](int64_t step, V (&into)[ROWS][VECTORS]) __attribute__((always_inline)) {
+        c || first ? acc[c][r].clear() : acc[c][r].read(sums[r]);
+    const auto together = [&](int64_t step, Row (&into)[ROWS]) __attribute__((always_inline)) {
         const float* from = x + places[COUPLED ? 2 * step : step] * WIDTH;
         V weight[ROWS];
         NM_UNROLL for (int r = 0; r < ROWS; r++) weight[r] = splat<V>(values + step * ROWS + r);
-        NM_UNROLL for (int j = 0; j < VECTORS; j++) {
+        NM_UNROLL for (int j = 0; j < FULL; j++) {
             V loaded = load<V>(from + LANES * j);
             NM_HOLD(loaded);
-            NM_UNROLL for (int r = 0; r < ROWS; r++) into[r][j] += weight[r] * loaded;
+            NM_UNROLL for (int r = 0; r < ROWS; r++) into[r].full[j] += weight[r] * loaded;
+        }
+        if constexpr (HALF) {
+            f8 loaded = load<f8>(from + LANES * FULL);
+            NM_HOLD(loaded);
+            NM_UNROLL for (int r = 0; r < ROWS; r++) into[r].half += NM_LOW_HALF(weight[r]) * loaded;
         }
     };
-    const auto apart = [&](int64_t step, V (&into)[ROWS][VECTORS]) __attribute__((always_inline)) {
+    const auto apart = [&](int64_t step, Row (&into)[ROWS]) __attribute__((always_inline)) {
         NM_UNROLL for (int r = 0; r < ROWS; r++) {
             const float* from = x + places[2 * step + r] * WIDTH;
             const V weight = splat<V>(values + step * ROWS + r);
-            NM_UNROLL for (int j = 0; j < VECTORS; j++) into[r][j] += weight * load<V>(from + LANES * j);
+            NM_UNROLL for (int j = 0; j < FULL; j++) into[r].full[j] += weight * load<V>(from + LANES * j);
+            if constexpr (HALF) into[r].half += NM_LOW_HALF(weight) * load<f8>(from + LANES * FULL);
         }
     };
     const int64_t shared = COUPLED ? common : steps;
@@ -57,59 +88,62 @@ NM_INLINE void unit(const float* x, const uint16_t* places, const float* values,
             NM_UNROLL for (int c = 0; c < CHAINS; c++) apart(step + c, acc[c]);
         for (; step < steps; step++) apart(step, acc[0]);
     }
-    NM_UNROLL for (int r = 0; r < ROWS; r++) NM_UNROLL for (int j = 0; j < VECTORS; j++) {
-        V sum = acc[0][r][j];
-        NM_UNROLL for (int c = 1; c < CHAINS; c++) sum += acc[c][r][j];
-        store<V>(sums[r] + LANES * j, sum);
+    NM_UNROLL for (int r = 0; r < ROWS; r++) {
+        NM_UNROLL for (int c = 1; c < CHAINS; c++) acc[0][r].add(acc[c][r]);
+        acc[0][r].write(sums[r]);
     }
 }
 
 // All blocks of the units of one chunk, into sums[row within the chunk][width].
-template <typename V, int ROWS, int VECTORS, bool COUPLED>
+template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
 void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums) {
     constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(float)) * VECTORS, PLACES = COUPLED ? 2 : 1;
-    const int64_t begin = chunk * w.chunk / ROWS, end = begin + w.chunk / ROWS < w.units ? begin + w.chunk / ROWS : w.units;
+    const int64_t begin = chunk * w.chunk / ROWS, units = w.chunk / ROWS;
+    const int64_t end = begin + units < w.units ? begin + units : w.units;
     for (int64_t block = 0; block < w.blocks; block++) {
         const float* x = packed + block * (w.block + 1) * WIDTH;
         for (int64_t u = begin; u < end; u++) {
             const int64_t at = block * w.units + u;
             float* rows[ROWS];
             NM_UNROLL for (int r = 0; r < ROWS; r++) rows[r] = sums + (w.order[u * ROWS + r] - chunk * w.chunk) * WIDTH;
-            unit<V, ROWS, VECTORS, COUPLED>(x, w.places + at * w.steps * PLACES, w.values + at * w.steps * ROWS,
-                                            w.common[at], w.steps, rows, block == 0);
+            unit<V, ROWS, VECTORS, HALF, COUPLED>(x, w.places + at * w.steps * PLACES, w.values + at * w.steps * ROWS,
+                                                  w.common[at], w.steps, rows, block == 0);
         }
     }
 }
 
 using Multiply = void (*)(const Weights&, int64_t, const float*, float*);
 
-template <typename V, int VECTORS>
+constexpr int WIDEST = NM_REGISTERS == 32 && NM_LANES == 4 ? 12 : 6;  // tiles of 24 to 96 tokens
+constexpr int WIDEST_OF_FOUR = NM_REGISTERS == 16 ? 3 : NM_LANES == 4 ? 6 : 5;
+
+template <typename V, int VECTORS, bool HALF>
 Multiply by_share(int64_t share) {
-    if (share == 4) {
-        if constexpr (4 * VECTORS + 5 <= NM_REGISTERS || VECTORS <= 3) return multiply<V, 4, VECTORS, false>;
-        return nullptr;
-    }
-    return share == 2 ? multiply<V, 2, VECTORS, false> : multiply<V, 2, VECTORS, true>;
-}
-
-constexpr int WIDEST = NM_REGISTERS == 32 && NM_LANES == 4 ? 12 : 6;       // tiles of 48 to 96 tokens
-constexpr int WIDEST_OF_FOUR = NM_REGISTERS == 32 ? (NM_LANES == 4 ? 6 : 5) : 3;
-
-template <typename V, int VECTORS>
-Multiply by_width(int64_t share, int vectors) {
-    if (vectors == VECTORS) return by_share<V, VECTORS>(share);
-    if constexpr (VECTORS < WIDEST) return by_width<V, VECTORS + 1>(share, vectors);
+    if (share == 1) return multiply<V, 2, VECTORS, HALF, true>;
+    if (share == 2) return multiply<V, 2, VECTORS, HALF, false>;
+    if constexpr (VECTORS <= WIDEST_OF_FOUR) return multiply<V, 4, VECTORS, HALF, false>;
     return nullptr;
 }
 
+template <typename V, int VECTORS>
+Multiply by_width(int64_t share, const Tile& tile) {
+    if constexpr (VECTORS < WIDEST)
+        if (tile.vectors > VECTORS) return by_width<V, VECTORS + 1>(share, tile);
+    if constexpr (sizeof(V) == 64 && VECTORS > 1)
+        if (tile.half) return by_share<V, VECTORS, true>(share);
+    return by_share<V, VECTORS, false>(share);
+}
+
 Multiply choose(int64_t share, const Tile& tile) {
-#if NM_LANES > 8
-    if (tile.lanes == 16) return by_width<f16, 1>(share, tile.vectors);
+#if NM_LANES == 16
+    if (tile.lanes == 16) return by_width<f16, 1>(share, tile);
+    if (tile.lanes == 8) return by_share<f8, 1, false>(share);
+#elif NM_LANES == 8
+    if (tile.lanes == 8) return by_width<f8, 1>(share, tile);
+#else
+    return by_width<f4, 1>(share, tile);
 #endif
-#if NM_LANES > 4
-    if (tile.lanes == 8) return NM_LANES == 8 ? by_width<f8, 1>(share, tile.vectors) : by_share<f8, 1>(share);
-#endif
-    return NM_LANES == 4 ? by_width<f4, 1>(share, tile.vectors) : by_share<f4, 1>(share);
+    return by_share<f4, 1, false>(share);
 }
 
 // Tokens of a tile that lie side by side in memory where channels are outside: those of one image.
@@ -183,27 +217,27 @@ void write_channels(const Weights& w, const Activations& a, const Tile& tile, in
     }
 }
 
+// Along the rows of the output for eight tokens at a time: their lines are then written whole, also where a token's
+// outputs are a power of two apart and share a cache set.
 void write_tokens(const Weights& w, const Activations& a, const Tile& tile, int64_t row, int64_t count,
                   const float* sums) {
-    const int64_t width = tile.width();
-    int64_t n = 0;
-    for (; width >= 8 && n + 8 <= count; n += 8) {
-        const f8 bias = load_anywhere(w.bias + row + n);
-        for (int64_t t = 0; t < tile.count; t += 8) {
-            float* to = a.y + (tile.first + t) * w.rows + row + n;
-            const int64_t have = tile.count - t < 8 ? tile.count - t : 8;
+    const int64_t width = tile.width(), eights = width >= 8 ? count / 8 * 8 : 0;
+    for (int64_t t = 0; t < tile.count; t += 8) {
+        float* to = a.y + (tile.first + t) * w.rows + row;
+        const int64_t have = tile.count - t < 8 ? tile.count - t : 8;
+        for (int64_t n = 0; n < eights; n += 8) {
+            const f8 bias = load_anywhere(w.bias + row + n);
             if (have == 8) {
-                transpose8(sums + n * width + t, width, to, w.rows, bias);
+                transpose8(sums + n * width + t, width, to + n, w.rows, bias);
                 continue;
             }
             float columns[64];
             transpose8(sums + n * width + t, width, columns, 8, bias);
-            for (int64_t i = 0; i < have; i++) memcpy(to + i * w.rows, columns + 8 * i, 8 * sizeof(float));
+            for (int64_t i = 0; i < have; i++) memcpy(to + i * w.rows + n, columns + 8 * i, 8 * sizeof(float));
         }
+        for (int64_t n = eights; n < count; n++)
+            for (int64_t i = 0; i < have; i++) to[i * w.rows + n] = sums[n * width + t + i] + w.bias[row + n];
     }
-    for (; n < count; n++)
-        for (int64_t t = 0; t < tile.count; t++)
-            a.y[(tile.first + t) * w.rows + row + n] = sums[n * width + t] + w.bias[row + n];
 }
 
 void compute(const Weights& w, const Activations& a, const Tile& tile, int64_t chunk, const float* packed,

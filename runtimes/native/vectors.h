@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define NM_INLINE static inline __attribute__((always_inline))
+#define NM_MEMBER inline __attribute__((always_inline))
 #ifdef __clang__
 #define NM_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -35,6 +36,13 @@
 #define NM_HOLD(vector) __asm__("" : "+w"(vector))
 #else
 #define NM_HOLD(vector)
+#endif
+
+// The low half of a vector of 16 that is the same in all lanes.
+#if defined(__clang__) || __GNUC__ >= 12
+#define NM_LOW_HALF(vector) __builtin_shufflevector(vector, vector, 0, 1, 2, 3, 4, 5, 6, 7)
+#else
+#define NM_LOW_HALF(vector) (vector[0] - f8{})
 #endif
 
 // No functions of the standard library in here: inline ones would be emitted once for every instruction set, and the

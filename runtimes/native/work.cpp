@@ -38,6 +38,9 @@ int lanes_for(const Kernel& kernel, int64_t tokens) {
     return wanted < kernel.lanes ? wanted : kernel.lanes;
 }
 
+// Tokens of the widest tile.
+int64_t widest(const Kernel& kernel, const Weights& weights) { return int64_t(kernel.widest[weights.share]) * kernel.lanes; }
+
 }  // namespace
 
 Work::Work(const Kernel& kernel, const Weights& weights, const Activations& activations)
@@ -46,13 +49,15 @@ Work::Work(const Kernel& kernel, const Weights& weights, const Activations& acti
       activations_(activations),
       id_(++last_id),
       lanes_(lanes_for(kernel, activations.tokens)),
-      vectors_((activations.tokens + lanes_ - 1) / lanes_),
-      tiles_((vectors_ + kernel.widest[weights.share] - 1) / kernel.widest[weights.share]) {}
+      step_(lanes_ == 16 ? 8 : lanes_),
+      steps_((activations.tokens + step_ - 1) / step_),
+      tiles_((steps_ * step_ + widest(kernel, weights) - 1) / widest(kernel, weights)) {}
 
 Tile Work::tile(int64_t index) const {
-    const int64_t begin = vectors_ * index / tiles_, end = vectors_ * (index + 1) / tiles_;
-    const int64_t left = activations_.tokens - begin * lanes_, width = (end - begin) * lanes_;
-    return {begin * lanes_, left < width ? left : width, lanes_, int(end - begin)};
+    const int64_t begin = steps_ * index / tiles_ * step_, end = steps_ * (index + 1) / tiles_ * step_;
+    const int64_t left = activations_.tokens - begin, width = end - begin;
+    const int vectors = int((width + lanes_ - 1) / lanes_);
+    return {begin, left < width ? left : width, lanes_, vectors, width < int64_t(vectors) * lanes_};
 }
 
 bool Work::run(int64_t index) const {

@@ -24,7 +24,7 @@ class Work {
     const Activations& activations_;
     uint64_t id_;
     int lanes_;
-    int64_t vectors_, tiles_;
+    int64_t step_, steps_, tiles_;  // tiles begin at multiples of `step_` tokens
 };
 
 }  // namespace mpcompile
