@@ -105,8 +105,8 @@ def cpu_engine(exported: Exported) -> OrtEngine:
         return replace(session_on(path), file=exported.onnx)
 
 
-def session_on(file: Path, threads: int | None = None) -> OrtEngine:
-    """An engine on any ONNX file. Raises RuntimeMissing or BuildError."""
+def session_on(file: Path, threads: int | None = None, library: Path | None = None) -> OrtEngine:
+    """An engine on any ONNX file; `library` holds operators to register. Raises RuntimeMissing or BuildError."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -116,6 +116,8 @@ def session_on(file: Path, threads: int | None = None) -> OrtEngine:
     if threads:
         options.intra_op_num_threads = threads
     try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(file, options, providers=[PROVIDER])
     except Exception as error:
         raise BuildError(f"ONNX Runtime {onnxruntime.__version__} cannot load {file.name}: {error}") from error

@@ -278,6 +278,10 @@ def test_sanitizers_find_nothing(tmp_path: Path, compiler: None, sanitizers: str
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_instruction_set_is_known(library: Path) -> None:
+    assert native.instruction_set() in ("avx512", "avx2", "baseline")
+
+
 def test_the_library_exports_only_its_interface(library: Path) -> None:
     import subprocess
 

@@ -3,6 +3,7 @@
 `missing()` says why it cannot be used here, `library()` where it is. Nothing is loaded or tried before it is asked for.
 """
 
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mpcompile.errors import RuntimeMissing
 from mpcompile.runtimes.native.build import HERE, LIBRARY, unbuildable
 
 BUILD_COMMAND = "python -m mpcompile.runtimes.native"
@@ -31,6 +33,16 @@ def missing() -> str | None:
             return f"the N:M kernel is not built: {BUILD_COMMAND}"
         return f"the N:M kernel is not built, and {why}; masked layers run as dense"
     return refused(HERE / LIBRARY)
+
+
+def instruction_set() -> str:
+    """What the kernel runs on here: avx512, avx2 or baseline (SSE2; NEON on aarch64). Raises RuntimeMissing."""
+    found = library()
+    if found is None:
+        raise RuntimeMissing(missing() or "the N:M kernel is missing")
+    name = ctypes.CDLL(str(found)).mpcompile_kernel
+    name.restype = ctypes.c_char_p
+    return str(name().decode()).removeprefix("kernel_")
 
 
 @functools.cache

@@ -1,0 +1,74 @@
+"""One masked product on the native kernel against ONNX Runtime's dense one -> results/cpu_gemm.{json,md}.
+
+    python benchmarks/cpu_gemm.py [--rounds 15]
+
+Each product is a session of one node with its bias; the dense one has the same masked weights. One thread, process CPU
+time, all of a shape in turns in one run. The ratio is the median over rounds with its 95 % interval; bold is slower.
+"""
+
+import argparse
+from functools import partial
+
+import numpy as np
+import torch
+from common import RESULTS, markdown, write
+from cpu_turns import processor, ratio, shown, turns
+
+from mpcompile.model import NM
+from mpcompile.passes.nm_mask import nm_mask
+from mpcompile.runtimes import native
+from mpcompile.runtimes.native.choose import dense_node, native_node, one_node
+from mpcompile.runtimes.native.graph import Product
+from mpcompile.runtimes.native.node import GEMM
+from mpcompile.runtimes.native.pack import pack
+
+QUESTION = "for which shapes and patterns is the native N:M kernel faster than ONNX Runtime's dense one, on one thread?"
+PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "6:12", "12:16", "2:4x2", "2:4x4")
+SHAPES = [(768, 192), (1536, 384), (384, 1536), (768, 768), (2304, 768), (3072, 768), (768, 3072)]  # out, in
+TOKENS = (1, 4, 16, 64, 197, 1576)
+BLOCK_MS = 8.0
+
+
+def product(rows: int, columns: int, pattern: NM, rng: np.random.Generator) -> Product:
+    """A random weight that follows the pattern, as one node of a file."""
+    weight = rng.standard_normal((rows, columns), dtype=np.float32)
+    weight *= nm_mask(torch.from_numpy(np.abs(weight)), pattern).numpy()
+    bias = rng.standard_normal(rows, dtype=np.float32)
+    return Product(("layer",), "product", GEMM, "x", "y", ("y",), "w", pattern, weight, bias)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    library = native.library()
+    if library is None:
+        raise SystemExit(native.missing())
+    rng = np.random.default_rng(0)
+    rows, table = [], []
+    for tokens in TOKENS:
+        for out, in_ in SHAPES:
+            x = (1, tokens, in_)
+            products = {
+                text: product(out, in_, NM.parse(text), rng) for text in PATTERNS if in_ % NM.parse(text).of == 0
+            }
+            engines = {"dense": one_node(dense_node(products["2:4"]), products["2:4"], x, None, 1)}
+            for text, one in products.items():
+                engines[text] = one_node(native_node(one, pack(one.weight, one.pattern.of)), one, x, library, 1)
+            runs = {name: partial(engine, np.empty(0, np.float32)) for name, engine in engines.items()}
+            samples = turns(runs, arguments.rounds, BLOCK_MS, wall=False)
+            found = {text: ratio(samples["dense"], samples[text]) for text in products}
+            gflops = 2 * tokens * out * in_ / float(np.median(samples["dense"])) / 1e6
+            rows.append({"tokens": tokens, "out": out, "in": in_, "dense_gflops": gflops, "speedup": found})
+            cells = (shown(found[text]) if text in found else "–" for text in PATTERNS)
+            table.append((str(tokens), f"{in_} → {out}", f"{gflops:.0f}", *cells))
+            print(" | ".join(table[-1]), flush=True)
+    device = f"{processor()}, kernel {native.instruction_set()}"
+    write("cpu_gemm", QUESTION, device, ("onnxruntime", "numpy"), rows)
+    text = markdown(("tokens", "in → out", "dense GFLOP/s", *PATTERNS), table)
+    count = f"{arguments.rounds} rounds of at least {BLOCK_MS:.0f} ms each, process CPU time, one thread, on {device}."
+    (RESULTS / "cpu_gemm.md").write_text(f"{QUESTION}\n\nTimes as fast as ONNX Runtime dense: {count}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

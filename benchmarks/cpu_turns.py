@@ -1,0 +1,54 @@
+"""Calls that take turns on the CPU, in process CPU time or wall time: what the benchmarks of the kernel share."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcompile.timing import speedup
+
+
+def turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, block_ms: float, wall: bool
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds a call, round by round. Each turn calls as often as fits into `block_ms`, at least once.
+
+    In CPU time, others who use the machine do not count, except through the caches they share.
+    """
+    clock = time.perf_counter if wall else time.process_time
+    calls = {}
+    for name, run in runs.items():
+        run()
+        started = time.perf_counter()
+        run()
+        calls[name] = max(1, int(block_ms / 1e3 / max(time.perf_counter() - started, 1e-6)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            started = clock()
+            for _ in range(calls[name]):
+                runs[name]()
+            samples[name].append((clock() - started) * 1e3 / calls[name])
+    return {name: np.array(values) for name, values in samples.items()}
+
+
+def ratio(baseline: NDArray[np.float64], samples: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The median speedup and its interval."""
+    found = speedup(baseline, samples, "")
+    return found.ratio, *found.interval
+
+
+def shown(found: tuple[float, float, float]) -> str:
+    """For people to read; what is slower than the baseline is marked."""
+    text = f"{found[0]:.2f} ({found[1]:.2f}–{found[2]:.2f})"
+    return f"**{text}**" if found[2] < 1 else text
+
+
+def processor() -> str:
+    """The CPU, how many of its cores are ours, and how busy they are with other things."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
