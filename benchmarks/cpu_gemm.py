@@ -17,10 +17,10 @@ from cpu_turns import processor, ratio, shown, turns
 from mpcompile.model import NM
 from mpcompile.passes.nm_mask import nm_mask
 from mpcompile.runtimes import native
-from mpcompile.runtimes.native.choose import dense_node, native_node, one_node
 from mpcompile.runtimes.native.graph import Product
 from mpcompile.runtimes.native.node import GEMM
 from mpcompile.runtimes.native.pack import pack
+from mpcompile.runtimes.native.trial import dense_node, native_node, one_node
 
 QUESTION = "for which shapes and patterns is the native N:M kernel faster than ONNX Runtime's dense one, on one thread?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "6:12", "12:16", "2:4x2", "2:4x4")

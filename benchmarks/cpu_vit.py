@@ -4,9 +4,9 @@
 
 Random weights at 224 pixels. Every Linear of the blocks is masked by magnitude and runs on the kernel, the rest is
 ONNX Runtime's. Baseline: the dense file with the same masked weights. Beside it: the same file after the attention
-fusion of onnxruntime.transformers, where that finds something, ONNX Runtime's dynamic int8 (dense weights; it changes results), and OpenVINO in float32, which runs
-in a process of its own under the Python that --openvino names. All of a model take turns in one run. On one thread the
-time is process CPU time, on more wall time.
+fusion of onnxruntime.transformers, where that finds something; dynamic int8 (of the same file; it changes results); and
+OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a model take turns in one
+run. On one thread the time is process CPU time, on more wall time.
 """
 
 import argparse

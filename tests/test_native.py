@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,21 @@ def test_convolution_with_channels_outside(library: Path, shape: tuple[int, ...]
     file = model(weight, bias, 4, CONV)
     for found in (session(file, library, 2)(x), session(file, None)(x)):
         assert_right(np.moveaxis(found, 1, -1), np.ascontiguousarray(np.moveaxis(x, 1, -1)), weight, bias)
+
+
+def test_several_sessions_in_several_threads(library: Path) -> None:
+    rng = np.random.default_rng(0)
+    bias = np.zeros(96, np.float32)
+    runs = [session(model(masked(rng, 96, 64, 2, 4, share), bias, 4), library, 2) for share in (1, 2, 4)]
+    inputs = [rng.standard_normal((tokens, 64), dtype=np.float32) for tokens in (1, 30, 197, 300)]
+    expected = [[run(x) for x in inputs] for run in runs]
+
+    def life(seed: int) -> bool:
+        picks = np.random.default_rng(seed).integers((len(runs), len(inputs)), size=(200, 2))
+        return all(np.array_equal(runs[s](inputs[i]), expected[s][i]) for s, i in picks)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(life, range(8)))
 
 
 def test_any_rank_and_no_tokens(library: Path) -> None:

@@ -19,9 +19,10 @@ from mpcompile.passes import NMMask
 from mpcompile.pipeline import PassManager
 from mpcompile.proof import NAME_SCOPES, ProvenMask
 from mpcompile.runtimes import native
-from mpcompile.runtimes.native import choose
-from mpcompile.runtimes.native.choose import accelerate, input_shapes
+from mpcompile.runtimes.native import choose, trial
+from mpcompile.runtimes.native.choose import accelerate
 from mpcompile.runtimes.native.graph import find, replace
+from mpcompile.runtimes.native.trial import input_shapes
 from mpcompile.testing import tiny_cnn, tiny_vit
 from mpcompile.timing import Speedup
 
@@ -239,7 +240,7 @@ def test_each_layer_is_measured_and_gets_a_reason(library: Path, tmp_path: Path)
 def test_the_operator_is_taken_where_the_whole_interval_is_faster(
     monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path, interval: tuple[float, float], taken: bool
 ) -> None:
-    original = choose.measure
+    original = trial.measure
 
     def pretended(*arguments: object) -> tuple[object, object, Speedup]:
         dense, sparse, ratio = original(*arguments)  # type: ignore[arg-type]
@@ -250,4 +251,28 @@ def test_the_operator_is_taken_where_the_whole_interval_is_faster(
     found = accelerate(onnx.load(made.onnx), made.masks, library, made.model.example[:1].numpy(), seconds=0.0)
     assert {choice.native for choice in found.choices} == {taken}
     assert found.count == (len(found.choices) if taken else 0)
-    assert (INPUT, ("native kernel is not reliably" in found.choices[0].reason)) == ("images", not taken)
+    assert (INPUT, ("native kernel is not surely" in found.choices[0].reason)) == ("images", not taken)
+
+
+def test_convolutions_have_to_pass_in_the_whole_file_too(
+    monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path
+) -> None:
+    original = trial.measure
+
+    def pretended(*arguments: object) -> tuple[object, object, Speedup]:
+        dense, sparse, ratio = original(*arguments)  # type: ignore[arg-type]
+        return dense, sparse, with_fields(ratio, interval=(1.1, 1.2))
+
+    made = lowered(tiny_cnn(), tmp_path)
+    file = onnx.load(made.onnx)
+    images = torch.randn(2, *made.model.example.shape[1:]).numpy()
+    monkeypatch.setattr(choose, "measure", pretended)
+    for low, kept in ((0.9, False), (1.1, True)):
+        whole = Speedup(1.0, (low, 1.3), 15, "")
+        monkeypatch.setattr(choose, "compare_whole", lambda *_, whole=whole: whole)
+        found = accelerate(file, made.masks, library, images, seconds=0.0)
+        convolutions = [choice for choice in found.choices if choice.dense is not None and len(choice.x or ()) == 4]
+        assert convolutions
+        assert {choice.native for choice in convolutions} == {kept}
+        assert all(("layout of its own" in choice.reason) != kept for choice in convolutions)
+        assert found.count == sum(node.domain == "mpcompile" for node in found.file.graph.node)

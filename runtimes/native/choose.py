@@ -3,26 +3,31 @@
 Every distinct product (same operator, weight shape, pattern, shared rows and input shape) is built twice as a session
 of one node, with its real weights and random activations, and the two take turns. The operator is taken where the
 whole interval of the speedup lies above 1; ONNX Runtime's dense kernel stays everywhere else, with the reason.
+
+Convolutions have to pass once more, all together in the whole file: ONNX Runtime runs chains of its own in a blocked
+layout, and pays for leaving it, which a node alone does not show.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
-from mpcompile.errors import BuildError
 from mpcompile.proof import ProvenMask
 from mpcompile.runtimes.native.graph import Product, Refused, find, packed, replace
-from mpcompile.runtimes.native.node import CONV, OLDEST_OPSET
+from mpcompile.runtimes.native.node import CONV
 from mpcompile.runtimes.native.pack import Packed
-from mpcompile.timing import Speedup, Timing, sample, speedup, timing
+from mpcompile.runtimes.native.trial import input_shapes, measure, session
+from mpcompile.timing import Speedup, Timing, sample, speedup
 
-PROVIDER = "CPUExecutionProvider"
-DEVICE = "cpu"
+OWN_LAYOUT = (
+    "alone the native kernel is {} times as fast as the dense one, but the whole file is not faster with it ({}): "
+    "ONNX Runtime keeps neighbouring convolutions in a layout of its own; it runs as dense"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,41 @@ def accelerate(
         choices.append(choice)
         if choice.native:
             taken.append(product)
+    convolutions = {product.name for product in taken if product.op == CONV}
+    if convolutions:
+        others = [product for product in taken if product.op != CONV]
+        with_them, without = (replace(file, some, streams) for some in (taken, others))
+        ratio = compare_whole(without, with_them, library, images, threads, seconds)
+        if ratio.interval[0] <= 1:
+            changed = [_blocked(choice, ratio) if choice.name in convolutions else choice for choice in choices]
+            return Accelerated(without, tuple(changed))
+        return Accelerated(with_them, tuple(choices))
     return Accelerated(replace(file, taken, streams), tuple(choices))
+
+
+def compare_whole(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    library: Path,
+    images: NDArray[np.float32],
+    threads: int | None,
+    seconds: float,
+) -> Speedup:
+    """How many times as fast as `before` `after` is, as whole files, in turns."""
+    name = before.graph.input[0].name
+    sessions = {key: session(model, library, threads) for key, model in (("before", before), ("after", after))}
+    runs = {key: lambda x, made=made: made.run(None, {name: x}) for key, made in sessions.items()}
+    samples = sample(runs, images, seconds)
+    return speedup(samples["before"], samples["after"], "the file without native convolutions")
+
+
+def _blocked(choice: Choice, whole: Speedup) -> Choice:
+    assert choice.speedup is not None
+    return with_fields(choice, native=False, reason=OWN_LAYOUT.format(_shown(choice.speedup), _shown(whole)))
+
+
+def _shown(ratio: Speedup) -> str:
+    return f"{ratio.ratio:.2f} ({ratio.interval[0]:.2f}–{ratio.interval[1]:.2f})"
 
 
 def _left_dense(row: Refused) -> Choice:
@@ -93,136 +132,13 @@ def _choice(
     product: Product, made: Packed, x: tuple[int, ...], dense: Timing, sparse: Timing, ratio: Speedup
 ) -> Choice:
     native = ratio.interval[0] > 1
-    interval = f"{ratio.ratio:.2f} ({ratio.interval[0]:.2f}–{ratio.interval[1]:.2f})"
     reason = (
-        f"the native kernel is {interval} times as fast as the dense one"
+        f"the native kernel is {_shown(ratio)} times as fast as the dense one"
         if native
-        else f"the native kernel is not reliably faster, {interval} times as fast as the dense one; it runs as dense"
+        else f"the native kernel is not surely faster, {_shown(ratio)} times as fast as the dense one; it runs as dense"
     )
     rows, columns = product.weight.shape
     return Choice(
         product.layers, product.name, native, reason, str(product.pattern), (rows, columns), made.share, x,
         dense, sparse, ratio,
     )  # fmt: skip
-
-
-def measure(
-    product: Product,
-    made: Packed,
-    x: tuple[int, ...],
-    library: Path,
-    threads: int | None,
-    seconds: float,
-) -> tuple[Timing, Timing, Speedup]:
-    """The dense node's time, the operator's, and the speedup, in turns."""
-    runs = {
-        "dense": one_node(dense_node(product), product, x, None, threads),
-        "native": one_node(native_node(product, made), product, x, library, threads),
-    }
-    rng = np.random.default_rng(0)
-    samples = sample(runs, rng.standard_normal(x, dtype=np.float32), seconds)
-    dense, sparse = (timing(samples[name], x[0], DEVICE) for name in runs)
-    return dense, sparse, speedup(samples["dense"], samples["native"], "ONNX Runtime's dense kernel")
-
-
-def dense_node(product: Product) -> onnx.ModelProto:
-    """The product as ONNX Runtime's own operators, as a model of x -> y."""
-    weight = product.weight
-    if product.op == CONV:
-        nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], kernel_shape=[1, 1])]
-        weight = weight[:, :, None, None]
-    else:
-        nodes = [helper.make_node("MatMul", ["x", "w"], ["xw"]), helper.make_node("Add", ["xw", "b"], ["y"])]
-        weight = np.ascontiguousarray(weight.T)
-    stored = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(product.bias, "b")]
-    graph = helper.make_graph(nodes, "dense", [_float("x")], [_float("y")], stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
-
-
-def native_node(product: Product, made: Packed) -> onnx.ModelProto:
-    """The product as the native operator, as a model of x -> y."""
-    whole = dense_node(product)
-    nodes = tuple(node.output[0] for node in whole.graph.node)
-    whole.graph.node[0].name = "product"
-    inner = Product(
-        product.layers, "product", product.op, "x", "y", nodes, product.initializer, product.pattern,
-        product.weight, product.bias,
-    )  # fmt: skip
-    return replace(whole, [inner], {inner.prefix: made})
-
-
-def _float(name: str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-
-
-class OneNode:
-    """A model of x -> y on one input, with its output's memory kept: only the node is timed."""
-
-    def __init__(self, model: onnx.ModelProto, library: Path | None, threads: int | None) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        if library is not None:
-            options.register_custom_ops_library(str(library))
-        self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
-        self._binding = self._session.io_binding()
-
-    def bind(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
-        """Fixes the arrays that calls read and write."""
-        self._arrays = (x, y)
-        self._binding.bind_cpu_input("x", x)
-        self._binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
-
-    def __call__(self, images: NDArray[np.float32]) -> None:
-        """One run; the input was bound before."""
-        self._session.run_with_iobinding(self._binding)
-
-
-def one_node(
-    model: onnx.ModelProto, product: Product, x: tuple[int, ...], library: Path | None, threads: int | None
-) -> OneNode:
-    """A session on one node, bound to random input of shape x. Raises BuildError."""
-    try:
-        made = OneNode(model, library, threads)
-    except Exception as error:
-        raise BuildError(f"{product.name}: ONNX Runtime cannot load it as a model of its own: {error}") from error
-    axis = 1 if product.op == CONV else len(x) - 1
-    y = (*x[:axis], len(product.weight), *x[axis + 1 :])
-    made.bind(np.random.default_rng(0).standard_normal(x, dtype=np.float32), np.empty(y, np.float32))
-    return made
-
-
-def input_shapes(
-    file: onnx.ModelProto, products: Sequence[Product], images: NDArray[np.float32]
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each product's input for such images: as the file says, or from a run where it leaves that open."""
-    known: dict[str, tuple[int, ...]] = {}
-    for value in (*file.graph.input, *file.graph.value_info):
-        sizes = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in sizes):
-            known[value.name] = tuple(size.dim_value for size in sizes)
-    wanted = {product.x for product in products}
-    if missing := sorted(wanted - set(known)):
-        known |= _shapes_of_a_run(file, missing, images)
-    return {name: known[name] for name in wanted}
-
-
-def _shapes_of_a_run(
-    file: onnx.ModelProto, names: Sequence[str], images: NDArray[np.float32]
-) -> dict[str, tuple[int, ...]]:
-    import onnxruntime
-
-    model = onnx.ModelProto()
-    model.CopyFrom(file)
-    inputs, outputs = {value.name for value in file.graph.input}, {value.name for value in file.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in inputs | outputs)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
-    asked = [name for name in names if name not in inputs]
-    found = session.run(asked, {file.graph.input[0].name: images})
-    shapes = {name: tuple(array.shape) for name, array in zip(asked, found, strict=True)}
-    return {**shapes, **{name: tuple(images.shape) for name in names if name in inputs}}
