@@ -3,13 +3,14 @@
     python benchmarks/cpu_vit.py [--openvino PYTHON] [--threads 1] [--models vit_small_patch16_224 …]
 
 Random weights at 224 pixels. Every Linear of the blocks is masked by magnitude and runs on the kernel, the rest is
-ONNX Runtime's. Baseline: the dense file with the same masked weights. Beside it: the same file after the attention
-fusion of onnxruntime.transformers, where that finds something; dynamic int8 (of the same file; it changes results); and
-OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a model take turns in one
-run. On one thread the time is process CPU time, on more wall time.
+ONNX Runtime's. Baseline: the dense file with the same masked weights. Beside it: the same file after the fusions of
+onnxruntime.transformers (in this export they find LayerNorm and Gelu, not attention); dynamic int8 of the same file,
+which changes results; and OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a
+model take turns in one run. On one thread the time is process CPU time, on more wall time.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ COLUMNS = (
     "ToMe r",
     "dense ms",
     *PATTERNS,
-    "fused attention",
+    "fused",
     "OpenVINO",
     "dynamic int8",
     "drift 2:4",
@@ -109,14 +110,16 @@ def files(name: str, batch: int, r: int, folder: Path) -> tuple[Path, dict[str, 
     return dense, made
 
 
-def fused(dense: Path, folder: Path) -> Path | None:
-    """The dense file after attention fusion, or None where the fusion finds nothing."""
+def fused(dense: Path, folder: Path) -> Path:
+    """The dense file after the fusions of onnxruntime.transformers."""
     from onnxruntime.transformers.optimizer import optimize_model
 
-    model = optimize_model(str(dense), model_type="vit", num_heads=0, hidden_size=0, opt_level=0)
+    width = next(w.values.shape[1] for w in file_weights(onnx.load(dense)) if any("qkv" in s for s in w.scopes))
+    model = optimize_model(str(dense), model_type="vit", num_heads=width // 64, hidden_size=width, opt_level=0)
+    if not any(model.get_fused_operator_statistics().values()):
+        raise SystemExit("onnxruntime.transformers fuses nothing")
     model.save_model_to_file(str(folder / "fused.onnx"))
-    counts = model.get_fused_operator_statistics()
-    return folder / "fused.onnx" if counts.get("Attention", 0) + counts.get("MultiHeadAttention", 0) else None
+    return folder / "fused.onnx"
 
 
 def int8(dense: Path, folder: Path) -> Path:
@@ -165,9 +168,7 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         dense, made = files(name, batch, r, folder)
         engines = {"dense": session_on(dense, threads)}
         engines |= {text: session_on(path, threads, native.library()) for text, path in made.items()}
-        attention = fused(dense, folder)
-        if attention is not None:
-            engines["fused attention"] = session_on(attention, threads)
+        engines["fused"] = session_on(fused(dense, folder), threads)
         engines["dynamic int8"] = session_on(int8(dense, folder), threads)
         expected, found = engines["dense"](images), engines["2:4"](images)
         runs: dict[str, Run] = {key: partial(engine, images) for key, engine in engines.items()}
@@ -202,10 +203,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["vit_small_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--merged", nargs="*", type=int, default=[0, 8, 16])
+    parser.add_argument("--add", action="store_true", help="keep the rows that an earlier run wrote")
     arguments = parser.parse_args()
     if why := native.missing():
         raise SystemExit(why)
-    rows = []
+    rows = earlier(arguments.threads) if arguments.add else []
     for name in arguments.models:
         for batch in arguments.batches:
             for r in arguments.merged:
@@ -226,9 +228,21 @@ def main() -> None:
     sys.exit(0)
 
 
+def earlier(threads: int) -> list[dict[str, Any]]:
+    """The rows of the results file, if there is one."""
+    path = RESULTS / f"{results_name(threads)}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return rows
+
+
+def results_name(threads: int) -> str:
+    """Each number of threads has its own file."""
+    return "cpu_vit" if threads == 1 else f"cpu_vit_{threads}_threads"
+
+
 def report(rows: list[dict[str, Any]], threads: int) -> None:
     """Writes what has been measured so far."""
-    name = "cpu_vit" if threads == 1 else f"cpu_vit_{threads}_threads"
+    name = results_name(threads)
     device = f"{processor()}, kernel {native.instruction_set()}"
     write(name, QUESTION, device, ("onnxruntime", "timm", "torch"), rows)
     others = COLUMNS[4 + len(PATTERNS) : -1]
