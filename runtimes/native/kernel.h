@@ -41,8 +41,8 @@ struct Activations {
     int64_t pixels;  // of one image; 0 where tokens are outside
 };
 
-// A tile of tokens: `vectors` vectors of `lanes` floats, of which the first `count` are tokens. `half`: no more than half
-// of the last vector are, and only that half is computed.
+// A tile of tokens: `vectors` vectors of `lanes` floats, of which the first `count` are tokens. `half`: no more than
+// half of the last vector are, and only that half is computed.
 struct Tile {
     int64_t first, count;
     int lanes, vectors;

@@ -68,7 +68,8 @@ OrtStatus* refuse(Api api, const char* what, size_t input) {
 // Why the sizes cannot be, or null. Everything that the kernel computes addresses from is bounded here or in `checked`.
 const char* impossible(const Weights& w) {
     if (w.share != 1 && w.share != 2 && w.share != 4) return "NMGemm: share is 1, 2 or 4";
-    if (w.rows < 1 || w.columns < 1 || w.rows > INT32_MAX - 64 || w.columns > INT32_MAX) return "NMGemm: rows or columns";
+    if (w.rows < 1 || w.rows > INT32_MAX - 64) return "NMGemm: rows";
+    if (w.columns < 1 || w.columns > INT32_MAX) return "NMGemm: columns";
     if (w.block < 1 || w.block >= UINT16_MAX) return "NMGemm: block";
     if (w.chunk < 4 || w.chunk % 4 || w.chunk > INT32_MAX - 64) return "NMGemm: chunk is a multiple of 4";
     return nullptr;
@@ -187,7 +188,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     if (a.tokens == 0) return nullptr;
     const Work work(*op.kernel, w, a);
     Call call{work};
-    if (OrtStatus* failed = ort::ParallelFor::call(op.api, context, run_item, size_t(work.items()), 0, &call)) return failed;
+    OrtStatus* failed = ort::ParallelFor::call(op.api, context, run_item, size_t(work.items()), 0, &call);
+    if (failed) return failed;
     return call.failed ? ort::CreateStatus::call(op.api, ort::FAIL, "NMGemm: out of memory") : nullptr;
 }
 

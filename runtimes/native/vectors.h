@@ -84,7 +84,7 @@ typedef int i8 __attribute__((vector_size(32)));
 #define NM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i8{__VA_ARGS__})
 #endif
 
-// to[c][r] = from[r][c] for 8 x 8 floats, plus `add` where rows of the result are written to be summed.
+// to[c][r] = from[r][c] + add[r] for 8 x 8 floats.
 NM_INLINE void transpose8(const float* from, size_t from_stride, float* to, size_t to_stride, f8 add) {
     f8 r[8], t[8];
     NM_UNROLL for (int i = 0; i < 8; i++) r[i] = load_anywhere(from + i * from_stride);

@@ -39,7 +39,9 @@ int lanes_for(const Kernel& kernel, int64_t tokens) {
 }
 
 // Tokens of the widest tile.
-int64_t widest(const Kernel& kernel, const Weights& weights) { return int64_t(kernel.widest[weights.share]) * kernel.lanes; }
+int64_t widest(const Kernel& kernel, const Weights& weights) {
+    return int64_t(kernel.widest[weights.share]) * kernel.lanes;
+}
 
 }  // namespace
 

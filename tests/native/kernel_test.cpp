@@ -63,7 +63,9 @@ struct Streams {
         w.order = order.data(), w.bias = bias.data();
     }
 
-    float at(int64_t row, int64_t column) const { return row < weights.rows ? dense[row * weights.columns + column] : 0; }
+    float at(int64_t row, int64_t column) const {
+        return row < weights.rows ? dense[row * weights.columns + column] : 0;
+    }
 
     void fill(int64_t block, int64_t u, int64_t unit) {
         const Weights& w = weights;
