@@ -7,7 +7,6 @@ time, all of a shape in turns in one run. The ratio is the median over rounds wi
 """
 
 import argparse
-from functools import partial
 
 import numpy as np
 import torch
@@ -55,8 +54,7 @@ def main() -> None:
             engines = {"dense": one_node(dense_node(products["2:4"]), products["2:4"], x, None, 1)}
             for text, one in products.items():
                 engines[text] = one_node(native_node(one, pack(one.weight, one.pattern.of)), one, x, library, 1)
-            runs = {name: partial(engine, np.empty(0, np.float32)) for name, engine in engines.items()}
-            samples = turns(runs, arguments.rounds, BLOCK_MS, wall=False)
+            samples = turns(engines, arguments.rounds, BLOCK_MS, wall=False)
             found = {text: ratio(samples["dense"], samples[text]) for text in products}
             gflops = 2 * tokens * out * in_ / float(np.median(samples["dense"])) / 1e6
             rows.append({"tokens": tokens, "out": out, "in": in_, "dense_gflops": gflops, "speedup": found})

@@ -78,6 +78,7 @@ def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[Pr
             ProvenMask(
                 weight.scopes[-1],
                 weight.initializer,
+                (weight.node,),
                 weight.op,
                 weight.axis,
                 str(pattern),

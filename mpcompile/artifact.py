@@ -5,6 +5,7 @@ model.safetensors   the compressed weights under their own names; loads into the
 masks.safetensors   the masks (True where kept), the patterns in its metadata
 model.onnx          the compressed model          (+ model.onnx.data over 2 GB)
 dense.onnx          the model it is compared with (+ dense.onnx.data over 2 GB)
+model.native.onnx   the compressed model for the CPU's N:M kernel, where that is faster
 *.engine .json .log what the target built of them, where it builds files
 report.json .md     what was done and measured; the hashes of the files above
 bench/TARGET/       what `mpcompile bench` measured later

@@ -191,7 +191,7 @@ def _run(
     for name, exported in (("dense", before), ("compressed", after)):
         # What runs nowhere here is judged by what runs the same file.
         engines[name] = cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
-        if not isinstance(engines[name], OrtEngine):
+        if type(engines[name]) is not OrtEngine:  # that one runs the very file that was compared above
             parity.append(_engine_parity(engines[name], exported, check, f"{name}: target {recipe.target}"))
     observe("evaluate")
     comparison = compare(engines["dense"], engines["compressed"], data.held_out) if len(data.held_out) else None
@@ -208,6 +208,8 @@ def _run(
     layers = layer_rows(model, after)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
+    if not plan.idle and verdicts:
+        accelerated = any(row.chosen for row in verdicts)
     commands: tuple[str, ...] = ()
     if plan.idle and plan.runtime.offline:
         commands = (*prepared.commands, bench_command(recipe.target, batches))

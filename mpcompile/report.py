@@ -103,7 +103,7 @@ class Report(Value):
     data: DataUsed
     passes: tuple[PassRecord, ...]
     layers: tuple[LayerRow, ...]
-    accelerated: bool  # whether the target has kernels for the patterns used
+    accelerated: bool  # whether masked layers run on sparse kernels, or can where no engine ran
     parity: tuple[Parity, ...]
     idle: str | None  # why no engine of the target ran here
     notes: tuple[str, ...]  # what the target made or said of the file
@@ -278,9 +278,8 @@ def verdict_on(
     else:
         sentences.append(f"None of the {len(layers)} layers is masked.")
     if masked and not accelerated:
-        sentences.append(
-            f"The target {target} has no kernels for them and runs masked layers as dense, so they save no time here."
-        )
+        what = "found no sparse kernel faster" if verdicts else "has no kernels for them"
+        sentences.append(f"The target {target} {what} and runs masked layers as dense, so they save no time here.")
     if verdicts:
         sentences.append(tally(verdicts))
     if any(cost.merged):

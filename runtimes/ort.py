@@ -1,7 +1,8 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime on the CPU. Target `ort`.
 
-It has no N:M kernels: a masked weight runs as a dense one, so a pattern alone gains nothing here, and reports say
-so. Sessions are checked for the provider that was asked for, because ONNX Runtime falls back silently.
+By itself it has no N:M kernels and runs a masked weight as a dense one; native/ adds one, which build() uses where it
+was built and measured to be faster. Sessions are checked for the provider that was asked for, because ONNX Runtime
+falls back silently.
 """
 
 import importlib.util
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from mpcompile.errors import BuildError, ParityError, RuntimeMissing
 from mpcompile.half import widened
 from mpcompile.lower import INPUT, Exported
+from mpcompile.model import NM
+from mpcompile.runtimes import native
 from mpcompile.runtimes.pieces import in_pieces
-from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
+from mpcompile.runtimes.protocol import Build, Prepared
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -58,11 +61,27 @@ class OrtEngine:
 
 
 @dataclass(frozen=True)
-class OnnxRuntime(WithoutKernels):
+class OnnxRuntime:
     """Target `ort`."""
 
     name: ClassVar[str] = "ort"
     offline: ClassVar[bool] = False
+
+    def kernels(self) -> str:
+        """Any, where our kernel is there."""
+        missing = native.missing()
+        return f"none: {missing}" if missing else f"any N:M in float32 ({native.instruction_set()})"
+
+    def has_kernel(self, pattern: NM) -> bool:
+        """Whether our kernel is there: it takes any pattern. That it is faster is measured when an engine is built."""
+        return native.missing() is None
+
+    def auto_patterns(self) -> tuple[NM, ...]:
+        """N of 32 for every N that is surely faster than dense on this machine."""
+        from mpcompile.runtimes.native.auto import worth_having
+
+        library = native.library()
+        return worth_having(library) if library else ()
 
     def missing(self) -> str | None:
         """What to install, or None."""
@@ -82,15 +101,23 @@ class OnnxRuntime(WithoutKernels):
         """The library's own word: it comes as onnxruntime or as onnxruntime-gpu."""
         import onnxruntime
 
-        return {"onnxruntime": onnxruntime.__version__}
+        kernel = {} if native.missing() else {"N:M kernel": native.instruction_set()}
+        return {"onnxruntime": onnxruntime.__version__, **kernel}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
         """Nothing: it runs the file as it is."""
         return Prepared()
 
     def build(self, exported: Exported, build: Build) -> OrtEngine:
-        """A session on the file, on the CPU, with that many threads or ONNX Runtime's own choice."""
-        return session_on(exported.onnx, build.threads)
+        """A session on the CPU, with that many threads or ONNX Runtime's own choice; masked products on our kernel
+        where that is faster here.
+        """
+        library = native.library() if build.sparse and exported.masks else None
+        if library is None:
+            return session_on(exported.onnx, build.threads)
+        from mpcompile.runtimes.ort_native import native_engine
+
+        return native_engine(exported, build, library)
 
 
 def cpu_engine(exported: Exported) -> OrtEngine:

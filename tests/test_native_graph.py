@@ -109,7 +109,7 @@ def graph_of(nodes: list[onnx.NodeProto], weights: dict[str, Array], opset: int 
 
 def proven(weight: Array, pattern: str = "2:4") -> list[ProvenMask]:
     zeros = int((weight == 0).sum())
-    return [ProvenMask("layer", "w", "MatMul", 0, pattern, 4, zeros, weight.size)]
+    return [ProvenMask("layer", "w", ("n",), "MatMul", 0, pattern, 4, zeros, weight.size)]
 
 
 WEIGHT = np.array([[1, 2, 0, 0, 0, 3, 0, 4], [0, 5, 6, 0, 7, 0, 8, 0]], np.float32)  # out in_, 2:4

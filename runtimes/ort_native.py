@@ -1,0 +1,81 @@
+"""ONNX Runtime on the CPU with the project's N:M kernel where that was measured to be faster.
+
+The file that runs is the model's own with native operators in place of some products. It is written beside it as
+`….native.onnx`: any ONNX Runtime runs it, since each operator has a body of plain ONNX, and one that has the kernel's
+library registered runs it fast.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpcompile.lower import Exported
+from mpcompile.proof import ProvenMask
+from mpcompile.runtimes import native
+from mpcompile.runtimes.native.choose import Choice, accelerate
+from mpcompile.runtimes.ort import OrtEngine, session_on
+from mpcompile.runtimes.protocol import Build
+from mpcompile.verdict import LayerVerdict
+
+LARGEST_INLINE_BYTES = 2_000_000_000  # a protocol buffer ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class NMEngine(OrtEngine):
+    """One session, and what was measured for each masked product."""
+
+    choices: tuple[Choice, ...]
+
+    def judged(
+        self,
+        verdicts: Sequence[LayerVerdict],
+        masks: Sequence[ProvenMask],
+        images: NDArray[np.float32],
+        unused: object = None,
+    ) -> tuple[LayerVerdict, ...]:
+        """A row a masked layer, from what was measured when the engine was built."""
+        stored = {mask.layer: mask for mask in masks}
+        kernel = f"NMGemm, {native.instruction_set()}"
+        rows = []
+        for choice in self.choices:
+            for layer in choice.layers:
+                mask = stored[layer]
+                rows.append(
+                    LayerVerdict(
+                        layer=layer,
+                        initializer=mask.initializer,
+                        op=mask.op,
+                        pattern=mask.pattern,
+                        eligible=choice.dense is not None,
+                        rule="measured" if choice.dense is not None else "kernel",
+                        reason=choice.reason,
+                        chosen=choice.native,
+                        kernel=kernel if choice.native else None,
+                        dense_ms=choice.dense.p50_ms if choice.dense else None,
+                        sparse_ms=choice.sparse.p50_ms if choice.sparse else None,
+                    )
+                )
+        return tuple(rows)
+
+
+def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
+    """The engine, choosing for the smallest batch that it will run. Raises BuildError."""
+    batch = exported.batch or min(build.batches)
+    images = np.random.default_rng(0).standard_normal((batch, *exported.image_shape)).astype(np.float32)
+    made = accelerate(onnx.load(exported.onnx), exported.masks, library, images, build.threads)
+    if not made.count:
+        return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, made.choices)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (build.folder or Path(temporary)) / f"{exported.onnx.stem}.native.onnx"
+        onnx.save_model(
+            made.file,
+            path,
+            save_as_external_data=made.file.ByteSize() > LARGEST_INLINE_BYTES,
+            location=f"{path.name}.data",
+        )
+        return NMEngine(session_on(path, build.threads, library).session, path, made.choices)
