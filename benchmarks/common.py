@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +14,24 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, question: str, device: str, libraries: tuple[str, ...], rows: list[dict[str, Any]]) -> Path:
-    """Writes results/NAME.json: the question, where and when it was answered, and the rows."""
+def write(
+    name: str,
+    question: str,
+    device: str,
+    libraries: tuple[str, ...],
+    rows: list[dict[str, Any]],
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes results/NAME.json: the question, where and when it was answered, and the rows.
+
+    `versions` are of libraries that are not installed under one name.
+    """
     RESULTS.mkdir(exist_ok=True)
     content = {
         "question": question,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "environment": environment({library: version(library) for library in libraries}, device),
+        "environment": environment({library: version(library) for library in libraries} | dict(versions or {}), device),
         "rows": rows,
     }
     path = RESULTS / f"{name}.json"

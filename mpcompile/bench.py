@@ -8,7 +8,7 @@ what the user gets. All three are the same precision, the same runtime and the s
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -24,15 +24,19 @@ from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.lower import Exported
 from mpcompile.machine import condition, disturbances
 from mpcompile.model import NM
+from mpcompile.parity import ALIKE, TOLERANCE, relative_difference, require_parity
 from mpcompile.pipeline import Observer
+from mpcompile.report import Parity
 from mpcompile.resolve import RUNTIMES
 from mpcompile.runtimes import Build, Engine, Judging, Runtime, Staging
+from mpcompile.runtimes.ort import cpu_engine
 from mpcompile.timing import Call, sample, speedup, timing
 from mpcompile.verdict import LayerVerdict
 
 DENSE, UNUSED, COMPRESSED = "dense", "masked, kernels off", "compressed"
 FOLDER = "bench"
 SECONDS = 4.0  # for each batch
+PARITY_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
             precision=recipe.precision,
             batch=recipe.batch,
             masks=() if dense else masks,
+            merges=not dense and artifact.report.merges_tokens(),
         )
 
     before, after = exported(artifact.dense_onnx, True), exported(artifact.onnx, False)
@@ -96,6 +101,7 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
             baseline=f"the dense model of the same folder in {recipe.precision}, in {_spelt(runtime)}, same settings",
             arms=found.arms,
             meanings=found.meanings,
+            parity=found.parity,
             batches=found.batches,
             verdicts=found.verdicts,
             command=command(target, batches, settings),
@@ -113,6 +119,7 @@ class Compared:
 
     arms: tuple[Arm, ...]
     meanings: dict[str, str]
+    parity: tuple[Parity, ...]
     batches: tuple[Batch, ...]
     verdicts: tuple[LayerVerdict, ...]
     device: str
@@ -131,6 +138,11 @@ def compared(
     """
     observe("build")
     arms, engines = _built(runtime, before, after, build)
+    images = _images(after, max(PARITY_IMAGES, min(build.batches)))
+    parity = tuple(
+        engine_parity(engine, before if name == DENSE else after, images, f"{name}: target {runtime.name}")
+        for name, engine in engines.items()
+    )
     rows = []
     for batch in build.batches:
         observe(f"batch {batch}")
@@ -140,7 +152,28 @@ def compared(
     judge = engines[COMPRESSED]
     if isinstance(judge, Judging):
         verdicts = judge.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(UNUSED))
-    return Compared(arms, _meanings(UNUSED in engines), tuple(rows), verdicts, engines[DENSE].device)
+    return Compared(arms, _meanings(UNUSED in engines), parity, tuple(rows), verdicts, engines[DENSE].device)
+
+
+def engine_parity(engine: Engine, exported: Exported, images: NDArray[np.float32], what: str) -> Parity:
+    """An engine against ONNX Runtime on the CPU. Raises ParityError."""
+    return parity_of(cpu_engine(exported)(images), engine(images), exported, f"{what} against {_reference(exported)}")
+
+
+def parity_of(expected: NDArray[np.float32], found: NDArray[np.float32], exported: Exported, what: str) -> Parity:
+    """The row for two forms of a model on the same images. Raises ParityError."""
+    difference = require_parity(expected, found, exported.precision, what, exported.merges)
+    if exported.merges:
+        largest = relative_difference(expected, found)
+        what += f", {ALIKE:.0%} of the images (rounding can merge other tokens; the largest is {largest:.1e})"
+    return Parity(what=what, difference=difference, tolerance=TOLERANCE[exported.precision], images=len(expected))
+
+
+def _reference(exported: Exported) -> str:
+    """What a file runs as on the CPU."""
+    if exported.precision == "bf16":
+        return "ONNX Runtime on the CPU, in float32 on the rounded weights"
+    return "ONNX Runtime on the CPU"
 
 
 def steps(folder: Path, settings: Settings) -> tuple[str, ...]:
@@ -168,6 +201,8 @@ def _runtime(target: str, precision: str, threads: int | None) -> Runtime:
         raise UsageError(f"target {target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
     if reason := runtime.missing() or runtime.idle():
         raise RuntimeMissing(f"target {target} cannot be timed here: {reason}")
+    if runtime.name == "eager":
+        raise UsageError("target eager runs a graph in memory and no file; compile with --target eager, which times it")
     if refused := runtime.refuses(precision, threads):
         raise UsageError(f"target {target}: {refused}")
     return runtime
@@ -188,8 +223,10 @@ def _built(
         engines[UNUSED] = runtime.build(after, off)
         arms.append(Arm(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name))
     engines[COMPRESSED] = runtime.build(after, build)
-    kernels = "sparse kernels allowed" if UNUSED in engines else "which this target runs as dense"
-    arms.append(Arm(name=COMPRESSED, what=f"the compressed model, {kernels}", file=after.onnx.name))
+    what = "the compressed model"
+    if after.masks:
+        what += ", sparse kernels allowed" if UNUSED in engines else ", whose masked layers this target runs as dense"
+    arms.append(Arm(name=COMPRESSED, what=what, file=after.onnx.name))
     return tuple(arms), engines
 
 
@@ -208,11 +245,12 @@ def _images(exported: Exported, batch: int) -> NDArray[np.float32]:
 
 def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> Batch:
     """One batch size, all builds in turns."""
-    calls = {name: _call(engine, images, settings) for name, engine in engines.items()}
+    calls = {name: call_of(engine, images, settings) for name, engine in engines.items()}
     on_gpu = any(isinstance(engine, Staging) for engine in engines.values())
-    before = condition(on_gpu)
-    samples = sample(calls, settings.seconds)
-    after = condition(on_gpu)
+    seen = [condition(on_gpu)]
+    samples = sample(calls, settings.seconds, lambda: seen.append(condition(on_gpu)))
+    cold, before, after = seen
+    before = replace(before, load=cold.load)  # before the first call; the clocks are those of a machine at work
     size = len(images)
     return Batch(
         batch=size,
@@ -228,7 +266,7 @@ def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Se
     )
 
 
-def _call(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
+def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
     """One call as it is timed. Raises UsageError where there is nothing to leave out."""
     if isinstance(engine, Staging):
         return engine.staged(images, transfers=settings.transfers, graph=settings.graph)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from mpcompile.machine import Condition
+from mpcompile.report import Parity
 from mpcompile.timing import Speedup, Timing
 from mpcompile.verdict import LayerVerdict, tally
 
@@ -55,6 +56,7 @@ class Bench(Value):
     baseline: str
     arms: tuple[Arm, ...]
     meanings: dict[str, str]
+    parity: tuple[Parity, ...]  # each build against ONNX Runtime on the CPU
     batches: tuple[Batch, ...]
     verdicts: tuple[LayerVerdict, ...]
     command: str
@@ -86,10 +88,14 @@ class Bench(Value):
     def sentences(self) -> list[str]:
         """What each comparison found, and what may have disturbed it."""
         found = []
+        unchosen = bool(self.verdicts) and all(row.chosen is False for row in self.verdicts)
         for each in self.batches:
             for key, comparison in each.comparisons.items():
-                _, _, baseline = key.partition("/")
-                found.append(f"Batch {each.batch}, {self.meanings[key]}: {comparison.spelt(baseline)}.")
+                faster, _, baseline = key.partition("/")
+                told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.spelt(baseline)}."
+                if unchosen and comparison.told and {faster, baseline} == {arm.name for arm in self.arms[1:]}:
+                    told += " No sparse kernel was chosen, so this is another choice of dense ones, or noise."
+                found.append(told)
             found += [f"Batch {each.batch}: {told}." for told in each.disturbances]
         if self.verdicts:
             found.append(tally(self.verdicts))
@@ -110,6 +116,8 @@ class Bench(Value):
             f"Baseline: {self.baseline}.",
             ", ".join(f"{key} {value}" for key, value in {**self.settings, **self.environment}.items()) + ".",
         ]
+        checked = (f"{row.what} {row.difference:.1e}, {row.tolerance:.0e} allowed" for row in self.parity)
+        parts.append(f"Largest difference of the logits, as a share of the largest: {'; '.join(checked)}.")
         if self.verdicts:
             parts.append("\n".join(_verdict_table(self.verdicts)))
         parts.append(f"Made by `{self.command}`; every sample is in bench.json. ![Latency by batch](bench.svg)")
@@ -147,7 +155,7 @@ def _verdict_table(verdicts: tuple[LayerVerdict, ...]) -> list[str]:
     def ms(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}"
 
-    columns = ("masked layer", "pattern", "eligible", "sparse kernel", "dense ms", "sparse ms", "why")
+    columns = ("masked layer", "pattern", "eligible", "sparse kernel", "ms without", "ms with", "why")
     head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return head + [
         f"| {row.layer} | {row.pattern} | {spelt[row.eligible]} | {spelt[row.chosen]} | {ms(row.dense_ms)} "

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
+from mpcompile.bench import Settings, call_of, engine_parity, parity_of
 from mpcompile.bench import command as bench_command
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
@@ -24,10 +24,8 @@ from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.evaluate import Comparison, compare
 from mpcompile.load import Loaded, Request, load, source_of
 from mpcompile.lower import Lowered, lower
-from mpcompile.merging import merges_tokens
 from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
-from mpcompile.parity import ALIKE, TOLERANCE, relative_difference, require_parity
 from mpcompile.passes import Distill, NMMask
 from mpcompile.passes.distill import images_of
 from mpcompile.pipeline import Effect, Observer, PassManager
@@ -185,14 +183,14 @@ def _run(
     observe("build")
     batches = recipe.bench.batches if recipe.batch is None else (recipe.batch,)  # a fixed batch has one latency
     build = Build(threads=recipe.bench.threads, batches=batches, folder=folder)
-    _, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
+    unmasked, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
     verdicts = prepared.verdicts
     engines: dict[str, Engine] = {}
     for name, exported in (("dense", before), ("compressed", after)):
         # What runs nowhere here is judged by what runs the same file.
         engines[name] = cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
         if type(engines[name]) is not OrtEngine:  # that one runs the very file that was compared above
-            parity.append(_engine_parity(engines[name], exported, check, f"{name}: target {recipe.target}"))
+            parity.append(engine_parity(engines[name], exported, check, f"{name}: target {recipe.target}"))
     observe("evaluate")
     comparison = compare(engines["dense"], engines["compressed"], data.held_out) if len(data.held_out) else None
     observe("time")
@@ -239,7 +237,7 @@ def _run(
         latency=latency,
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
-        notes=prepared.notes,
+        notes=(*unmasked.notes, *prepared.notes),
         commands=commands,
         verdicts=verdicts,
         files=file_rows(folder),
@@ -274,21 +272,10 @@ def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.
 
 def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
     """The ONNX file against the graph that it was made from. Raises ParityError."""
-    merging = merges_tokens(lowered.model.graph.graph)
     expected, found = lowered.model(torch.from_numpy(images)).numpy(), cpu_engine(lowered)(images)
-    difference = require_parity(expected, found, lowered.precision, what, merging)
-    if merging:
-        largest = relative_difference(expected, found)
-        what += f", {ALIKE:.0%} of the images (rounding can merge other tokens; the largest is {largest:.1e})"
-    return Parity(what=what, difference=difference, tolerance=TOLERANCE[lowered.precision], images=len(images))
-
-
-def _engine_parity(engine: Engine, lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
-    """An engine against ONNX Runtime on the same file. Raises ParityError."""
-    what += " against ONNX Runtime on the CPU"
-    merging = merges_tokens(lowered.model.graph.graph)
-    difference = require_parity(cpu_engine(lowered)(images), engine(images), lowered.precision, what, merging)
-    return Parity(what=what, difference=difference, tolerance=TOLERANCE[lowered.precision], images=len(images))
+    if lowered.precision == "bf16":
+        what += ", in float32 on the rounded weights"
+    return parity_of(expected, found, lowered, what)
 
 
 def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
@@ -301,7 +288,7 @@ def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArr
 def _latency(engines: dict[str, Engine], data: Data, model: Model, batch: int, seconds: float) -> Latency:
     """Dense and compressed in turns, on real images where there are enough."""
     images = images_for(data.held_out, model.example.numpy(), batch)
-    samples = sample({name: partial(engine, images) for name, engine in engines.items()}, seconds)
+    samples = sample({name: call_of(engine, images, Settings()) for name, engine in engines.items()}, seconds)
     return Latency(
         dense=timing(samples["dense"], batch, engines["dense"].device),
         compressed=timing(samples["compressed"], batch, engines["compressed"].device),

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
 from mpcompile.half import to_bfloat16, to_half
+from mpcompile.merging import merges_tokens
 from mpcompile.model import Model
 from mpcompile.proof import METADATA_KEY, NAME_SCOPES, ProvenMask, prove
 
@@ -41,6 +42,7 @@ class Exported:
     precision: Precision
     batch: int | None
     masks: tuple[ProvenMask, ...] = ()
+    merges: bool = False  # whether tokens are merged in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ def lower(
         precision=precision,
         batch=batch,
         masks=masks,
+        merges=merges_tokens(model.graph.graph),
         model=model,
         opset=opset,
     )

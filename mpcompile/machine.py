@@ -41,7 +41,7 @@ def disturbances(before: Condition, after: Condition) -> tuple[str, ...]:
     found = []
     cores = os.cpu_count() or 1
     if before.load is not None and before.load > BUSY * cores:
-        found.append(f"other processes were running before it began: load {before.load:.1f} on {cores} cores")
+        found.append(f"in the minute before, {before.load:.1f} processes ran on {cores} cores, this one among them")
     for what, first, last in (("processor", before.mhz, after.mhz), ("GPU", before.gpu_mhz, after.gpu_mhz)):
         if first and last and last < SLOWED * first:
             found.append(f"the {what}'s clock fell from {first:.0f} to {last:.0f} MHz")
@@ -68,14 +68,21 @@ def _gpu() -> tuple[int | None, int | None, tuple[str, ...]]:
     except Exception:  # not installed, or no driver: either way it does not tell
         return None, None, ()
     try:
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        device = pynvml.nvmlDeviceGetHandleByUUID(_uuid())
         mhz = int(pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM))
         celsius = int(pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU))
         return mhz, celsius, _throttles(pynvml, pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device))
-    except pynvml.NVMLError:
+    except Exception:  # another NVML, or a GPU in parts: it does not tell
         return None, None, ()
     finally:
         pynvml.nvmlShutdown()
+
+
+def _uuid() -> str:
+    """The name under which NVML knows the GPU that PyTorch calls the first: the two count in different orders."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
 def _throttles(pynvml: Any, bits: int) -> tuple[str, ...]:

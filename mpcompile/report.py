@@ -277,11 +277,12 @@ def verdict_on(
         )
     else:
         sentences.append(f"None of the {len(layers)} layers is masked.")
-    if masked and not accelerated:
-        what = "found no sparse kernel faster" if verdicts else "has no kernels for them"
-        sentences.append(f"The target {target} {what} and runs masked layers as dense, so they save no time here.")
     if verdicts:
         sentences.append(tally(verdicts))
+    unknown = bool(idle) or any(row.chosen is None for row in verdicts)
+    if masked and not accelerated and not unknown:
+        why = "no sparse kernel was chosen" if verdicts else f"the target {target} has no kernels for them"
+        sentences.append(f"Masked layers run as dense and save no time here: {why}.")
     if any(cost.merged):
         sentences.append(
             f"Tokens are merged, from {cost.tokens[0]} to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
@@ -300,10 +301,9 @@ def verdict_on(
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
     if idle:
-        sentences.append(
-            f"No engine of the target {target} ran here, and no speed was measured: {idle}. What is said of "
-            "accuracy was measured with ONNX Runtime on the CPU, on the same file."
-        )
+        sentences.append(f"No engine of the target {target} ran here, and no speed was measured: {idle}.")
+        if comparison:
+            sentences.append("What is said of accuracy was measured with ONNX Runtime on the CPU, on these weights.")
     for pair in latency:
         baseline = f"the dense model in the same precision on the same target, {pair.dense.device}"
         told = pair.speedup.spelt(baseline)

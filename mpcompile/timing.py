@@ -3,7 +3,8 @@
 Engines take turns, and the order of the turn is reversed every round, so that a machine that drifts or is shared
 slows all of them alike. A speedup is the median of the ratios round by round; a single time on such a machine means
 little, a ratio within one run means something. Intervals are bootstrapped in blocks of neighbouring rounds, since what
-disturbs one round disturbs the next.
+disturbs one round disturbs the next: the blocks are as long as the rounds are correlated, and where few of them fit
+into a run the interval is widened as Student's t says.
 
 A difference is told only where the whole interval is past INDISTINCT: two builds of one computation differ by a few per
 cent from memory layout alone.
@@ -20,6 +21,7 @@ WARM_UP = 3
 ROUNDS = (15, 200)
 RESAMPLES = 2000
 INDISTINCT = 0.03
+NORMAL = 1.96  # half the width of a 95 % interval, in deviations
 
 Call = Callable[[], object]
 
@@ -64,11 +66,17 @@ class Speedup:
         return f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
 
 
-def sample(calls: Mapping[str, Call], seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds of each call, round by round; ROUNDS bounds how many, whatever the time allowed."""
+def sample(
+    calls: Mapping[str, Call], seconds: float, watch: Callable[[], None] = lambda: None
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each call, round by round; ROUNDS bounds how many, whatever the time allowed.
+
+    `watch` is called once when all are warm, and once at the end, while a GPU is still at work's clock.
+    """
     for call in calls.values():
         for _ in range(WARM_UP):
             call()
+    watch()
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.perf_counter() < end):
@@ -79,6 +87,7 @@ def sample(calls: Mapping[str, Call], seconds: float) -> dict[str, NDArray[np.fl
             calls[name]()
             turn[name] = (time.perf_counter_ns() - started) / 1e6
         rounds.append(turn)
+    watch()
     return {name: np.array([turn[name] for turn in rounds]) for name in calls}
 
 
@@ -95,11 +104,31 @@ def speedup(baseline_ms: NDArray[np.float64], samples_ms: NDArray[np.float64], b
 
 
 def median_interval(samples: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """A 95 % percentile interval of the median, by a circular block bootstrap with blocks of n^(1/3) samples."""
+    """A 95 % interval of the median, by a circular block bootstrap, widened for few blocks."""
+    from scipy.stats import t as student
+
     rng = np.random.default_rng(seed)
     count = len(samples)
-    length = max(1, round(count ** (1 / 3)))
-    starts = rng.integers(0, count, (RESAMPLES, -(-count // length)))
+    length = _block_length(samples)
+    blocks = -(-count // length)
+    starts = rng.integers(0, count, (RESAMPLES, blocks))
     places = (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :count] % count
-    low, high = np.percentile(np.median(samples[places], axis=1), (2.5, 97.5)).tolist()
-    return low, high
+    ends = np.percentile(np.median(samples[places], axis=1), (2.5, 97.5))
+    middle = float(np.median(samples))
+    wider = float(student.ppf(0.975, max(blocks - 1, 1)) / NORMAL)
+    low, high = (middle + wider * (ends - middle)).tolist()
+    return max(low, float(samples.min())), min(high, float(samples.max()))
+
+
+def _block_length(samples: NDArray[np.float64]) -> int:
+    """n^(1/3), or as many rounds as one has in common with its neighbours: (1 + ρ) / (1 − ρ), ρ between ranks.
+
+    Ranks, since a single stall would hide the correlation of all others; at most a quarter of the rounds.
+    """
+    count = len(samples)
+    ranks = np.argsort(np.argsort(samples)).astype(np.float64)
+    ranks -= ranks.mean()
+    power = float(ranks @ ranks)
+    rho = min(max(float(ranks[1:] @ ranks[:-1]) / power, 0.0), 0.9) if power else 0.0
+    length: float = max(count ** (1 / 3), (1 + rho) / (1 - rho))
+    return max(1, min(round(length), count // 4))

@@ -46,5 +46,7 @@ def tally(verdicts: Sequence[LayerVerdict]) -> str:
     if unsaid := sum(v.eligible is None for v in verdicts):
         told += f", of {unsaid} more the rules say nothing"
     if any(v.chosen is not None for v in verdicts):
-        told += f"; the engine chose them for {sum(v.chosen is True for v in verdicts)}"
+        told += f"; {sum(v.chosen is True for v in verdicts)} run on them"
+        if unknown := sum(v.chosen is None for v in verdicts):
+            told += f", and of {unknown} it is not known"
     return f"{told}."

@@ -41,6 +41,14 @@ class Gpu:
         return f"sm{self.capability[0]}{self.capability[1]}"
 
 
+def import_failure(module: str) -> str | None:
+    """Why a module of NVIDIA's does not import, in one line, or None; tried in another process, which it may crash."""
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
 def first_gpu() -> Gpu | str:
     """The first GPU that the driver has, or why there is none."""
     try:

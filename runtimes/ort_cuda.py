@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.lower import INPUT, OUTPUT, Exported
-from mpcompile.runtimes.nvidia import first_gpu
+from mpcompile.runtimes.nvidia import Gpu, first_gpu
 from mpcompile.runtimes.ort import OrtEngine
 from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
 
@@ -26,7 +26,13 @@ PROVIDER = "CUDAExecutionProvider"
 
 @dataclass(frozen=True)
 class OrtCudaEngine(OrtEngine):
-    """One session on the first GPU."""
+    """One session on the first GPU, and its name."""
+
+    gpu: str
+
+    @property
+    def device(self) -> str:
+        return self.gpu
 
     def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
         """One call as the harness times it; without transfers images and logits stay on the GPU."""
@@ -61,7 +67,10 @@ class OnnxRuntimeCuda(WithoutKernels):
         import onnxruntime
 
         if PROVIDER not in onnxruntime.get_available_providers():
-            return "onnxruntime is installed without CUDA: pip uninstall onnxruntime; pip install 'mpcompile[gpu]'"
+            return (
+                "onnxruntime is installed without CUDA: pip uninstall onnxruntime onnxruntime-gpu, then pip install "
+                "onnxruntime-gpu; the two share their files, and the last one installed is the one that is there"
+            )
         return None
 
     def idle(self) -> str | None:
@@ -86,17 +95,18 @@ class OnnxRuntimeCuda(WithoutKernels):
         """A session on the file, on the first GPU. Raises RuntimeMissing or BuildError."""
         if missing := self.missing():
             raise RuntimeMissing(f"target {self.name}: {missing}")
+        gpu = first_gpu()
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(exported.onnx, options, providers=[PROVIDER])
+            session = onnxruntime.InferenceSession(exported.onnx, options, providers=[(PROVIDER, {"use_tf32": 0})])
         except Exception as error:
             raise BuildError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {exported.onnx.name}: {error}"
             ) from error
-        return OrtCudaEngine(_on_gpu(session), exported.onnx)
+        return OrtCudaEngine(_on_gpu(session), exported.onnx, str(gpu.name) if isinstance(gpu, Gpu) else str(gpu))
 
 
 def _on_gpu(session: "onnxruntime.InferenceSession") -> Any:

@@ -56,7 +56,8 @@ class Build:
     def spelt(self, exported: Exported) -> str:
         """What tells the engines of a model apart, for the names of files: model, pattern, precision, batches."""
         patterns = sorted({mask.pattern for mask in exported.masks})
-        pattern = "mixed" if len(patterns) > 1 else patterns[0].replace(":", "x") if patterns else "dense"
+        pattern = "mixed" if len(patterns) > 1 else patterns[0].replace(":", "x") if patterns else exported.onnx.stem
+        pattern += "-merged" if exported.merges else ""
         unused = "-unused" if patterns and not self.sparse else ""
         smallest, largest = min(self.batches), max(self.batches)
         batches = exported.batch or (largest if smallest == largest else f"{smallest}-{largest}")

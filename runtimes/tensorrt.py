@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx
+import torch
 
 from mpcompile.errors import RuntimeMissing
 from mpcompile.lower import INPUT, Exported
 from mpcompile.model import NM
-from mpcompile.runtimes.nvidia import Gpu, first_gpu
+from mpcompile.runtimes.nvidia import Gpu, first_gpu, import_failure
 from mpcompile.runtimes.protocol import Build, Engine, Prepared
-from mpcompile.runtimes.tensorrt_rules import AMPERE, TWO_FOUR, refusals, verdicts_of
+from mpcompile.runtimes.tensorrt_rules import AMPERE, TWO_FOUR, implies_two_four, refusals, verdicts_of
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class TensorRT:
         return str(TWO_FOUR)
 
     def has_kernel(self, pattern: NM) -> bool:
-        """Whether every group of four keeps two: rows that share a pattern are no hindrance."""
-        return (pattern.keep, pattern.of) == (TWO_FOUR.keep, TWO_FOUR.of)
+        """Whether no four channels keep more than two, as 1:4 or 2:8 do not either."""
+        return implies_two_four(pattern)
 
     def auto_patterns(self) -> tuple[NM, ...]:
         """The one that it has."""
@@ -52,6 +53,10 @@ class TensorRT:
             return f"{gpu}; TensorRT builds engines only on the GPU that they are for"
         if importlib.util.find_spec("tensorrt") is None:
             return f"TensorRT is not installed: {INSTALL}"
+        if broken := import_failure("tensorrt"):
+            return f"TensorRT is installed and does not import ({broken}): {INSTALL}"
+        if not torch.cuda.is_available():
+            return f"torch {torch.__version__} is built without CUDA, and device memory is its: install one with CUDA"
         return None
 
     def idle(self) -> str | None:

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
 from mpcompile.checkpoint import file_sha256
 from mpcompile.errors import BuildError
 from mpcompile.lower import INPUT, OUTPUT, Exported
-from mpcompile.proof import ProvenMask
+from mpcompile.proof import ProvenMask, file_weights
 from mpcompile.runtimes.nvidia import Gpu
 from mpcompile.runtimes.pieces import in_pieces
 from mpcompile.runtimes.protocol import Build
 from mpcompile.runtimes.tensorrt import engine_name
-from mpcompile.runtimes.tensorrt_logs import EngineLayer, SparsityLog, inspected, sparsity_in
+from mpcompile.runtimes.tensorrt_logs import EngineLayer, SparsityLog, inspected, kept_logger, sparsity_in
 from mpcompile.runtimes.tensorrt_verdict import completed
 from mpcompile.verdict import LayerVerdict
 
@@ -42,13 +43,14 @@ class Plan:
     log: str = field(repr=False)
 
 
-def planned(file: Path, profile: tuple[tuple[int, ...], ...] | None, sparse: bool, cache: Path | None = None) -> Plan:
-    """The engine of an ONNX file, serialised. `profile` are the smallest, usual and largest shape of the images where
-    the batch is free; `cache` is a file of timings, read where it is there and written anew. Raises BuildError.
+def planned(file: Path, shapes: Sequence[tuple[int, ...]], sparse: bool, cache: Path | None = None) -> Plan:
+    """The engine of an ONNX file, serialised. `shapes` are those of the images that will be run, where the batch is
+    free: each has a profile of its own, so that kernels are chosen for it. `cache` is a file of timings, read where it
+    is there and written anew, its hash beside it. Raises BuildError.
     """
     import tensorrt as trt
 
-    logger = kept_logger()
+    logger = kept_logger(trt)
     try:
         builder = trt.Builder(logger)
     except TypeError as error:  # its factory returned nothing
@@ -61,13 +63,14 @@ def planned(file: Path, profile: tuple[tuple[int, ...], ...] | None, sparse: boo
         raise BuildError(f"TensorRT {trt.__version__} does not take {file.name}: {told}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and not what the file says
     if sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if profile is not None:
-        shapes = builder.create_optimization_profile()
-        smallest, usual, largest = (trt.Dims(shape) for shape in profile)
-        shapes.set_shape(INPUT, smallest, usual, largest)
-        config.add_optimization_profile(shapes)
+    for shape in shapes:
+        profile = builder.create_optimization_profile()
+        exact = trt.Dims(shape)
+        profile.set_shape(INPUT, exact, exact, exact)
+        config.add_optimization_profile(profile)
     if cache is not None:
         known = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
         config.set_timing_cache(known, False)
@@ -76,6 +79,7 @@ def planned(file: Path, profile: tuple[tuple[int, ...], ...] | None, sparse: boo
         raise BuildError(f"TensorRT {trt.__version__} cannot build {file.name}: {logger.errors() or 'no reason given'}")
     if cache is not None:
         cache.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
+        cache.with_name(f"{cache.name}.sha256").write_text(f"{file_sha256(cache)}  {cache.name}\n", encoding="utf-8")
     return Plan(bytes(memoryview(built)), logger.text())
 
 
@@ -84,10 +88,10 @@ def engine_from(exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
     import tensorrt as trt
 
     folder = build.folder
-    plan = planned(
-        exported.onnx, build.profile(exported), build.sparse, folder / TIMING_CACHE if folder is not None else None
-    )
-    engine = TensorRTEngine.loaded(plan, exported, build, gpu)
+    batches = tuple(sorted(set(build.batches))) if exported.batch is None else ()
+    shapes = [(batch, *exported.image_shape) for batch in batches]
+    plan = planned(exported.onnx, shapes, build.sparse, folder / TIMING_CACHE if folder is not None else None)
+    engine = TensorRTEngine.loaded(plan, exported, batches, gpu)
     if folder is not None:
         stem = engine_name(exported, build, trt.__version__, gpu)
         path = folder / f"{stem}.engine"
@@ -97,11 +101,11 @@ def engine_from(exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
             "onnx": exported.onnx.name,
             "onnx_sha256": file_sha256(exported.onnx),
             "sha256": file_sha256(path),
-            "timing_cache_sha256": file_sha256(folder / TIMING_CACHE),
             "tensorrt": trt.__version__,
             "gpu": gpu.name,
             "compute_capability": list(gpu.capability),
             "precision": exported.precision,
+            "tuned_for_batches": batches or [exported.batch],
             "sparse_weights": build.sparse,
             "sparsity": asdict(engine.sparsity),
             "layers": [asdict(layer) for layer in engine.engine_layers],
@@ -112,46 +116,58 @@ def engine_from(exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
 
 @dataclass(frozen=True)
 class TensorRTEngine:
-    """An engine on the first GPU. Calls are not thread-safe: they share one execution context."""
+    """An engine on the first GPU, with an execution context for each batch that it was tuned for.
 
-    context: "trt.IExecutionContext"
+    Calls are not thread-safe: those of one batch share a context. `engine_layers` are those of the largest batch.
+    """
+
+    contexts: Mapping[int, "trt.IExecutionContext"]
     engine: "trt.ICudaEngine"
     runtime: "trt.Runtime"  # an engine does not outlive it
     gpu: Gpu
-    batches: tuple[int, int]  # smallest and largest
     engine_layers: tuple[EngineLayer, ...]
     sparsity: SparsityLog
 
     @classmethod
-    def loaded(cls, plan: Plan, exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
+    def loaded(cls, plan: Plan, exported: Exported, batches: tuple[int, ...], gpu: Gpu) -> "TensorRTEngine":
         """The engine of a plan. Raises BuildError where it does not load, or is not in the precision of the file."""
         import tensorrt as trt
 
-        logger = kept_logger()
+        logger = kept_logger(trt)
         runtime = trt.Runtime(logger)
         engine = runtime.deserialize_cuda_engine(plan.data)
         if engine is None:
             raise BuildError(f"TensorRT {trt.__version__} cannot load its own engine: {logger.errors()}")
-        context = engine.create_execution_context()
-        if context is None:
-            raise BuildError(f"TensorRT {trt.__version__} cannot run its engine: {logger.errors()}")
+        contexts: dict[int, trt.IExecutionContext] = {}
+        for place, batch in enumerate(batches or (exported.batch or 1,)):
+            context = engine.create_execution_context()
+            if context is None:
+                raise BuildError(f"TensorRT {trt.__version__} cannot run its engine: {logger.errors()}")
+            if batches:
+                context.set_optimization_profile_async(place, torch.cuda.current_stream().cuda_stream)
+                torch.cuda.current_stream().synchronize()
+            # Before the inspector looks: with a free batch it tells no types of tensors.
+            context.set_input_shape(INPUT, (batch, *exported.image_shape))
+            contexts[batch] = context
         inspector = engine.create_engine_inspector()
-        inspector.execution_context = context
+        inspector.execution_context = contexts[max(contexts)]
         layers = tuple(inspected(inspector.get_engine_information(trt.LayerInformationFormat.JSON)))
-        if wrong := other_precision(layers, exported):
+        if wrong := in_float32(layers, exported):
             raise BuildError(
-                f"{len(wrong)} layers of the engine run in float32 and {exported.precision} was asked for "
+                f"{len(wrong)} products of the engine run in float32 and {exported.precision} was asked for "
                 f"(first {wrong[0]}); the file says {exported.precision}, so this is the builder's doing"
             )
-        sizes = (exported.batch,) * 2 if exported.batch is not None else (min(build.batches), max(build.batches))
-        return cls(context, engine, runtime, gpu, sizes, layers, sparsity_in(plan.log))
+        return cls(contexts, engine, runtime, gpu, layers, sparsity_in(plan.log))
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits of a batch; one that the engine was not built for is run in pieces."""
-        return in_pieces(self._run, images, *self.batches)
+        """Logits of a batch; one that the engine was not tuned for is run in pieces of the largest that it was."""
+        if len(images) in self.contexts:
+            return self._run(images)
+        largest = max(self.contexts)
+        return in_pieces(self._run, images, largest, largest)
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        call = Call(self.context, torch.from_numpy(images))
+        call = Call(self.contexts[len(images)], torch.from_numpy(images))
         call.copy_in()
         call.execute()
         logits: NDArray[np.float32] = call.copy_out().numpy()
@@ -159,11 +175,11 @@ class TensorRTEngine:
 
     def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
         """One call as the harness times it: it returns when the GPU is done. Raises BuildError where the engine was
-        not built for that batch.
+        not tuned for that batch, or its work cannot be recorded.
         """
-        if not self.batches[0] <= len(images) <= self.batches[1]:
-            raise BuildError(f"the engine was built for batches of {self.batches[0]} to {self.batches[1]}")
-        call = Call(self.context, torch.from_numpy(images))
+        if len(images) not in self.contexts:
+            raise BuildError(f"the engine is tuned for batches of {', '.join(map(str, self.contexts))}")
+        call = Call(self.contexts[len(images)], torch.from_numpy(images))
         call.copy_in()
         run = call.captured() if graph else call.execute
 
@@ -178,7 +194,7 @@ class TensorRTEngine:
         return once
 
     def layer_times(self, images: NDArray[np.float32]) -> Mapping[str, float]:
-        """Milliseconds of each layer of the engine: medians over PROFILED_CALLS calls, layer by layer, uncaptured."""
+        """Milliseconds of each layer of the engine: medians over PROFILED_CALLS calls, layer by layer, unrecorded."""
         import tensorrt as trt
 
         class Times(trt.IProfiler):  # type: ignore[misc] # where TensorRT is not installed
@@ -189,10 +205,18 @@ class TensorRTEngine:
             def report_layer_time(self, layer_name: str, ms: Any) -> None:
                 self.found.setdefault(layer_name, []).append(float(ms))
 
+        # A context of its own: one with a profiler is slower, and can be recorded no more.
+        context = self.engine.create_execution_context()
+        if len(self.contexts) > 1 or self.engine.num_optimization_profiles > 1:
+            place = list(self.contexts).index(len(images))
+            context.set_optimization_profile_async(place, torch.cuda.current_stream().cuda_stream)
+            torch.cuda.current_stream().synchronize()
         times = Times()
-        call = Call(self.context, torch.from_numpy(images))
+        call = Call(context, torch.from_numpy(images))
         call.copy_in()
-        self.context.profiler = times
+        call.execute()  # what is set up at the first call is not counted
+        call.stream.synchronize()
+        context.profiler = times
         for _ in range(PROFILED_CALLS):
             call.execute()
             call.stream.synchronize()
@@ -227,13 +251,13 @@ class Call:
         self.context, self.stream = context, torch.cuda.Stream()
         self.source = images.pin_memory()
         self.images = torch.empty(images.shape, dtype=images.dtype, device="cuda")
-        context.set_input_shape(INPUT, tuple(images.shape))
+        if not context.set_input_shape(INPUT, tuple(images.shape)):
+            raise BuildError(f"TensorRT does not take images of {tuple(images.shape)} here")
         found = context.get_tensor_shape(OUTPUT)
         shape = tuple(found[axis] for axis in range(len(found)))
         self.logits = torch.empty(shape, dtype=torch.float32, device="cuda")
         self.result = torch.empty(shape, dtype=torch.float32).pin_memory()
-        context.set_tensor_address(INPUT, self.images.data_ptr())
-        context.set_tensor_address(OUTPUT, self.logits.data_ptr())
+        torch.cuda.current_stream().synchronize()  # they are made there, and used on a stream of their own
 
     def copy_in(self) -> None:
         """Starts the transfer of the images."""
@@ -241,17 +265,27 @@ class Call:
             self.images.copy_(self.source, non_blocking=True)
 
     def execute(self) -> None:
-        """Starts the engine. Raises BuildError."""
-        if not self.context.execute_async_v3(self.stream.cuda_stream):
+        """Starts the engine. Raises BuildError. The context may have run another call since this one was made."""
+        bound = (
+            self.context.set_input_shape(INPUT, tuple(self.images.shape))
+            and self.context.set_tensor_address(INPUT, self.images.data_ptr())
+            and self.context.set_tensor_address(OUTPUT, self.logits.data_ptr())
+        )
+        if not bound or not self.context.execute_async_v3(self.stream.cuda_stream):
             raise BuildError("TensorRT could not start its engine; its log is beside the engine file")
 
     def captured(self) -> Callable[[], None]:
-        """The engine's work as a CUDA graph, which is started at once instead of kernel by kernel."""
+        """The engine's work as a CUDA graph: started at once, not kernel by kernel. Raises BuildError."""
         self.execute()  # what is set up at the first call is no part of the graph
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.execute()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.execute()
+        except Exception as error:  # a failure inside is replaced by the capture's own
+            raise BuildError(
+                f"the engine's work cannot be recorded as a CUDA graph ({error}); leave --cuda-graph out"
+            ) from error
 
         def replay() -> None:
             with torch.cuda.stream(self.stream):
@@ -267,33 +301,17 @@ class Call:
         return self.result
 
 
-def other_precision(layers: Sequence[EngineLayer], exported: Exported) -> list[str]:
-    """The layers that multiply by a masked weight and have no number in the precision of the file."""
+def in_float32(layers: Sequence[EngineLayer], exported: Exported) -> list[str]:
+    """The nodes with constant weights, of a file in half precision, that no layer of the engine runs in it.
+
+    A node may be in several layers, as where a cast was fused; one is enough. Layers that do not tell their types are
+    no complaint.
+    """
     if exported.precision == "fp32":
         return []
-    nodes = {node for mask in exported.masks for node in mask.nodes}
-    return [
-        layer.name for layer in layers if layer.types and nodes.intersection(layer.onnx) and not layer.in_half_precision
-    ]
-
-
-def kept_logger() -> Any:
-    """A logger that keeps every message."""
-    import tensorrt as trt
-
-    class Kept(trt.ILogger):  # type: ignore[misc] # where TensorRT is not installed
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[trt.ILogger.Severity, str]] = []
-
-        def log(self, severity: "trt.ILogger.Severity", msg: str) -> None:
-            self.messages.append((severity, msg))
-
-        def text(self) -> str:
-            return "\n".join(message for _, message in self.messages) + "\n"
-
-        def errors(self) -> str:
-            worst = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
-            return "; ".join(" ".join(message.split()) for severity, message in self.messages if severity in worst)
-
-    return Kept()
+    wrong = []
+    for weight in file_weights(onnx.load(exported.onnx)):
+        holders = [layer for layer in layers if weight.node in layer.onnx and layer.types]
+        if holders and not any(layer.in_half_precision for layer in holders):
+            wrong.append(weight.node)
+    return wrong

@@ -8,7 +8,7 @@ guessed: a log that was cut off says nothing, which is not the same as that no k
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +106,17 @@ def _layer(row: str | Mapping[str, Any]) -> EngineLayer:
         return EngineLayer(row, "", "", nodes_in(row), ())
     name = str(row.get("Name", ""))
     named = tuple(ONNX_LAYER.findall(str(row.get("Metadata", ""))))
-    types = tuple(
-        str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
+    tensors = [
+        tensor
         for side in (row.get("Inputs"), row.get("Outputs"))
-        for tensor in (side if isinstance(side, Sequence) else ())
+        for tensor in (side if isinstance(side, list) else ())
         if isinstance(tensor, Mapping)
-    )
+    ]
+    said = [tensor.get("Datatype") or tensor.get("Format/Datatype") for tensor in tensors]
+    weights = row.get("Weights")
+    said += [weights.get("Type")] if isinstance(weights, Mapping) else []
+    # Where the batch is free, types may be "N/A due to dynamic shapes", which says nothing.
+    types = tuple(str(kind) for kind in said if kind and not str(kind).startswith("N/A"))
     kernel = str(row.get("TacticName", ""))
     return EngineLayer(name, str(row.get("LayerType", "")), kernel, named or nodes_in(name), types)
 
@@ -124,3 +129,24 @@ def dumped(log: str) -> list[EngineLayer]:
         types = tuple(re.findall(r"Datatype: (\w+)", rest))
         layers.append(EngineLayer(name, kind, tactic[1] if tactic else "", (), types))
     return layers
+
+
+def kept_logger(trt: Any) -> Any:
+    """A logger for one of NVIDIA's modules that keeps every message."""
+
+    class Kept(trt.ILogger):  # type: ignore[misc] # a class of the bindings, known only once they are there
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            self.messages.append((severity, msg))
+
+        def text(self) -> str:
+            return "\n".join(message for _, message in self.messages) + "\n"
+
+        def errors(self) -> str:
+            worst = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+            return "; ".join(" ".join(message.split()) for severity, message in self.messages if severity in worst)
+
+    return Kept()

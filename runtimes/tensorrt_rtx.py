@@ -26,7 +26,7 @@ from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.lower import INPUT, Exported
 from mpcompile.proof import file_weights
 from mpcompile.runtimes.protocol import Build, Engine, Prepared, WithoutKernels
-from mpcompile.runtimes.tensorrt_logs import EngineLayer, dumped
+from mpcompile.runtimes.tensorrt_logs import EngineLayer, dumped, kept_logger
 from mpcompile.runtimes.tensorrt_rules import refusals
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ NO_RUN = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled plan, its fused layers, and the initializers whose bytes are in it as they are."""
+    """A compiled plan, its fused layers, and the initializers whose numbers are all in it."""
 
     data: bytes = field(repr=False)
     capabilities: tuple[str, ...]
     layers: tuple[EngineLayer, ...]
-    verbatim: frozenset[str]
+    found: frozenset[str]
 
     @property
     def attentions(self) -> int:
@@ -101,8 +101,8 @@ class TensorRTForRTX(WithoutKernels):
             "tensorrt-rtx": version,
             "compute_capabilities": plan.capabilities,
             "attentions_in_one_kernel": plan.attentions,
-            "masked_weights_verbatim": sorted(masked & plan.verbatim),
-            "masked_weights_not_found": sorted(masked - plan.verbatim),
+            "masked_weights_found": sorted(masked & plan.found),
+            "masked_weights_not_found": sorted(masked - plan.found),
             "layers": [asdict(layer) for layer in plan.layers],
         }
         (folder / f"{stem}.json").write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
@@ -112,8 +112,8 @@ class TensorRTForRTX(WithoutKernels):
         ]
         if masked:
             notes.append(
-                f"{len(masked & plan.verbatim)} of its {len(masked)} masked weights are in the plan byte by byte"
-                + ("; the compiler stores the others in another order" if masked - plan.verbatim else "")
+                f"{len(masked & plan.found)} of its {len(masked)} masked weights are in the plan, every number, as "
+                "stored or with their axes reordered" + ("; the others were not found" if masked - plan.found else "")
             )
         return Prepared(notes=tuple(notes))
 
@@ -127,7 +127,7 @@ def compiled(file: Path, capabilities: Sequence[str], profile: tuple[tuple[int, 
     the images where the batch is free. Raises RuntimeMissing or BuildError.
     """
     trt = _bindings()
-    logger = _logger(trt)
+    logger = kept_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -186,24 +186,3 @@ def _bindings() -> Any:
             TensorRTForRTX().missing() or f"tensorrt_rtx is installed and does not import: {error}"
         ) from error
     return tensorrt_rtx
-
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps every message."""
-
-    class Kept(trt.ILogger):  # type: ignore[misc] # a class of the bindings, known only once they are there
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[Any, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity, message))
-
-        def text(self) -> str:
-            return "\n".join(message for _, message in self.messages) + "\n"
-
-        def errors(self) -> str:
-            worst = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
-            return "; ".join(" ".join(message.split()) for severity, message in self.messages if severity in worst)
-
-    return Kept()

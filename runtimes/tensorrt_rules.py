@@ -5,6 +5,8 @@ Two questions: which weights may get sparse kernels (`sparsity_of`), and which n
 of the table, so that two reports can be told apart.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +165,17 @@ def _holds(kept: NDArray[np.bool_], pattern: NM) -> bool:
     for place in range(pattern.of):
         counts += bits[:, place :: pattern.of]
     return bool(counts.max() <= pattern.keep)
+
+
+def implies_two_four(pattern: NM) -> bool:
+    """Whether every mask of a pattern is 2:4 too: no four consecutive channels can keep more than two."""
+
+    def most(start: int) -> int:
+        """How many of the four from `start` on a mask can keep."""
+        overlaps = Counter(channel // pattern.of for channel in range(start, start + 4))
+        return sum(min(pattern.keep, overlap) for overlap in overlaps.values())
+
+    return all(most(start) <= TWO_FOUR.keep for start in range(0, math.lcm(4, pattern.of), 4))
 
 
 def refusals(file: onnx.ModelProto) -> list[Refusal]:

@@ -1,11 +1,14 @@
 """What a TensorRT engine made of each masked layer: the rules' verdicts, completed by its log, layers and times."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mpcompile.proof import ProvenMask
 from mpcompile.runtimes.tensorrt_logs import EngineLayer, SparsityLog, nodes_in
 from mpcompile.verdict import LayerVerdict
+
+PRODUCT = re.compile(r"gemm|conv|matmul|matrix|correlation|_fc|xmma", re.IGNORECASE)
 
 
 def completed(
@@ -45,8 +48,13 @@ def completed(
 
 
 def _holder(nodes: set[str], layers: Sequence[EngineLayer]) -> EngineLayer | None:
-    """The engine's layer that these nodes became a part of."""
-    return next((layer for layer in layers if nodes.intersection(layer.onnx)), None)
+    """The engine's layer that these nodes became a part of: of several, one that multiplies, not a copy or a cast."""
+    found = [layer for layer in layers if nodes.intersection(layer.onnx)]
+
+    def rank(layer: EngineLayer) -> tuple[bool, bool]:
+        return layer.sparse, bool(PRODUCT.search(f"{layer.kind} {layer.kernel}"))
+
+    return max(found, key=rank, default=None)
 
 
 def _told(
@@ -65,7 +73,7 @@ def _told(
     if log.chosen is None:
         return None, "the builder's log has no line on sparsity: it is cut off, or the sparsity flag was off"
     if own & eligible:
-        return False, "the builder found it eligible and a dense kernel faster"
+        return False, "the builder found it eligible and did not choose a sparse kernel"
     if verdict.eligible is False:
         return False, verdict.reason
     if log.chosen == 0:

@@ -30,7 +30,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_not_taken_for_one_on_a_gpu(tmp_p
 def test_a_graph_is_refused_and_a_call_with_transfers_is_the_session_s_own(tmp_path: Path) -> None:
     model = tiny_vit()
     lowered = lower(model, tmp_path / "m.onnx")
-    engine = OrtCudaEngine(session_on(lowered.onnx).session, lowered.onnx)
+    engine = OrtCudaEngine(session_on(lowered.onnx).session, lowered.onnx, "a GPU")
     images = model.example.numpy()
     with pytest.raises(BuildError, match="no CUDA graphs"):
         engine.staged(images, transfers=True, graph=True)
@@ -43,6 +43,6 @@ def test_it_computes_what_the_cpu_does(tmp_path: Path) -> None:
     lowered = lower(model, tmp_path / "m.onnx")
     images = model.example.numpy()
     engine = OnnxRuntimeCuda().build(lowered, Build())
-    # Other kernels, other orders of sums; TF32 is ONNX Runtime's default for float32 products.
-    assert np.abs(engine(images) - session_on(lowered.onnx)(images)).max() < 1e-2
+    # Other kernels sum in other orders.
+    assert np.abs(engine(images) - session_on(lowered.onnx)(images)).max() < 1e-4
     engine.staged(images, transfers=False, graph=False)()

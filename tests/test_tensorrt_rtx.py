@@ -53,7 +53,7 @@ def test_masked_models_compile_and_every_masked_weight_is_in_the_plan(
     model = masked(name, merged)
     lowered = lower(model, tmp_path / "m.onnx", precision=precision, batch=8)  # type: ignore[arg-type]
     plan = compiled(lowered.onnx, ["SM86"])
-    assert {mask.initializer for mask in lowered.masks} <= plan.verbatim
+    assert {mask.initializer for mask in lowered.masks} <= plan.found
     assert len(lowered.masks) == len(model.masks())
     blocks = len(parts(model.graph, model.example).tokens) // 2
     assert plan.attentions == blocks  # each in one kernel; none where there is no attention
@@ -68,7 +68,7 @@ def test_a_plan_holds_what_was_compiled_and_nothing_else(tmp_path: Path) -> None
     values = onnx.numpy_helper.to_array(changed).copy()
     values.flat[0] += 1  # one weight of one layer
     changed.CopyFrom(onnx.numpy_helper.from_array(values, changed.name))
-    assert plan.verbatim - found_in(plan.data, file) == {changed.name}
+    assert plan.found - found_in(plan.data, file) == {changed.name}
 
 
 @needs_rtx
@@ -85,7 +85,7 @@ def test_a_model_goes_the_whole_way(example: Path, tmp_path: Path) -> None:
         f"vit_tiny_patch16_224-{kind}-fp16-bs1-8-rtx{version}-sm80+86+89+120.engine" for kind in ("2x4", "dense")
     ]
     sidecar = json.loads(Path(f"{str(plans[0]).removesuffix('.engine')}.json").read_text())
-    assert len(sidecar["masked_weights_verbatim"]) == 24
+    assert len(sidecar["masked_weights_found"]) == 24
     assert sidecar["masked_weights_not_found"] == []
     assert sidecar["compute_capabilities"] == list(CAPABILITIES)
     report = artifact.report
