@@ -92,10 +92,8 @@ def measure(
     if case.dense_merged:
         dense, _ = PassManager(merging).run(dense, Data())
     runtime = RUNTIMES[target]
-    files = [
-        lower(model, folder / f"{name}.onnx", precision=precision)
-        for name, model in (("dense", dense), ("masked", masked))
-    ]
+    before = lower(dense, folder / "dense.onnx", precision=precision)
+    after = lower(masked, folder / "masked.onnx", precision=precision)
     on_gpu = target in ("trt", "ort-cuda")
     settings = Settings(target=target, seconds=seconds, transfers=not on_gpu, graph=target == "trt")
     engines = folder / "engines"
@@ -231,14 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for precision in given.precisions:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    rows.append(
-                        measure(case, precision, given.target, tuple(given.batches), given.seconds, Path(folder))
-                    )
+                    batches = tuple(given.batches)
+                    rows.append(measure(case, precision, given.target, batches, given.seconds, Path(folder)))
                 except Exception as error:  # of any library below: what was measured so far is worth having
                     told = " ".join(f"{type(error).__name__}: {error}".split())
-                    failures.append(
-                        {"model": case.model, "merged_tokens": case.merged, "precision": precision, "failed": told}
-                    )
+                    failures.append({"model": case.model, "precision": precision, "failed": told})
                     print(f"{case.model}, {precision} failed: {told}", flush=True)
                 else:
                     print(markdown(COLUMNS, lines(rows[-1])), flush=True)

@@ -20,7 +20,7 @@ from mpcompile.plots import make_folder, write_plots
 from mpcompile.recipe import DataChoice, Step
 from mpcompile.report import Value
 from mpcompile.resolve import build_pass
-from mpcompile.runtimes import RUNTIMES
+from mpcompile.runtimes import RUNTIMES, Predicting, Product
 from mpcompile.spectrum import Analysis as LayerFit
 from mpcompile.spectrum import Fit
 
@@ -43,10 +43,12 @@ class LayerAnalysis(Value):
 
 
 class Forecast(Value):
-    """What a target would execute of the plan: a bound by counting, not a measurement.
+    """What a target would execute of the plan.
 
     `accelerated` are the planned patterns that it has kernels for; the others run as dense. `speedup_bound` is the
-    ratio of multiply-accumulates, which no layer exceeds and most fall short of.
+    ratio of multiply-accumulates, by counting alone. `layers` is how many times as fast as dense each planned layer
+    will be, where the target can try a product like it here, and `speedup` what that comes to for the whole model if
+    everything takes as long as its multiply-accumulates say.
     """
 
     target: str
@@ -54,6 +56,8 @@ class Forecast(Value):
     macs: float
     weight_bytes: float
     speedup_bound: float
+    layers: dict[str, float]
+    speedup: float | None
 
 
 class Analysis(Value):
@@ -112,7 +116,7 @@ def analyze(
         planned_macs=counted.executed_macs(patterns),
         planned_weight_bytes=counted.weight_bytes(patterns),
         layers=tuple(_rows(planned, counted, fits)),
-        forecasts=tuple(_forecast(target, counted, patterns) for target in RUNTIMES),
+        forecasts=tuple(_forecast(target, planned, counted, patterns) for target in RUNTIMES),
     )
 
 
@@ -142,14 +146,30 @@ def _rows(planned: Model, counted: Cost, fits: Mapping[str, LayerFit | str]) -> 
         )
 
 
-def _forecast(target: str, counted: Cost, patterns: Mapping[str, NM]) -> Forecast:
+def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, NM]) -> Forecast:
     """What a target executes: layers whose pattern it has no kernel for are dense."""
-    fast = {name: pattern for name, pattern in patterns.items() if RUNTIMES[target].has_kernel(pattern)}
+    runtime = RUNTIMES[target]
+    fast = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
     macs = counted.executed_macs(fast)
+    layers = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, Predicting) else {}
+    executed = counted.macs - sum(counted.layers[name] * (1 - 1 / ratio) for name, ratio in layers.items())
     return Forecast(
         target=target,
         accelerated=tuple(sorted(set(fast.values()), key=str)),
         macs=macs,
         weight_bytes=counted.weight_bytes(fast),
         speedup_bound=counted.macs / macs,
+        layers=dict(layers),
+        speedup=counted.macs / executed if layers else None,
     )
+
+
+def _products(model: Model, counted: Cost, patterns: Mapping[str, NM]) -> dict[str, Product]:
+    """The Linear layers with these patterns as products; what a convolution costs depends on its neighbours."""
+    found = {}
+    for name, pattern in patterns.items():
+        layer = model.layer(name)
+        if isinstance(layer, nn.Linear):
+            out, in_ = layer.weight.shape
+            found[name] = Product(out, in_, max(1, round(counted.layers[name] / (out * in_))), pattern)
+    return found

@@ -42,6 +42,7 @@ from mpcompile.options import (
     PretrainedOption,
     QuietOption,
     SeedOption,
+    ShareRowsOption,
     StdOption,
     StrictOption,
     TargetOption,
@@ -103,6 +104,7 @@ def compile_command(
     model: ModelArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     pattern: PatternOption = None,
+    share_rows: ShareRowsOption = None,
     macs: MacsOption = None,
     budget: BudgetOption = None,
     tome: TomeOption = None,
@@ -183,7 +185,7 @@ def compile_command(
     recipe = overridden(
         given,
         budget={
-            "patterns": options.patterns(pattern, target or given.target, budget_macs),
+            "patterns": options.patterns(pattern, target or given.target, budget_macs, share_rows),
             "macs": budget_macs,
             "signal": budget,
             "include": include,
@@ -234,6 +236,7 @@ def compile_command(
 def analyze_command(
     model: ModelArgument,
     pattern: PatternOption = None,
+    share_rows: ShareRowsOption = None,
     macs: MacsOption = None,
     budget: BudgetOption = None,
     target: TargetOption = None,
@@ -266,7 +269,7 @@ def analyze_command(
     from mpcompile.recipe import DataChoice
 
     given = {
-        "patterns": options.patterns(pattern, target or "ort", macs),
+        "patterns": options.patterns(pattern, target or "ort", macs, share_rows),
         "macs": macs,
         "signal": budget,
         "include": include,

@@ -1,6 +1,7 @@
 """What the command line takes: its options, once each, and text -> values."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,14 @@ PatternOption = Annotated[
         "--pattern",
         help="N:M, N kept of every M; 2:4x4: four rows share one pattern. Several, as 2:4,8:16, or auto or auto:16 "
         "(all N:16), for the budget to choose from.",
+    ),
+]
+ShareRowsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--share-rows",
+        help="Let 2 or 4 neighbouring output channels share one pattern, as 2:4x4 does: still legal N:M, faster on "
+        "some CPUs, dearer in accuracy.",
     ),
 ]
 MacsOption = Annotated[
@@ -169,17 +178,28 @@ def shared_macs(macs: float | None, tome: str | None, pattern: str | None) -> tu
     return None, macs
 
 
-def patterns(text: str | None, target: str, macs: float | None) -> tuple[str, ...]:
-    """The patterns that --pattern names, spelt out; `auto` goes by what the target has kernels for."""
+def patterns(text: str | None, target: str, macs: float | None, rows: int | None = None) -> tuple[str, ...]:
+    """The patterns that --pattern names, spelt out, shared by so many rows; `auto` goes by what the target has kernels
+    for.
+    """
     from mpcompile.resolve import auto_patterns
 
     if text is None:
         return ()
     if text.split(":")[0] != "auto":
-        return tuple(str(NM.parse(part)) for part in text.split(","))
+        return tuple(str(_shared(NM.parse(part), rows)) for part in text.split(","))
     group = text.partition(":")[2]
     if text != "auto" and not group.isdecimal():
         raise UsageError(f"--pattern {text!r} is neither auto nor auto:M, such as auto:16")
     if macs is None:
         raise UsageError(f"--pattern {text} chooses between patterns and needs something to reach; give --macs too")
-    return tuple(map(str, auto_patterns(target, int(group) if group else None)))
+    return tuple(str(_shared(pattern, rows)) for pattern in auto_patterns(target, int(group) if group else None))
+
+
+def _shared(pattern: NM, rows: int | None) -> NM:
+    """The pattern with its rows as --share-rows says."""
+    if rows is None:
+        return pattern
+    if pattern.rows not in (1, rows):
+        raise UsageError(f"--share-rows {rows} and the pattern {pattern} say two things; leave one of them out")
+    return replace(pattern, rows=rows)

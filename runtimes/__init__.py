@@ -9,7 +9,7 @@ if __name__ == "runtimes":  # from the repository root this would succeed and ma
 from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort import OnnxRuntime
 from mpcompile.runtimes.ort_cuda import OnnxRuntimeCuda
-from mpcompile.runtimes.protocol import Build, Engine, Judging, Prepared, Runtime, Staging
+from mpcompile.runtimes.protocol import Build, Engine, Judging, Predicting, Prepared, Product, Runtime, Staging
 from mpcompile.runtimes.tensorrt import TensorRT
 from mpcompile.runtimes.tensorrt_rtx import TensorRTForRTX
 
@@ -25,7 +25,9 @@ __all__ = [
     "Judging",
     "OnnxRuntime",
     "OnnxRuntimeCuda",
+    "Predicting",
     "Prepared",
+    "Product",
     "Runtime",
     "Staging",
     "TensorRT",

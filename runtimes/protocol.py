@@ -76,6 +76,25 @@ class Prepared:
     commands: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of `tokens` rows with a weight (out, in_) of a pattern."""
+
+    out: int
+    in_: int
+    tokens: int
+    pattern: NM
+
+
+@runtime_checkable
+class Predicting(Protocol):
+    """A runtime that can say beforehand how fast a masked product will be, by trying one like it."""
+
+    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, float]:
+        """How many times as fast as dense each is, by name; those that it cannot try are left out."""
+        ...
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A model that runs: the harness times this call and compares what it returns."""

@@ -17,7 +17,7 @@ from mpcompile.load import Request, load
 from mpcompile.model import NM
 from mpcompile.passes import MPBudget
 from mpcompile.plots import plot_layer, write_plots
-from mpcompile.runtimes import RUNTIMES
+from mpcompile.runtimes import RUNTIMES, Product
 from mpcompile.spectrum import analyse
 
 
@@ -50,14 +50,27 @@ def test_shares_add_up_and_the_plan_is_counted(module: nn.Module) -> None:
 
 def test_no_speedup_is_forecast_without_kernels(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     for forecast in analyze(module).forecasts:
-        if forecast.target != "trt":
-            assert (forecast.speedup_bound, forecast.accelerated) == (1.0, ())
+        kernels = RUNTIMES[forecast.target].has_kernel(NM(2, 4))
+        assert (forecast.speedup_bound > 1, bool(forecast.accelerated)) == (kernels, kernels)
     monkeypatch.setattr(type(RUNTIMES["ort"]), "has_kernel", lambda self, pattern: pattern == NM(2, 4))
+    tried = {}
+
+    def predicted(self: object, products: dict[str, Product]) -> dict[str, float]:
+        tried.update(products)
+        return dict.fromkeys(products, 1.5)
+
+    monkeypatch.setattr(type(RUNTIMES["ort"]), "predicted", predicted)
     found = analyze(module, MPBudget(null=False))
     [ort] = [forecast for forecast in found.forecasts if forecast.target == "ort"]
     assert ort.accelerated == (NM(2, 4),)
     assert ort.macs == found.planned_macs
     assert ort.speedup_bound == pytest.approx(found.dense_macs / found.planned_macs)
+    planned = {row.name: row for row in found.layers if row.pattern}
+    assert tried == {  # the example has 49 tokens
+        name: Product(row.shape[0], row.shape[1], 49, NM(2, 4)) for name, row in planned.items()
+    }
+    saved = sum(row.macs for row in planned.values()) / 3
+    assert ort.speedup == pytest.approx(found.dense_macs / (found.dense_macs - saved))
 
 
 def test_parameters_are_checked_as_in_a_recipe() -> None:
@@ -76,7 +89,7 @@ def test_the_command(example: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == ["load", "capture", "spectra", "budget"]
     assert "the budget keeps it" in done.stdout
-    assert "Target ort has kernels for none of these patterns" in done.stdout
+    assert "Target eager has kernels for none of these patterns" in done.stdout
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert "overview.svg" in files
     assert "blocks.2.mlp.fc2.svg" in files
@@ -88,7 +101,11 @@ def test_json_alone_on_standard_output(example: Path) -> None:
     done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    assert {row["pattern"] for row in found["layers"]} >= {"2:4", "3:4", None}
+    offered = {str(pattern) for pattern in RUNTIMES["ort"].auto_patterns()} or {"1:4", "2:4", "3:4"}
+    used = {row["pattern"] for row in found["layers"]}
+    assert None in used
+    assert len(used) > 2
+    assert used <= {None, *offered}
     assert found["planned_macs"] <= 0.6 * found["dense_macs"] * (1 + 1e-6)
 
 

@@ -114,7 +114,8 @@ def found(artifact: mpcompile.Artifact) -> Bench:
 
 def test_a_folder_is_timed_and_the_files_say_the_same(found: Bench, artifact: mpcompile.Artifact) -> None:
     folder = artifact.folder / "bench" / "ort"
-    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "bench.svg"]
+    names = {path.name for path in folder.iterdir()} - {"model.native.onnx"}  # where the CPU's kernel is faster
+    assert names == {"bench.json", "bench.md", "bench.svg"}
     assert Bench.model_validate_json((folder / "bench.json").read_text()) == found
     text = (folder / "bench.md").read_text()
     for row in found.rows():
@@ -128,7 +129,7 @@ def test_a_folder_is_timed_and_the_files_say_the_same(found: Bench, artifact: mp
 
 def test_every_figure_follows_from_the_samples(found: Bench) -> None:
     for each in found.batches:
-        dense, compressed = (np.array(each.samples_ms[arm.name]) for arm in found.arms)
+        dense, compressed = (np.array(each.samples_ms[name]) for name in ("dense", "compressed"))
         timing = each.timings["compressed"]
         assert timing.p50_ms == pytest.approx(np.median(compressed))
         assert timing.p99_ms == pytest.approx(np.percentile(compressed, 99))
@@ -239,7 +240,7 @@ def test_what_disturbs_a_machine_is_said() -> None:
     calm = Condition(0.1, 3000.0, 1400, 50, ())
     assert disturbances(calm, calm) == ()
     [load] = disturbances(Condition(99.0, None, None, None, ()), calm)
-    assert "load 99.0" in load
+    assert "99.0 processes ran" in load
     found = disturbances(calm, Condition(0.1, 2000.0, 1000, 90, ("SwThermalSlowdown",)))
     assert [sentence.split(" ")[1] for sentence in found] == ["processor's", "GPU's", "GPU"]
     assert condition(gpu=True).load is not None

@@ -20,22 +20,22 @@ KEPT = (8, 12, 16, 20, 24, 28)
 TOKENS, CHANNELS = 197, 768  # ViT-B's, at 224 pixels
 
 
-def speedup_of(pattern: NM, library: Path, threads: int | None = None, seconds: float = 0.2) -> Speedup:
-    """How many times as fast as dense a product of that pattern is here: random weights, TOKENS × CHANNELS² ."""
+def speedup_of(
+    pattern: NM, out: int, in_: int, tokens: int, library: Path, threads: int | None = None, seconds: float = 0.2
+) -> Speedup:
+    """How many times as fast as dense a product of that pattern and shape is here, on random weights."""
     rng = np.random.default_rng(0)
-    weight = rng.standard_normal((CHANNELS, CHANNELS)).astype(np.float32)
-    groups = np.abs(weight).reshape(CHANNELS // pattern.rows, pattern.rows, CHANNELS // pattern.of, pattern.of).sum(1)
+    weight = rng.standard_normal((out, in_)).astype(np.float32)
+    groups = np.abs(weight).reshape(out // pattern.rows, pattern.rows, in_ // pattern.of, pattern.of).sum(1)
     order = np.argsort(-groups, axis=-1)[..., : pattern.keep]
     kept = np.zeros(groups.shape, bool)
     np.put_along_axis(kept, order, True, axis=-1)
-    weight *= np.repeat(kept.reshape(len(groups), CHANNELS), pattern.rows, axis=0)
-    product = Product(
-        ("random",), "random", GEMM, "x", "y", ("y",), "w", pattern, weight, np.zeros(CHANNELS, np.float32)
-    )
-    return measure(product, pack(weight, pattern.of), (1, TOKENS, CHANNELS), library, threads, seconds)[2]
+    weight *= np.repeat(kept.reshape(len(groups), in_), pattern.rows, axis=0)
+    product = Product(("random",), "random", GEMM, "x", "y", ("y",), "w", pattern, weight, np.zeros(out, np.float32))
+    return measure(product, pack(weight, pattern.of), (1, tokens, in_), library, threads, seconds)[2]
 
 
 def worth_having(library: Path) -> tuple[NM, ...]:
     """The patterns N of GROUP that are surely faster than dense here."""
     patterns = (NM(kept, GROUP) for kept in KEPT)
-    return tuple(pattern for pattern in patterns if speedup_of(pattern, library).interval[0] > 1)
+    return tuple(p for p in patterns if speedup_of(p, CHANNELS, CHANNELS, TOKENS, library).interval[0] > 1)
