@@ -6,7 +6,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo check test bench bench-distill bench-gpu bench-models clean
+.PHONY: demo check test bench bench-cpu bench-distill bench-gpu bench-models clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -42,6 +42,13 @@ bench: bench-models
 	$(BIN)/python benchmarks/one_shot.py
 	$(BIN)/python benchmarks/certificates.py
 	$(BIN)/python benchmarks/token_merging.py
+	$(BIN)/python benchmarks/readme.py
+
+# The N:M kernel on this CPU: products, whole ViTs, and twenty minutes of a server's life. Hours where both cores are busy.
+bench-cpu: $(READY)
+	$(BIN)/python benchmarks/cpu_gemm.py
+	$(BIN)/python benchmarks/cpu_vit.py
+	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/readme.py
 
 # Needs Fashion-MNIST, Debian's package dataset-fashion-mnist.

@@ -85,8 +85,7 @@ def blocks() -> dict[str, str]:
     )
     captured = sum(row["captured"] for row in capture["rows"])
     return {
-        "demo": "What the demo printed when its benchmark was last run (it now counts multiply-accumulates, too), "
-        f"on {device}:\n\n{demo}",
+        "demo": f"What the demo prints, here on {device}:\n\n{demo}",
         "capture": f"{captured} of the {len(capture['rows'])} timm and torchvision architectures tried are captured "
         "([table, with a reason for each other](benchmarks/results/capture.md)).\n",
         "spectra": first_table("spectra"),
@@ -97,6 +96,7 @@ def blocks() -> dict[str, str]:
         "token_merging": first_table("token_merging"),
         "distill": first_table("distill"),
         "speed": body("analyze_speed"),
+        "cpu_vit": body("cpu_vit"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }
 

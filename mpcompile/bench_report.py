@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from mpcompile.machine import Condition
-from mpcompile.report import Parity
+from mpcompile.report import Parity, Value
 from mpcompile.timing import Speedup, Timing
 from mpcompile.verdict import LayerVerdict, tally
 
@@ -14,12 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79")
-
-
-class Value(BaseModel):
-    """A frozen part of a benchmark."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Arm(Value):
