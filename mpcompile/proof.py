@@ -157,11 +157,10 @@ def prove(
         if not found:
             raise MaskError(f"{name}: its mask was lost on the way; no weight in the ONNX file is this layer's")
         rows.extend(prove_one(name, plans[name], weight) for weight in found)
-    users: dict[ProvenMask, tuple[str, ...]] = {}  # an initializer that several nodes use is one row
-    for row in rows:
-        alone = replace(row, nodes=())
-        users[alone] = (*users.get(alone, ()), *row.nodes)
-    return tuple(replace(row, nodes=nodes) for row, nodes in users.items())
+    users: dict[str, tuple[str, ...]] = {}  # an initializer that several nodes use is one row
+    for weight in file_weights(file):
+        users[weight.initializer] = (*users.get(weight.initializer, ()), weight.node)
+    return tuple(dict.fromkeys(replace(row, nodes=users[row.initializer]) for row in rows))
 
 
 def prove_one(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:

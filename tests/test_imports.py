@@ -76,9 +76,9 @@ def test_importing_loads_no_runtime_and_no_cuda() -> None:
 
 
 def test_importing_adds_little_to_torch() -> None:
-    code = "import time, torch; t = time.perf_counter(); import mpcompile; print(time.perf_counter() - t)"
-    # The best of three: other processes can only add to it. 0.3 s is the promise; 0.12 s is usual.
-    assert min(float(run_python(code)) for _ in range(3)) < 0.3
+    code = "import time, torch; t = time.process_time(); import mpcompile; print(time.process_time() - t)"
+    # The best of five, of the process's own time: other processes can only add to it. 0.3 s is the promise.
+    assert min(float(run_python(code)) for _ in range(5)) < 0.3
 
 
 def test_bare_imports_from_the_root_are_refused() -> None:

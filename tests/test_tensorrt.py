@@ -178,7 +178,7 @@ def test_a_target_without_a_gpu_refuses_to_build(tmp_path: Path) -> None:
 
 
 def test_engines_are_named_for_what_they_are(tmp_path: Path) -> None:
-    lowered = lower(tiny_vit(), tmp_path / "m.onnx", precision="fp16", batch=8)
+    lowered = lower(tiny_vit(), tmp_path / "dense.onnx", precision="fp16", batch=8)
     gpu = Gpu("NVIDIA A100", (8, 0))
     assert engine_name(lowered, Build(), "10.16.1", gpu) == f"{lowered.arch}-dense-fp16-bs8-trt10.16.1-sm80"
     assert trtexec(lowered, Build())[0].count("Shapes") == 0
