@@ -107,11 +107,11 @@ def _drop_round_trips(graph: onnx.GraphProto) -> None:
     casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
     target = {output: next(a.i for a in node.attribute if a.name == "to") for output, node in casts.items()}
     # A cast from a number that was none, such as the result of a comparison, is no rounding, and stays.
-    exact = {output for node in graph.node if node.op_type in KEPT_IN_FLOAT32 for output in node.output}
+    other = {v.name for v in graph.value_info if v.type.tensor_type.elem_type not in (SINGLE, HALF)}
     unrounded = {
         output: casts[node.input[0]].input[0]
         for output, node in casts.items()
-        if target[output] == SINGLE and target.get(node.input[0]) == HALF and casts[node.input[0]].input[0] in exact
+        if target[output] == SINGLE and target.get(node.input[0]) == HALF and casts[node.input[0]].input[0] not in other
     }
     for node in graph.node:
         for place, name in enumerate(node.input):

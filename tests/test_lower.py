@@ -11,13 +11,14 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from mpcompile.artifact import read_tensors, write_weights
 from mpcompile.capture import capture
 from mpcompile.data import Data
 from mpcompile.errors import BuildError, MaskError, ParityError
+from mpcompile.half import to_half
 from mpcompile.load import source_of
 from mpcompile.lower import Lowered, lower
 from mpcompile.model import NM, Model
@@ -313,3 +314,23 @@ def test_finite_outputs_are_counted(vit_file: Lowered) -> None:
     images = vit_file.model.example.numpy()
     assert require_finite(vit_file, [images, images]) == 4
     assert OverflowScan(vit_file.onnx)(images) is None
+
+
+def test_a_cast_from_a_comparison_stays_in_half_precision() -> None:
+    """A failure before: a softmax was fed with booleans, and the file did not load."""
+    nodes = [
+        helper.make_node("Greater", ["images", "zero"], ["larger"], name="greater"),
+        helper.make_node("Cast", ["larger"], ["number"], name="cast", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Softmax", ["number"], ["logits"], name="softmax"),
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("images", "logits")]
+    known = [helper.make_tensor_value_info("larger", onnx.TensorProto.BOOL, [1, 4])]
+    known.append(helper.make_tensor_value_info("number", onnx.TensorProto.FLOAT, [1, 4]))
+    zero = numpy_helper.from_array(np.zeros(1, np.float32), "zero")
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [zero], value_info=known)
+    half = to_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+    session = onnxruntime.InferenceSession(half.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = np.array([[1, -1, 2, -2]], np.float32)
+    [found] = session.run(None, {"images": images})
+    wanted = np.exp([1, 0, 1, 0]) / np.exp([1, 0, 1, 0]).sum()
+    assert np.abs(found[0] - wanted).max() < 1e-3  # float16
