@@ -85,7 +85,12 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     assert again.stderr == ""
     report = json.loads(again.stdout)
     first = json.loads((output / "report.json").read_text())
-    assert report["comparison"] == first["comparison"]
+    # Each run measures which layers are faster on the CPU's kernel, and kernels round differently: 1e-6 of the logits.
+    for key in ("logit_shift_mean", "logit_shift_p99", "logit_shift_max"):
+        assert report["comparison"][key] == pytest.approx(first["comparison"][key], rel=1e-3)
+    assert report["comparison"]["compressed"] == first["comparison"]["compressed"]
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(output / "model.safetensors").items())
     assert (tmp_path / "again" / "masks.safetensors").read_bytes() == (output / "masks.safetensors").read_bytes()
     assert report["recipe_sha256"] == first["recipe_sha256"]
 
