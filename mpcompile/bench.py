@@ -59,7 +59,7 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
     recipe = artifact.recipe
     target = settings.target or recipe.target
     runtime = _runtime(target, recipe.precision, settings.threads)
-    batches = settings.batches or (recipe.bench.batches if recipe.batch is None else (recipe.batch,))
+    batches = settings.batches or recipe.timed_batches
     if recipe.batch is not None and set(batches) != {recipe.batch}:
         raise UsageError(f"the files have a fixed batch of {recipe.batch}; leave --batch out")
     observe("verify")
@@ -179,7 +179,7 @@ def _reference(exported: Exported) -> str:
 def steps(folder: Path, settings: Settings) -> tuple[str, ...]:
     """The names that `bench` tells its observer, in order. Raises LoadError."""
     recipe = Artifact.open(folder).recipe
-    batches = settings.batches or (recipe.bench.batches if recipe.batch is None else (recipe.batch,))
+    batches = settings.batches or recipe.timed_batches
     return ("verify", "build", *(f"batch {batch}" for batch in batches))
 
 

@@ -181,7 +181,7 @@ def _run(
     parity.append(_parity(after, check, "compressed: ONNX Runtime against PyTorch"))
 
     observe("build")
-    batches = recipe.bench.batches if recipe.batch is None else (recipe.batch,)  # a fixed batch has one latency
+    batches = recipe.timed_batches
     build = Build(threads=recipe.bench.threads, batches=batches, folder=folder)
     unmasked, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
     verdicts = prepared.verdicts

@@ -87,6 +87,11 @@ class Recipe(Strict):
     gates: Gates = Gates()
 
     @property
+    def timed_batches(self) -> tuple[int, ...]:
+        """The batches to build for and to time: a fixed batch has one latency."""
+        return self.bench.batches if self.batch is None else (self.batch,)
+
+    @property
     def sha256(self) -> str:
         """A hash of what is written in it."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -14,15 +14,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpcompile.lower import Exported
+from mpcompile.lower import INLINE_LIMIT_BYTES, Exported
 from mpcompile.proof import ProvenMask
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native.choose import Choice, accelerate
 from mpcompile.runtimes.ort import OrtEngine, session_on
 from mpcompile.runtimes.protocol import Build
 from mpcompile.verdict import LayerVerdict
-
-LARGEST_INLINE_BYTES = 2_000_000_000  # a protocol buffer ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
         onnx.save_model(
             made.file,
             path,
-            save_as_external_data=made.file.ByteSize() > LARGEST_INLINE_BYTES,
+            save_as_external_data=made.file.ByteSize() > INLINE_LIMIT_BYTES,
             location=f"{path.name}.data",
         )
         return NMEngine(session_on(path, build.threads, library).session, path, made.choices)

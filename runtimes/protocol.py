@@ -35,9 +35,9 @@ class WithoutKernels:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """How an engine is built. `batches` are those that will be run: where the file leaves the batch free, an engine
-    that has to know its shapes is made for the smallest to the largest, and tuned for the middle one. `sparse` lets
-    it use sparse kernels. `folder` is where files of its own go, if any.
+    """How an engine is built. `batches` are those that will be run, which an engine that has to know its shapes is made
+    for where the file leaves the batch free. `sparse` lets it use sparse kernels. `folder` is where files of its own
+    go, if any.
     """
 
     threads: int | None = None
