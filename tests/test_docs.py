@@ -230,6 +230,15 @@ def test_errors_quoted_are_those_of_the_source() -> None:
             assert int(code) in raised or not raised, f"{row['error']}: its exit code is {raised}"
 
 
+def test_the_verdict_is_read_as_it_is_written() -> None:
+    source = [" ".join(text.split()) for text, _ in texts_of_the_source()]
+    quoted = [" ".join(text.split()) for text in re.findall(r'\*"(.*?)"\*', PAGES["start"], re.DOTALL)]
+    assert len(quoted) > 5
+    for text in quoted:
+        pattern = ".*?".join(re.escape(piece) for piece in text.split("…"))
+        assert any(re.fullmatch(pattern, literal) for literal in source), text
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed: pip install -e '.[docs]' (make docs does)")
