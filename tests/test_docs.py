@@ -204,12 +204,12 @@ def texts_of_the_source() -> list[tuple[str, int | None]]:
         if any(path.is_relative_to(link) for link in links):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        left_out = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        left_out |= {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in node.values}
         for node in ast.walk(tree):
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-            inside = [(node, codes.get(called))] if id(node) not in docstrings else []
-            inside += [(part, codes[called]) for part in ast.walk(node) if called in codes]
-            found += [(text, code) for part, code in inside if (text := spelt(part))]
+            inside = [(node, codes.get(called)), *((part, codes[called]) for part in ast.walk(node) if called in codes)]
+            found += [(text, code) for part, code in inside if id(part) not in left_out and (text := spelt(part))]
     return found
 
 
