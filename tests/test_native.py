@@ -93,7 +93,7 @@ def products(draw: st.DrawFn) -> tuple[Array, Array, Array, int]:
     share = draw(st.sampled_from((1, 2, 4)))
     rows = share * draw(st.integers(1, 40 // share))
     columns = of * draw(st.integers(1, max(1, 160 // of)))
-    tokens = draw(st.one_of(st.integers(1, 17), st.integers(18, 110)))
+    tokens = draw(st.one_of(st.integers(1, 17), st.integers(18, 110)))  # another kernel has up to 16
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     x = rng.standard_normal((tokens, columns), dtype=np.float32)
     for value in draw(st.lists(st.sampled_from(SPECIAL), max_size=4)):
@@ -106,6 +106,21 @@ def products(draw: st.DrawFn) -> tuple[Array, Array, Array, int]:
 def test_right_for_every_pattern_and_shape(library: Path, product: tuple[Array, Array, Array, int]) -> None:
     x, weight, bias, of = product
     assert_right(session(model(weight, bias, of), library)(x), x, weight, bias)
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (5, 12), (16, 32), (3, 7), (31, 64)])
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_right_for_every_small_number_of_tokens(library: Path, keep: int, of: int, share: int) -> None:
+    """One to sixteen tokens have a kernel of their own, in groups of a few sizes; other numbers are filled up."""
+    rng = np.random.default_rng(0)
+    weight = masked(rng, 140, 3 * of, keep, of, share)
+    bias = rng.standard_normal(140, dtype=np.float32)
+    run = session(model(weight, bias, of), library)
+    for tokens in range(1, 18):
+        x = rng.standard_normal((tokens, weight.shape[1]), dtype=np.float32)
+        assert_right(run(x), x, weight, bias)
+        x[0, : len(SPECIAL)] = SPECIAL  # rows that do not keep these channels never see them
+        assert_right(run(x), x, weight, bias)
 
 
 @given(products())

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIBRARY = "libmpcompile_native.so"
 SYSTEMS = ("Linux", "Darwin")
-SHARED = ("work.cpp", "dispatch.cpp", "operator.cpp")
+SHARED = ("strips.cpp", "work.cpp", "dispatch.cpp", "operator.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 # A library that a session uses must not be unloaded: memory of ONNX Runtime's threads is freed by its code.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
@@ -56,7 +56,11 @@ def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
     """The object files of everything but programs, compiled into a folder. Raises BuildFailed."""
     made = []
     kernels = KERNELS.get(platform.machine(), ELSEWHERE)
-    jobs = [("kernel.cpp", name, (*flags, f"-DNM_KERNEL=kernel_{name}")) for name, flags in kernels.items()]
+    jobs = [
+        (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_FEW=few_{name}"))
+        for name, flags in kernels.items()
+        for part in ("kernel", "few")
+    ]
     jobs += [(source, Path(source).stem, ()) for source in SHARED]
     for source, name, flags in jobs:
         target = folder / f"{name}.o"

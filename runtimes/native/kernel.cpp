@@ -1,5 +1,5 @@
 // The kernel: one tile of tokens times one chunk of N:M rows. Compiled once for every instruction set, each time with
-// NM_KERNEL as the name of what it defines.
+// NM_KERNEL as the name of what it defines, and NM_FEW as that of what few.cpp does.
 //
 // Tokens lie along the vectors, so a kept weight is one splat, and its input channel one row of the packed tile:
 // y[row] += weight * x[channel]. A row of its own pattern would need one load a multiplication, and the load ports
@@ -254,7 +254,8 @@ void compute(const Weights& w, const Activations& a, const Tile& tile, int64_t c
 
 namespace mpcompile {
 
+extern const Few NM_FEW;
 extern const Kernel NM_KERNEL;
-const Kernel NM_KERNEL = {NM_TEXT(NM_KERNEL), NM_LANES, {0, WIDEST, WIDEST, 0, WIDEST_OF_FOUR}, pack, compute};
+const Kernel NM_KERNEL = {NM_TEXT(NM_KERNEL), &NM_FEW, NM_LANES, {0, WIDEST, WIDEST, 0, WIDEST_OF_FOUR}, pack, compute};
 
 }  // namespace mpcompile

@@ -51,8 +51,11 @@ struct Tile {
     int64_t width() const { return int64_t(lanes) * vectors; }
 };
 
+struct Few;
+
 struct Kernel {
     const char* name;
+    const Few* few;  // for few tokens: few.h
     int lanes;       // floats in the widest vector
     int widest[5];   // most vectors of a tile, by share
     // Turns a tile of activations into [blocks][block + 1][width], the last row of each block zero.

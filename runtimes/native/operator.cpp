@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdio>
 #include <initializer_list>
+#include <mutex>
 #include <new>
 
 #include "ort_api.h"
@@ -36,7 +37,20 @@ struct Operator {
     const Kernel* kernel;
     Weights weights;  // its pointers are those of a call
     bool channels_first;
+    std::once_flag few;
+    Strips* strips = nullptr;
+
+    ~Operator() { free_strips(strips); }
 };
+
+// The weights in the layout for few tokens, made where they first come; null where the other layout is as good, and
+// where there is no memory for a second one.
+const Strips* strips_for(Operator& op, const Weights& w, int64_t tokens) {
+    const Few& few = *op.kernel->few;
+    if (!few.lanes || tokens > few.most[w.share]) return nullptr;
+    std::call_once(op.few, [&] { op.strips = make_strips(w, few.lanes, few.most_tables); });
+    return op.strips;
+}
 
 extern const OrtCustomOp NM_GEMM, NM_CONV;
 
@@ -129,7 +143,7 @@ OrtStatus* checked(Operator& op, const OrtKernelInfo* info) {
 OrtStatus* create(const OrtCustomOp* self, Api api, const OrtKernelInfo* info, void** made) {
     const Kernel* kernels[4];
     supported_kernels(kernels);
-    Operator* op = new (std::nothrow) Operator{api, kernels[0], {}, self == &NM_CONV};
+    Operator* op = new (std::nothrow) Operator{api, kernels[0], {}, self == &NM_CONV, {}};
     if (!op) return ort::CreateStatus::call(api, ort::FAIL, "NMGemm: out of memory");
     const struct {
         const char* name;
@@ -160,7 +174,7 @@ void run_item(void* call, size_t item) {
 }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
-    const Operator& op = *static_cast<Operator*>(kernel);
+    Operator& op = *static_cast<Operator*>(kernel);
     Weights w = op.weights;
     const OrtValue* inputs[INPUTS];
     for (size_t i = 0; i < INPUTS; i++)
@@ -186,7 +200,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     if (OrtStatus* failed = data_of(op.api, output, y)) return failed;
     a.y = const_cast<float*>(y);
     if (a.tokens == 0) return nullptr;
-    const Work work(*op.kernel, w, a);
+    const Work work(*op.kernel, w, a, strips_for(op, w, a.tokens));
     Call call{work};
     OrtStatus* failed = ort::ParallelFor::call(op.api, context, run_item, size_t(work.items()), 0, &call);
     if (failed) return failed;

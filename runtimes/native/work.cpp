@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
 #include <atomic>
 
 namespace mpcompile {
@@ -30,6 +31,8 @@ struct Scratch {
     }
 };
 
+constexpr int64_t PART_STRIPS = 8;  // 128 rows of AVX-512, as a chunk has: enough parts for a few threads
+
 thread_local Scratch scratch;
 std::atomic<uint64_t> last_id{0};  // tells calls apart, nothing else
 
@@ -45,15 +48,21 @@ int64_t widest(const Kernel& kernel, const Weights& weights) {
 
 }  // namespace
 
-Work::Work(const Kernel& kernel, const Weights& weights, const Activations& activations)
+Work::Work(const Kernel& kernel, const Weights& weights, const Activations& activations, const Strips* strips)
     : kernel_(kernel),
       weights_(weights),
       activations_(activations),
+      strips_(strips),
       id_(++last_id),
       lanes_(lanes_for(kernel, activations.tokens)),
       step_(lanes_ == 16 ? 8 : lanes_),
       steps_((activations.tokens + step_ - 1) / step_),
-      tiles_((steps_ * step_ + widest(kernel, weights) - 1) / widest(kernel, weights)) {}
+      tiles_((steps_ * step_ + widest(kernel, weights) - 1) / widest(kernel, weights)),
+      parts_(weights.chunks()) {
+    if (!strips) return;
+    tiles_ = 1;
+    parts_ = (strips->strips + PART_STRIPS - 1) / PART_STRIPS;
+}
 
 Tile Work::tile(int64_t index) const {
     const int64_t begin = steps_ * index / tiles_ * step_, end = steps_ * (index + 1) / tiles_ * step_;
@@ -63,16 +72,22 @@ Tile Work::tile(int64_t index) const {
 }
 
 bool Work::run(int64_t index) const {
-    const int64_t at = index / weights_.chunks();
-    const Tile mine = tile(at);
-    const int64_t packed = packed_floats(weights_, mine);
-    if (!scratch.reserve(packed + sums_floats(weights_, mine))) return false;
+    const int64_t at = index / parts_, part = index % parts_;
+    const Tile mine = strips_ ? few_tile(activations_.tokens) : tile(at);
+    const int64_t packed = strips_ ? strips_->packed_floats(mine) : packed_floats(weights_, mine);
+    if (!scratch.reserve(packed + (strips_ ? 0 : sums_floats(weights_, mine)))) return false;
     if (scratch.work != id_ || scratch.tile != at) {
-        kernel_.pack(weights_, activations_, mine, scratch.floats);
+        strips_ ? pack_strips(*strips_, activations_, mine, scratch.floats)
+                : kernel_.pack(weights_, activations_, mine, scratch.floats);
         scratch.work = id_;
         scratch.tile = at;
     }
-    kernel_.compute(weights_, activations_, mine, index % weights_.chunks(), scratch.floats, scratch.floats + packed);
+    if (strips_) {
+        const int64_t begin = part * PART_STRIPS, end = std::min(begin + PART_STRIPS, strips_->strips);
+        kernel_.few->compute(*strips_, weights_.bias, activations_, mine, begin, end, scratch.floats);
+    } else {
+        kernel_.compute(weights_, activations_, mine, part, scratch.floats, scratch.floats + packed);
+    }
     return true;
 }
 

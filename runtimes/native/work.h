@@ -1,16 +1,17 @@
-// How one multiplication is divided: tiles of tokens times chunks of rows, each item computed by whoever comes.
+// How one multiplication is divided: tiles of tokens times parts of the rows, each item computed by whoever comes.
 #pragma once
 #include <stdint.h>
 
-#include "kernel.h"
+#include "few.h"
 
 namespace mpcompile {
 
 class Work {
   public:
-    Work(const Kernel& kernel, const Weights& weights, const Activations& activations);
+    // `strips`: the weights for few tokens, or null; they must be for this kernel.
+    Work(const Kernel& kernel, const Weights& weights, const Activations& activations, const Strips* strips);
 
-    int64_t items() const { return tiles_ * weights_.chunks(); }
+    int64_t items() const { return tiles_ * parts_; }
 
     // Computes item `index` in memory of this thread, which is kept for the next item and the next call. False where
     // there is no memory. Safe from several threads, for different items.
@@ -22,9 +23,11 @@ class Work {
     const Kernel& kernel_;
     const Weights& weights_;
     const Activations& activations_;
+    const Strips* strips_;
     uint64_t id_;
     int lanes_;
     int64_t step_, steps_, tiles_;  // tiles begin at multiples of `step_` tokens
+    int64_t parts_;                 // of the rows
 };
 
 }  // namespace mpcompile
