@@ -52,6 +52,7 @@ bench: bench-models
 # The N:M kernel on this CPU: products, whole ViTs, and twenty minutes of a server's life. Hours where both cores are busy.
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu_gemm.py
+	$(BIN)/python benchmarks/cpu_gemm_few.py
 	$(BIN)/python benchmarks/cpu_vit.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/readme.py
