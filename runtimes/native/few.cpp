@@ -21,7 +21,8 @@ using mpcompile::Strips;
 using mpcompile::Tile;
 
 #if NM_LANES == 16
-constexpr int MOST_TABLES = 2, MOST[] = {0, 16, 12, 0, 8};
+constexpr mpcompile::Permutes PERMUTES = {16, 2, 0};
+constexpr int MOST[] = {0, 16, 12, 0, 8};
 using V = f16;
 typedef int I __attribute__((vector_size(64)));
 
@@ -33,13 +34,17 @@ NM_INLINE V taken(const float* x, I places) {
     return V(_mm512_permutex2var_ps(_mm512_load_ps(x), __m512i(places), _mm512_load_ps(x + 16)));
 }
 #else
-constexpr int MOST_TABLES = 1, MOST[] = {0, 4, 4, 0, 4};
+constexpr mpcompile::Permutes PERMUTES = {8, 2, 1};
+constexpr int MOST[] = {0, 4, 4, 0, 4};
 using V = f8;
 typedef int I __attribute__((vector_size(32)));
 
 template <int TABLES>
 NM_INLINE V taken(const float* x, I places) {
-    return V(_mm256_permutevar8x32_ps(_mm256_load_ps(x), __m256i(places)));
+    const V low = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x), __m256i(places)));
+    if constexpr (TABLES == 1) return low;
+    const V high = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x + 8), __m256i(places)));
+    return V(_mm256_blendv_ps(__m256(low), __m256(high), __m256(places << 28)));  // by the fourth bit of the place
 }
 #endif
 
@@ -102,9 +107,7 @@ Multiply by_width(const Strips& s, int width) {
     constexpr int TOKENS = mpcompile::FEW_WIDTHS[AT];
     if constexpr (TOKENS < mpcompile::FEW_WIDEST)
         if (width > TOKENS) return by_width<AT + 1>(s, width);
-    if constexpr (MOST_TABLES > 1)
-        if (s.tables > 1) return multiply<TOKENS, 2>;
-    return multiply<TOKENS, 1>;
+    return s.tables == 1 ? multiply<TOKENS, 1> : multiply<TOKENS, 2>;
 }
 
 void compute(const Strips& s, const float* bias, const Activations& a, const Tile& tile, int64_t begin, int64_t end,
@@ -128,7 +131,7 @@ void compute(const Strips& s, const float* bias, const Activations& a, const Til
 namespace mpcompile {
 
 extern const Few NM_FEW;
-const Few NM_FEW = {NM_LANES, MOST_TABLES, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
+const Few NM_FEW = {PERMUTES, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
 
 }  // namespace mpcompile
 

@@ -10,9 +10,8 @@ constexpr int FEW_WIDTHS[] = {1, 2, 3, 4, 6, 8};
 constexpr int FEW_WIDEST = 8;
 
 struct Few {
-    int lanes;        // 0 where an instruction set has no permutes of whole vectors: no such kernel
-    int most_tables;  // registers that a block's activations may take
-    int most[5];      // up to so many tokens it is the faster kernel, by share
+    Permutes permutes;
+    int most[5];  // up to so many tokens it is the faster kernel, by share; none where there are no permutes
     // Computes strips [begin, end) for a packed tile, and writes them out.
     void (*compute)(const Strips&, const float* bias, const Activations&, const Tile&, int64_t begin, int64_t end,
                     const float* packed);

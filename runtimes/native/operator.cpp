@@ -47,8 +47,8 @@ struct Operator {
 // where there is no memory for a second one.
 const Strips* strips_for(Operator& op, const Weights& w, int64_t tokens) {
     const Few& few = *op.kernel->few;
-    if (!few.lanes || tokens > few.most[w.share]) return nullptr;
-    std::call_once(op.few, [&] { op.strips = make_strips(w, few.lanes, few.most_tables); });
+    if (tokens > few.most[w.share]) return nullptr;
+    std::call_once(op.few, [&] { op.strips = make_strips(w, few.permutes); });
     return op.strips;
 }
 

@@ -76,17 +76,24 @@ void set_width(Strips& s, int64_t width) {
     s.bits = bits_of(s.packed_width());
 }
 
-// The width whose stream is shortest, by a sample of strips. Widths that M divides have rows of equally many weights;
-// others are padded to the longest row. Each block costs besides the loads of its activations.
-void choose_width(Strips& s, Dense& dense, int most_tables) {
-    const int64_t sampled = std::min(s.strips, SAMPLED_STRIPS), widest = int64_t(most_tables) * s.lanes;
+// The operations of one block: its vectors and activations, and what steps cost besides. Widths that M divides have
+// rows of equally many weights. In others rows are padded to the longest, and a step that some rows have no weight for
+// is masked and hard to predict; it was measured to take three times as long.
+int64_t cost_of(const Strips& s, Head head, const Permutes& permutes) {
+    const int64_t masked = head.steps - head.full;
+    return vectors_of(s, head) + s.tables + 2 * masked + (s.tables - 1) * permutes.second_table * head.steps;
+}
+
+// The cheapest width, by a sample of strips.
+void choose_width(Strips& s, Dense& dense, const Permutes& permutes) {
+    const int64_t sampled = std::min(s.strips, SAMPLED_STRIPS), widest = int64_t(permutes.tables) * s.lanes;
     std::vector<int64_t> cost(size_t(widest + 1), 0);
     for (int64_t i = 0; i < sampled; i++) {
         const float* rows = dense.strip(s.strips * i / sampled);
         for (int64_t width = 4; width <= widest; width += 4) {
             set_width(s, width);
             for (int64_t block = 0; block < s.blocks; block++)
-                cost[size_t(width)] += vectors_of(s, head_of(rows, s, block)) + s.tables;
+                cost[size_t(width)] += cost_of(s, head_of(rows, s, block), permutes);
         }
     }
     int64_t best = 4;
@@ -117,9 +124,9 @@ float* write_block(const float* dense, const Strips& s, int64_t block, Head head
     return to + vectors * s.lanes;
 }
 
-bool fill(Strips& s, const Weights& w, int most_tables) {
+bool fill(Strips& s, const Weights& w, const Permutes& permutes) {
     Dense dense(w, s.lanes);
-    choose_width(s, dense, most_tables);
+    choose_width(s, dense, permutes);
     s.starts = new int64_t[size_t(s.strips)];
     s.heads = new Head[size_t(s.strips * s.blocks)];
     for (int64_t strip = 0; strip < s.strips; strip++) {
@@ -144,15 +151,15 @@ bool fill(Strips& s, const Weights& w, int most_tables) {
 
 }  // namespace
 
-Strips* make_strips(const Weights& w, int lanes, int most_tables) {
+Strips* make_strips(const Weights& w, const Permutes& permutes) {
     Strips* made = new (std::nothrow) Strips{};
     if (!made) return nullptr;
     made->rows = w.rows;
     made->columns = w.columns;
-    made->lanes = lanes;
-    made->strips = (w.rows + lanes - 1) / lanes;
+    made->lanes = permutes.lanes;
+    made->strips = (w.rows + made->lanes - 1) / made->lanes;
     try {
-        if (fill(*made, w, most_tables)) return made;
+        if (fill(*made, w, permutes)) return made;
     } catch (const std::bad_alloc&) {
     }
     free_strips(made);

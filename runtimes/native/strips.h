@@ -14,6 +14,12 @@
 
 namespace mpcompile {
 
+// How an instruction set takes activations from registers: by vectors of `lanes`, of `tables` registers at most, where
+// two cost `second_table` operations more than one. No lanes: not at all.
+struct Permutes {
+    int lanes, tables, second_table;
+};
+
 struct Head {
     uint16_t steps, full;
 };
@@ -31,8 +37,8 @@ struct Strips {
     int64_t packed_floats(const Tile& tile) const { return blocks * tile.width() * packed_width(); }
 };
 
-// The layout for a kernel of so many lanes and tables at most, or null where there is no memory.
-Strips* make_strips(const Weights&, int lanes, int most_tables);
+// The layout for a kernel with these permutes, or null where there is no memory.
+Strips* make_strips(const Weights&, const Permutes&);
 void free_strips(Strips*);
 
 // Turns all activations, as few_tile has them, into [groups][blocks][tokens of a group][packed_width]; zeros where

@@ -41,7 +41,7 @@ int64_t place_of(const Activations& a, int64_t token, int64_t channel, int64_t c
 bool right(const Kernel& kernel, const Case& c, bool few) {
     const Streams streams(c);
     const std::unique_ptr<Strips, void (*)(Strips*)> strips(
-        few ? make_strips(streams.weights, kernel.few->lanes, kernel.few->most_tables) : nullptr, free_strips);
+        few ? make_strips(streams.weights, kernel.few->permutes) : nullptr, free_strips);
     Activations a{};
     a.pixels = c.pixels;
     a.tokens = c.images * std::max<int64_t>(c.pixels, 1);
@@ -106,7 +106,7 @@ int main() {
     }
     for (int i = 0; i < count; i++)
         for (const Case& c : cases) {
-            const bool few = kernels[i]->few->lanes && c.images * std::max<int64_t>(c.pixels, 1) <= MOST_FEW;
+            const bool few = kernels[i]->few->permutes.lanes && c.images * std::max<int64_t>(c.pixels, 1) <= MOST_FEW;
             if (!right(*kernels[i], c, false) || (few && !right(*kernels[i], c, true))) return 1;
         }
     return 0;
