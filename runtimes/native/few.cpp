@@ -1,5 +1,5 @@
-// The kernel for few tokens: strips of rows (strips.h) times a few tokens. Compiled once for every instruction set
-// that has permutes of whole vectors, each time with NM_FEW as the name of what it defines.
+// The kernel for few tokens: strips of rows (strips.h) times a few tokens. Compiled once for every instruction set,
+// each time with NM_FEW as the name of what it defines; where there are no permutes of whole vectors that is nothing.
 //
 // With few tokens the weights are read for little work, and memory sets the pace: a kept weight and a few bits for its
 // place are read here, where a dense product reads every weight. Outputs lie along the vectors. The activations of a
