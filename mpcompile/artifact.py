@@ -17,19 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mpcompile.checkpoint import file_sha256
-from mpcompile.errors import LoadError, MaskError
+from mpcompile.errors import LoadError, MaskError, MpcompileError, cause_of
 from mpcompile.masks import pattern_violation
 from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.proof import ProvenMask, prove
-from mpcompile.recipe import Recipe
+from mpcompile.recipe import Recipe, explained, read_recipe
 from mpcompile.report import FileRow, Report
 
 RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE = (
     "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx",
 )  # fmt: skip
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,23 @@ class Artifact:
     def open(cls, folder: Path) -> "Artifact":
         """The artifact in a folder. Raises LoadError where it is none."""
         needed = (RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, "report.json")
-        missing = [name for name in needed if not (folder / name).is_file()]
+        try:
+            missing = [name for name in needed if not (folder / name).is_file()]
+        except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
+            raise LoadError(f"{folder} cannot be looked up: {error}") from error
         if missing:
             raise LoadError(f"{folder} is not an output folder of mpcompile: {', '.join(missing)} missing")
         try:
             return cls(folder, Report.read(folder))
-        except ValueError as error:
-            raise LoadError(f"{folder / 'report.json'} is not a report of this version: {error}") from error
+        except ValidationError as error:
+            raise LoadError(f"{folder / 'report.json'} is not a report of this version: {explained(error)}") from error
+        except (OSError, ValueError) as error:
+            raise LoadError(f"{folder / 'report.json'} cannot be read: {error}") from error
 
     @property
     def recipe(self) -> Recipe:
         """The recipe it was made by."""
-        return Recipe.from_yaml((self.folder / RECIPE).read_text(encoding="utf-8"), str(self.folder / RECIPE))
+        return read_recipe(self.folder / RECIPE)
 
     @property
     def onnx(self) -> Path:
@@ -80,6 +87,9 @@ class Artifact:
             weight = weights.get(f"{name}.weight")
             if weight is None or weight.shape != plan.mask.shape:
                 raise MaskError(f"{name}: {WEIGHTS} holds no weight of the mask's shape {tuple(plan.mask.shape)}")
+            if weight.dtype not in WEIGHT_TYPES or weight.ndim < 2:
+                what = str(weight.dtype).removeprefix("torch.")
+                raise LoadError(f"{name}: {WEIGHTS} holds {what} {tuple(weight.shape)}; that is no weight of a layer")
             if plan.pattern and (broken := pattern_violation(plan.mask, plan.pattern)):
                 raise MaskError(f"{name}: the mask itself is not {plan.pattern}: {broken}")
             filled = int((weight[~plan.mask] != 0).sum())
@@ -89,7 +99,20 @@ class Artifact:
             file = onnx.load(self.onnx)
         except Exception as error:  # protobuf's DecodeError and OSError alike
             raise LoadError(f"{self.onnx} is not an ONNX file that can be read: {error}") from error
-        rows = prove(file, plans, weights)
+        try:
+            rows = prove(file, plans, weights)
+            size = tuple(axis.dim_value for axis in file.graph.input[0].type.tensor_type.shape.dim[1:])
+        except MpcompileError:
+            raise
+        except Exception as error:  # a graph that no exporter writes: inputs missing, cycles, axes that are not there …
+            raise LoadError(f"{self.onnx} is not the file of these masks, and is damaged: {cause_of(error)}") from error
+        if size != self.report.model.size:
+            raise LoadError(f"{self.onnx} takes images of {size}, and its report says {self.report.model.size}")
+        unlisted = {RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE} - {row.name for row in self.report.files}
+        if unlisted:
+            raise LoadError(
+                f"{self.folder / 'report.json'} does not list {', '.join(sorted(unlisted))}, so proves nothing of it"
+            )
         for row in self.report.files:
             path = self.folder / row.name
             if not path.is_file():
@@ -128,28 +151,29 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
 
 def read_masks(path: Path) -> Mapping[str, LayerPlan]:
     """The masked layers of a masks.safetensors. Raises LoadError."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     masks = read_tensors(path)
     try:
         with safe_open(path, "pt") as file:
             patterns = json.loads((file.metadata() or {}).get("patterns", "{}"))
-    except (SafetensorError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
-    return {
-        name: LayerPlan(pattern=NM.parse(patterns[name]) if name in patterns else None, mask=mask.to(torch.bool))
-        for name, mask in masks.items()
-    }
+        parsed = {str(name): NM.parse(str(text)) for name, text in patterns.items()}
+    except Exception as error:  # SafetensorError, and all that JSON can be in place of patterns
+        raise LoadError(f"{path} names no patterns that can be read: {cause_of(error)}") from error
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.ndim < 2:
+            kind = str(mask.dtype).removeprefix("torch.")
+            raise LoadError(f"{path}: {name} is {kind} {tuple(mask.shape)}; a mask is bool, of two axes or more")
+    return {name: LayerPlan(pattern=parsed.get(name), mask=mask) for name, mask in masks.items()}
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a safetensors file. Raises LoadError."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … of headers that are JSON and no header
         raise LoadError(f"{path} is not a sound safetensors file: {error}") from error
     return tensors
 

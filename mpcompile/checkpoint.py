@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 # Where training scripts put the weights, the averaged ones first, as timm prefers them.
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net")
+MOST_REPEATED = 2**24  # values of a buffer that repeats itself, as expand() makes them
 SAFE_WAYS = (
     "save a state dict (torch.save(model.state_dict(), …)) or safetensors and name its --arch, or pass "
     "--allow-pickle if you trust the file with running code on this machine"
@@ -50,18 +51,24 @@ def read(path: Path, allow_pickle: bool) -> Any:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return dict(load_file(path))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise LoadError(f"{path} is not a sound safetensors file ({error}); is it cut short?") from error
+    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … of headers that are JSON and no header
+        raise LoadError(f"{path} is not a sound safetensors file ({first_line(error)}); is it cut short?") from error
 
 
 def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except Exception as error:  # BadZipFile, NotImplementedError, UnicodeDecodeError …
+        raise LoadError(f"{path} is a torch archive that is cut short or damaged ({first_line(error)})") from error
+    size = path.stat().st_size
+    if unpacked > size:  # torch compresses nothing, and a small file must not fill the memory
+        raise LoadError(f"{path} is compressed, from {unpacked:,} to {size:,} bytes, as torch does not; save it anew")
     if any("/code/" in name for name in names):
         raise LoadError(f"{path} is a TorchScript archive, which torch.fx cannot trace; {SAFE_WAYS}")
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
@@ -118,10 +125,29 @@ def state_dict_in(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         keys = ", ".join(map(str, list(content)[:5]))
         raise LoadError(f"{path} holds no tensors (its keys: {keys or 'none'})")
     for name, value in state.items():
+        if found := _unusual(value):
+            raise LoadError(f"{path}: {name} is {found}; needed are plain tensors")
         if value.is_floating_point() and not value.float().isfinite().all():
             bad = int((~value.float().isfinite()).sum())
             raise LoadError(f"{path}: {name} has {bad} of {value.numel()} values that are NaN or infinite")
     return state
+
+
+def _unusual(value: Tensor) -> str | None:
+    """What keeps a tensor from being read as plain numbers in memory, or None."""
+    if value.is_nested or value.layout is not torch.strided:
+        return "nested" if value.is_nested else f"of the layout {str(value.layout).removeprefix('torch.')}"
+    if value.is_quantized or value.device.type != "cpu":
+        return "quantised" if value.is_quantized else "without values"
+    held, claimed = value.untyped_storage().nbytes() // max(1, value.element_size()), value.numel()
+    if claimed > held + MOST_REPEATED:  # a few bytes can claim to be terabytes
+        return f"of {claimed:,} values, of which the file holds {held:,}"
+    try:
+        if value.is_floating_point():
+            value.flatten()[:1].float()
+    except (RuntimeError, NotImplementedError):  # packed types, such as float4
+        return f"of the type {str(value.dtype).removeprefix('torch.')}, which cannot be read as numbers"
+    return None
 
 
 def file_sha256(path: Path) -> str:

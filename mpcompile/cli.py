@@ -21,7 +21,7 @@ from mpcompile.console import (
     show_findings,
     show_preview,
 )
-from mpcompile.errors import AccuracyError, MpcompileError, UsageError
+from mpcompile.errors import AccuracyError, MpcompileError, UsageError, one_line
 from mpcompile.options import (
     AllowPickleOption,
     ArchArgOption,
@@ -442,11 +442,11 @@ def main() -> None:
     try:
         app()
     except MpcompileError as error:
-        typer.echo(f"mpcompile: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"mpcompile: {one_line(error)}", err=True)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if {"-v", "-vv", "--verbose"} & set(sys.argv):
             raise
-        text = f"unforeseen {type(error).__name__}: {' '.join(str(error).split())}"
+        text = f"unforeseen {type(error).__name__}: {one_line(error)}"
         typer.echo(f"mpcompile: {text} (-v shows where; please report it)", err=True)
         raise SystemExit(1) from None

@@ -12,10 +12,13 @@ Folders are read by timm's reader and transforms with the preprocessing of the m
 an image that cannot be read is an error here and not a skipped sample.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -134,6 +137,8 @@ class FolderImages:
         from PIL import Image
 
         path = self.paths[index]
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device never ends
+            raise LoadError(f"{path} is a pipe or a device, and no image; remove it")
         try:
             with Image.open(path) as image:
                 return image.convert(self.mode), self.labels[index]
@@ -180,8 +185,14 @@ def load_data(
     At most that many images are taken, chosen by `seed`; of one pool, validation gets at most a fifth of what
     calibration leaves. Raises LoadError.
     """
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
+        raise LoadError(f"{path} cannot be looked up: {error}") from error
+    if not exists:
         raise LoadError(f"{path} does not exist; --data takes a folder of images or an .npz file")
+    if not path.is_file() and not path.is_dir():
+        raise LoadError(f"{path} is a pipe or a device; --data takes a folder of images or an .npz file")
     notes: list[str] = []
     train, test = _read_npz(path, source, outputs) if path.is_file() else _read_folders(path, source, notes)
     rng = np.random.default_rng(seed)
@@ -245,6 +256,7 @@ def _read_folder(root: Path, source: Source, notes: list[str]) -> FolderImages:
         raise LoadError(
             f"the model takes images of {source.size[0]} channels; files give 1 or 3, an .npz file any number"
         )
+    _require_tree(root)
     found, classes = find_images_and_targets(str(root), types=SUFFIXES)
     others = sum(path.is_file() and path.suffix.lower() not in SUFFIXES for path in root.rglob("*"))
     if others:
@@ -272,10 +284,21 @@ def _read_folder(root: Path, source: Source, notes: list[str]) -> FolderImages:
     )
 
 
+def _require_tree(root: Path) -> None:
+    """Raises where links make a folder part of itself: timm follows them, some forty deep."""
+    home = root.resolve()
+    for folder, inner, _ in os.walk(root):
+        for name in inner:
+            link = Path(folder, name)
+            if link.is_symlink() and (home.is_relative_to(link.resolve()) or link.resolve() in link.absolute().parents):
+                raise LoadError(f"{root} holds itself: a link in it leads back, {link}; remove it")
+
+
 def _read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
     """The two splits of an .npz file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            _require_memory(arrays.zip, path)
             splits = [_read_arrays(arrays, path, split, source) for split in ("calibration", "heldout")]
     except LoadError:
         raise
@@ -284,6 +307,23 @@ def _read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, Ar
     # Labels here are indices of the model's outputs; not every output has to occur.
     classes = max(outputs, *(split.classes for split in splits))
     return replace(splits[0], classes=classes), replace(splits[1], classes=classes)
+
+
+def _require_memory(archive: ZipFile, path: Path) -> None:
+    """Raises where the arrays would not fit into memory, by what their headers say."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 0
+    for name in (name for name in archive.namelist() if name.endswith(".npy")):
+        with archive.open(name) as array:
+            read = np.lib.format.read_array_header_1_0
+            if np.lib.format.read_magic(array) != (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            shape, _, kind = read(array)
+            needed += math.prod(shape) * kind.itemsize
+    if needed > free:
+        raise LoadError(
+            f"{path} unpacks to {needed:,} bytes of memory, and this machine has {free:,}; give fewer images"
+        )
 
 
 def _read_arrays(arrays: Mapping[str, NDArray[Any]], path: Path, split: str, source: Source) -> ArrayImages:

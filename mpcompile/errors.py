@@ -7,6 +7,8 @@ the pass manager add the caller's context once.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST_LINE = 1000
+
 
 class MpcompileError(Exception):
     """Any failure that mpcompile explains; `exit_code` is what the command line returns for it."""
@@ -83,6 +85,15 @@ def on_layer(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise LayerFailure(name) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error as one line for a terminal: what is in files may hold line breaks and control characters."""
+    words = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
+    return (
+        text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … ({len(text) - LONGEST_LINE:,} more characters)"
+    )
 
 
 def cause_of(error: BaseException) -> str:

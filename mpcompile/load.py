@@ -31,6 +31,8 @@ from mpcompile.model import Source
 log = logging.getLogger(__name__)
 
 PREFIXES = ("module.", "model.", "_orig_mod.")
+LARGEST_SIDE = 65536
+NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,21 @@ def load(request: Request) -> Loaded:
             log.warning("timm:%s has random weights; --pretrained fetches the hub's", name)
         return _finish(module, request, arch=name, sha256=state_sha256(module))
     path = Path(request.model)
-    if _is_factory(request.model) and not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
+        raise LoadError(f"{request.model} cannot be looked up: {error}") from error
+    if _is_factory(request.model) and not exists:
         module = _call_factory(request.model, request.arch_args)
         return _finish(module, request, arch=request.model, sha256=state_sha256(module))
     if request.pretrained:
         raise UsageError("--pretrained goes with timm:NAME; a file brings its own weights")
-    if not path.exists():
+    if not exists:
         raise LoadError(f"{path} does not exist; a model is a file, timm:NAME or pkg.mod:factory")
-    if not path.is_file():
+    if path.is_dir():
         raise LoadError(f"{path} is a folder; name the file in it")
+    if not path.is_file():
+        raise LoadError(f"{path} is a pipe or a device; a model is a file, timm:NAME or pkg.mod:factory")
     return _load_file(path, request)
 
 
@@ -96,10 +104,25 @@ def _load_file(path: Path, request: Request) -> Loaded:
         raise UsageError(
             f"{path} holds weights and no architecture; name it with --arch (a timm name or pkg.mod:factory)"
         )
+    if request.arch is None:
+        _require_named_safely(arch, arch_args, path)
     state = state_dict_in(content, path)
     module = _build_for(arch, arch_args, state, pretrained_cfg)
     _fill(module, state, path, arch)
     return _finish(module, request, arch=arch, sha256=sha256, arch_args=arch_args)
+
+
+def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:
+    """Raises where a file itself names code to call or other files to open: that is only for who runs the command."""
+    if _is_factory(arch):
+        raise LoadError(
+            f"{path} names the code {arch} as its architecture, which was not run; pass --arch if you trust it"
+        )
+    named = sorted(NAMING_FILES & arch_args.keys())
+    if named:
+        raise LoadError(
+            f"{path} gives its architecture {', '.join(named)}, which names other files; pass --arch yourself"
+        )
 
 
 def _timm_config(path: Path) -> dict[str, Any] | None:
@@ -108,10 +131,15 @@ def _timm_config(path: Path) -> dict[str, Any] | None:
     if not beside.is_file():
         return None
     try:
-        config = json.loads(beside.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{beside} is not JSON that can be read: {error}") from error
-    return config if isinstance(config, dict) and "architecture" in config else None
+    if not isinstance(config, dict) or "architecture" not in config:
+        return None
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise LoadError(f"{beside}: {key} is {type(config[key]).__name__}; needed is a mapping")
+    return config
 
 
 def _timm_training_args(args: object) -> dict[str, Any]:
@@ -122,7 +150,8 @@ def _timm_training_args(args: object) -> dict[str, Any]:
         "in_chans": options.get("in_chans"),
         "img_size": options.get("img_size"),
     }
-    return {**{k: v for k, v in found.items() if v is not None}, **(options.get("model_kwargs") or {})}
+    more = options.get("model_kwargs")
+    return {**{k: v for k, v in found.items() if v is not None}, **(more if isinstance(more, Mapping) else {})}
 
 
 def _stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
@@ -238,13 +267,21 @@ def _call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
 def _finish(
     module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
 ) -> Loaded:
-    source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=arch_args or request.arch_args)
+    args = arch_args or request.arch_args
+    try:
+        source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=args)
+    except Exception as error:  # what a config.json may say of mean, std, input_size …
+        raise LoadError(f"{request.model}: the preprocessing recorded for {arch} cannot be read: {error}") from error
     source = replace(
         source,
         size=request.input_size or source.size,
         mean=request.mean or source.mean,
         std=request.std or source.std,
     )
+    if not all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in source.size):
+        raise UsageError(
+            f"images of {source.size} (channels, height, width): each is 1 to {LARGEST_SIDE:,} (--input-size)"
+        )
     if not all(map(math.isfinite, source.mean + source.std)) or min(source.std) <= 0:
         raise UsageError(f"means {source.mean} and deviations {source.std} must be finite, and deviations above 0")
     if not len(source.mean) == len(source.std) == source.size[0]:
@@ -271,7 +308,7 @@ def source_of(
     channels = args.get("in_chans", cfg["input_size"][0])
     mean, std = (
         values if len(values) == channels else (sum(values) / len(values),) * channels
-        for values in (tuple(cfg["mean"]), tuple(cfg["std"]))
+        for values in (tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"])))
     )
     return Source(
         name=name,

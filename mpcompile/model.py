@@ -43,7 +43,7 @@ class NM:
     @classmethod
     def parse(cls, text: str) -> "NM":
         """The pattern that `2:4` or, with four rows sharing, `2:4x4` spells."""
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+))?\s*", text)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*(?:x\s*(\d{1,9}))?\s*", text)
         if match is None:
             raise UsageError(
                 f"pattern {text!r} is not N:M (N weights kept of every M), such as 2:4; 2:4x4 makes four "

@@ -127,7 +127,7 @@ def batches(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
+    if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
         raise UsageError(f"--batch {text!r} is not a list of batch sizes, such as 1,8,64")
     return tuple(int(part) for part in parts)
 
@@ -137,7 +137,9 @@ def size(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdecimal() and part.isascii() and int(part) for part in parts):
+    if len(parts) != 3 or not all(
+        part.isdecimal() and part.isascii() and len(part) < 10 and int(part) for part in parts
+    ):
         raise UsageError(f"--input-size {text!r} is not CxHxW, such as 3x224x224")
     channels, height, width = map(int, parts)
     return channels, height, width
@@ -160,7 +162,7 @@ def key_value(text: str) -> tuple[str, Any]:
         raise UsageError(f"--arch-arg {text!r} is not KEY=VALUE, such as img_size=384")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 
@@ -189,7 +191,7 @@ def patterns(text: str | None, target: str, macs: float | None, rows: int | None
     if text.split(":")[0] != "auto":
         return tuple(str(_shared(NM.parse(part), rows)) for part in text.split(","))
     group = text.partition(":")[2]
-    if text != "auto" and not group.isdecimal():
+    if text != "auto" and not (group.isdecimal() and len(group) < 10):
         raise UsageError(f"--pattern {text!r} is neither auto nor auto:M, such as auto:16")
     if macs is None:
         raise UsageError(f"--pattern {text} chooses between patterns and needs something to reach; give --macs too")

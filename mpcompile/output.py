@@ -49,7 +49,7 @@ def not_ours(folder: Path) -> list[str]:
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         known = {REPORT, "report.md", "bench", *(row["name"] for row in content["files"])}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         known = set()
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
 

@@ -9,7 +9,8 @@ Unknown keys are refused. A pass is written as its name, or as its name over its
 
 import hashlib
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from mpcompile.errors import UsageError
+
+LONGEST_BYTES = 1_000_000
+MOST_VALUES = 100_000  # a recipe has some fifty
+LARGEST_BATCH = 65536  # what a free batch is exported for
+MOST_THREADS = 4096
+MOST_SHOWN = 5  # mistakes in one line
 
 
 class Strict(BaseModel):
@@ -62,9 +69,9 @@ class DataChoice(Strict):
 class Bench(Strict):
     """How latency is measured, once for each batch size."""
 
-    batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 8)
+    batches: tuple[Annotated[int, Field(ge=1, le=LARGEST_BATCH)], ...] = (1, 8)
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
-    threads: Annotated[int, Field(ge=1)] | None = None  # the runtime's own choice
+    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = None  # the runtime's own choice
 
 
 class Gates(Strict):
@@ -84,10 +91,10 @@ class Recipe(Strict):
     """Everything that decides the result, besides the model and the images."""
 
     schema_version: Literal[1] = 1
-    passes: tuple[Step, ...] = ()
+    passes: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     target: str = "ort"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    batch: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_batch)] = None
+    batch: Annotated[Annotated[int, Field(ge=1, le=LARGEST_BATCH)] | None, BeforeValidator(_batch)] = None
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # 20; 22 for bf16
     data: DataChoice = DataChoice()
     bench: Bench = Bench()
@@ -129,7 +136,9 @@ class Recipe(Strict):
         """The recipe in a YAML (or JSON) text. Raises UsageError that names each wrong key."""
         try:
             content = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+        except RecursionError as error:
+            raise UsageError(f"{where} is nested too deeply for a recipe") from error
+        except Exception as error:  # beside YAMLError, ValueError, KeyError … of values that their tag cannot have
             raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise UsageError(f"{where} holds {type(content).__name__}; a recipe is a mapping with the key passes")
@@ -230,17 +239,32 @@ def _without(step: Step, key: str) -> Step:
 def explained(error: ValidationError) -> str:
     """What pydantic found, in one line: key, what is wrong, and what was there."""
     parts = []
-    for item in error.errors():
+    found = error.errors(include_url=False)
+    for item in found[:MOST_SHOWN]:
         key = ".".join(str(part) for part in item["loc"]) or "the whole"
-        parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {item['input']!r})")
-    return "; ".join(parts)
+        parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {_shown(item['input'])})")
+    more = len(found) - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more else "")
+
+
+def _shown(value: object) -> str:
+    """What was found, in some eighty characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
 
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a file. Raises UsageError."""
     try:
+        if (
+            path.exists() and not path.is_file() and not path.is_dir()
+        ):  # a pipe would be waited for, a device never ends
+            raise UsageError(f"recipe {path} is a pipe or a device; give a file")
+        if path.is_file() and path.stat().st_size > LONGEST_BYTES:
+            raise UsageError(f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {LONGEST_BYTES:,}")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name that a file can have
         raise UsageError(f"recipe {path} cannot be read: {error}") from error
     return Recipe.from_yaml(text, str(path))
 
@@ -262,13 +286,37 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, or an error where aliases would make more of it than a recipe can mean."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _values_in(node, {}) > MOST_VALUES:
+            text = f"its aliases spell out more than {MOST_VALUES:,} values, or one holds itself"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        return node
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
         """The mapping, or an error where a key would silently win over an earlier one."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        if not isinstance(node, yaml.MappingNode):  # one that only its tag calls a mapping
+            raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is on what is no mapping", node.start_mark)
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, Hashable):
+                continue  # refused below, with its place
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node comes to with every alias spelt out; more than MOST_VALUES where it holds itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # what a node that holds itself sees of itself
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in inner)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,6 +7,7 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.merging import most_merged
 
 WIDEST_TOPK = 3840  # TensorRT's limit
+MOST_TOKENS = 10**9  # no image has as many
 
 
 def spelt(text: int | str | tuple[int, ...], sites: int) -> tuple[int, ...]:
@@ -18,7 +19,12 @@ def spelt(text: int | str | tuple[int, ...], sites: int) -> tuple[int, ...]:
         listed = tuple(int(part) for part in number.split(","))
     except ValueError:
         listed = ()
-    if not listed or min(listed) < 0 or (colon and (len(listed) > 1 or shape not in ("uniform", "decreasing"))):
+    if (
+        not listed
+        or min(listed) < 0
+        or max(listed) > MOST_TOKENS
+        or (colon and (len(listed) > 1 or shape not in ("uniform", "decreasing")))
+    ):
         raise UsageError(
             f"tome: r is {text!r}; needed is a number of tokens such as 8, 8:decreasing, a number for each attention "
             "such as 0,0,4,8, or auto"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcompile.errors import BuildError, ParityError, RuntimeMissing
+from mpcompile.errors import BuildError, ParityError, RuntimeMissing, cause_of
 from mpcompile.half import widened
 from mpcompile.lower import INPUT, Exported
 from mpcompile.model import NM
@@ -41,8 +41,13 @@ class OrtEngine:
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of a batch; one of another size than a fixed one is run in pieces of that size."""
-        fixed = self.session.get_inputs()[0].shape[0]
-        return in_pieces(self._run, images, fixed, fixed) if isinstance(fixed, int) else self._run(images)
+        try:
+            fixed = self.session.get_inputs()[0].shape[0]
+            return in_pieces(self._run, images, fixed, fixed) if isinstance(fixed, int) else self._run(images)
+        except Exception as error:  # its own kinds, and whatever a file without images or logits leads to
+            raise BuildError(
+                f"ONNX Runtime cannot run {self.file.name} on {images.shape}: {cause_of(error)}"
+            ) from error
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]

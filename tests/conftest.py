@@ -15,6 +15,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "fashion_vit"
 # A deadline would measure the machine: what else runs on it, and what a first example imports.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=10_000, print_blob=True
+)  # for tests/fuzz alone: make fuzz
 
 TINY = {"mlp": tiny_mlp, "cnn": tiny_cnn, "vit": tiny_vit}
 

@@ -31,7 +31,7 @@ def missing() -> str | None:
         why = unbuildable()
         if why is None:
             return f"the N:M kernel is not built: {BUILD_COMMAND}"
-        return f"the N:M kernel is not built, and {why}; masked layers run as dense"
+        return f"the N:M kernel is not built, and {why}; masked layers run as dense until it is: {BUILD_COMMAND}"
     return refused(HERE / LIBRARY)
 
 

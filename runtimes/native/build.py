@@ -48,7 +48,8 @@ def unbuildable() -> str | None:
     if platform.system() not in SYSTEMS:
         return f"the N:M kernel is built on Linux and macOS, not on {platform.system()}"
     if compiler() is None:
-        return "no C++17 compiler was found (c++, g++ or clang++, or what CXX names)"
+        install = "xcode-select --install" if platform.system() == "Darwin" else "apt install g++"
+        return f"no C++17 compiler was found (c++, g++ or clang++, or what CXX names; {install})"
     return None
 
 
