@@ -40,6 +40,7 @@ opset: 20
 data: {calibration: 64, validation: 8, held_out: 100, seed: 3}
 bench: {batches: [1, 8], seconds: 0.5, threads: 2}
 gates: {max_drop: 1.0, engine: false}
+tune: {evaluations: 4}
 """
 CONTENT: dict[str, Any] = Recipe.from_yaml(WHOLE).model_dump(mode="json")
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -69,7 +70,7 @@ def followed(text: str) -> None:
     again = Recipe.from_yaml(recipe.to_yaml())
     assert again.to_yaml() == recipe.to_yaml()
     assert again.sha256 == recipe.sha256
-    assert len(stages(recipe)) == len(recipe.passes) + 8
+    assert len(stages(recipe)) == len(recipe.passes) + 8 + (recipe.tune is not None)
     plan_of(recipe)
 
 
