@@ -84,10 +84,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(version("mpcompile"))
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

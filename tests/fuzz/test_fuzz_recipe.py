@@ -132,7 +132,7 @@ def test_parameters_of_a_pass(name: str, data: st.DataObject) -> None:
 )
 def test_command_line(text: str) -> None:
     code, out, err = run("mpcompile.testing:TinyMLP", "--dry-run", "--json", recipe=text)
-    assert code == 0 or (code in DOCUMENTED and out == "")
+    assert code == 0 or (code in DOCUMENTED and out == ""), err
     if code:
         assert err.count("\n") == 1
         assert err[:-1].isprintable()
