@@ -18,8 +18,10 @@ LAYERS = (
     ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("capture",),
     ("passes", "runtimes", "report", "bench_report"),
-    ("artifact",),
+    ("plugins",),
     ("resolve",),
+    ("deploy",),
+    ("artifact",),
     ("bench",),
     ("compile", "doctor"),
     ("analyze",),
@@ -28,7 +30,8 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-FRONT_DOORS = ("resolve", "bench", "compile", "analyze")  # they alone import passes and runtimes
+# They alone import passes and runtimes.
+FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "compile", "analyze")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
     [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]
