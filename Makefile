@@ -48,7 +48,7 @@ bench: bench-models
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_vit.py
-	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/readme.py
 
 # Needs Fashion-MNIST, Debian's package dataset-fashion-mnist.
