@@ -29,6 +29,7 @@ from mpcompile.pipeline import Effect
 from mpcompile.runtimes import RUNTIMES, Runtime
 
 PASS_GROUP, RUNTIME_GROUP = "mpcompile.passes", "mpcompile.runtimes"
+GIVEN = "given in Python"
 
 T = TypeVar("T")
 # Classes of passes are type[Any] here: Pass is a protocol with fields, of which no class can be asked to be one.
@@ -85,7 +86,7 @@ def given_pass(step: object) -> str | None:
         raise UsageError(f"{_a(step)} is no pass: {_place(kind)}: {fault}")
     if kind.name in PASSES:  # type: ignore[attr-defined]
         raise UsageError(f"{_place(kind)} has the name of the built-in pass {kind.name}; give it another")  # type: ignore[attr-defined]
-    return f"{_place(kind)}, given in Python"
+    return f"{_place(kind)}, {GIVEN}"
 
 
 def given_runtime(runtime: object) -> str | None:
@@ -100,7 +101,7 @@ def given_runtime(runtime: object) -> str | None:
     if runtime.name in RUNTIMES:  # type: ignore[attr-defined]
         raise UsageError(f"{_place(kind)} has the name of the built-in target {runtime.name}; give it another")  # type: ignore[attr-defined]
     configured = dataclasses.is_dataclass(runtime) and dataclasses.fields(runtime)
-    return f"{_place(kind)}{f' as {runtime}' if configured else ''}, given in Python"
+    return f"{_place(kind)}{f' as {runtime}' if configured else ''}, {GIVEN}"
 
 
 def pass_fault(kind: object) -> str | None:

@@ -43,7 +43,8 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 def reported(observe: Callable[[Progress], None] | None, stages: Sequence[str]) -> Iterator[Callable[[str], None]]:
     """A function to call with the name of each stage as it begins; inside, `observe` is told of these and their steps.
 
-    The names are told in the order of `stages`, of which some may be left out. Without `observe` nothing is told, and
+    The names are told in the order of `stages`; some may be left out, and one that is not there, as a tuned recipe may
+    have, counts with the one before it. Without `observe` nothing is told, and
     whoever listens already goes on listening.
     """
     if observe is None:
@@ -53,7 +54,9 @@ def reported(observe: Callable[[Progress], None] | None, stages: Sequence[str]) 
 
     def begin(stage: str) -> None:
         nonlocal at
-        at = Progress(stage, stages.index(stage, at.number) + 1, len(stages))
+        ahead = list(stages[at.number :])
+        number = at.number + (ahead.index(stage) + 1 if stage in ahead else 0)
+        at = Progress(stage, max(number, 1), len(stages))
         observe(at)
 
     with listening(lambda step, done, total: observe(replace(at, step=step, done=done, total=total))):

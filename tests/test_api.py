@@ -75,6 +75,7 @@ def test_stages_are_numbered_in_their_order_though_one_is_there_twice_and_one_le
         for stage in ("a", "b", "a"):
             begin(stage)
         assert list(tracked([7, 8])) == [7, 8]
+        begin("found later")
         begin("d")
     assert [(at.stage, at.number, at.step, at.done, at.total) for at in heard] == [
         ("a", 1, None, 0, 0),
@@ -82,10 +83,11 @@ def test_stages_are_numbered_in_their_order_though_one_is_there_twice_and_one_le
         ("a", 3, None, 0, 0),
         ("a", 3, "7", 0, 2),
         ("a", 3, "8", 1, 2),
+        ("found later", 3, None, 0, 0),
         ("d", 5, None, 0, 0),
     ]
     assert list(tracked([9])) == [9]
-    assert len(heard) == 6  # nobody listens any more
+    assert len(heard) == 7  # nobody listens any more
 
 
 def test_without_an_observer_whoever_listens_goes_on_listening() -> None:

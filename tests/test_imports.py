@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "model", "parity", "environment", "spectrum", "progress", "distributed", "verdict", "machine"),
     ("masks", "layers", "merging", "multihead", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
     ("half",),
-    ("watch", "attention"),
+    ("watch", "attention", "tuning"),
     ("activations", "cost", "resume", "training_images"),
     ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("capture",),
@@ -23,6 +23,7 @@ LAYERS = (
     ("deploy",),
     ("artifact",),
     ("bench",),
+    ("tune",),
     ("compile", "doctor"),
     ("analyze",),
     ("testing", "console"),
@@ -31,7 +32,7 @@ LAYERS = (
     ("__init__", "__main__"),
 )
 # They alone import passes and runtimes.
-FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "compile", "analyze")
+FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "tune", "compile", "analyze")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
     [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]
@@ -79,9 +80,13 @@ def test_importing_loads_no_runtime_and_no_cuda() -> None:
 
 
 def test_importing_adds_little_to_torch() -> None:
-    code = "import time, torch; t = time.process_time(); import mpcompile; print(time.process_time() - t)"
-    # The best of five, of the process's own time: other processes can only add to it. 0.3 s is the promise.
-    assert min(float(run_python(code)) for _ in range(5)) < 0.3
+    code = (
+        "import time; a = time.process_time(); import torch; b = time.process_time(); import mpcompile; "
+        "print((time.process_time() - b) / (b - a))"
+    )
+    # The process's own time, beside that of torch in the same process: a slow or busy machine slows both. The best of
+    # five; it is about a fifth, 0.2 s where torch takes 1.
+    assert min(float(run_python(code)) for _ in range(5)) < 1 / 3
 
 
 def test_bare_imports_from_the_root_are_refused() -> None:
