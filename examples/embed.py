@@ -30,7 +30,7 @@ def show(at: Progress) -> None:
 
 def compress(output: Path) -> Artifact:
     """The sparsest of two that passes the gate. Raises AccuracyError where neither does."""
-    patterns = [NM(1, 16), NM(2, 4)]
+    patterns = [NM(1, 64), NM(2, 4)]
     for pattern in patterns:
         folder = output / str(pattern).replace(":", "x")
         try:
