@@ -70,7 +70,7 @@ bench-cpu: $(READY)
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_gemm_few.py
 	$(BIN)/python benchmarks/cpu_vit.py
-	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/readme.py
 
 # Needs Fashion-MNIST, Debian's package dataset-fashion-mnist.

@@ -1,6 +1,6 @@
 """The other front door: model -> Analysis of its layers and what a budget would plan. It changes nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mpcompile.model import NM, Model, Source
 from mpcompile.passes.mp_budget import MPBudget, fit_layers
 from mpcompile.pipeline import Observer
 from mpcompile.plots import make_folder, write_plots
+from mpcompile.progress import Progress, reported
 from mpcompile.recipe import DataChoice, Step
 from mpcompile.report import Value
 from mpcompile.resolve import build_pass
@@ -83,21 +84,33 @@ def analyze(
     data: str | Path | Data | None = None,
     choice: DataChoice | None = None,
     plots: str | Path | None = None,
-    observe: Observer = lambda stage: None,
+    observe: Callable[[Progress], None] | None = None,
 ) -> Analysis:
     """The analysis; the model is left as it was.
 
     `budget` says what to plan (by default 2:4 on every eligible layer). `data` is needed for the signals that look at
     activations. With `plots`, a folder, one SVG a layer and an overview are written there. Raises a MpcompileError.
     """
-    budget = budget or MPBudget()
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
+    with reported(observe, STAGES) as tell:
+        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), plots, tell)
+
+
+def _analysis(
+    model: str | Path | nn.Module | Request,
+    budget: MPBudget,
+    data: str | Path | Data | None,
+    choice: DataChoice,
+    plots: str | Path | None,
+    observe: Observer,
+) -> Analysis:
+    """`analyze`, with every default filled in."""
     observe("load")
     loaded, leaves = loaded_from(model)
     observe("capture")
     dense = capture(loaded.module, loaded.source, leaves=leaves)
-    images = data_for(data, dense, choice or DataChoice())
+    images = data_for(data, dense, choice)
     counted = cost(dense)
     observe("spectra")
     fits = fit_layers(dense, null=budget.null, level=budget.level, seed=budget.seed)

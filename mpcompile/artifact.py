@@ -12,26 +12,40 @@ bench/TARGET/       what `mpcompile bench` measured later
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, overload
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mpcompile.capture import capture
 from mpcompile.checkpoint import file_sha256
-from mpcompile.errors import LoadError, MaskError, MpcompileError, cause_of
+from mpcompile.deploy import Engine, OrtEngine, Runtime, module_of, onnx_engine, target_engine
+from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
+from mpcompile.lower import Exported
 from mpcompile.masks import pattern_violation
 from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.proof import ProvenMask, prove
 from mpcompile.recipe import Recipe, explained, read_recipe
 from mpcompile.report import FileRow, Report
+from mpcompile.resolve import runtime_named
 
-RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE = (
-    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx",
+RECIPE, WEIGHTS, MASKS, COMPRESSED, NATIVE, DENSE = (
+    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "model.native.onnx", "dense.onnx",
 )  # fmt: skip
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# The forms in which a model is loaded, and which arguments each takes.
+FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "torch": ("model", "allow_factory"),
+        "onnx": ("threads",),
+        "engine": ("runtime", "threads", "batches", "model", "allow_factory"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,9 @@ class Artifact:
     report: Report
 
     @classmethod
-    def open(cls, folder: Path) -> "Artifact":
+    def open(cls, folder: str | Path) -> "Artifact":
         """The artifact in a folder. Raises LoadError where it is none."""
+        folder = Path(folder)
         needed = (RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, "report.json")
         try:
             missing = [name for name in needed if not (folder / name).is_file()]
@@ -72,6 +87,88 @@ class Artifact:
     def dense_onnx(self) -> Path:
         """The dense model in the same precision."""
         return self.folder / DENSE
+
+    def exported(self, file: Path, masks: tuple[ProvenMask, ...] = ()) -> Exported:
+        """What a runtime has to know of `onnx`, or of `dense_onnx`; `masks` are those proven in it."""
+        recipe, source = self.report.recipe, self.report.model
+        return Exported(
+            onnx=file,
+            arch=source.arch,
+            image_shape=source.size,
+            precision=recipe.precision,
+            batch=recipe.batch,
+            masks=masks,
+            merges=file == self.onnx and self.report.merges_tokens(),
+        )
+
+    @overload
+    def load(
+        self, form: Literal["torch"], *, model: nn.Module | None = None, allow_factory: bool = False
+    ) -> nn.Module: ...
+
+    @overload
+    def load(self, form: Literal["onnx"], *, threads: int | None = None) -> OrtEngine: ...
+
+    @overload
+    def load(
+        self,
+        form: Literal["engine"],
+        *,
+        runtime: Runtime | None = None,
+        threads: int | None = None,
+        batches: Sequence[int] | None = None,
+        model: nn.Module | None = None,
+        allow_factory: bool = False,
+    ) -> Engine: ...
+
+    def load(
+        self,
+        form: Literal["torch", "onnx", "engine"],
+        *,
+        model: nn.Module | None = None,
+        allow_factory: bool = False,
+        runtime: Runtime | None = None,
+        threads: int | None = None,
+        batches: Sequence[int] | None = None,
+    ) -> nn.Module | Engine:
+        """The compressed model, ready to run. No pickled code is run for it.
+
+        `"torch"`: a module of the original class with the compressed weights, in evaluation mode, compared with
+        model.onnx on noise. timm's models are built again; so are those of `pkg.mod:factory`, where `allow_factory`
+        says that the report may name code to run; for one given in Python give a new instance as `model`, which is left
+        as it was. Refused where tokens are merged, which the original class does not do.
+
+        `"onnx"`: ONNX Runtime on the CPU, on model.native.onnx where that is there and the N:M kernel works here, else
+        on model.onnx; `.file` says on which. A bfloat16 file runs in float32 on its rounded weights. Calls are
+        thread-safe.
+
+        `"engine"`: what the recipe's target, or `runtime`, makes of the file here, for `batches` (by default the
+        recipe's); `model` and `allow_factory` are for target `eager`, as above.
+
+        The last two take images (b, c, h, w) and return logits (b, outputs), both NumPy arrays of float32; images are
+        normalised as `report.model` says. Raises a MpcompileError: RuntimeMissing says what to install.
+        """
+        given: dict[str, object] = {"model": model, "allow_factory": allow_factory, "runtime": runtime}
+        given |= {"threads": threads, "batches": batches}
+        if form not in FORMS:
+            raise UsageError(f"a model is loaded as one of {', '.join(FORMS)}; {form!r} is none of them")
+        excess = [name for name, value in given.items() if value not in (None, False) and name not in FORMS[form]]
+        if excess:
+            raise UsageError(f"load({form!r}) takes no {', '.join(excess)}")
+        exported = self.exported(self.onnx)
+        if form == "torch":
+            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
+        target = self.report.recipe.target
+        if form == "onnx" or (runtime is None and target == "ort"):
+            return onnx_engine(exported, self.folder / NATIVE, threads)
+        runtime = runtime or runtime_named(target)
+        captured = None
+        if runtime.name == "eager":
+            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
+            captured = capture(module, self.report.model)
+        else:
+            exported = self.exported(self.onnx, self.verify())
+        return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)
 
     def verify(self) -> tuple[ProvenMask, ...]:
         """The masks, found again in the weights and in the ONNX file; then every file by its hash.

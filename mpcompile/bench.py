@@ -7,7 +7,7 @@ what the user gets. All three are the same precision, the same runtime and the s
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -27,8 +27,10 @@ from mpcompile.machine import condition, disturbances
 from mpcompile.model import NM
 from mpcompile.parity import ALIKE, TOLERANCE, relative_difference, require_parity
 from mpcompile.pipeline import Observer
+from mpcompile.progress import Progress, reported
+from mpcompile.recipe import Recipe
 from mpcompile.report import Parity
-from mpcompile.resolve import RUNTIMES
+from mpcompile.resolve import runtime_named
 from mpcompile.runtimes import Build, Engine, Judging, Runtime, Staging
 from mpcompile.runtimes.ort import cpu_engine
 from mpcompile.timing import Call, sample, speedup, timing
@@ -54,9 +56,15 @@ class Settings:
     graph: bool = False
 
 
-def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: None) -> Bench:
+def bench(folder: Path, settings: Settings, observe: Callable[[Progress], None] | None = None) -> Bench:
     """The benchmark of an output folder, written into its folder `bench/TARGET`. Raises a MpcompileError."""
     artifact = Artifact.open(folder)
+    with reported(observe, steps(artifact.recipe, settings)) as tell:
+        return _benched(artifact, settings, tell)
+
+
+def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench:
+    """`bench`, of a folder that was opened."""
     recipe = artifact.recipe
     target = settings.target or recipe.target
     runtime = _runtime(target, recipe.precision, settings.threads)
@@ -66,20 +74,8 @@ def bench(folder: Path, settings: Settings, observe: Observer = lambda stage: No
     observe("verify")
     masks = artifact.verify()
 
-    def exported(path: Path, dense: bool) -> Exported:
-        source = artifact.report.model
-        return Exported(
-            onnx=path,
-            arch=source.arch,
-            image_shape=source.size,
-            precision=recipe.precision,
-            batch=recipe.batch,
-            masks=() if dense else masks,
-            merges=not dense and artifact.report.merges_tokens(),
-        )
-
-    before, after = exported(artifact.dense_onnx, True), exported(artifact.onnx, False)
-    output = folder / FOLDER / target
+    before, after = artifact.exported(artifact.dense_onnx), artifact.exported(artifact.onnx, masks)
+    output = artifact.folder / FOLDER / target
     output.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target}.partial-", dir=output.parent) as temporary:
         partial_output = Path(temporary) / target
@@ -177,9 +173,8 @@ def _reference(exported: Exported) -> str:
     return "ONNX Runtime on the CPU"
 
 
-def steps(folder: Path, settings: Settings) -> tuple[str, ...]:
-    """The names that `bench` tells its observer, in order. Raises LoadError."""
-    recipe = Artifact.open(folder).recipe
+def steps(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
+    """The names of the stages that `bench` tells, in order."""
     batches = settings.batches or recipe.timed_batches
     return ("verify", "build", *(f"batch {batch}" for batch in batches))
 
@@ -197,9 +192,7 @@ def command(target: str, batches: Sequence[int], settings: Settings | None = Non
 
 def _runtime(target: str, precision: str, threads: int | None) -> Runtime:
     """The runtime of a target, if it runs here. Raises UsageError or RuntimeMissing."""
-    runtime = RUNTIMES.get(target)
-    if runtime is None:
-        raise UsageError(f"target {target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
+    runtime = runtime_named(target)
     if reason := runtime.missing() or runtime.idle():
         raise RuntimeMissing(f"target {target} cannot be timed here: {reason}")
     if runtime.name == "eager":

@@ -24,8 +24,8 @@ from mpcompile.pipeline import run_example
 
 log = logging.getLogger(__name__)
 
-# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces: a module that another thread runs
-# meanwhile fails. A capture also runs modules, so all of it holds the lock.
+# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces. Modules that other threads run
+# meanwhile are let through (ImageTracer), but a second trace would put the first one's replacement back at its end.
 TRACING = threading.Lock()
 # The graph runs the same operators on the same values; only a fused kernel that the tracer took apart can round
 # differently.
@@ -42,6 +42,21 @@ class ImageTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(functions))
         self._leaf_types: tuple[type[nn.Module], ...] = tuple(get_notrace_modules())
         self._leaf_names = frozenset(leaves)
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the traced module calls becomes a node; a module that another thread runs meanwhile just runs."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Likewise for the parameters that modules look up."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Torch's own modules, timm's untraceable ones, and those named by the user."""
@@ -77,8 +92,8 @@ def capture(
     The module is left as it was; one in half precision is captured in float32. `leaves` are qualified names of
     modules to keep whole. Raises CaptureError.
 
-    While it traces, torch.fx takes over calls of every module of the process: two captures wait for each other, and
-    no other thread may run a module meanwhile.
+    Other threads may run modules meanwhile, save for those that torch.compile made, which refuse while anything is
+    traced; two captures wait for each other.
     """
     with TRACING:
         return _captured(module, source, example, leaves)

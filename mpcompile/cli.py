@@ -3,7 +3,8 @@
 import json
 import signal
 import sys
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,7 +183,7 @@ def compile_command(
     """Compress MODEL, check every step, and write the output folder."""
     configure_logging(verbose, quiet)
     from mpcompile.artifact import Artifact
-    from mpcompile.compile import compile, follow, preview, stages
+    from mpcompile.compile import compile, follow, preview
     from mpcompile.distributed import joined
     from mpcompile.recipe import Recipe, overridden, read_recipe
     from mpcompile.resume import keeping
@@ -225,7 +226,7 @@ def compile_command(
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
     failure = None
     try:
-        with joined() as here, progress(stages(recipe), quiet or as_json or not here.first) as observe:
+        with joined() as here, progress(quiet or as_json or not here.first) as observe:
             if not here.first:
                 follow(request, recipe, data)
                 return
@@ -274,7 +275,7 @@ def analyze_command(
 ) -> None:
     """Show each layer's spectrum and what a budget would plan; change nothing."""
     configure_logging(verbose, quiet)
-    from mpcompile.analyze import STAGES, analyze, budget_from
+    from mpcompile.analyze import analyze, budget_from
     from mpcompile.recipe import DataChoice
 
     given = {
@@ -287,7 +288,7 @@ def analyze_command(
     }
     step = budget_from({"null": null} | {k: v for k, v in given.items() if v})
     choice = {"calibration": calibration, "seed": seed}
-    with progress(STAGES, quiet or as_json) as observe:
+    with progress(quiet or as_json) as observe:
         found = analyze(
             _request(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf),
             step,
@@ -348,10 +349,10 @@ def bench_command(
 ) -> None:
     """Time an output folder on its target: dense, masked with sparse kernels off, and on, in turns."""
     configure_logging(verbose, quiet)
-    from mpcompile.bench import Settings, bench, steps
+    from mpcompile.bench import Settings, bench
 
     settings = Settings(target, options.batches(batch), threads, seconds, transfers, cuda_graph)
-    with progress(steps(folder, settings), quiet or as_json) as observe:
+    with progress(quiet or as_json) as observe:
         found = bench(folder, settings, observe)
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
@@ -391,22 +392,27 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def passes(as_json: JsonOption = False) -> None:
     """List the passes that a recipe may name, with their parameters."""
-    from mpcompile.resolve import PASSES
+    from mpcompile.resolve import known
 
+    found = known()
     rows: list[dict[str, Any]] = [
         {
             "name": name,
             "effect": str(kind.effect),
-            "does": (kind.__doc__ or "").strip().splitlines()[0],
-            "parameters": {field.name: _spelt(field.default) for field in fields(kind)},  # type: ignore[arg-type]
+            "does": ((kind.__doc__ or "").strip().splitlines() or [""])[0],
+            "parameters": {field.name: _default(field) for field in fields(kind)},
+            "from": found.origins.get(f"pass {name}"),  # null: built in
         }
-        for name, kind in PASSES.items()
+        for name, kind in found.passes.items()
     ]
+    _tell_broken(found.broken)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     for row in rows:
         typer.echo(f"{row['name']} ({row['effect']}): {row['does']}")
+        if row["from"]:
+            typer.echo(f"    from {row['from']}")
         for name, default in row["parameters"].items():
             typer.echo(f"    {name} = {default}")
 
@@ -414,9 +420,24 @@ def passes(as_json: JsonOption = False) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from mpcompile.resolve import recipe_schema
+    from mpcompile.resolve import known, recipe_schema
 
-    typer.echo(json.dumps(recipe_schema(), indent=2))
+    found = known()
+    _tell_broken(found.broken)
+    typer.echo(json.dumps(recipe_schema(found), indent=2))
+
+
+def _tell_broken(sentences: Sequence[str]) -> None:
+    """What is installed and cannot be used: a line each on standard error, and no failure, since nobody named it."""
+    for sentence in sentences:
+        typer.echo(f"mpcompile: {' '.join(sentence.split())}", err=True)
+
+
+def _default(field: Field[Any]) -> str:
+    """The default of a pass's parameter as a recipe would have it."""
+    if field.default_factory is not MISSING:
+        return _spelt(field.default_factory())
+    return "(required)" if field.default is MISSING else _spelt(field.default)
 
 
 def _spelt(value: object) -> str:

@@ -1,7 +1,8 @@
 """The front door: model + recipe -> Artifact."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,9 @@ from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
 from mpcompile.passes import Distill, NMMask
 from mpcompile.passes.distill import images_of
-from mpcompile.pipeline import Effect, Observer, PassManager
+from mpcompile.pipeline import Effect, Observer, Pass, PassManager
+from mpcompile.plugins import GIVEN
+from mpcompile.progress import Progress, reported
 from mpcompile.recipe import DataChoice, Recipe
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
 from mpcompile.resolve import Plan, plan_of
@@ -40,28 +43,52 @@ from mpcompile.tune import tuned
 from mpcompile.tuning import Tuning
 
 PARITY_IMAGES = 32
+ONE_RUN = threading.RLock()
 
 
 def compile(
     model: str | Path | nn.Module | Request,
     recipe: Recipe,
     *,
+    passes: Sequence[Pass] | None = None,
+    runtime: Runtime | None = None,
     data: str | Path | Data | None = None,
     output: str | Path,
     force: bool = False,
-    observe: Observer = lambda stage: None,
+    observe: Callable[[Progress], None] | None = None,
 ) -> Artifact:
     """The compressed model, its files and its report, in the folder `output`.
 
-    The folder appears whole or not at all; the model given is left as it was. `observe` is told the name of each
-    stage as it begins (see `stages`). Raises a MpcompileError. Where only a gate of the recipe fails, the folder is
-    written, its report says so, and AccuracyError is raised.
+    The folder appears whole or not at all; the model given is left as it was. `passes` are those to run, in order,
+    where the recipe names none: built-in ones or your own, which are written into the recipe with every field. With
+    `runtime` the result runs on that in place of the recipe's target. `observe` is called in this thread as each stage
+    begins, and each step of a pass; what it raises ends the run (out of a step as the cause of a PassError).
+
+    One run at a time: what other threads compile meanwhile waits, since all runs measure speed and torch's exporter is
+    not made for threads. Raises a MpcompileError. Where only a gate of the recipe fails, the folder is written, its
+    report says so, and AccuracyError is raised: `Artifact.open(output)` has it then.
     """
-    plan = plan_of(recipe)
+    plan = plan_of(recipe, passes, runtime)
+    with ONE_RUN, reported(observe, stages(plan.recipe)) as tell:
+        return _compiled(model, plan, data, output, force, tell)
+
+
+def _compiled(
+    model: str | Path | nn.Module | Request,
+    plan: Plan,
+    data: str | Path | Data | None,
+    output: str | Path,
+    force: bool,
+    observe: Observer,
+) -> Artifact:
+    """`compile`, for the one thread that may."""
+    recipe = plan.recipe
     if recipe.tune is not None and recipe.gates.max_drop is None:
         raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
     if recipe.tune is not None and place().size > 1:
         raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
+    if recipe.tune is not None and (own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]):
+        raise UsageError(f"tune tries recipes, which know no {own[0]} that is {GIVEN}; install it with an entry point")
     inputs = [path for path in map(_path_of, (model, data)) if path is not None]
     require_free(Path(output), force, inputs)
     if recipe.gates.max_drop is not None and data is None:
@@ -79,7 +106,7 @@ def compile(
         recipe, tuning = tuned(recipe, dense, images)
         plan = plan_of(recipe)
     with written_whole(Path(output), force, inputs) as folder:
-        report = _run(loaded, dense, plan, recipe, images, folder, observe, tuning)
+        report = _run(loaded, dense, plan, images, folder, observe, tuning)
     artifact = Artifact(Path(output), report)
     failed = [gate for gate in report.gates if not gate.holds]
     if failed:
@@ -102,7 +129,7 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
 
 
 def stages(recipe: Recipe) -> tuple[str, ...]:
-    """The names that `compile` tells its observer, in order."""
+    """The names of the stages that `compile` tells, in order."""
     passes = tuple(step.name for step in recipe.passes)
     tune = () if recipe.tune is None else ("tune",)
     return (
@@ -182,13 +209,13 @@ def _run(
     loaded: Loaded,
     dense: Model,
     plan: Plan,
-    recipe: Recipe,
     data: Data,
     folder: Path,
     observe: Observer,
     tuning: Tuning | None,
 ) -> Report:
     """Everything between the captured model and the finished folder."""
+    recipe = plan.recipe
     metadata = {
         "mpcompile.version": version("mpcompile"),
         "mpcompile.source_sha256": loaded.source.sha256,
@@ -248,7 +275,7 @@ def _run(
         model=loaded.source,
         recipe=recipe,
         recipe_sha256=recipe.sha256,
-        environment=environment(_versions(plan.runtime), engines["dense"].device),
+        environment=environment({**_versions(plan.runtime), **plan.origins}, engines["dense"].device),
         data=DataUsed(
             calibration=len(data.calibration),
             validation=len(data.validation),

@@ -3,22 +3,22 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from mpcompile.analyze import Analysis
 from mpcompile.artifact import Artifact
 from mpcompile.bench_report import Bench
 from mpcompile.doctor import Finding
-from mpcompile.pipeline import Observer
-from mpcompile.progress import listening
+from mpcompile.progress import Progress
 from mpcompile.recipe import Recipe
 from mpcompile.report import Report
 
@@ -135,12 +135,12 @@ def _console() -> Console:
 
 
 @contextmanager
-def progress(names: tuple[str, ...], quiet: bool) -> Iterator[Observer]:
-    """Tells each stage as it begins: bars on a terminal, a line elsewhere, both on standard error."""
+def progress(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """An observer that tells each stage as it begins: bars on a terminal, a line elsewhere, both on standard error."""
     if quiet:
-        yield lambda stage: None
+        yield None
     elif not sys.stderr.isatty():
-        yield lambda stage: typer.echo(f"[{names.index(stage) + 1}/{len(names)}] {stage}", err=True)
+        yield lambda at: typer.echo(str(at), err=True) if at.step is None else None
     else:
         columns = (
             TextColumn("{task.description}"),
@@ -148,19 +148,16 @@ def progress(names: tuple[str, ...], quiet: bool) -> Iterator[Observer]:
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(names[0], total=len(names))
+        with Bars(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
             within = bar.add_task("", total=None, visible=False)
 
-            def stage_began(stage: str) -> None:
-                bar.update(task, description=stage, completed=names.index(stage))
-                bar.update(within, visible=False)
+            def show(at: Progress) -> None:
+                bar.update(task, description=at.stage, completed=at.number - 1, total=at.stages)
+                named, shown = f"  {at.step}", at.step is not None
+                bar.update(within, description=named, completed=at.done, total=at.total, visible=shown)
 
-            def step_began(what: str, done: int, total: int) -> None:
-                bar.update(within, description=f"  {what}", completed=done, total=total, visible=True)
-
-            with listening(step_began):
-                yield stage_began
+            yield show
 
 
 def configure_logging(verbose: int, quiet: bool) -> None:

@@ -5,7 +5,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpcompile.resolve import RUNTIMES
+from mpcompile.resolve import Known, known
 
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy", "scipy", "safetensors")
 
@@ -21,13 +21,15 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every finding: Python, libraries, targets, processor, GPU."""
+    """Every finding: Python, libraries, targets, processor, GPU, and what others' packages offer."""
+    found = known()
     return [
         Finding("python", True, platform.python_version()),
         *(_library(name) for name in LIBRARIES),
-        *_targets(),
+        *_targets(found),
         _processor(),
         _gpu(),
+        *_offered(found),
     ]
 
 
@@ -38,17 +40,35 @@ def _library(name: str) -> Finding:
         return Finding(name, False, "not installed", f"pip install {name}")
 
 
-def _targets() -> list[Finding]:
+def _offered(found: Known) -> list[Finding]:
+    """Passes of others, whose they are, and entry points that cannot be used."""
+    passes = [Finding(what, True, origin) for what, origin in found.origins.items() if what.startswith("pass ")]
+    remedy = "mend or uninstall that package; everything else works"
+    return [*passes, *(Finding("entry point", False, sentence, remedy) for sentence in found.broken)]
+
+
+def _targets(found: Known) -> list[Finding]:
     findings = []
-    for name, runtime in RUNTIMES.items():
-        missing = runtime.missing()
-        if missing:
-            found = "no engine can be built; files are checked" if runtime.offline else "not available"
-            findings.append(Finding(f"target {name}", False, found, missing))
-            continue
-        versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
-        findings.append(Finding(f"target {name}", True, f"{versions}; patterns with kernels: {runtime.kernels()}"))
+    for name in found.runtimes:
+        origin = found.origins.get(f"target {name}")
+        try:
+            findings.append(_target(name, found))
+        except Exception as error:
+            if origin is None:
+                raise
+            told = f"it fails when it is asked: {type(error).__name__}: {error}"
+            findings.append(Finding(f"target {name}", False, told, f"mend or uninstall {origin}"))
     return findings
+
+
+def _target(name: str, found: Known) -> Finding:
+    runtime, origin = found.runtimes[name], found.origins.get(f"target {name}")
+    if missing := runtime.missing():
+        told = "no engine can be built; files are checked" if runtime.offline else "not available"
+        return Finding(f"target {name}", False, told, missing)
+    versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
+    whose = f"; from {origin}" if origin else ""
+    return Finding(f"target {name}", True, f"{versions}; patterns with kernels: {runtime.kernels()}{whose}")
 
 
 def _processor() -> Finding:

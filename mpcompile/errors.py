@@ -1,4 +1,6 @@
-"""The errors that a user can meet, each with the exit code of the command line.
+"""The errors that a user can meet, each with the exit code of the command line: all are MpcompileErrors.
+
+Only Recipe(…) raises pydantic's ValidationError; Recipe.checked and read_recipe make a UsageError of that.
 
 A message says what was found, what was needed, and what to do. Deep code states the fact; the front door and
 the pass manager add the caller's context once.
@@ -6,6 +8,20 @@ the pass manager add the caller's context once.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+__all__ = [
+    "AccuracyError",
+    "BuildError",
+    "CaptureError",
+    "LoadError",
+    "MaskError",
+    "MpcompileError",
+    "ParityError",
+    "PassError",
+    "RuntimeMissing",
+    "UsageError",
+    "on_layer",
+]
 
 LONGEST_LINE = 1000
 

@@ -71,7 +71,7 @@ def load(request: Request) -> Loaded:
         exists = path.exists()
     except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
         raise LoadError(f"{request.model} cannot be looked up: {error}") from error
-    if _is_factory(request.model) and not exists:
+    if is_factory(request.model) and not exists:
         module = _call_factory(request.model, request.arch_args)
         return _finish(module, request, arch=request.model, sha256=state_sha256(module))
     if request.pretrained:
@@ -90,7 +90,8 @@ def _load_file(path: Path, request: Request) -> Loaded:
     content, config = read(path, request.allow_pickle), _timm_config(path)
     sha256 = file_sha256(path)
     if isinstance(content, nn.Module):
-        return _finish(content, request, arch=type(content).__name__, sha256=sha256)
+        loaded = _finish(content, request, arch=type(content).__name__, sha256=sha256)
+        return replace(loaded, source=replace(loaded.source, arch_args=None))  # its class is known by name alone
     arch, arch_args, pretrained_cfg = request.arch, dict(request.arch_args), None
     if arch is None and config is not None:
         arch = str(config["architecture"])
@@ -114,7 +115,7 @@ def _load_file(path: Path, request: Request) -> Loaded:
 
 def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:
     """Raises where a file itself names code to call or other files to open: that is only for who runs the command."""
-    if _is_factory(arch):
+    if is_factory(arch):
         raise LoadError(
             f"{path} names the code {arch} as its architecture, which was not run; pass --arch if you trust it"
         )
@@ -167,8 +168,15 @@ def _stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
     """Loads the weights; a mismatch lists the first few keys of each kind."""
+    state = _stripped(state, set(module.state_dict()))
+    if listed := misfit(module, state):
+        raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
+    module.load_state_dict(state)
+
+
+def misfit(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """Why weights do not fit a module, the first few names of each kind, or None."""
     own = module.state_dict()
-    state = _stripped(state, set(own))
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
     shapes = [
@@ -181,23 +189,21 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str)
         for name in own
         if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
     ]
-    if missing or unexpected or shapes or types:
-        kinds = (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-            ("not floating-point", types),
-        )
-        listed = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds if names)
-        raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
-    module.load_state_dict(state)
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+        ("not floating-point", types),
+    )
+    return "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds if names) or None
 
 
 def _few(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")
 
 
-def _is_factory(text: str) -> bool:
+def is_factory(text: str) -> bool:
+    """Whether a text is `pkg.mod:name`."""
     module, colon, name = text.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
@@ -206,7 +212,7 @@ def _build_for(
     arch: str, arch_args: Mapping[str, Any], state: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any] | None
 ) -> nn.Module:
     """The architecture, with as many classes as the weights have where nobody said."""
-    if _is_factory(arch):
+    if is_factory(arch):
         return _call_factory(arch, arch_args)
     name = arch.removeprefix("timm:")
     module = _create_timm(name, arch_args, pretrained_cfg=pretrained_cfg)
@@ -302,6 +308,10 @@ def source_of(
     from timm.data import resolve_model_data_config
 
     args = arch_args or {}
+    try:
+        recorded = None if arch_args is None else json.loads(json.dumps(dict(arch_args)))
+    except (TypeError, ValueError):  # a class or a function, as norm_layer may be
+        recorded = None
     cfg = resolve_model_data_config(module)
     side = args.get("img_size", cfg["input_size"][1:])
     height, width = (side, side) if isinstance(side, int) else side
@@ -321,4 +331,5 @@ def source_of(
         crop_pct=cfg["crop_pct"],
         crop_mode=cfg["crop_mode"],
         labels=tuple((getattr(module, "pretrained_cfg", None) or {}).get("label_names") or ()),
+        arch_args=recorded,
     )

@@ -117,7 +117,8 @@ class LayerPlan:
 class Source:
     """Where a model came from, and what its input looks like.
 
-    `size` is (channels, height, width); `mean` and `std` are per channel, of pixels in [0, 1].
+    `arch` is a timm name or `pkg.mod:factory`, or the name of the class where the module itself was given. `size` is
+    (channels, height, width); `mean` and `std` are per channel, of pixels in [0, 1].
     """
 
     name: str
@@ -130,6 +131,7 @@ class Source:
     crop_pct: float = 0.875
     crop_mode: str = "center"
     labels: tuple[str, ...] = ()
+    arch_args: Mapping[str, Any] | None = None  # what `arch` was built with; None where it cannot be built again
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,35 +1,101 @@
 """Recipe -> the passes and the runtime that it names, checked before anything is computed."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.model import NM
 from mpcompile.passes import PASSES
 from mpcompile.pipeline import Pass, PassManager
+from mpcompile.plugins import (
+    PASS_GROUP,
+    RUNTIME_GROUP,
+    given_pass,
+    given_runtime,
+    installed_pass,
+    installed_passes,
+    installed_runtime,
+    installed_runtimes,
+)
 from mpcompile.recipe import Recipe, Step, explained
 from mpcompile.runtimes import RUNTIMES, Runtime
 
-__all__ = ["PASSES", "RUNTIMES", "Plan", "auto_patterns", "build_pass", "plan_of", "recipe_schema"]
+__all__ = [
+    "PASSES",
+    "RUNTIMES",
+    "Known",
+    "Plan",
+    "auto_patterns",
+    "build_pass",
+    "known",
+    "plan_of",
+    "recipe_schema",
+    "runtime_named",
+    "step_of",
+]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe comes to, checked before anything is computed."""
+    """What a recipe comes to, checked before anything is computed.
 
+    `recipe` is the one to record: passes and runtime given in Python stand in it. `origins` says of each that is not
+    built in whose code it is.
+    """
+
+    recipe: Recipe
     passes: tuple[Pass, ...]
     runtime: Runtime
     idle: str | None = None  # why no engine of the target runs here, where its files are made and checked all the same
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan_of(recipe: Recipe) -> Plan:
-    """The passes and the runtime of a recipe. Raises UsageError or RuntimeMissing."""
-    runtime = RUNTIMES.get(recipe.target)
-    if runtime is None:
-        raise UsageError(f"target {recipe.target!r} is unknown; the targets are {', '.join(RUNTIMES)}")
+@dataclass(frozen=True)
+class Known:
+    """All passes and runtimes that a recipe can name here, built-in ones first, whose code the others are, and a
+    sentence for each that is installed and cannot be used.
+    """
+
+    passes: Mapping[str, type[Any]]
+    runtimes: Mapping[str, Runtime]
+    origins: Mapping[str, str]  # by `pass NAME` and `target NAME`
+    broken: tuple[str, ...]
+
+
+def known() -> Known:
+    """What can be named; every package that offers a pass or a runtime is loaded."""
+    passes, runtimes = installed_passes(), installed_runtimes()
+    return Known(
+        passes={**PASSES, **{name: foreign.value for name, foreign in passes.found.items()}},
+        runtimes={**RUNTIMES, **{name: foreign.value for name, foreign in runtimes.found.items()}},
+        origins={
+            **{f"pass {name}": foreign.origin for name, foreign in passes.found.items()},
+            **{f"target {name}": foreign.origin for name, foreign in runtimes.found.items()},
+        },
+        broken=(*passes.broken, *runtimes.broken),
+    )
+
+
+def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runtime | None = None) -> Plan:
+    """The passes and the runtime of a recipe, or those given in their place. Raises UsageError or RuntimeMissing."""
+    origins: dict[str, str] = {}
+    if passes is not None:
+        recipe = _with_passes(recipe, passes)
+        places = {step.name: given_pass(step) for step in passes}
+        origins |= {f"pass {name}": place for name, place in places.items() if place}
+    if runtime is not None:
+        place = given_runtime(runtime)
+        origins |= {f"target {runtime.name}": place} if place else {}
+        recipe = recipe.model_copy(update={"target": runtime.name})
+    else:
+        runtime = runtime_named(recipe.target)
+        if recipe.target not in RUNTIMES and (foreign := installed_runtime(recipe.target)):
+            origins[f"target {recipe.target}"] = foreign.origin
     missing = runtime.missing()
     if missing and recipe.gates.engine:
         raise RuntimeMissing(f"target {recipe.target}: {missing}, and an engine is required")
@@ -39,38 +105,99 @@ def plan_of(recipe: Recipe) -> Plan:
         raise UsageError(f"target {recipe.target}: {refused}")
     if not recipe.passes:
         raise UsageError("the recipe has no passes; give --pattern, such as --pattern 2:4, or a recipe with passes")
-    passes = tuple(build_pass(step) for step in recipe.passes)
+    if passes is None:
+        passes = tuple(build_pass(step) for step in recipe.passes)
+        offered = {step.name: installed_pass(step.name) for step in recipe.passes if step.name not in PASSES}
+        origins |= {f"pass {name}": foreign.origin for name, foreign in offered.items() if foreign}
     PassManager(passes)  # refuses an order that cannot work
-    return Plan(passes, runtime, missing or runtime.idle())
+    return Plan(recipe, tuple(passes), runtime, missing or runtime.idle(), origins)
+
+
+def _with_passes(recipe: Recipe, passes: Sequence[Pass]) -> Recipe:
+    """The recipe with passes given in Python in it. Raises UsageError where it names others."""
+    steps = tuple(map(step_of, passes))
+    if recipe.passes:
+        names = [step.name for step in recipe.passes], [step.name for step in steps]
+        same = names[0] == names[1] and all(
+            _built(named, type(step)) == step for named, step in zip(recipe.passes, passes, strict=True)
+        )
+        if not same:
+            raise UsageError(
+                f"the recipe names the passes {', '.join(names[0])}, and passes= gives {', '.join(names[1])} with "
+                "parameters of their own; leave one of them out"
+            )
+    return recipe.model_copy(update={"passes": steps})
+
+
+def step_of(step: Pass) -> Step:
+    """A pass as a recipe names it, with every field. Raises UsageError where it cannot be read back as the same."""
+    given_pass(step)
+    kind = type(step)
+    try:
+        params = TypeAdapter(kind).dump_python(step, mode="json", warnings="none")
+        read = TypeAdapter(kind).validate_python(params)
+    except (PydanticSerializationError, ValidationError) as error:
+        reason = explained(error) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"pass {step.name} cannot be written into a recipe: {reason}") from error
+    for name in (row.name for row in dataclasses.fields(kind)):  # type: ignore[arg-type]
+        given, found = getattr(step, name), getattr(read, name)
+        if given != found or type(given) is not type(found):
+            raise UsageError(f"pass {step.name}: {name} is {given!r}, which a recipe reads as {found!r}; give it so")
+    return Step(name=step.name, params=params)
+
+
+def runtime_named(name: str) -> Runtime:
+    """The runtime of a target, built in or installed. Raises UsageError."""
+    if name in RUNTIMES:
+        return RUNTIMES[name]
+    if foreign := installed_runtime(name):
+        return foreign.value
+    raise UsageError(
+        f"target {name!r} is unknown; the targets are {', '.join(RUNTIMES)}; one of another package has to be "
+        f"installed with the entry point {name!r} of {RUNTIME_GROUP}, or in Python given as runtime="
+    )
 
 
 def build_pass(step: Step) -> Pass:
     """The pass that a step of a recipe names, with its parameters checked. Raises UsageError."""
     kind = PASSES.get(step.name)
+    if kind is None and (foreign := installed_pass(step.name)):
+        kind = foreign.value
     if kind is None:
-        raise UsageError(f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}")
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        raise UsageError(
+            f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}; one of another package has to be "
+            f"installed with the entry point {step.name!r} of {PASS_GROUP}, or in Python given with passes="
+        )
+    return _built(step, kind)
+
+
+def _built(step: Step, kind: type[Any]) -> Pass:
+    """A pass of a class with the parameters of a step. Raises UsageError."""
+    known = [row.name for row in dataclasses.fields(kind)]
     unknown = [key for key in step.params if key not in known]
     if unknown:
-        raise UsageError(f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        raise UsageError(
+            f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known) or 'none'}"
+        )
     try:
-        return TypeAdapter(kind).validate_python(step.params)
+        built: Pass = TypeAdapter(kind).validate_python(step.params)
     except ValidationError as error:
         raise UsageError(f"pass {step.name}: {explained(error)}") from error
+    return built
 
 
-def recipe_schema() -> dict[str, Any]:
+def recipe_schema(known: Known) -> dict[str, Any]:
     """A JSON Schema of recipes, with the parameters of every pass, for editors."""
     schema = Recipe.model_json_schema()
-    steps: list[dict[str, Any]] = [{"enum": list(PASSES)}]
-    for name, kind in PASSES.items():
+    steps: list[dict[str, Any]] = [{"enum": list(known.passes)}]
+    for name, kind in known.passes.items():
         params = TypeAdapter(kind).json_schema() | {"additionalProperties": False}
         steps.append(
             {"type": "object", "properties": {name: params}, "required": [name], "additionalProperties": False}
         )
     schema["properties"]["passes"]["items"] = {"oneOf": steps}
     schema.get("$defs", {}).pop("Step", None)
-    schema["properties"]["target"]["enum"] = list(RUNTIMES)
+    schema["properties"]["target"]["enum"] = list(known.runtimes)
     return schema
 
 
@@ -79,6 +206,5 @@ def auto_patterns(target: str, of: int | None = None) -> tuple[NM, ...]:
 
     Without `of`, a target without kernels gets those of M = 4.
     """
-    runtime = RUNTIMES.get(target)
-    fast = () if runtime is None or of is not None else runtime.auto_patterns()
+    fast = runtime_named(target).auto_patterns() if of is None else ()
     return fast or tuple(NM(keep, of or 4) for keep in range(1, of or 4))

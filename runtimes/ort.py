@@ -50,7 +50,14 @@ class OrtEngine:
             ) from error
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
+        try:
+            logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
+        except Exception as error:
+            taken = "×".join(map(str, self.session.get_inputs()[0].shape))
+            raise BuildError(
+                f"{self.file.name} takes images of float32, {taken}, and could not run {images.dtype} of shape "
+                f"{images.shape}: {error}"
+            ) from error
         return logits
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
@@ -147,16 +154,16 @@ class OnnxRuntime:
         return native_engine(exported, build, library)
 
 
-def cpu_engine(exported: Exported) -> OrtEngine:
+def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
     """An engine on the CPU for any precision: a bfloat16 file runs as its copy in float32."""
     if exported.precision != "bf16":
-        return session_on(exported.onnx)
+        return session_on(exported.onnx, threads)
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / exported.onnx.name
         onnx.save_model(widened(onnx.load(exported.onnx)), path, save_as_external_data=True)
-        return replace(session_on(path), file=exported.onnx)
+        return replace(session_on(path, threads), file=exported.onnx)
 
 
 def session_on(file: Path, threads: int | None = None, library: Path | None = None) -> OrtEngine:

@@ -18,6 +18,7 @@ from mpcompile.errors import AccuracyError, LoadError, UsageError
 from mpcompile.load import Request, load
 from mpcompile.masks import violation
 from mpcompile.model import NM, Certificate, LayerCertificate
+from mpcompile.progress import Progress
 from mpcompile.recipe import Recipe
 from mpcompile.report import Report
 from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime
@@ -129,14 +130,14 @@ def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
 
     module = Net().train()
     before = copy.deepcopy(module.state_dict())
-    heard: list[str] = []
+    heard: list[Progress] = []
     artifact = mpcompile.compile(
         module, Recipe.checked(QUICK), data=Data(), output=tmp_path / "out", observe=heard.append
     )
     assert module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert artifact.report.comparison is None
-    assert tuple(heard) == (
+    assert tuple(at.stage for at in heard if at.step is None) == (
         "load",
         "capture",
         "export dense",
@@ -217,7 +218,7 @@ def test_outputs_with_more_axes_are_compared_without_accuracy(tmp_path: Path) ->
 
 def test_a_taken_folder_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
-    heard: list[str] = []
+    heard: list[Progress] = []
     with pytest.raises(UsageError, match="is not empty"):
         mpcompile.compile(example / "model.safetensors", Recipe.checked(QUICK), output=tmp_path, observe=heard.append)
     assert heard == []

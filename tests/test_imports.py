@@ -18,8 +18,10 @@ LAYERS = (
     ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("capture",),
     ("passes", "runtimes", "report", "bench_report"),
-    ("artifact",),
+    ("plugins",),
     ("resolve",),
+    ("deploy",),
+    ("artifact",),
     ("bench",),
     ("tune",),
     ("compile", "doctor"),
@@ -29,7 +31,8 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-FRONT_DOORS = ("resolve", "bench", "tune", "compile", "analyze")  # they alone import passes and runtimes
+# They alone import passes and runtimes.
+FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "tune", "compile", "analyze")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
     [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]

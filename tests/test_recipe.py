@@ -12,7 +12,7 @@ from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.model import NM
 from mpcompile.passes import MPBudget, NMMask, Permute
 from mpcompile.recipe import Recipe, Step, overridden, read_recipe
-from mpcompile.resolve import build_pass, plan_of, recipe_schema
+from mpcompile.resolve import build_pass, known, plan_of, recipe_schema
 from mpcompile.runtimes import OnnxRuntime
 
 FULL = """
@@ -179,7 +179,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
-    schema = recipe_schema()
+    schema = recipe_schema(known())
     json.dumps(schema)
     assert schema["additionalProperties"] is False
     [names, budget, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]

@@ -1,6 +1,6 @@
-"""A server's life on the N:M kernel: 8 threads ask 3 models for 20 minutes -> results/serve.{json,md}.
+"""A server's life on the N:M kernel: 8 threads ask 3 models for 20 minutes -> results/server.{json,md}.
 
-    python benchmarks/serve.py [--minutes 20]
+    python benchmarks/server.py [--minutes 20]
 
 Each thread asks for one of the models at one of the batch sizes, in an order of its own, and compares every answer bit
 by bit with what the same model gave alone at the start. Memory is the process's resident set, twice a minute; latencies
@@ -138,10 +138,10 @@ def main() -> None:
         f"memory went from {warm[0] / 1e6:.1f} MB after {WARM_MINUTES:g} minute to {warm[-1] / 1e6:.1f} MB at the end."
     )
     life = {"minutes": minutes, "threads": THREADS, "memory": memory, "growth_mb": (warm[-1] - warm[0]) / 1e6}
-    write("serve", QUESTION, "CPU", ("onnxruntime", "numpy"), [*rows, life], {"N:M kernel": native.instruction_set()})
+    write("server", QUESTION, "CPU", ("onnxruntime", "numpy"), [*rows, life], {"N:M kernel": native.instruction_set()})
     table = [tuple(map(spelt, row.values())) for row in rows]
     text = f"# A server's life\n\n{QUESTION}\n\n{markdown(COLUMNS, table)}\n{said}\n"
-    (RESULTS / "serve.md").write_text(text, encoding="utf-8")
+    (RESULTS / "server.md").write_text(text, encoding="utf-8")
     print(text)
 
 

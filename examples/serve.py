@@ -1,0 +1,54 @@
+"""Serve an output folder: every request is an image's bytes, and is answered with its class, from several threads.
+
+python examples/serve.py OUTPUT [PORT]
+curl --data-binary @image.raw http://127.0.0.1:PORT      # bytes, channel by channel, row by row
+"""
+
+import json
+import math
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+
+from mpcompile import Artifact, MpcompileError
+
+
+def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
+    """A server of this machine alone; port 0 takes a free one. Raises a MpcompileError."""
+    artifact = Artifact.open(folder)
+    artifact.verify()  # what is served is what was proven
+    engine = artifact.load("onnx", threads=1)  # a thread a request, so that requests do not wait for each other
+    source = artifact.report.model
+    mean, std = (np.array(values)[:, None, None] for values in (source.mean, source.std))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if len(body) != math.prod(source.size):
+                self.send_error(400, f"an image is {'x'.join(map(str, source.size))} bytes, and {len(body)} came")
+                return
+            pixels = np.frombuffer(body, np.uint8).reshape(1, *source.size)
+            [logits] = engine(((pixels / 255 - mean) / std).astype(np.float32))
+            best = int(logits.argmax())
+            label = source.labels[best] if source.labels else str(best)
+            answer = json.dumps({"class": label, "logits": logits.tolist()}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class names it so)
+            """Nothing: a line a request is the caller's business."""
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+if __name__ == "__main__":
+    try:
+        made = server(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    except MpcompileError as failure:
+        raise SystemExit(str(failure)) from None
+    print(f"http://127.0.0.1:{made.server_port}", flush=True)
+    made.serve_forever()

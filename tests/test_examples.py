@@ -1,0 +1,158 @@
+"""The scripts in examples/, run as they are shown; and the package as others install it: a wheel, typed and whole."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpcompile.artifact import Artifact
+from mpcompile.recipe import read_recipe
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+LEFT_OUT = (".git", ".venv", "build", "*.egg-info", "__pycache__", "*.so", "benchmarks", ".*_cache", ".hypothesis")
+
+
+def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """As `python examples/NAME WORDS…` does, in this process: importing torch takes longer than the scripts."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def test_the_scripts_are_short_enough_to_be_read() -> None:
+    assert [path.name for path in SCRIPTS] == ["embed.py", "own_pass.py", "serve.py"]
+    for path in SCRIPTS:
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path.name
+
+
+def test_embed_falls_back_to_the_pattern_that_passes_its_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script("embed.py", monkeypatch, tmp_path)
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{tmp_path / '2x4'}\n24 of 26 layers are masked (24 at 2:4)")
+    assert "[4/10] nm-mask\n" in told.err
+    assert re.search(r"1x64 is written, and fails its gate: top-1 drop in points is \d+\.\d+; 1 is allowed", told.err)
+    assert Artifact.open(tmp_path / "2x4").report.gates[0].holds
+    assert not Artifact.open(tmp_path / "1x64").report.gates[0].holds
+
+
+def test_own_pass_is_checked_run_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_script("own_pass.py", monkeypatch, tmp_path / "out")
+    assert re.match(
+        r"clip-outliers moved the outputs by \d+\.\d% of their size\n"
+        r"name='clip-outliers' params={'deviations': 4.0}\n"
+        r"__main__.ClipOutliers, given in Python\n",
+        capsys.readouterr().out,
+    )
+    assert read_recipe(tmp_path / "out" / "recipe.yaml").passes[0].params == {"deviations": 4.0}
+
+
+def test_serve_answers_in_threads_what_the_engine_says(artifact: Artifact, example: Path) -> None:
+    made = runpy.run_path(str(ROOT / "examples" / "serve.py"))["server"](str(artifact.folder))
+    host, port = made.server_address
+    assert host == "127.0.0.1"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+
+    def ask(body: bytes) -> tuple[int, dict[str, Any]]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}", body, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, {}
+
+    pixels = np.load(example / "images.npz")["heldout_images"][:8]
+    source = artifact.report.model
+    engine = artifact.load("onnx", threads=1)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(ask, [image.tobytes() for image in pixels]))
+        assert ask(b"short")[0] == 400
+    finally:
+        made.shutdown()
+        made.server_close()
+    for image, (status, answer) in zip(pixels, answers, strict=True):
+        normal = ((image / 255 - source.mean[0]) / source.std[0]).astype(np.float32)
+        [logits] = engine(normal[None, None])
+        assert status == 200
+        np.testing.assert_array_equal(np.float32(answer["logits"]), logits)  # the same session on the same numbers
+        assert answer["class"] == source.labels[int(logits.argmax())]
+
+
+# ---- as it is installed
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked wheel of a copy of this tree; without the kernel, which takes long and has tests of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    done = subprocess.run(
+        [*command, "-w", str(folder)], cwd=folder / "tree", env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [wheel] = folder.glob("mpcompile-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_is_whole(site: Path) -> None:
+    assert (site / "mpcompile" / "py.typed").is_file()
+    for name in ("passes", "runtimes"):
+        kept = {path.relative_to(ROOT / name) for path in (ROOT / name).rglob("*.py")}
+        found = {path.relative_to(site / "mpcompile" / name) for path in (site / "mpcompile" / name).rglob("*.py")}
+        assert found == kept
+        assert not (site / name).exists(), f"{name} would lie in everybody's site-packages"
+    assert list((site / "mpcompile" / "templates").iterdir())
+    code = (
+        "import mpcompile.passes, mpcompile.runtimes\n"
+        "print(mpcompile.__file__, mpcompile.passes.__file__, mpcompile.runtimes.RUNTIMES['ort'].name, sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": str(site)}, cwd=site.parent,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    package = site / "mpcompile"
+    assert done.stdout.splitlines() == [str(package / "__init__.py"), str(package / "passes" / "__init__.py"), "ort"]
+
+
+@pytest.mark.slow
+def test_the_examples_are_typed_against_the_wheel(site: Path, tmp_path: Path) -> None:
+    """As a user runs mypy --strict: the wheel in a site-packages, the scripts elsewhere, no settings of ours."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    [packages] = venv.glob("lib/python*/site-packages")
+    shutil.copytree(site, packages, dirs_exist_ok=True)
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    for path in SCRIPTS:
+        shutil.copy(path, tmp_path)
+    python = str(venv / "bin" / "python")
+    where = subprocess.run(
+        [python, "-P", "-c", "import importlib.util; print(importlib.util.find_spec('mpcompile').origin)"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert where.stdout.strip() == str(packages / "mpcompile" / "__init__.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, *(path.name for path in SCRIPTS)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == f"Success: no issues found in {len(SCRIPTS)} source files\n", done.stdout + done.stderr
