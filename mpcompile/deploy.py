@@ -14,7 +14,7 @@ from torch import nn
 from mpcompile.capture import noise
 from mpcompile.checkpoint import read
 from mpcompile.errors import LoadError, ParityError, RuntimeMissing, UsageError
-from mpcompile.load import Request, is_factory, load, misfit
+from mpcompile.load import NAMING_FILES, Request, is_factory, load, misfit
 from mpcompile.lower import Exported
 from mpcompile.model import Model, Source
 from mpcompile.parity import TOLERANCE, relative_difference
@@ -86,6 +86,12 @@ def _rebuilding(weights: Path, source: Source, allow_factory: bool) -> Request:
         raise UsageError(
             f"the report names {source.arch}, and a report can name any function there is: if you trust it as you "
             "would a program, load with allow_factory=True; or give a new module, model="
+        )
+    named = sorted(NAMING_FILES & source.arch_args.keys())
+    if named and not allow_factory:
+        raise UsageError(
+            f"the report gives {source.arch} {', '.join(named)}, which names other files to open: if you trust it, load "
+            "with allow_factory=True; or give a new module, model="
         )
     return Request(str(weights), arch=source.arch, arch_args=source.arch_args)
 

@@ -111,6 +111,13 @@ class Bomb:
         return (pytest.fail, ("pickled code was run",))
 
 
+def test_files_that_a_report_names_are_not_opened(artifact: Artifact) -> None:
+    named = {**(artifact.report.model.arch_args or {}), "checkpoint_path": "/etc/hostname"}
+    told = artifact.report.model_copy(update={"model": replace(artifact.report.model, arch_args=named)})
+    with pytest.raises(UsageError, match="checkpoint_path, which names other files to open"):
+        Artifact(artifact.folder, told).load("torch")
+
+
 def test_no_pickled_code_is_run(artifact: Artifact, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(artifact.folder, folder)
