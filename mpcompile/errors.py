@@ -68,6 +68,10 @@ class BuildError(MpcompileError):
     exit_code = 7
 
 
+class ResourceError(MpcompileError):
+    """A disk or a memory that did not suffice."""
+
+
 class LayerFailure(Exception):
     """Marks which layer a pass was working on; the pass manager unwraps it."""
 
