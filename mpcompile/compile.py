@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,31 +11,36 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
+from mpcompile.artifact import COMPRESSED, DENSE, PASSES, RECIPE, Artifact, file_rows, write_weights
 from mpcompile.bench import Settings, call_of, engine_parity, parity_of
 from mpcompile.bench import command as bench_command
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
+from mpcompile.checkpoints import Checkpoints
 from mpcompile.conventions import charged
 from mpcompile.data import Data, Split, load_data
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.evaluate import Comparison, compare
+from mpcompile.fingerprint import facts_of
 from mpcompile.load import Loaded, Request, load, source_of
 from mpcompile.lower import Lowered, lower
 from mpcompile.model import NM, Model
 from mpcompile.output import require_free, written_whole
 from mpcompile.passes import Distill, NMMask
 from mpcompile.passes.distill import images_of
-from mpcompile.pipeline import Effect, Observer, PassManager
+from mpcompile.pipeline import Effect, Observer, Pass, PassManager
 from mpcompile.recipe import DataChoice, Recipe
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
 from mpcompile.resolve import Plan, plan_of
+from mpcompile.resume import keeping
 from mpcompile.runtimes import Build, Engine, Judging, Runtime
 from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
+from mpcompile.shortage import explained
 from mpcompile.timing import sample, speedup, timing
+from mpcompile.work import note_written, working, written_by
 
 PARITY_IMAGES = 32
 
@@ -46,33 +52,79 @@ def compile(
     data: str | Path | Data | None = None,
     output: str | Path,
     force: bool = False,
+    start: str | None = None,
+    keep_passes: bool = False,
     observe: Observer = lambda stage: None,
 ) -> Artifact:
     """The compressed model, its files and its report, in the folder `output`.
 
-    The folder appears whole or not at all; the model given is left as it was. `observe` is told the name of each
-    stage as it begins (see `stages`). Raises a MpcompileError. Where only a gate of the recipe fails, the folder is
-    written, its report says so, and AccuracyError is raised.
+    The folder appears whole or not at all; the model given is left as it was. What passes finish is kept beside it
+    until then, and a run that follows one that was stopped goes on after them. `start` names the pass to start from, if
+    those before it are there; `keep_passes` keeps them all in the folder. `observe` is told the name of each stage as
+    it begins (see `stages`). Raises a MpcompileError. Where only a gate of the recipe fails, the folder is written, its
+    report says so, and AccuracyError is raised.
     """
     plan = plan_of(recipe)
+    output = Path(output)
     inputs = [path for path in map(_path_of, (model, data)) if path is not None]
-    require_free(Path(output), force, inputs)
+    ended = written_by(output) if start is None else None
+    if ended is None:
+        require_free(output, force, inputs)
     if recipe.gates.max_drop is not None and data is None:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
-    observe("load")
-    loaded, leaves = loaded_from(model)
-    observe("capture")
-    dense = capture(loaded.module, loaded.source, leaves=leaves)
-    images = data_for(data, dense, recipe.data)
-    if recipe.gates.max_drop is not None and not images.held_out.labelled:
-        raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
-    with written_whole(Path(output), force, inputs) as folder:
-        report = _run(loaded, dense, plan, recipe, images, folder, observe)
-    artifact = Artifact(Path(output), report)
-    failed = [gate for gate in report.gates if not gate.holds]
+    stage = "load"
+
+    def began(name: str) -> None:
+        nonlocal stage
+        stage = name
+        observe(name)
+
+    needed_bytes = 0
+    short_of = partial(explained, lambda: stage, output, lambda: needed_bytes)
+    with working(output) as work, short_of():
+        began("load")
+        loaded, leaves = loaded_from(model)
+        needed_bytes = output_bytes(loaded.module)
+        began("capture")
+        dense = capture(loaded.module, loaded.source, leaves=leaves)
+        images = data_for(data, dense, recipe.data)
+        if recipe.gates.max_drop is not None and not images.held_out.labelled:
+            raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+        facts = facts_of(dense, images, plan.passes, PassManager(plan.passes).shows_held_out)
+        whole = facts[-1] | {"the recipe": recipe.sha256, "what is kept": str(keep_passes)}
+        if ended == whole:  # killed when all was written, and only the work folder was left to remove
+            for step in plan.passes:
+                _skip(step)
+            artifact = Artifact.open(output)
+        else:
+            if ended is not None:
+                require_free(output, force, inputs)
+            checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes, _skip)
+            checkpoints.go_on(start, output / PASSES)
+            with (
+                written_whole(output, force, inputs) as folder,
+                short_of(),  # here too, while what fills the disk is still there
+                keeping(work, needed_bytes),
+            ):
+                report = _run(loaded, dense, plan, recipe, images, folder, began, checkpoints, keep_passes)
+                note_written(work, folder, whole)
+            artifact = Artifact(output, report)
+    failed = [gate for gate in artifact.report.gates if not gate.holds]
     if failed:
         raise AccuracyError(f"{output} is written, and fails its gate: {'; '.join(map(str, failed))}")
     return artifact
+
+
+def output_bytes(module: nn.Module) -> int:
+    """About how large an output is: the weights as they are, in three ONNX files, and a byte for each mask's place."""
+    tensors: list[Tensor] = list(module.state_dict().values())
+    return sum(value.numel() * (4 * value.element_size() + 1) for value in tensors) + 2**20
+
+
+def _skip(step: Pass) -> None:
+    """Tells the processes beside this one of a pass that is taken from a checkpoint."""
+    if isinstance(step, Distill):
+        step.skip()
 
 
 def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None) -> None:
@@ -155,7 +207,15 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
 
 
 def _run(
-    loaded: Loaded, dense: Model, plan: Plan, recipe: Recipe, data: Data, folder: Path, observe: Observer
+    loaded: Loaded,
+    dense: Model,
+    plan: Plan,
+    recipe: Recipe,
+    data: Data,
+    folder: Path,
+    observe: Observer,
+    checkpoints: Checkpoints,
+    keep_passes: bool,
 ) -> Report:
     """Everything between the captured model and the finished folder."""
     metadata = {
@@ -173,7 +233,7 @@ def _run(
     observe("export dense")
     before = export(dense, DENSE)
     parity = [_parity(before, check, "dense: ONNX Runtime against PyTorch")]
-    model, records = PassManager(plan.passes).run(dense, data, observe)
+    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints)
     costs = charged(dense, model)
     observe("export compressed")
     after = export(model, COMPRESSED)
@@ -203,6 +263,8 @@ def _run(
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    if keep_passes:
+        checkpoints.keep_in(folder / PASSES)
     layers = layer_rows(model, after)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
