@@ -8,6 +8,7 @@ dense.onnx          the model it is compared with (+ dense.onnx.data over 2 GB)
 model.native.onnx   the compressed model for the CPU's N:M kernel, where that is faster
 *.engine .json .log what the target built of them, where it builds files
 report.json .md     what was done and measured; the hashes of the files above
+passes/             what each pass changed (--keep-passes), for --from
 bench/TARGET/       what `mpcompile bench` measured later
 """
 
@@ -33,9 +34,10 @@ from mpcompile.proof import ProvenMask, prove
 from mpcompile.recipe import Recipe, explained, read_recipe
 from mpcompile.report import FileRow, Report
 from mpcompile.resolve import runtime_named
+from mpcompile.tensors import tensor_bytes
 
-RECIPE, WEIGHTS, MASKS, COMPRESSED, NATIVE, DENSE = (
-    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "model.native.onnx", "dense.onnx",
+RECIPE, WEIGHTS, MASKS, COMPRESSED, NATIVE, DENSE, PASSES = (
+    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "model.native.onnx", "dense.onnx", "passes",
 )  # fmt: skip
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The forms in which a model is loaded, and which arguments each takes.
@@ -221,20 +223,16 @@ class Artifact:
 
 def write_weights(folder: Path, module: nn.Module, model: Model) -> None:
     """Writes the compressed weights under the original module's names, and the masks."""
-    from safetensors.torch import save
-
     new = model.graph.state_dict()
     aliases = _aliases(module)
     weights = {}
     for name, old in module.state_dict().items():
         known = next((alias for alias in (name, *aliases.get(name, ())) if alias in new), None)
-        # Cloned, since safetensors refuses tensors that share memory.
-        weights[name] = (old if known is None else new[known]).detach().clone().contiguous()
+        weights[name] = old if known is None else new[known]
     source = {"format": "pt", "arch": model.source.arch, "source_sha256": model.source.sha256}
-    (folder / WEIGHTS).write_bytes(save(weights, metadata=source))
-    masks = {name: plan.mask.contiguous() for name, plan in model.plan.items() if plan.mask is not None}
-    patterns = {name: str(plan.pattern) for name, plan in model.plan.items() if plan.mask is not None and plan.pattern}
-    (folder / MASKS).write_bytes(save(masks, metadata={"patterns": json.dumps(patterns)}))
+    (folder / WEIGHTS).write_bytes(tensor_bytes(weights, source))
+    patterns = {name: str(pattern) for name, pattern in model.patterns().items()}
+    (folder / MASKS).write_bytes(tensor_bytes(model.masks(), {"patterns": json.dumps(patterns)}))
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
@@ -276,9 +274,9 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
 
 
 def file_rows(folder: Path) -> tuple[FileRow, ...]:
-    """Name, size and hash of every file in a folder."""
+    """Name, size and hash of every file in a folder and below it."""
     return tuple(
-        FileRow(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
-        for path in sorted(folder.iterdir())
+        FileRow(name=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
+        for path in sorted(folder.rglob("*"))
         if path.is_file()
     )

@@ -22,7 +22,7 @@ from mpcompile.console import (
     show_findings,
     show_preview,
 )
-from mpcompile.errors import AccuracyError, MpcompileError, UsageError, one_line
+from mpcompile.errors import AccuracyError, MpcompileError, ResourceError, UsageError, one_line
 from mpcompile.options import (
     AllowPickleOption,
     ArchArgOption,
@@ -50,6 +50,7 @@ from mpcompile.options import (
     TomeOption,
     VerboseOption,
 )
+from mpcompile.shortage import shortage
 
 if TYPE_CHECKING:
     from mpcompile.load import Request
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
 4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written);
-7 a runtime is missing or could not build; 1 anything else.
+7 a runtime is missing or could not build; 1 the disk or the memory did not suffice, or anything else.
 """
 
 
@@ -169,10 +170,13 @@ def compile_command(
     std: StdOption = None,
     leaf: LeafOption = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML); options override it.")] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep finished layers there until the run is done, and go on from them."),
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PASS", help="Run from this pass on, and take what those before it left."),
     ] = None,
+    keep_passes: Annotated[
+        bool, typer.Option("--keep-passes", help="Keep what each pass changed in OUTPUT/passes, for --from.")
+    ] = False,
     save_config: Annotated[Path | None, typer.Option(help="Write the resolved recipe here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder of mpcompile.")] = False,
@@ -186,7 +190,6 @@ def compile_command(
     from mpcompile.compile import compile, follow, preview
     from mpcompile.distributed import joined
     from mpcompile.recipe import Recipe, overridden, read_recipe
-    from mpcompile.resume import keeping
 
     given = read_recipe(config) if config else Recipe()
     file_batch, batches = options.batch(batch)
@@ -230,8 +233,10 @@ def compile_command(
             if not here.first:
                 follow(request, recipe, data)
                 return
-            with keeping(resume):
-                artifact = compile(request, recipe, data=data, output=output, force=force, observe=observe)
+            artifact = compile(
+                request, recipe, data=data, output=output, force=force, start=start, keep_passes=keep_passes,
+                observe=observe,
+            )  # fmt: skip
     except AccuracyError as error:  # the folder is written, and is shown before the command fails
         failure, artifact = error, Artifact.open(output)
     if as_json:
@@ -467,6 +472,9 @@ def main() -> None:
         typer.echo(f"mpcompile: {one_line(error)}", err=True)
         raise SystemExit(error.exit_code) from None
     except Exception as error:
+        if found := shortage(error, "the command"):
+            typer.echo(f"mpcompile: {found}", err=True)
+            raise SystemExit(ResourceError.exit_code) from None
         if {"-v", "-vv", "--verbose"} & set(sys.argv):
             raise
         text = f"unforeseen {type(error).__name__}: {one_line(error)}"

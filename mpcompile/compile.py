@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
+from mpcompile.artifact import COMPRESSED, DENSE, PASSES, RECIPE, Artifact, file_rows, write_weights
 from mpcompile.bench import Settings, call_of, engine_parity, images_for, parity_of
 from mpcompile.bench import command as bench_command
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
+from mpcompile.checkpoints import Checkpoints
 from mpcompile.conventions import charged
 from mpcompile.data import Data, load_data
 from mpcompile.distributed import place
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.evaluate import Comparison, compare
+from mpcompile.fingerprint import facts_of
 from mpcompile.load import Loaded, Request, load, source_of
 from mpcompile.lower import Lowered, lower
 from mpcompile.model import NM, Model
@@ -36,11 +39,14 @@ from mpcompile.progress import Progress, reported
 from mpcompile.recipe import DataChoice, Recipe
 from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
 from mpcompile.resolve import Plan, plan_of
+from mpcompile.resume import keeping
 from mpcompile.runtimes import Build, Engine, Judging, Runtime
 from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
+from mpcompile.shortage import explained
 from mpcompile.timing import sample, speedup, timing
 from mpcompile.tune import tuned
 from mpcompile.tuning import Tuning
+from mpcompile.work import note_written, working, written_by
 
 PARITY_IMAGES = 32
 ONE_RUN = threading.RLock()
@@ -55,14 +61,20 @@ def compile(
     data: str | Path | Data | None = None,
     output: str | Path,
     force: bool = False,
+    start: str | None = None,
+    keep_passes: bool = False,
     observe: Callable[[Progress], None] | None = None,
 ) -> Artifact:
     """The compressed model, its files and its report, in the folder `output`.
 
-    The folder appears whole or not at all; the model given is left as it was. `passes` are those to run, in order,
-    where the recipe names none: built-in ones or your own, which are written into the recipe with every field. With
-    `runtime` the result runs on that in place of the recipe's target. `observe` is called in this thread as each stage
-    begins, and each step of a pass; what it raises ends the run (out of a step as the cause of a PassError).
+    The folder appears whole or not at all; the model given is left as it was. What passes finish is kept beside it
+    until then, and a run that follows one that was stopped goes on after them. `start` names the pass to start from, if
+    those before it are there; `keep_passes` keeps them all in the folder.
+
+    `passes` are those to run, in order, where the recipe names none: built-in ones or your own, which are written into
+    the recipe with every field. With `runtime` the result runs on that in place of the recipe's target. `observe` is
+    called in this thread as each stage begins, and each step of a pass; what it raises ends the run (out of a step as
+    the cause of a PassError).
 
     One run at a time: what other threads compile meanwhile waits, since all runs measure speed and torch's exporter is
     not made for threads. Raises a MpcompileError. Where only a gate of the recipe fails, the folder is written, its
@@ -70,48 +82,98 @@ def compile(
     """
     plan = plan_of(recipe, passes, runtime)
     with ONE_RUN, reported(observe, stages(plan.recipe)) as tell:
-        return _compiled(model, plan, data, output, force, tell)
+        return _compiled(model, plan, data, Path(output), force, start, keep_passes, tell)
 
 
 def _compiled(
     model: str | Path | nn.Module | Request,
     plan: Plan,
     data: str | Path | Data | None,
-    output: str | Path,
+    output: Path,
     force: bool,
+    start: str | None,
+    keep_passes: bool,
     observe: Observer,
 ) -> Artifact:
     """`compile`, for the one thread that may."""
     recipe = plan.recipe
-    if recipe.tune is not None and recipe.gates.max_drop is None:
-        raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
-    if recipe.tune is not None and place().size > 1:
-        raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
-    if recipe.tune is not None and (own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]):
-        raise UsageError(f"tune tries recipes, which know no {own[0]} that is {GIVEN}; install it with an entry point")
+    _require_tunable(plan)
     inputs = [path for path in map(_path_of, (model, data)) if path is not None]
-    require_free(Path(output), force, inputs)
+    ended = written_by(output) if start is None else None
+    if ended is None:
+        require_free(output, force, inputs)
     if recipe.gates.max_drop is not None and data is None:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
-    observe("load")
-    loaded, leaves = loaded_from(model)
-    observe("capture")
-    dense = capture(loaded.module, loaded.source, leaves=leaves)
-    images = data_for(data, dense, recipe.data)
-    if recipe.gates.max_drop is not None and not images.held_out.labelled:
-        raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
-    tuning = None
-    if recipe.tune is not None:
-        observe("tune")
-        recipe, tuning = tuned(recipe, dense, images)
-        plan = plan_of(recipe)
-    with written_whole(Path(output), force, inputs) as folder:
-        report = _run(loaded, dense, plan, images, folder, observe, tuning)
-    artifact = Artifact(Path(output), report)
-    failed = [gate for gate in report.gates if not gate.holds]
+    stage = "load"
+
+    def began(name: str) -> None:
+        nonlocal stage
+        stage = name
+        observe(name)
+
+    needed_bytes = 0
+    short_of = partial(explained, lambda: stage, output, lambda: needed_bytes)
+    with working(output) as work, short_of():
+        began("load")
+        loaded, leaves = loaded_from(model)
+        needed_bytes = output_bytes(loaded.module)
+        began("capture")
+        dense = capture(loaded.module, loaded.source, leaves=leaves)
+        images = data_for(data, dense, recipe.data)
+        if recipe.gates.max_drop is not None and not images.held_out.labelled:
+            raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+        tuning = None
+        if recipe.tune is not None:
+            began("tune")
+            recipe, tuning = tuned(recipe, dense, images)
+            plan = plan_of(recipe)
+        facts = facts_of(dense, images, plan.passes, PassManager(plan.passes).shows_held_out)
+        whole = facts[-1] | {"the recipe": recipe.sha256, "what is kept": str(keep_passes)}
+        if ended == whole:  # killed when all was written, and only the work folder was left to remove
+            for step in plan.passes:
+                _skip(step)
+            artifact = Artifact.open(output)
+        else:
+            if ended is not None:
+                require_free(output, force, inputs)
+            checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes, _skip)
+            checkpoints.go_on(start, output / PASSES)
+            with (
+                written_whole(output, force, inputs) as folder,
+                short_of(),  # here too, while what fills the disk is still there
+                keeping(work, needed_bytes),
+            ):
+                report = _run(loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes)
+                note_written(work, folder, whole)
+            artifact = Artifact(output, report)
+    failed = [gate for gate in artifact.report.gates if not gate.holds]
     if failed:
         raise AccuracyError(f"{output} is written, and fails its gate: {'; '.join(map(str, failed))}")
     return artifact
+
+
+def _require_tunable(plan: Plan) -> None:
+    """Raises UsageError where the recipe asks for a search that cannot be made."""
+    if plan.recipe.tune is None:
+        return
+    if plan.recipe.gates.max_drop is None:
+        raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
+    if place().size > 1:
+        raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
+    if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
+        raise UsageError(f"tune tries recipes, which know no {own[0]} that is {GIVEN}; install it with an entry point")
+
+
+def output_bytes(module: nn.Module) -> int:
+    """About how large an output is: the weights as they are, in three ONNX files, and a byte for each mask's place."""
+    tensors: list[Tensor] = list(module.state_dict().values())
+    return sum(value.numel() * (4 * value.element_size() + 1) for value in tensors) + 2**20
+
+
+def _skip(step: Pass) -> None:
+    """Tells the processes beside this one of a pass that is taken from a checkpoint."""
+    if isinstance(step, Distill):
+        step.skip()
 
 
 def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None) -> None:
@@ -213,6 +275,8 @@ def _run(
     folder: Path,
     observe: Observer,
     tuning: Tuning | None,
+    checkpoints: Checkpoints,
+    keep_passes: bool,
 ) -> Report:
     """Everything between the captured model and the finished folder."""
     recipe = plan.recipe
@@ -231,7 +295,7 @@ def _run(
     observe("export dense")
     before = export(dense, DENSE)
     parity = [_parity(before, check, "dense: ONNX Runtime against PyTorch")]
-    model, records = PassManager(plan.passes).run(dense, data, observe)
+    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints)
     costs = charged(dense, model)
     observe("export compressed")
     after = export(model, COMPRESSED)
@@ -261,6 +325,8 @@ def _run(
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    if keep_passes:
+        checkpoints.keep_in(folder / PASSES)
     layers = layer_rows(model, after)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))

@@ -90,8 +90,8 @@ def _rebuilding(weights: Path, source: Source, allow_factory: bool) -> Request:
     named = sorted(NAMING_FILES & source.arch_args.keys())
     if named and not allow_factory:
         raise UsageError(
-            f"the report gives {source.arch} {', '.join(named)}, which names other files to open: if you trust it, load "
-            "with allow_factory=True; or give a new module, model="
+            f"the report gives {source.arch} {', '.join(named)}, which names other files to open: if you trust it, "
+            "load with allow_factory=True; or give a new module, model="
         )
     return Request(str(weights), arch=source.arch, arch_args=source.arch_args)
 

@@ -18,6 +18,7 @@ __all__ = [
     "MpcompileError",
     "ParityError",
     "PassError",
+    "ResourceError",
     "RuntimeMissing",
     "UsageError",
     "on_layer",
@@ -86,6 +87,10 @@ class BuildError(MpcompileError):
     exit_code = 7
 
 
+class ResourceError(MpcompileError):
+    """A disk or a memory that did not suffice."""
+
+
 class LayerFailure(Exception):
     """Marks which layer a pass was working on; the pass manager unwraps it."""
 
@@ -104,8 +109,8 @@ def on_layer(name: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error as one line for a terminal: what is in files may hold line breaks and control characters."""
-    words = " ".join(str(error).split())
+    """An error and its notes as one line for a terminal: text from files may hold line breaks and control characters."""
+    words = " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
     return (
         text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … ({len(text) - LONGEST_LINE:,} more characters)"

@@ -62,6 +62,24 @@ class PassRecord:
     drift: float
     layers_changed: tuple[str, ...]
     notes: tuple[str, ...]
+    resumed: bool = False  # whether a run that was stopped had done it; the seconds are those that it took then
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """Keeps what passes leave, for a run that goes on (mpcompile/checkpoints.py)."""
+
+    def begin(self, model: Model) -> None:
+        """Is shown the model before the first pass."""
+        ...
+
+    def taken(self, index: int, model: Model) -> tuple[Model, PassRecord] | None:
+        """The model after a pass that need not be run, and its record."""
+        ...
+
+    def kept(self, index: int, model: Model, record: PassRecord) -> PassRecord:
+        """Is shown the model after a pass that was run; the record to report."""
+        ...
 
 
 Observer = Callable[[str], None]
@@ -88,34 +106,47 @@ class PassManager:
             earlier.append(step.name)
 
     def run(
-        self, model: Model, data: Data, observe: Observer = lambda name: None
+        self, model: Model, data: Data, observe: Observer = lambda name: None, keeper: Keeper | None = None
     ) -> tuple[Model, tuple[PassRecord, ...]]:
         """The transformed model and a record a pass; the model given is left as it was.
 
-        Raises PassError where a pass fails or breaks its promise, MaskError where a mask no longer holds.
+        What `keeper` has of a pass is taken in place of running it, and checked as a result is. Raises PassError where
+        a pass fails or breaks its promise, MaskError where a mask no longer holds.
         """
         # Own graph, modules, weights and masks: nothing that a pass edits is reachable from the caller's model.
         model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
         records: list[PassRecord] = []
         outputs = run_example(model)
+        if keeper is not None:
+            keeper.begin(model)
         for index, step in enumerate(self.passes):
             observe(step.name)
             earlier = [record.name for record in records]
-            started = time.perf_counter()
             if step.effect is Effect.LOSSY and model.dense is None:
                 model = replace(model, dense=copy.deepcopy(model.graph))
+            found = keeper.taken(index, model) if keeper is not None else None
+            if found is not None:
+                model, record = found
+                outputs, _ = _verify(step, model, model, outputs, earlier)
+                records.append(record)
+                continue
+            started = time.perf_counter()
             result = _attempt(step, model, self._shown(data, index), earlier)
             seconds = time.perf_counter() - started
             outputs, drift = _verify(step, model, result, outputs, earlier)
             changed = _changed(model, result)
-            records.append(PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result)))
+            record = PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result))
             model = result
+            records.append(record if keeper is None else keeper.kept(index, model, record))
         return model, tuple(records)
 
     def _shown(self, data: Data, index: int) -> Data:
         """The images for a pass: held-out ones only for an analysis after which nothing changes the model."""
-        rest = self.passes[index:]
-        return data if all(step.effect is Effect.ANALYSIS for step in rest) else data.for_passes()
+        return data if self.shows_held_out(index) else data.for_passes()
+
+    def shows_held_out(self, index: int) -> bool:
+        """Whether a pass is shown held-out images."""
+        return all(step.effect is Effect.ANALYSIS for step in self.passes[index:])
 
 
 def run_example(model: Model) -> Tensor:

@@ -1,43 +1,48 @@
 """Finished work of a long pass, kept in a folder, so that a run that was killed goes on where it stopped.
 
-The folder belongs to the context of the caller (`contextvars`), like the listener of mpcompile.progress; where none was
-named, nothing is kept. What is in it is found again only by a run that would compute the same: the name of a run is a
-hash of the pass, the model's weights, the patterns and every pixel of the calibration images.
+The folder (mpcompile/work.py) belongs to the context of the caller (`contextvars`), like the listener of
+mpcompile.progress; where none was named, nothing is kept. What is in it is found again only by a run that would compute
+the same: the name of a run is a hash of the pass, the model's weights, the patterns and every pixel of the calibration
+images.
 """
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from mpcompile.data import Split
-from mpcompile.errors import UsageError
 from mpcompile.model import Model
+from mpcompile.tensors import tensor_bytes
 
-_folder: ContextVar[Path | None] = ContextVar("folder", default=None)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where work is kept, and how much of the disk has to stay free for the output."""
+
+    folder: Path
+    reserve_bytes: int
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)
 
 
 @contextmanager
-def keeping(folder: Path | None) -> Iterator[None]:
-    """Inside, finished work is kept in the folder; it is removed when all went well. Raises UsageError."""
-    if folder is None:
-        yield
-        return
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; --resume names a folder")
-    token = _folder.set(folder)
+def keeping(folder: Path, reserve_bytes: int = 0) -> Iterator[None]:
+    """Inside, finished work is kept in the folder, as far as that leaves so much of the disk free."""
+    token = _place.set(Place(folder, reserve_bytes))
     try:
         yield
     finally:
-        _folder.reset(token)
-    for run in folder.glob("run-*"):
-        shutil.rmtree(run)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+        _place.reset(token)
 
 
 def run_key(what: str, model: Model, plan: Mapping[str, object], images: Split) -> str:
@@ -55,13 +60,10 @@ class Finished:
     """The tensors that a run has finished, by name; `key` is asked for only where work is kept."""
 
     def __init__(self, key: Callable[[], str]) -> None:
-        folder = _folder.get()
-        self._folder = None if folder is None else folder / f"run-{key()}"
-        if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"{self._folder} cannot be made: {error.strerror}") from error
+        place = _place.get()
+        self._folder = None if place is None else place.folder / f"run-{key()}"
+        self._reserve_bytes = 0 if place is None else place.reserve_bytes
+        self._full = False
 
     def __contains__(self, name: str) -> bool:
         """Whether that part is finished."""
@@ -77,12 +79,27 @@ class Finished:
         return tensors
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps a part; a kill on the way leaves nothing that counts as finished."""
-        from safetensors.torch import save_file
+        """Keeps a part; a kill on the way leaves nothing that counts as finished.
 
-        if self._folder is None:
+        Where the disk has no room, nothing more is kept, and the run goes on.
+        """
+        if self._folder is None or self._full:
             return
+        content = tensor_bytes(tensors, {})
         partial = self._folder / f"{name}.partial"
-        # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
-        save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, partial)
-        partial.replace(self._folder / f"{name}.safetensors")
+        try:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._folder.parent).free - len(content) < self._reserve_bytes:
+                self._stop("the disk would have no room left for the output")
+                return
+            self._folder.mkdir(exist_ok=True)
+            partial.write_bytes(content)
+            partial.replace(self._folder / f"{name}.safetensors")
+        except OSError as error:
+            self._stop(error.strerror or str(error))
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _stop(self, why: str) -> None:
+        log.warning("what this pass finishes is no longer kept (%s): after a kill it is run again", why)
+        self._full = True

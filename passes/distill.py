@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
 OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
 
+SKIPPED = "taken from a checkpoint"  # what the first process shares in place of a Job
+
 
 @dataclass(frozen=True)
 class Job:
@@ -53,7 +55,7 @@ class Distill:
     together, worked off in `accumulate` parts. `precision` is fp32, bf16 or fp16, by autocast. `scale`, `flip`,
     `policy` and `erasing` are the augmentation (timm's transforms). `kept_l1` and `kept_l2` penalise kept weights,
     `removed_l1` and `removed_l2` those removed: for the share `soft` of training these may grow again, and fade until
-    its end. With --resume a checkpoint is kept every `minutes`.
+    its end. A checkpoint is kept every `minutes`.
     """
 
     name: ClassVar[str] = "distill"
@@ -135,11 +137,20 @@ class Distill:
         epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
 
-    def follow(self, data: Data, source: Source) -> fx.GraphModule:
-        """Trains along in a process that is not the first; the trained graph, the same as there."""
+    def skip(self) -> None:
+        """Tells the processes beside the first that this training is taken from a checkpoint."""
+        shared(SKIPPED)
+
+    def follow(self, data: Data, source: Source) -> fx.GraphModule | None:
+        """Trains along in a process that is not the first; the trained graph, the same as there.
+
+        None where the first takes it from a checkpoint.
+        """
         images = images_of(data)
         self._require(images)
-        job: Job = shared(None)
+        job: Job | str = shared(None)
+        if not isinstance(job, Job):
+            return None
         graph = job.graph.opened()
         # Only the first process keeps checkpoints, and tells the others what is in them.
         self._trained(graph, job.dense.opened(), job.masks, images, source, Finished(lambda: ""))

@@ -12,7 +12,6 @@ rewriting would change: its moments come from the dense graph, at all its places
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from mpcompile.layers import tied, weight_sites
 from mpcompile.model import Model
 from mpcompile.passes.moments import Moments, product, rows_of
 from mpcompile.progress import tracked
+from mpcompile.shortage import available_bytes
 from mpcompile.watch import Watcher
 
 BATCH = 16
@@ -170,15 +170,6 @@ def peak_bytes(model: Model) -> float:
         most = max(most, alive)
         alive -= sum(size(i) for i in node.all_input_nodes if last[i] is node and i.op != "get_attr")
     return most / len(model.example)
-
-
-def available_bytes() -> int | None:
-    """The memory that could be had, or None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _read(images: Split, model: Model) -> list[Tensor]:

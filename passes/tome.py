@@ -8,9 +8,13 @@ Tokens in front that are the same for every image when they reach the first atte
 tokens) are protected: they never merge, and nothing merges into them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
+from mpcompile.attention import Attention
 from mpcompile.data import Data
 from mpcompile.errors import UsageError
 from mpcompile.model import Model
@@ -18,6 +22,7 @@ from mpcompile.passes.token_graph import check_laws, merged_nodes, merging_sites
 from mpcompile.passes.token_schedule import spelt, within_limits
 from mpcompile.passes.token_search import auto
 from mpcompile.pipeline import Effect, run_example
+from mpcompile.resume import Finished, run_key
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,18 @@ class ToMe:
         if self.macs is None:
             schedule = within_limits(spelt(self.r, len(sites)), sites, protected, exact=self._listed > 0)
         else:
-            schedule = auto(model, data.calibration, sites, protected, self.macs, self.images)
+            schedule = self._searched(model, data, sites, protected, self.macs)
         model.graph.graph = merged_nodes(model.graph, schedule, protected)
         return model
+
+    def _searched(
+        self, model: Model, data: Data, sites: Sequence[Attention], protected: int, macs: float
+    ) -> tuple[int, ...]:
+        """The schedule for that share; what was found is kept, since the pass is run again when a run goes on."""
+        finished = Finished(lambda: run_key(repr(self), model, model.patterns(), data.calibration))
+        found = finished.get("schedule")
+        if found is None:
+            schedule = auto(model, data.calibration, sites, protected, macs, self.images)
+            finished.put("schedule", {"r": torch.tensor(schedule)})
+            return schedule
+        return tuple(found["r"].tolist())

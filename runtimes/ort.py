@@ -45,19 +45,14 @@ class OrtEngine:
             fixed = self.session.get_inputs()[0].shape[0]
             return in_pieces(self._run, images, fixed, fixed) if isinstance(fixed, int) else self._run(images)
         except Exception as error:  # its own kinds, and whatever a file without images or logits leads to
+            taken = " and ".join("×".join(map(str, given.shape)) for given in self.session.get_inputs()) or "nothing"
             raise BuildError(
-                f"ONNX Runtime cannot run {self.file.name} on {images.shape}: {cause_of(error)}"
+                f"{self.file.name} takes images of float32, {taken}, and could not run {images.dtype} of shape "
+                f"{images.shape}: {cause_of(error)}"
             ) from error
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        try:
-            logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
-        except Exception as error:
-            taken = "×".join(map(str, self.session.get_inputs()[0].shape))
-            raise BuildError(
-                f"{self.file.name} takes images of float32, {taken}, and could not run {images.dtype} of shape "
-                f"{images.shape}: {error}"
-            ) from error
+        logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
         return logits
 
     def layers(self) -> Sequence[Mapping[str, Any]]:

@@ -33,7 +33,7 @@ Request Source Spectrum Step capture compile load load_data lower read_recipe tr
 """
 ERRORS = {
     "AccuracyError": 6, "BuildError": 7, "CaptureError": 3, "LoadError": 3, "MaskError": 5, "MpcompileError": 1,
-    "ParityError": 5, "PassError": 4, "RuntimeMissing": 7, "UsageError": 2,
+    "ParityError": 5, "PassError": 4, "ResourceError": 1, "RuntimeMissing": 7, "UsageError": 2,
 }  # fmt: skip
 QUICK = Recipe.checked({"target": "eager", "bench": {"batches": [1], "seconds": 0.05}})
 

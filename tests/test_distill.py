@@ -22,7 +22,7 @@ from mpcompile.distributed import Place, joined, place, shared
 from mpcompile.errors import PassError, UsageError
 from mpcompile.model import Model
 from mpcompile.passes import Distill, NMMask, ToMe
-from mpcompile.passes.distill import OPTIMIZERS
+from mpcompile.passes.distill import OPTIMIZERS, SKIPPED
 from mpcompile.passes.objective import ElasticNet, labels_loss, teacher_loss
 from mpcompile.passes.training import decayed_apart, reached_parameters
 from mpcompile.pipeline import PassManager
@@ -303,7 +303,6 @@ def test_a_checkpoint_goes_on_to_the_same_weights(optimizer: str, tmp_path: Path
     assert len(resumed_from.training.images.reads) == NAMING + 128 - 80  # type: ignore[attr-defined]
     assert_same_weights(weights(undisturbed), weights(resumed))
     assert resumed.epochs == undisturbed.epochs
-    assert not list(tmp_path.glob("run-*"))
 
 
 def test_another_training_does_not_go_on_from_it(tmp_path: Path) -> None:
@@ -356,10 +355,10 @@ def command(folder: Path, output: str, *more: str) -> list[str]:
 
 def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *command(tmp_path, "undisturbed")], check=True, env=ONE_THREAD)
-    resumable = [sys.executable, *command(tmp_path, "killed", "--resume", str(tmp_path / "kept"))]
+    resumable = [sys.executable, *command(tmp_path, "killed")]
     process = subprocess.Popen(resumable, env=ONE_THREAD)
     deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("kept/run-*/training.safetensors")):
+    while not list(tmp_path.glob(".killed.work/run-*/training.safetensors")):
         assert process.poll() is None, "it ended before there was a checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -371,7 +370,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "killed"))
     assert_same_weights(one, other)
     assert len(Artifact.open(tmp_path / "killed").verify()) == 24
-    assert not list((tmp_path / "kept").glob("run-*"))
+    assert not (tmp_path / ".killed.work").exists()
 
 
 # ---- several processes
@@ -412,6 +411,20 @@ def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UsageError, match="WORLD_SIZE is 2, and RANK, .* are not set; start it with torchrun"), joined():
         pass
+
+
+def test_a_training_from_a_checkpoint_is_told_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    def box(value: object) -> object:
+        told.append(value)
+        return SKIPPED
+
+    monkeypatch.setattr("mpcompile.passes.distill.shared", box)
+    model = tiny_vit()
+    QUICK.skip()
+    assert QUICK.follow(tiny_data(model), model.source) is None
+    assert told == [SKIPPED, None]
 
 
 def test_a_batch_has_to_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "model", "parity", "environment", "spectrum", "progress", "distributed", "verdict", "machine"),
     ("masks", "layers", "merging", "multihead", "checkpoint", "data", "timing", "proof", "recipe", "output", "plots"),
+    ("tensors", "shortage"),
+    ("work", "fingerprint"),
     ("half",),
     ("watch", "attention", "tuning"),
     ("activations", "cost", "resume", "training_images"),
     ("conventions", "pipeline", "evaluate", "load", "lower"),
+    ("checkpoints",),
     ("capture",),
     ("passes", "runtimes", "report", "bench_report"),
     ("plugins",),

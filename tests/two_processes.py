@@ -22,7 +22,9 @@ def main(folder: Path) -> None:
             result, _ = PassManager([masks, ToMe(r=3), step]).run(model, data)
             weights = dict(result.graph.state_dict())
         else:
-            weights = dict(step.follow(data.for_passes(), model.source).state_dict())
+            followed = step.follow(data.for_passes(), model.source)
+            assert followed is not None
+            weights = dict(followed.state_dict())
     save_file({n: v.contiguous() for n, v in weights.items()}, folder / f"{here.size}-{here.rank}.safetensors")
 
 

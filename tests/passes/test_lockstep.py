@@ -1,5 +1,6 @@
 """Layer by layer on pruned inputs: the moments are those of plain forward passes, whatever the graph does."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -184,7 +185,7 @@ def test_what_needs_images_says_so(step: NMMask, text: str) -> None:
         PassManager([step]).run(tiny_mlp(), Data())
 
 
-def test_finished_layers_are_taken_up_and_the_folder_is_removed(tmp_path: Path) -> None:
+def test_finished_layers_are_taken_up(tmp_path: Path) -> None:
     model = tiny_vit()
     data = tiny_data(model, 32)
     whole, _ = PassManager([NMMask(HALF)]).run(model, data)
@@ -212,7 +213,31 @@ def test_finished_layers_are_taken_up_and_the_folder_is_removed(tmp_path: Path) 
         assert {name: (run / name).stat().st_mtime_ns for name in finished} == stamps
     for name, value in whole.graph.state_dict().items():
         assert torch.equal(value, again.graph.state_dict()[name]), name
-    assert not kept.exists()
+
+
+@pytest.mark.parametrize("full", ["reserve", "write"])
+def test_a_disk_without_room_for_finished_layers_is_no_failure(
+    full: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, written = tiny_vit(), Path.write_bytes
+    whole, _ = PassManager([NMMask(HALF)]).run(model, tiny_data(model, 16))
+
+    def third_fails(path: Path, content: bytes) -> int:
+        if len(list(path.parent.glob("*.safetensors"))) == 2:
+            written(path, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return written(path, content)
+
+    if full == "write":
+        monkeypatch.setattr(Path, "write_bytes", third_fails)
+    with keeping(tmp_path / "kept", reserve_bytes=1 << 60 if full == "reserve" else 0):
+        result, _ = PassManager([NMMask(HALF)]).run(model, tiny_data(model, 16))
+    for name, value in whole.graph.state_dict().items():
+        assert torch.equal(value, result.graph.state_dict()[name]), name
+    [line] = caplog.messages
+    assert line.startswith("what this pass finishes is no longer kept (")
+    kept = [path.suffix for path in (tmp_path / "kept").rglob("*.*")]
+    assert kept == ([".safetensors"] * 2 if full == "write" else [])
 
 
 def test_a_killed_process_leaves_only_whole_layers(tmp_path: Path) -> None:
