@@ -18,6 +18,7 @@ from mpcompile.bench import command as bench_command
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.conventions import charged
+from mpcompile.cost import cost
 from mpcompile.data import Data, Split, load_data
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, UsageError
@@ -30,7 +31,9 @@ from mpcompile.passes import Distill, NMMask
 from mpcompile.passes.distill import images_of
 from mpcompile.pipeline import Effect, Observer, PassManager
 from mpcompile.recipe import DataChoice, Recipe
-from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
+from mpcompile.report import DataUsed, Gate, Latency, Parity, Report
+from mpcompile.report_rows import layer_rows
+from mpcompile.report_text import verdict_on
 from mpcompile.resolve import Plan, plan_of
 from mpcompile.runtimes import Build, Engine, Judging, Runtime
 from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
@@ -203,7 +206,7 @@ def _run(
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-    layers = layer_rows(model, after)
+    layers = layer_rows(model, after, cost(dense), cost(model))
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
     if not plan.idle and verdicts:
@@ -241,7 +244,9 @@ def _run(
         commands=commands,
         verdicts=verdicts,
         files=file_rows(folder),
-        verdict=verdict_on(layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle),
+        verdict=verdict_on(
+            layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle, model.certificate
+        ),
     )
     report.write(folder)
     return report
