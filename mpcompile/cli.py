@@ -151,6 +151,13 @@ def compile_command(
         float | None,
         typer.Option(help="Take layers back until top-1 falls by no more points, and fail (6) where it still does."),
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Try at most N recipes, from this one to milder ones, and take the fastest that keeps --max-drop.",
+        ),
+    ] = None,
     distill: Annotated[
         int | None,
         typer.Option(metavar="EPOCHS", help="Train on --data against the dense model for so long, masks held."),
@@ -210,6 +217,7 @@ def compile_command(
             "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
             "bench": {"threads": threads, "batches": batches},
             "gates": {"max_drop": max_drop, "engine": require_engine or None},
+            "tune": {"evaluations": tune},
         },
     )
     request = _request(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf)

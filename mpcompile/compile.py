@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpcompile.artifact import COMPRESSED, DENSE, RECIPE, Artifact, file_rows, write_weights
-from mpcompile.bench import Settings, call_of, engine_parity, parity_of
+from mpcompile.bench import Settings, call_of, engine_parity, images_for, parity_of
 from mpcompile.bench import command as bench_command
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.conventions import charged
 from mpcompile.cost import cost
-from mpcompile.data import Data, Split, load_data
+from mpcompile.data import Data, load_data
+from mpcompile.distributed import place
 from mpcompile.environment import environment
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.evaluate import Comparison, compare
@@ -38,6 +39,8 @@ from mpcompile.resolve import Plan, plan_of
 from mpcompile.runtimes import Build, Engine, Judging, Runtime
 from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
 from mpcompile.timing import sample, speedup, timing
+from mpcompile.tune import tuned
+from mpcompile.tuning import Tuning
 
 PARITY_IMAGES = 32
 
@@ -58,6 +61,10 @@ def compile(
     written, its report says so, and AccuracyError is raised.
     """
     plan = plan_of(recipe)
+    if recipe.tune is not None and recipe.gates.max_drop is None:
+        raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
+    if recipe.tune is not None and place().size > 1:
+        raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
     inputs = [path for path in map(_path_of, (model, data)) if path is not None]
     require_free(Path(output), force, inputs)
     if recipe.gates.max_drop is not None and data is None:
@@ -69,8 +76,13 @@ def compile(
     images = data_for(data, dense, recipe.data)
     if recipe.gates.max_drop is not None and not images.held_out.labelled:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+    tuning = None
+    if recipe.tune is not None:
+        observe("tune")
+        recipe, tuning = tuned(recipe, dense, images)
+        plan = plan_of(recipe)
     with written_whole(Path(output), force, inputs) as folder:
-        report = _run(loaded, dense, plan, recipe, images, folder, observe)
+        report = _run(loaded, dense, plan, recipe, images, folder, observe, tuning)
     artifact = Artifact(Path(output), report)
     failed = [gate for gate in report.gates if not gate.holds]
     if failed:
@@ -95,7 +107,19 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
 def stages(recipe: Recipe) -> tuple[str, ...]:
     """The names that `compile` tells its observer, in order."""
     passes = tuple(step.name for step in recipe.passes)
-    return ("load", "capture", "export dense", *passes, "export compressed", "build", "evaluate", "time", "write")
+    tune = () if recipe.tune is None else ("tune",)
+    return (
+        "load",
+        "capture",
+        *tune,
+        "export dense",
+        *passes,
+        "export compressed",
+        "build",
+        "evaluate",
+        "time",
+        "write",
+    )
 
 
 def preview(
@@ -158,7 +182,14 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
 
 
 def _run(
-    loaded: Loaded, dense: Model, plan: Plan, recipe: Recipe, data: Data, folder: Path, observe: Observer
+    loaded: Loaded,
+    dense: Model,
+    plan: Plan,
+    recipe: Recipe,
+    data: Data,
+    folder: Path,
+    observe: Observer,
+    tuning: Tuning | None,
 ) -> Report:
     """Everything between the captured model and the finished folder."""
     metadata = {
@@ -237,6 +268,7 @@ def _run(
         accelerated=accelerated,
         parity=tuple(parity),
         comparison=comparison,
+        tuning=tuning,
         latency=latency,
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
@@ -281,13 +313,6 @@ def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
     if lowered.precision == "bf16":
         what += ", in float32 on the rounded weights"
     return parity_of(expected, found, lowered, what)
-
-
-def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
-    """A batch to time: real images where there are enough, else the example over and over."""
-    if len(images) >= batch:
-        return np.ascontiguousarray(images.first(batch).numpy())
-    return np.ascontiguousarray(np.resize(example, (batch, *example.shape[1:])))
 
 
 def _latency(engines: dict[str, Engine], data: Data, model: Model, batch: int, seconds: float) -> Latency:

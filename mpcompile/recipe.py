@@ -9,6 +9,7 @@ Unknown keys are refused. A pass is written as its name, or as its name over its
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,12 @@ class Gates(Strict):
     engine: bool = False  # that the target builds an engine here, or exit code 7; else a file that was checked will do
 
 
+class Tune(Strict):
+    """A search for the fastest recipe that keeps `gates.max_drop`, starting from this one (mpcompile/tuning.py)."""
+
+    evaluations: Annotated[int, Field(ge=1)] = 8  # recipes that are tried at most
+
+
 class Recipe(Strict):
     """Everything that decides the result, besides the model and the images."""
 
@@ -85,6 +92,23 @@ class Recipe(Strict):
     data: DataChoice = DataChoice()
     bench: Bench = Bench()
     gates: Gates = Gates()
+    tune: Tune | None = None
+
+    def step(self, name: str) -> Step | None:
+        """The first pass of that name, or None."""
+        return next((step for step in self.passes if step.name == name), None)
+
+    def with_params(self, name: str, params: Mapping[str, Any]) -> "Recipe":
+        """The recipe with these parameters of a pass in place of those it had."""
+        steps = (
+            step.model_copy(update={"params": {**step.params, **params}}) if step.name == name else step
+            for step in self.passes
+        )
+        return self.model_copy(update={"passes": tuple(steps)})
+
+    def without(self, name: str) -> "Recipe":
+        """The recipe without the passes of that name."""
+        return self.model_copy(update={"passes": tuple(step for step in self.passes if step.name != name)})
 
     @property
     def timed_batches(self) -> tuple[int, ...]:
@@ -184,7 +208,9 @@ def overridden(
     content["passes"] = [step.model_dump() for step in steps]
     content |= {key: value for key, value in top.items() if value is not None}
     for section, values in nested.items():
-        content[section] |= {key: value for key, value in values.items() if value is not None}
+        said = {key: value for key, value in values.items() if value is not None}
+        if said:
+            content[section] = {**(content[section] or {}), **said}
     return Recipe.checked(content, "options")
 
 

@@ -12,6 +12,7 @@ from mpcompile.model import Certificate, Epoch, Source, Spectrum
 from mpcompile.pipeline import PassRecord
 from mpcompile.recipe import Recipe
 from mpcompile.timing import Speedup, Timing
+from mpcompile.tuning import Tuning
 from mpcompile.verdict import LayerVerdict
 
 
@@ -113,6 +114,7 @@ class Report(Value):
     commands: tuple[str, ...]  # that build and measure it where it can run
     verdicts: tuple[LayerVerdict, ...]  # what the target makes of each masked layer, where it tells
     comparison: Comparison | None
+    tuning: Tuning | None = None  # the search that found the recipe, where there was one
     certificate: Certificate | None
     cost: Charged
     epochs: tuple[Epoch, ...]

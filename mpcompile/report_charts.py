@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from mpcompile.charts import Bar, Chart, Dot, Label, Line, Scale, across, ticks, upward
+from mpcompile.charts import Bar, Chart, Dot, Label, Line, Number, Scale, across, ticks, upward
 from mpcompile.report import LayerRow, Report
 from mpcompile.timing import INDISTINCT
 
@@ -62,7 +62,7 @@ def speedup(report: Report) -> Chart | None:
     return Chart(NARROW, bottom + 22, title, f"{'; '.join(words)}.", (band,), tuple(lines), tuple(dots), tuple(labels))
 
 
-def _interval(scale: Scale, low: float, high: float, y: float, about: str) -> list[Line]:
+def _interval(scale: Scale, low: Number, high: Number, y: Number, about: str) -> list[Line]:
     """A whisker with its ends."""
     return [
         Line(((scale(low), y), (scale(high), y)), "whisker", about),
@@ -119,7 +119,7 @@ def patterns(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row.pattern for row in report.layers if row.pattern))
 
 
-def _left(rows: Sequence[LayerRow]) -> float:
+def _left(rows: Sequence[LayerRow]) -> Number:
     return sum(row.macs_left or 0 for row in rows)
 
 
@@ -174,7 +174,7 @@ def _places(count: int) -> Scale:
     return Scale(-0.5, count - 0.5, 44, WIDE)
 
 
-def _ends(names: Sequence[str], y: float) -> list[Label]:
+def _ends(names: Sequence[str], y: Number) -> list[Label]:
     """The first and the last name below an axis of layers."""
     first = [Label(44, y, names[0], "start", "tick")]
     return first if len(names) == 1 else [*first, Label(WIDE, y, names[-1], "end", "tick")]

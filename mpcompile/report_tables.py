@@ -1,8 +1,8 @@
-"""The tables of a report: each number once, with its spelling and where it stands in report.json."""
+"""The tables of a report but those with a row a layer: each number once, spelt, with its place in report.json."""
 
 from collections.abc import Iterable
 
-from mpcompile.report import LayerRow, Report
+from mpcompile.report import Report
 from mpcompile.tables import Cell, Column, Table, columns, shown
 
 
@@ -93,6 +93,48 @@ def gates(report: Report) -> Table:
     return Table(columns("gate", "limit", "found", "holds", numbers=("limit", "found")), tuple(rows), ".gates")
 
 
+def tuning(report: Report) -> Table:
+    """A row a recipe that the search tried, and a row a model that it is compared with."""
+    t = report.tuning
+    batches = t.batches if t else ()
+    placed = (
+        [
+            (f".tuning.{name}[{n}]", point)
+            for name, found in (("points", t.points), ("references", t.references))
+            for n, point in enumerate(found)
+        ]
+        if t
+        else []
+    )
+    failed = any(point.failed for _, point in placed)
+    rows = []
+    for key, point in placed:
+        speeds = []
+        for n in range(len(batches)):
+            cell = Cell()
+            if n < len(point.speedups):
+                s = point.speedups[n]
+                spelling = f"{{:.2f}} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]"
+                cell = shown(s.ratio, spelling, f"{key}.speedups[{n}].ratio")
+            speeds.append(cell)
+        rows.append(
+            (
+                Cell(point.name),
+                shown(point.macs, "{:.1f} %", f"{key}.macs", 100),
+                shown(point.drop, "{:.2f}", f"{key}.drop"),
+                shown(point.error, "{:.2f}", f"{key}.error"),
+                Cell("" if point.failed else "yes" if point.holds else "no"),
+                *speeds,
+                *([Cell(point.failed or "")] if failed else []),
+            )
+        )
+    speeds_at = tuple(f"speed, batch {batch}" for batch in batches)
+    why = ("why it made no model",) if failed else ()
+    names = ("recipe", "MACs left", "drop in points", "standard error", "holds", *speeds_at, *why)
+    numbers = (*names[1:4], *speeds_at)
+    return Table(columns(*names, numbers=numbers), tuple(rows), ".tuning")
+
+
 def checks(report: Report) -> Table:
     """A row a pair of forms of one model that have to agree."""
     rows = (
@@ -128,7 +170,7 @@ def epochs(report: Report) -> Table:
     """A row an epoch of training."""
     rows = (
         (
-            Cell(str(n + 1), n + 1),
+            Cell(str(n + 1), float(n + 1)),
             shown(row.steps, "{:.0f}", f".epochs[{n}].steps"),
             shown(row.loss, "{:.4f}", f".epochs[{n}].loss"),
             shown(row.labels_loss, "{:.4f}", f".epochs[{n}].labels_loss"),
@@ -141,89 +183,6 @@ def epochs(report: Report) -> Table:
     )
     names = ("epoch", "steps", "loss", "to the labels", "to the dense model", "last rate", "σ₊", "spikes")
     return Table(columns(*names, numbers=names), tuple(rows), ".epochs")
-
-
-def layers(report: Report) -> Table:
-    """A row a layer: what it costs, what was kept of it, and where the file holds it or why it is dense."""
-    rows = (
-        (
-            Cell(row.name),
-            Cell(row.kind),
-            Cell("×".join(map(str, row.shape))),
-            macs_share(report, row, n),
-            Cell(row.pattern or "dense"),
-            shown(row.density, "{:.1f} %", f".layers[{n}].density", 100),
-            shown(row.missed, "{:.3f} %", f".layers[{n}].missed", 100),
-            where(row),
-        )
-        for n, row in enumerate(report.layers)
-    )
-    names = ("layer", "kind", "shape", "MACs", "pattern", "kept", "missed", "in the file, or why it is dense")
-    return Table(columns(*names, numbers=("MACs", "kept", "missed")), tuple(rows), ".layers")
-
-
-def macs_share(report: Report, row: LayerRow, place: int) -> Cell:
-    """A layer's share of the dense model's multiply-accumulates."""
-    share = None if row.macs is None else row.macs / report.cost.dense
-    return shown(share, "{:.1f} %", f".layers[{place}].macs / .cost.dense", 100)
-
-
-def where(row: LayerRow) -> Cell:
-    """Where the file holds a layer's mask, or why it has none."""
-    if row.reason:
-        return Cell(row.reason)
-    return Cell(f"{row.initializer}, groups on axis {row.axis}", file="model.onnx")
-
-
-def amplification(report: Report) -> Table:
-    """A row a layer of the certificate, largest share of the shift first."""
-    found = report.certificate.layers if report.certificate else ()
-    rows = []
-    for n, row in sorted(enumerate(found), key=lambda item: -item[1].share):
-        key = f".certificate.layers[{n}]"
-        cells = [
-            Cell(row.name),
-            shown(row.reach, "{:.4g}", f"{key}.reach"),
-            shown(row.reach_max, "{:.4g}", f"{key}.reach_max"),
-            shown(row.share, "{:.1f} %", f"{key}.share", 100),
-        ]
-        if report.critical():
-            cells.append(shown(row.critical, "{:.3g}", f"{key}.critical"))
-        rows.append(tuple(cells))
-    names = ("layer", "reach, mean", "largest", "share", *(["critical amplification"] if report.critical() else []))
-    return Table(columns(*names, numbers=names[1:]), tuple(rows), ".certificate.layers")
-
-
-def spectra(report: Report) -> Table:
-    """A row a layer that a budget looked at; where it has no fit, the reason."""
-    rows = [
-        (Cell(row.name), *fit(row, n), Cell(row.unfitted or ""))
-        for n, row in enumerate(report.layers)
-        if row.spectrum or row.unfitted
-    ]
-    names = ("layer", "σ", "edge", "spikes", "bulk", "distance", "shuffled", "why it has none")
-    return Table(columns(*names, numbers=names[1:7]), tuple(rows), ".layers[].spectrum")
-
-
-def fit(row: LayerRow, place: int) -> tuple[Cell, ...]:
-    """σ, edge, spikes, bulk, distance from the law, and that of the shuffled entries."""
-    key, s = f".layers[{place}].spectrum", row.spectrum
-    if s is None:
-        return (Cell(),) * 6
-    return (
-        shown(s.sigma, "{:.4g}", f"{key}.sigma"),
-        shown(s.edge, "{:.4g}", f"{key}.edge"),
-        shown(s.spikes, "{:.0f}", f"{key}.spikes"),
-        shown(s.bulk_share, "{:.0f} %", f"{key}.bulk_share", 100),
-        shown(s.fit_error, "{:.3f}", f"{key}.fit_error"),
-        shown(s.null_error, "{:.3f}", f"{key}.null_error"),
-    )
-
-
-def unmoved(report: Report) -> Table:
-    """A row a layer whose channels a permutation left as they were."""
-    rows = ((Cell(row.name), Cell(row.unpermuted)) for row in report.layers if row.unpermuted)
-    return Table(columns("layer", "why"), tuple(rows), ".layers[].unpermuted")
 
 
 def latency(report: Report) -> Table:
@@ -257,7 +216,7 @@ def budget(report: Report) -> Table:
         rows.append(
             (
                 Cell(pattern or "dense"),
-                Cell(str(len(chosen)), len(chosen)),
+                Cell(str(len(chosen)), float(len(chosen))),
                 Cell(f"{100 * before / report.cost.dense:.1f} %", before / report.cost.dense),
                 Cell(f"{100 * after / report.cost.dense:.1f} %", after / report.cost.dense),
             )

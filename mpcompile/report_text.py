@@ -7,6 +7,7 @@ from mpcompile.conventions import Charged
 from mpcompile.evaluate import Comparison
 from mpcompile.model import Certificate
 from mpcompile.report import Latency, LayerRow, Report
+from mpcompile.tuning import Tuning
 from mpcompile.verdict import LayerVerdict, tally
 
 
@@ -95,6 +96,15 @@ def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
             f", with {100 * c.confidence:.0f} % confidence (Clopper–Pearson), if they are drawn as these were. It says "
             "nothing of images from elsewhere, and nothing of whether a prediction is right.",
         ),
+    )
+
+
+def searched(tuning: Tuning) -> str:
+    """What the search for a recipe looked at, and by what it judged."""
+    return (
+        f"{len(tuning.points)} of at most {tuning.allowed}, on {tuning.images} validation images; a recipe holds if "
+        f"its drop in top-1 and the standard error of that together are within {tuning.limit:g} points. Int8 is the "
+        "dense model as ONNX Runtime quantises it, for comparison."
     )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpcompile.report_charts as charts  # by the modules' names: charts and tables of one thing are called the same
+import mpcompile.report_layers as layers
 import mpcompile.report_tables as tables
 from mpcompile.report import Report
-from mpcompile.report_layers import layer_table, remarks
-from mpcompile.report_text import command, command_terms, proven
+from mpcompile.report_text import command, command_terms, proven, searched
 from mpcompile.tables import verdict_table
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ def html(report: Report) -> str:
     return page.render(
         _known(report),
         charts=charts,
-        layer_table=layer_table(report),
-        remarks=remarks(report),
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_sha256=digest,
@@ -45,8 +43,10 @@ def _known(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "tables": tables,
+        "layers": layers,
         "verdict_table": verdict_table,
         "proven": proven(report.certificate) if report.certificate else (),
+        "tuning": searched(report.tuning) if report.tuning else "",
         "command": command(report),
         "command_terms": command_terms(report),
     }

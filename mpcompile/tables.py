@@ -60,7 +60,7 @@ def columns(*names: str, numbers: Sequence[str] = ()) -> tuple[Column, ...]:
     return tuple(Column(name, name in numbers) for name in names)
 
 
-def shown(value: float | None, spelling: str, key: str, scale: float = 1.0) -> Cell:
+def shown(value: float | int | None, spelling: str, key: str, scale: float | int = 1.0) -> Cell:
     """A number as `spelling` writes it, after multiplication with `scale`; an empty cell where there is none."""
     return Cell() if value is None else Cell(spelling.format(scale * value), float(value), key)
 

@@ -25,7 +25,8 @@ from mpcompile.passes.moments import Problem
 
 CHUNK_BYTES = 512 << 20  # of gathered matrices at once
 REFINEMENTS = 8
-CONVERGED = 1e-10  # residual in units of what is wanted
+# The last correction in units of the solution. A small residual would not do: times the condition, it is the error.
+CONVERGED = 1e-8
 
 
 def of_layer(problem: Problem, weight: Float[Tensor, "out columns"], bias: Tensor | None) -> Problem:
@@ -98,7 +99,7 @@ def _refit_group(gram: Tensor, cross: Tensor, mask: Tensor, result: Tensor) -> N
 
 
 class _System:
-    """A scaled C, solved on supports to about 1e-10.
+    """A scaled C, solved on supports to about 1e-8, finer than the float32 that weights are stored in.
 
     Factors in float32 with residuals in float64 where the condition allows it (iterative refinement, Moler 1967), which
     is half the time; else all in float64.
@@ -121,12 +122,13 @@ class _System:
         factors, failed = torch.linalg.cholesky_ex(self._blocks(self._single, places, support))
         if not bool(failed.any()):
             x, residual = torch.zeros_like(right), right
-            size = right.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
             for _ in range(REFINEMENTS):
-                x = x + spread(torch.cholesky_solve(residual.gather(2, index).float().mT, factors))
-                residual = (right - (x.flatten(0, 1) @ self._matrix).reshape(x.shape)) * on
-                if float((residual.norm(dim=-1) / size).max()) < CONVERGED:
+                correction = spread(torch.cholesky_solve(residual.gather(2, index).float().mT, factors))
+                x = x + correction
+                size = x.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+                if float((correction.norm(dim=-1) / size).max()) < CONVERGED:
                     return x * self._scale
+                residual = (right - (x.flatten(0, 1) @ self._matrix).reshape(x.shape)) * on
         exact = torch.linalg.cholesky(self._blocks(self._matrix, places, support))
         return spread(torch.cholesky_solve(right.gather(2, index).mT, exact)) * self._scale
 

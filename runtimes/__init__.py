@@ -9,7 +9,17 @@ if __name__ == "runtimes":  # from the repository root this would succeed and ma
 from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort import OnnxRuntime
 from mpcompile.runtimes.ort_cuda import OnnxRuntimeCuda
-from mpcompile.runtimes.protocol import Build, Engine, Judging, Predicting, Prepared, Product, Runtime, Staging
+from mpcompile.runtimes.protocol import (
+    Build,
+    Engine,
+    Judging,
+    Predicting,
+    Prepared,
+    Product,
+    Referring,
+    Runtime,
+    Staging,
+)
 from mpcompile.runtimes.tensorrt import TensorRT
 from mpcompile.runtimes.tensorrt_rtx import TensorRTForRTX
 
@@ -28,6 +38,7 @@ __all__ = [
     "Predicting",
     "Prepared",
     "Product",
+    "Referring",
     "Runtime",
     "Staging",
     "TensorRT",

@@ -97,6 +97,14 @@ class OnnxRuntime:
                 known[product] = found.ratio if found.interval[0] > 1 else 1.0  # then it would run as dense
         return {name: known[product] for name, product in products.items()}
 
+    def references(
+        self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
+    ) -> "Mapping[str, OrtEngine | str]":
+        """The dense model in int8, by dynamic and by static quantisation."""
+        from mpcompile.runtimes.ort_int8 import quantised
+
+        return quantised(exported, build.threads, images, folder)
+
     def missing(self) -> str | None:
         """What to install, or None."""
         if importlib.util.find_spec("onnxruntime") is None:

@@ -96,6 +96,17 @@ class Predicting(Protocol):
 
 
 @runtime_checkable
+class Referring(Protocol):
+    """A runtime that can run the dense model quantised, as a user would try it instead of pruning."""
+
+    def references(
+        self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
+    ) -> "Mapping[str, Engine | str]":
+        """An engine by kind of quantisation, or why there is none; `images` calibrate it, files go to `folder`."""
+        ...
+
+
+@runtime_checkable
 class Engine(Protocol):
     """A model that runs: the harness times this call and compares what it returns."""
 

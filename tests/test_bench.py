@@ -87,10 +87,14 @@ def test_of_two_equal_models_no_difference_is_told_even_under_load(files: dict[s
 
 
 def test_a_model_with_a_tenth_more_to_do_is_found(files: dict[str, Path]) -> None:
-    # Three runs: one disturbed run of a shared machine is no verdict on the harness. The truth is 2048 / 2256 = 0.91.
-    found = [compared(files["same"], files["more"], 2.0) for _ in range(3)]
-    assert any(one.told and one.ratio < 1 for one in found)
-    assert not any(one.told and one.ratio > 1 for one in found)
+    # Up to eight runs: one disturbed run of a shared machine is no verdict on the harness, which rightly tells nothing
+    # then. The truth is 2048 / 2256 = 0.91.
+    for _ in range(8):
+        found = compared(files["same"], files["more"], 2.0)
+        assert not (found.told and found.ratio > 1)
+        if found.told:
+            return
+    pytest.fail(f"nothing was told in eight runs, the last of them {found}")
 
 
 def test_times_are_those_of_onnxruntimes_own_profiler(files: dict[str, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LAYERS = (
         "tables",
     ),
     ("half",),
-    ("watch", "attention"),
+    ("watch", "attention", "tuning"),
     ("activations", "cost", "resume", "training_images"),
     ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("capture",),
@@ -46,6 +46,7 @@ LAYERS = (
     ("artifact",),
     ("resolve",),
     ("bench",),
+    ("tune",),
     ("compile", "doctor"),
     ("analyze",),
     ("testing", "console"),
@@ -53,7 +54,7 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-FRONT_DOORS = ("resolve", "bench", "compile", "analyze")  # they alone import passes and runtimes
+FRONT_DOORS = ("resolve", "bench", "tune", "compile", "analyze")  # they alone import passes and runtimes
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
     [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]
@@ -101,9 +102,13 @@ def test_importing_loads_no_runtime_and_no_cuda() -> None:
 
 
 def test_importing_adds_little_to_torch() -> None:
-    code = "import time, torch; t = time.process_time(); import mpcompile; print(time.process_time() - t)"
-    # The best of five, of the process's own time: other processes can only add to it. 0.3 s is the promise.
-    assert min(float(run_python(code)) for _ in range(5)) < 0.3
+    code = (
+        "import time; a = time.process_time(); import torch; b = time.process_time(); import mpcompile; "
+        "print((time.process_time() - b) / (b - a))"
+    )
+    # The process's own time, beside that of torch in the same process: a slow or busy machine slows both. The best of
+    # five; it is about a fifth, 0.2 s where torch takes 1.
+    assert min(float(run_python(code)) for _ in range(5)) < 1 / 3
 
 
 def test_bare_imports_from_the_root_are_refused() -> None:

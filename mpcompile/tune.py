@@ -1,0 +1,175 @@
+"""The tuning loop: a recipe that leaves freedom -> the fastest recipe within its limit on accuracy, and what was tried.
+
+What is tried, and in which order, is decided in mpcompile/tuning.py; here each recipe is carried out on calibration
+images and measured on validation images, against the dense model in the same runtime, in turns. Held-out images are not
+touched: the gate asks them once, about the recipe that was taken.
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpcompile.bench import Settings, call_of, images_for
+from mpcompile.conventions import charged
+from mpcompile.cost import cost
+from mpcompile.data import Data, Split
+from mpcompile.errors import MpcompileError, UsageError
+from mpcompile.lower import Lowered, lower
+from mpcompile.model import Model
+from mpcompile.pipeline import Effect, Pass, PassManager
+from mpcompile.progress import tracked
+from mpcompile.recipe import Recipe
+from mpcompile.resolve import Plan, plan_of
+from mpcompile.runtimes import Build, Engine, Referring
+from mpcompile.runtimes.ort import cpu_engine
+from mpcompile.timing import Speedup, sample, speedup
+from mpcompile.tuning import Candidate, Point, Tuning, fastest, held, paths_of, search
+
+QUANTISED_ON = 64  # calibration images that a quantised reference gets
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What all is measured against: the dense model in the target's runtime, and the images that it gets right."""
+
+    exported: Lowered
+    engine: Engine
+    hits: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Carries recipes out on one model and measures them; files go into `folder`."""
+
+    recipe: Recipe
+    plan: Plan
+    limit: float  # points of top-1
+    dense: Model
+    data: Data
+    folder: Path
+    reference: Reference
+
+    def point(self, candidate: Candidate) -> Point:
+        """What a recipe makes of the model; a recipe that fails is a point that says why."""
+        try:
+            model, _ = PassManager(deciding(plan_of(candidate.recipe).passes)).run(self.dense, self.data)
+            engine = engine_of(self.plan, _exported(self.recipe, model, self.folder / "model.onnx"), self._build)
+        except MpcompileError as error:
+            return Point(candidate.name, failed=" ".join(str(error).split()))
+        costs = charged(self.dense, model)
+        return self._measured(candidate.name, engine, costs.compressed / costs.dense)
+
+    def references(self) -> tuple[Point, ...]:
+        """The dense model as the runtime would quantise it, where it can."""
+        runtime, calibration = self.plan.runtime, self.data.calibration
+        if self.plan.idle or not isinstance(runtime, Referring):
+            return ()
+        images = calibration.first(min(QUANTISED_ON, len(calibration))).numpy()
+        made = runtime.references(self.reference.exported, self._build, images, self.folder)
+        return tuple(
+            Point(name, failed=found) if isinstance(found, str) else self._measured(name, found, None)
+            for name, found in made.items()
+        )
+
+    @property
+    def _build(self) -> Build:
+        return _build(self.recipe, self.folder)
+
+    def _measured(self, name: str, engine: Engine, macs: float | None) -> Point:
+        lost = self.reference.hits.astype(float) - hits(engine, self.data.validation)
+        drop, error = 100 * float(lost.mean()), 100 * float(lost.std()) / math.sqrt(len(lost))
+        batches = () if self.plan.idle else self.recipe.timed_batches
+        speedups = tuple(self._speedup(engine, batch) for batch in batches)
+        return Point(name, macs, drop, error, speedups, held(drop, error, self.limit))
+
+    def _speedup(self, engine: Engine, batch: int) -> Speedup:
+        images = images_for(self.data.validation, self.dense.example.numpy(), batch)
+        engines, seconds = {"dense": self.reference.engine, "tried": engine}, self.recipe.bench.seconds
+        samples = sample({name: call_of(one, images, Settings()) for name, one in engines.items()}, seconds)
+        return speedup(samples["dense"], samples["tried"], "dense")
+
+
+def tuned(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
+    """The recipe to carry out, which is the given one with other passes and no search, and the record of the search.
+
+    Raises UsageError where there is nothing to search over, no limit, or no labelled validation images.
+    """
+    limit, asked = recipe.gates.max_drop, recipe.tune
+    if asked is None or limit is None:
+        raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
+    if not len(data.validation) or not data.validation.labelled:
+        raise UsageError(
+            f"tune measures on labelled validation images and has none; {'; '.join(data.notes) or 'give --data'}"
+        )
+    seen, plan = data.for_passes(), plan_of(recipe)
+    first = [Candidate("as written, layers taken back", recipe)] if recipe.step("restore") else []
+    paths = paths_of(recipe.without("restore"), lambda given: least_macs(given, dense, seen))
+    steps = iter(tracked(range(asked.evaluations), lambda place: f"recipe {place + 1}"))
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(recipe, plan, limit, dense, seen, Path(folder), _reference(recipe, plan, dense, seen, folder))
+
+        def evaluate(candidate: Candidate) -> Point:
+            next(steps)
+            return trial.point(candidate)
+
+        tried = search(paths, evaluate, asked.evaluations, first)
+        chosen, point = fastest(tried)
+        references = trial.references()
+    found = Tuning(
+        limit=limit,
+        allowed=asked.evaluations,
+        images=len(data.validation),
+        batches=() if plan.idle else recipe.timed_batches,
+        points=tuple(point for _, point in tried),
+        chosen=point.name,
+        references=references,
+    )
+    return chosen.recipe.model_copy(update={"tune": None}), found
+
+
+def least_macs(recipe: Recipe, dense: Model, data: Data) -> float:
+    """The share of multiply-accumulates that a recipe's budget leaves, tokens unmerged."""
+    step = recipe.step("mp-budget")
+    if step is not None and step.params.get("macs") is not None:
+        return float(step.params["macs"])
+    passes = [one for one in plan_of(recipe).passes if one.name == "mp-budget"]
+    planned, _ = PassManager(passes).run(dense, data)
+    chosen = {name: layer.pattern for name, layer in planned.plan.items() if layer.pattern is not None}
+    counted = cost(dense)
+    return counted.executed_macs(chosen) / counted.macs
+
+
+def deciding(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes up to the last that changes the model: what only analyses the result is left out."""
+    last = max((place for place, step in enumerate(passes) if step.effect is not Effect.ANALYSIS), default=-1)
+    return tuple(passes[: last + 1])
+
+
+def hits(engine: Engine, images: Split) -> NDArray[np.bool_]:
+    """Which of the labelled images an engine gets right."""
+    found = [engine(pixels.numpy()).argmax(1) == labels.numpy() for pixels, labels in images.batches()]
+    return np.concatenate(found)
+
+
+def engine_of(plan: Plan, exported: Lowered, build: Build) -> Engine:
+    """The target's engine; what runs nowhere here is judged by what runs the same file."""
+    return cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
+
+
+def _reference(recipe: Recipe, plan: Plan, dense: Model, data: Data, folder: str) -> Reference:
+    exported = _exported(recipe, dense, Path(folder) / "dense.onnx")
+    engine = engine_of(plan, exported, _build(recipe, Path(folder)))
+    return Reference(exported, engine, hits(engine, data.validation))
+
+
+def _exported(recipe: Recipe, model: Model, path: Path) -> Lowered:
+    return lower(model, path, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset)
+
+
+def _build(recipe: Recipe, folder: Path) -> Build:
+    return Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)

@@ -1,0 +1,250 @@
+"""The pages of docs/ hold no dead link, no option, parameter or error text that is not there, no code that fails."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_readme import known_options
+from typer.main import get_command
+
+from mpcompile import errors
+from mpcompile.cli import _spelt, app
+from mpcompile.passes import PASSES
+from mpcompile.recipe import Recipe
+from mpcompile.resolve import RUNTIMES, plan_of
+from mpcompile.runtimes.tensorrt_rules import SPARSITY_RULES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+pages = pytest.mark.parametrize("page", PAGES)
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """The code blocks of a language; those without one have the language ''."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [body for of, body in blocks if of == language]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command line that is shown, its continuations joined."""
+    lines = "\n".join(fenced(text, "")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line]
+
+
+def tables(text: str) -> Iterator[list[dict[str, str]]]:
+    """The rows of every table, by the heads of their columns."""
+    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
+        head, _, *rows = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in block.splitlines()
+        ]
+        yield [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading on a repository page."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pages
+def test_links_lead_somewhere(page: str) -> None:
+    for link in LINK.findall(PAGES[page]):
+        target, _, anchor = link.partition("#")
+        assert not target.startswith(("http:", "https:", "/")), f"{link}: a page links inside the repository alone"
+        path = (DOCS / target).resolve() if target else DOCS / f"{page}.md"
+        assert path.is_file(), link
+        assert path.is_relative_to(ROOT), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_every_page_is_reached() -> None:
+    for page in PAGES.keys() - {"index"}:
+        assert f"({page}.md)" in PAGES["index"], page
+        assert f"{page}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), page
+    assert "](docs/index.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pages
+def test_options_exist(page: str) -> None:
+    own = "".join(line for line in PAGES[page].splitlines(keepends=True) if "python benchmarks/" not in line)
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", own))
+    assert shown <= known_options(), shown - known_options()
+
+
+def parse(args: list[str]) -> None:
+    """Parses a command line and runs nothing. Raises what the command would say."""
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    verb, *rest = args if args[0] in known else ["compile", *args]
+    known[verb].make_context(verb, rest).close()
+
+
+@pages
+def test_commands_shown_are_understood(page: str) -> None:
+    for program, *args in commands(PAGES[page]):
+        if program == "mpcompile":
+            parse(args)
+
+
+@pytest.mark.parametrize("line", ["bench", "bench out/ --pattern 2:4", "m.pt --seed x", "m.pt --no-such 1"])
+def test_a_command_that_is_not_understood_is_found(line: str) -> None:
+    with pytest.raises(Exception, match=r"Missing|No such option|valid integer"):
+        parse(line.split())
+
+
+@pages
+def test_make_knows_its_targets(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in re.findall(r"`make ([\w-]+)", PAGES[page]):
+        assert re.search(rf"^{re.escape(word)}:", makefile, re.MULTILINE), word
+
+
+@pages
+def test_recipes_shown_are_recipes(page: str) -> None:
+    for text in fenced(PAGES[page], "yaml"):
+        assert plan_of(Recipe.from_yaml(text)).passes
+
+
+@pages
+def test_python_shown_runs(page: str) -> None:
+    blocks = fenced(PAGES[page], "python")
+    if not blocks:
+        pytest.skip("no Python on this page")
+    exec(compile("\n".join(blocks), str(DOCS / f"{page}.md"), "exec"), {"__name__": "shown"})
+
+
+def test_parameters_are_those_of_the_passes() -> None:
+    """Every pass with its effect, every parameter with its default, in the order of `mpcompile passes`."""
+    sections = re.findall(r"^### ([\w-]+)\n(.*?)(?=^##)", PAGES["recipes"], re.DOTALL | re.MULTILINE)
+    assert [name for name, _ in sections] == list(PASSES)
+    for name, text in sections:
+        assert text.strip().lower().startswith(str(PASSES[name].effect)), name
+        shown = [(row["parameter"], row["default"]) for table in tables(text) for row in table]
+        fields = dataclasses.fields(PASSES[name])  # type: ignore[arg-type]
+        assert shown == [(f"`{field.name}`", f"`{_spelt(field.default)}`") for field in fields], name
+
+
+def test_keys_are_those_of_a_recipe() -> None:
+    def keys(value: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+        for key, default in value.items():
+            if isinstance(default, dict):
+                yield from keys(default, f"{key}.")
+            else:
+                yield f"{prefix}{key}", default
+
+    def spelt(value: object) -> str:
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+    [shown] = [table for table in tables(PAGES["recipes"]) if "key" in table[0]]
+    expected = [(f"`{key}`", f"`{spelt(value)}`") for key, value in keys(Recipe().model_dump(mode="json"))]
+    assert [(row["key"], row["default"]) for row in shown] == expected
+
+
+def test_targets_and_rules_are_those_of_the_runtimes() -> None:
+    where = [row for table in tables(PAGES["fast-where"]) for row in table]
+    named = set(re.findall(r"`([\w-]+)`", " ".join(row.get("target", "") for row in where)))
+    assert set(RUNTIMES) <= named
+    rules = [(row["rule"], row["says"], row["standing"]) for row in where if "rule" in row]
+    assert rules == [(rule.name, rule.says, rule.standing) for rule in SPARSITY_RULES]
+
+
+def test_every_results_file_is_named_and_can_be_made_again() -> None:
+    named = {Path(link).name for link in LINK.findall(PAGES["results"]) if "benchmarks/results/" in link}
+    assert named == {path.name for path in RESULTS.iterdir()}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for table in tables(PAGES["results"]):
+        for row in table:
+            [script] = re.findall(r"python (benchmarks/\w+\.py)", row["command"])
+            assert (ROOT / script).is_file(), script
+            if "file" in row:
+                written = re.findall(r"results/([\w.{},/]+)", (ROOT / script).read_text(encoding="utf-8"))
+                assert any(text.startswith((f"{Path(script).stem}.", f"{Path(script).stem}{{")) for text in written), (
+                    script
+                )
+            assert "bench-models" not in row["command"] or re.search("^bench-models:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["results", "paper", "fast-where"])
+def test_numbers_found_are_those_of_the_files(page: str) -> None:
+    """What stands in a column `found` stands in the file that its row names, digit by digit."""
+    number = re.compile(r"\d+\.\d+|\d+(?=%)")
+    checked = 0
+    for table in tables(PAGES[page]):
+        for row in table:
+            for link in LINK.findall(row.get("file", "")):
+                if link.endswith(".md"):
+                    there = set(number.findall((DOCS / link).read_text(encoding="utf-8")))
+                    told = set(number.findall(row["found"]))
+                    assert told <= there, f"{link} has no {', '.join(sorted(told - there))}"
+                    checked += len(told)
+    assert checked
+
+
+def texts_of_the_source() -> list[tuple[str, int | None]]:
+    """Every text of the source but docstrings, its fields as …, and the exit code where it is that of an error."""
+    codes = {name: kind.exit_code for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}
+
+    def spelt(node: ast.AST) -> str | None:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+    found: list[tuple[str, int | None]] = []
+    links = (ROOT / "mpcompile" / "passes", ROOT / "mpcompile" / "runtimes")  # to the folders at the root
+    for path in (path for folder in ("mpcompile", "passes", "runtimes") for path in (ROOT / folder).rglob("*.py")):
+        if any(path.is_relative_to(link) for link in links):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        left_out = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        left_out |= {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in node.values}
+        for node in ast.walk(tree):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            inside = [(node, codes.get(called)), *((part, codes[called]) for part in ast.walk(node) if called in codes)]
+            found += [(text, code) for part, code in inside if id(part) not in left_out and (text := spelt(part))]
+    return found
+
+
+def test_errors_quoted_are_those_of_the_source() -> None:
+    """Each quoted text, cut at its …, is in one text of the source, and under the exit code of its error."""
+    source = texts_of_the_source()
+    sections = re.findall(r"^## Exit code (\d)(.*?)(?=^## |\Z)", PAGES["troubleshooting"], re.DOTALL | re.MULTILINE)
+    assert [int(code) for code, _ in sections] == list(range(1, 8))
+    for code, text in sections:
+        for row in (row for table in tables(text) for row in table):
+            pieces = [re.escape(piece) for piece in row["error"].strip("`").split("…") if piece]
+            assert max(map(len, pieces)) >= 9, f"{row['error']}: too little of it is quoted to tell it apart"
+            found = [of for literal, of in source if re.search(".*?".join(pieces), literal)]
+            assert found, f"{row['error']}: no text of the source is like it"
+            raised = {of for of in found if of is not None}
+            assert int(code) in raised or not raised, f"{row['error']}: its exit code is {raised}"
+
+
+def test_the_verdict_is_read_as_it_is_written() -> None:
+    source = [" ".join(text.split()) for text, _ in texts_of_the_source()]
+    quoted = [" ".join(text.split()) for text in re.findall(r'\*"(.*?)"\*', PAGES["start"], re.DOTALL)]
+    assert len(quoted) > 5
+    for text in quoted:
+        pattern = ".*?".join(re.escape(piece) for piece in text.split("…"))
+        assert any(re.fullmatch(pattern, literal) for literal in source), text
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("mkdocs-material is not installed: pip install -e '.[docs]' (make docs does)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        assert (tmp_path / "site" / f"{page}.html").is_file()
+    assert (tmp_path / "site" / "repository" / "benchmarks" / "results" / "budget.svg").is_file()
