@@ -8,6 +8,7 @@ dense.onnx          the model it is compared with (+ dense.onnx.data over 2 GB)
 model.native.onnx   the compressed model for the CPU's N:M kernel, where that is faster
 *.engine .json .log what the target built of them, where it builds files
 report.json .md     what was done and measured; the hashes of the files above
+report.html         the same as one page, to look at and to print
 passes/             what each pass changed (--keep-passes), for --from
 bench/TARGET/       what `mpcompile bench` measured later
 """

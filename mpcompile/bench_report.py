@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mpcompile.machine import Condition
 from mpcompile.report import Parity, Value
+from mpcompile.tables import verdict_table
 from mpcompile.timing import Speedup, Timing
 from mpcompile.verdict import LayerVerdict, tally
 
@@ -111,7 +112,7 @@ class Bench(Value):
         checked = (f"{row.what} {row.difference:.1e}, {row.tolerance:.0e} allowed" for row in self.parity)
         parts.append(f"Largest difference of the logits, as a share of the largest: {'; '.join(checked)}.")
         if self.verdicts:
-            parts.append("\n".join(_verdict_table(self.verdicts)))
+            parts.append(verdict_table(self.verdicts).markdown())
         parts.append(f"Made by `{self.command}`; every sample is in bench.json. ![Latency by batch](bench.svg)")
         return "\n\n".join(parts) + "\n"
 
@@ -138,19 +139,3 @@ class Bench(Value):
         panels[0].set_ylabel("ms, median and 95 % interval")
         figure.suptitle(f"{self.model}, {self.target}, {self.precision}, {self.environment['device']}", fontsize=10)
         return figure
-
-
-def _verdict_table(verdicts: tuple[LayerVerdict, ...]) -> list[str]:
-    """A line a masked layer."""
-    spelt = {True: "yes", False: "no", None: "not known"}
-
-    def ms(value: float | None) -> str:
-        return "" if value is None else f"{value:.4f}"
-
-    columns = ("masked layer", "pattern", "eligible", "sparse kernel", "ms without", "ms with", "why")
-    head = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return head + [
-        f"| {row.layer} | {row.pattern} | {spelt[row.eligible]} | {spelt[row.chosen]} | {ms(row.dense_ms)} "
-        f"| {ms(row.sparse_ms)} | {row.reason} |"
-        for row in verdicts
-    ]

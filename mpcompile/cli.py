@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +61,13 @@ Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be load
 4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written);
 7 a runtime is missing or could not build; 1 the disk or the memory did not suffice, or anything else.
 """
+
+
+class Schema(StrEnum):
+    """What a JSON Schema is printed of."""
+
+    RECIPE = "recipe"
+    REPORT = "report"
 
 
 class CompileByDefault(TyperGroup):
@@ -423,10 +431,19 @@ def passes(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+def schema(
+    of: Annotated[
+        Schema,
+        typer.Argument(metavar="[recipe|report]", help="What it describes. [default: recipe]", show_default=False),
+    ] = Schema.RECIPE,
+) -> None:
+    """Print the JSON Schema of recipes, for editors, or of report.json, for what reads it."""
+    from mpcompile.report import report_schema
     from mpcompile.resolve import known, recipe_schema
 
+    if of is Schema.REPORT:
+        typer.echo(json.dumps(report_schema(), indent=2))
+        return
     found = known()
     _tell_broken(found.broken)
     typer.echo(json.dumps(recipe_schema(found), indent=2))

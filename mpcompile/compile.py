@@ -21,6 +21,7 @@ from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.checkpoints import Checkpoints
 from mpcompile.conventions import charged
+from mpcompile.cost import cost
 from mpcompile.data import Data, load_data
 from mpcompile.distributed import place
 from mpcompile.environment import environment
@@ -37,7 +38,9 @@ from mpcompile.pipeline import Effect, Observer, Pass, PassManager
 from mpcompile.plugins import GIVEN
 from mpcompile.progress import Progress, reported
 from mpcompile.recipe import DataChoice, Recipe
-from mpcompile.report import DataUsed, Gate, Latency, Parity, Report, layer_rows, verdict_on
+from mpcompile.report import DataUsed, Gate, Latency, Parity, Report
+from mpcompile.report_rows import layer_rows
+from mpcompile.report_text import verdict_on
 from mpcompile.resolve import Plan, plan_of
 from mpcompile.resume import keeping
 from mpcompile.runtimes import Build, Engine, Judging, Runtime
@@ -327,7 +330,7 @@ def _run(
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     if keep_passes:
         checkpoints.keep_in(folder / PASSES)
-    layers = layer_rows(model, after)
+    layers = layer_rows(model, after, cost(dense), cost(model))
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
     if not plan.idle and verdicts:
@@ -366,7 +369,9 @@ def _run(
         commands=commands,
         verdicts=verdicts,
         files=file_rows(folder),
-        verdict=verdict_on(layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle),
+        verdict=verdict_on(
+            layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle, model.certificate
+        ),
     )
     report.write(folder)
     return report

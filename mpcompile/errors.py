@@ -109,7 +109,7 @@ def on_layer(name: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error and its notes as one line for a terminal: text from files may hold line breaks and control characters."""
+    """An error and its notes as one line for a terminal: text from files may hold breaks and control characters."""
     words = " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
     return (

@@ -48,7 +48,7 @@ def not_ours(folder: Path) -> list[str]:
     """The names in a folder that its report does not list: all of them where there is no report."""
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        known = {REPORT, "report.md", "bench", *(Path(row["name"]).parts[0] for row in content["files"])}
+        known = {REPORT, "report.md", "report.html", "bench", *(Path(row["name"]).parts[0] for row in content["files"])}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         known = set()
     return sorted(path.name for path in folder.iterdir() if path.name not in known)

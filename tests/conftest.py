@@ -57,3 +57,24 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     )
     output = tmp_path_factory.mktemp("compiled") / "out"
     return mpcompile.compile(EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=output)
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The trained example through everything that a report tells of but training, on few images."""
+    recipe = mpcompile.Recipe.checked(
+        {
+            "passes": [
+                {"mp-budget": {"patterns": ["2:4", "1:4"], "macs": 0.7, "exclude": ["blocks.0.attn.*"]}},
+                "permute",
+                {"nm-mask": {"criterion": "wanda", "refit": "layer"}},
+                {"tome": {"r": 2}},
+                "certify",
+            ],
+            "data": {"calibration": 32, "validation": 0, "held_out": 64},
+            "bench": {"batches": [1, 2], "seconds": 0.05},
+            "gates": {"max_drop": 50},
+        }
+    )
+    output = tmp_path_factory.mktemp("reported") / "out"
+    return mpcompile.compile(EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=output)

@@ -64,6 +64,7 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
         "dense.onnx",
         "report.json",
         "report.md",
+        "report.html",
     }
     assert {path.name for path in output.iterdir()} - {"model.native.onnx"} == names
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1"):

@@ -1,0 +1,32 @@
+"use strict";
+for (const table of document.querySelectorAll("table[data-sortable]")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => sort(table, heads, column));
+  });
+}
+
+// Numbers from the largest, texts from A; a second click turns the order round. Rows without a value stay last.
+function sort(table, heads, column) {
+  const head = heads[column], numeric = head.classList.contains("number"), was = head.getAttribute("aria-sort");
+  const first = numeric ? "descending" : "ascending", other = numeric ? "ascending" : "descending";
+  const order = was === first ? other : first;
+  heads.forEach(each => each.setAttribute("aria-sort", each === head ? order : "none"));
+  const value = row => {
+    const cell = row.cells[column];
+    return numeric ? Number(cell.dataset.value ?? NaN) : cell.textContent.trim();
+  };
+  const empty = each => numeric ? Number.isNaN(each) : each === "";
+  const sign = order === "ascending" ? 1 : -1;
+  const rows = [...table.tBodies[0].rows].map(row => [value(row), row]);
+  rows.sort(([a], [b]) => empty(a) - empty(b) || (empty(a) ? 0 :
+    sign * (numeric ? a - b : a.localeCompare(b, "en", {numeric: true}))));
+  table.tBodies[0].append(...rows.map(([, row]) => row));
+}
+
+// What is folded away on a screen is printed all the same.
+const folded = [];
+addEventListener("beforeprint", () => {
+  for (const each of document.querySelectorAll("details:not([open])")) { each.open = true; folded.push(each); }
+});
+addEventListener("afterprint", () => { for (const each of folded.splice(0)) each.open = false; });
