@@ -38,7 +38,7 @@ def read(path: Path, allow_pickle: bool) -> Any:
         raise LoadError(f"{path} is a Git LFS pointer, not the file; fetch it with git lfs pull")
     if head[8:9] == b"{":
         return _read_safetensors(path)
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         return _read_torch_zip(path, allow_pickle)
     if head.startswith(b"PK"):
         raise LoadError(f"{path} is a torch archive that is cut short or damaged; copy it again")
@@ -48,6 +48,14 @@ def read(path: Path, allow_pickle: bool) -> Any:
         f"{path} is none of safetensors, torch state dict or torch checkpoint (it begins with {head[:8]!r}); "
         "for an ONNX model give the PyTorch model it was made from"
     )
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a zip archive, if only by an end that says so and is damaged."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
@@ -113,7 +121,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def state_dict_in(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def state_dict_in(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, wherever in it they are; NaN or infinite weights are refused."""
     for key in STATE_DICT_KEYS:
         if isinstance(content.get(key), Mapping):

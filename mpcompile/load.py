@@ -97,7 +97,7 @@ def _load_file(path: Path, request: Request) -> Loaded:
         arch = str(config["architecture"])
         arch_args = {**(config.get("model_args") or {}), **arch_args}
         arch_args.setdefault("num_classes", config.get("num_classes", 1000))
-        pretrained_cfg = config.get("pretrained_cfg")
+        pretrained_cfg = config.get("pretrained_cfg") or None
     if arch is None and isinstance(content.get("arch"), str):
         arch = content["arch"]
         arch_args = {**_timm_training_args(content.get("args")), **arch_args}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mpcompile.report_charts as charts  # by the modules' names: charts and tables of one thing are called the same
 import mpcompile.report_layers as layers
 import mpcompile.report_tables as tables
+import mpcompile.tuning_chart as tuning_chart
 from mpcompile.report import Report
 from mpcompile.report_text import command, command_terms, proven, searched
 from mpcompile.tables import verdict_table
@@ -32,6 +33,7 @@ def html(report: Report) -> str:
     return page.render(
         _known(report),
         charts=charts,
+        search_chart=tuning_chart.tuning(report.tuning) if report.tuning else None,
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_sha256=digest,

@@ -43,6 +43,7 @@ LAYERS = (
         "report_tables",
         "report_layers",
         "report_charts",
+        "tuning_chart",
         "report_views",
         "bench_report",
     ),

@@ -1,6 +1,7 @@
 """Loading: every kind of file by content, nothing pickled is run, and each mistake gets one clear line."""
 
 import argparse
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -304,3 +305,29 @@ def test_weights_without_an_architecture(module: nn.Module, tmp_path: Path) -> N
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "empty.pt")
     with pytest.raises(LoadError, match=r"holds no tensors \(its keys: epoch, lr\)"):
         load(Request(str(tmp_path / "empty.pt"), arch=ARCH))
+
+
+def test_a_config_whose_preprocessing_is_an_empty_list(module: nn.Module, example: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((example / "model.safetensors").read_bytes())
+    config = json.loads((example / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pretrained_cfg": []}))
+    loaded = load(Request(str(weights), input_size=(1, 28, 28), mean=(0.5,), std=(0.5,)))
+    assert loaded.source.arch == config["architecture"]
+
+
+def test_an_archive_that_claims_to_span_disks(module: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(module.state_dict(), path)
+    locator = b"PK\x06\x07" + bytes(12) + (7).to_bytes(4, "little")  # the end of an archive on seven disks
+    content = path.read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    path.write_bytes(content[: end - len(locator)] + locator + content[end:])
+    with pytest.raises(LoadError, match="cut short or damaged"):
+        load(Request(str(path), arch="mpcompile.testing:TinyMLP"))
+
+
+def test_keys_that_are_no_text(tmp_path: Path) -> None:
+    torch.save({3: {"": 1}, 4: 2.0}, tmp_path / "model.pt")
+    with pytest.raises(LoadError, match=r"holds no tensors \(its keys: 3, 4\)"):
+        load(Request(str(tmp_path / "model.pt"), arch="mpcompile.testing:TinyMLP"))

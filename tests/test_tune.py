@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpcompile
+from mpcompile import tuning_chart
 from mpcompile.artifact import Artifact
 from mpcompile.data import Data
 from mpcompile.errors import AccuracyError, UsageError
@@ -270,3 +271,26 @@ def test_half_precision_is_not_quantised_and_says_so(tmp_path: Path) -> None:
     exported = lower(tiny_vit(), tmp_path / "dense.onnx", precision="fp16")
     found = quantised(exported, 1, np.zeros((1, 1, 8, 8), np.float32), tmp_path)
     assert found == {"int8": "ONNX Runtime's tools quantise float32 files, and this one is fp16"}
+
+
+# ---- the chart
+
+
+def test_the_chart_shows_every_recipe_where_it_is(tuned_artifact: Artifact) -> None:
+    found = tuned_artifact.report.tuning
+    assert found is not None
+    chart = tuning_chart.tuning(found)
+    everyone = [*found.points, *found.references]
+    assert len(chart.dots) == 1 + len(everyone)  # with the dense model
+    assert all(0 <= dot.x <= chart.width and 0 <= dot.y <= chart.height for dot in chart.dots)
+    dense, *others = chart.dots
+    for point, dot in zip(everyone, others, strict=True):
+        assert (dot.x > dense.x) == (point.speed > 1)
+        assert (dot.y > dense.y) == (float(point.drop or 0) > 0)
+        assert point.name in dot.about
+        assert point.name in chart.words
+    # A recipe that lost far more than the limit stands at the lower edge, and says so.
+    assert "below the picture" in others[0].about
+    assert [label.text for label in chart.labels if label.kind == "strong"] == ["dense", found.chosen]
+    page = (tuned_artifact.folder / "report.html").read_text()
+    assert 'aria-labelledby="tuning-chart-title' in page
