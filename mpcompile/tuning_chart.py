@@ -35,13 +35,12 @@ def tuning(found: Tuning) -> Chart:
             dot = _dot(place, up, point, "compressed" if point.holds else "other")
             named = point.name == found.chosen
             dots.append(dot)
-            labels.append(
-                Label(dot.x + 7, dot.y + 4, point.name if named else str(number), kind="strong" if named else "label")
-            )
+            text = (point.name if named else str(number)) + _beyond(up, point)
+            labels.append(Label(dot.x + 7, dot.y + 4, text, kind="strong" if named else "label"))
     for point in references:
         dot = _dot(place, up, point, "dense")
         dots.append(dot)
-        labels.append(Label(dot.x + 7, dot.y + 4, point.name))
+        labels.append(Label(dot.x + 7, dot.y + 4, point.name + _beyond(up, point)))
     what = "times as fast as dense" if found.batches else "dense multiply-accumulates over those left"
     title = f"Points of top-1 gained or lost on validation images, against {what}"
     labels.append(Label(WIDE, HIGH - 8, what, "end", "tick"))
@@ -54,10 +53,13 @@ def _drop(point: Point) -> Number:
 
 def _dot(place: Scale, up: Scale, point: Point, kind: str) -> Dot:
     told = f"{point.name}: {-_drop(point):+.2f} points, {point.speed:.2f}"
-    below = -_drop(point) < up.low
-    return Dot(
-        place(point.speed), up(max(-_drop(point), up.low)), kind, told + (", below the picture" if below else "")
-    )
+    told += ", below the picture" if _beyond(up, point) else ""
+    return Dot(place(point.speed), up(max(-_drop(point), up.low)), kind, told)
+
+
+def _beyond(up: Scale, point: Point) -> str:
+    """An arrow where a point lies below the picture."""
+    return " ↓" if -_drop(point) < up.low else ""
 
 
 def _words(points: Sequence[Point], found: Tuning) -> str:
