@@ -36,10 +36,9 @@ COLUMNS = ("model", "pattern", "speed, batch 1", "speed, batch 8", "top-1", "log
 def model_of(name: str) -> tuple[nn.Module, Data]:
     """The model and its images."""
     if name == "fashion_vit":
-        module = load(Request(str(ROOT / "examples" / "fashion_vit" / "model.safetensors"))).module
-    else:
-        module, _ = pretrained.on_fashion(name, PIXELS)
-    return module, pretrained.fashion_data()
+        loaded = load(Request(str(ROOT / "examples" / "fashion_vit" / "model.safetensors")))
+        return loaded.module, pretrained.fashion_data(loaded.source)
+    return pretrained.on_fashion(name, PIXELS)[0], pretrained.fashion_data()
 
 
 def measure(name: str, module: nn.Module, data: Data, pattern: str, folder: Path) -> dict[str, Any]:

@@ -365,7 +365,7 @@ def test_a_killed_run_leaves_no_output(example: Path, tmp_path: Path, how: signa
         "-o",
         str(output),
     ]
-    command += ["--data", str(example / "images.npz")]
+    command += ["--data", str(example / "images.npz"), "--criterion", "magnitude", "--refit", "none"]
 
     def heed_interrupts() -> None:
         signal.signal(
