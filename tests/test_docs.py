@@ -230,6 +230,25 @@ def test_errors_quoted_are_those_of_the_source() -> None:
             assert int(code) in raised or not raised, f"{row['error']}: its exit code is {raised}"
 
 
+def test_lines_quoted_are_those_of_the_source() -> None:
+    """What a page quotes in a column `line`, cut at its …, is in one text of the source."""
+    source = [text for text, _ in texts_of_the_source()]
+    quoted = [
+        row["line"].strip("`") for page in PAGES.values() for table in tables(page) for row in table if "line" in row
+    ]
+    assert quoted
+    for text in quoted:
+        pattern = ".*?".join(re.escape(piece) for piece in text.split("…") if len(piece) > 2)
+        assert any(re.search(pattern, literal) for literal in source), text
+
+
+def test_errors_in_python_are_told_with_their_exit_codes() -> None:
+    [told] = [table for table in tables(PAGES["python"]) if "class" in table[0]]
+    kinds = {name: kind for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}
+    expected = {f"`{name}`": str(kind.exit_code) for name, kind in kinds.items() if kind is not errors.MpcompileError}
+    assert {row["class"]: row["exit code"] for row in told} == expected
+
+
 def test_the_verdict_is_read_as_it_is_written() -> None:
     source = [" ".join(text.split()) for text, _ in texts_of_the_source()]
     quoted = [" ".join(text.split()) for text in re.findall(r'\*"(.*?)"\*', PAGES["start"], re.DOTALL)]
