@@ -38,8 +38,9 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
+# On two processes of one thread each, a file's tests on one of them.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # The pages of docs/ as a site in build/site.
 docs: $(READY)

@@ -74,7 +74,9 @@ def _locked(folder: Path, output: Path) -> int:
         except OSError as error:
             if found := shortage(error, "the start", folder.parent):
                 raise ResourceError(found) from error
-            raise UsageError(f"{folder} cannot be made ({error.strerror}); name another with --output") from error
+            raise UsageError(
+                f"{folder.parent} cannot be written to ({error.strerror}); name another with --output"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
