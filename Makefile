@@ -67,10 +67,11 @@ bench: bench-models
 	$(BIN)/python benchmarks/readme.py
 
 # The N:M kernel on this CPU: products, whole ViTs, and twenty minutes of a server's life. Hours where both cores are busy.
-bench-cpu: $(READY)
+bench-cpu: bench-models
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_gemm_few.py
 	$(BIN)/python benchmarks/cpu_vit.py
+	$(BIN)/python benchmarks/cpu_choice.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/readme.py
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import CaptureError
+from mpcompile.load import source_of
 from mpcompile.model import Model, Source
 from mpcompile.multihead import write_out
 from mpcompile.parity import relative_difference
@@ -89,8 +90,9 @@ def capture(
 ) -> Model:
     """The captured model, checked against the module on the example and on a batch of another size.
 
-    The module is left as it was; one in half precision is captured in float32. `leaves` are qualified names of
-    modules to keep whole. Raises CaptureError.
+    Without a `source` images are as the module's `pretrained_cfg` says, or ImageNet's; without an `example` noise of
+    that size is run. The module is left as it was; one in half precision is captured in float32. `leaves` are qualified
+    names of modules to keep whole. Raises CaptureError.
 
     Other threads may run modules meanwhile, save for those that torch.compile made, which refuse while anything is
     traced; two captures wait for each other.
@@ -103,7 +105,8 @@ def _captured(module: nn.Module, source: Source | None, example: Tensor | None, 
     """`capture`, for the one thread that may trace."""
     if isinstance(getattr(module, "_orig_mod", None), nn.Module):
         raise CaptureError("the module is a torch.compile of another; give that one, module._orig_mod")
-    source = source or Source(name=type(module).__name__, sha256="", arch=type(module).__name__)
+    kind = type(module).__name__
+    source = source or source_of(module, name=kind, arch=kind, sha256="")
     dtype = _computing_type(module)
     example = (noise(source.size) if example is None else example).to(dtype)
     _require_modules(module, leaves)

@@ -53,7 +53,8 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
 
 def structure_of(model: Model) -> str:
     """The hash of all that a model is but its numbers: nodes, modules, which weights are one, and its input."""
-    lines = [f"{sha256_of(model.example)} {model.source!r}"]
+    # By any name: a path may be spelt in other ways, and the weights are told apart by their hash.
+    lines = [f"{sha256_of(model.example)} {replace(model.source, name='')!r}"]
     for node in model.graph.graph.nodes:
         target = node.target
         if callable(target):

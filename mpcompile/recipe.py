@@ -298,6 +298,9 @@ class _Loader(yaml.SafeLoader):
         """The mapping, or an error where a key would silently win over an earlier one."""
         if not isinstance(node, yaml.MappingNode):  # one that only its tag calls a mapping
             raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is on what is no mapping", node.start_mark)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == "null":
+                key.tag = "tag:yaml.org,2002:str"  # a parameter of mp-budget, and never nothing as a key
         seen = set()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if not isinstance(key, Hashable):

@@ -142,7 +142,7 @@ def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
 
 def twin_of(model: Model, name: str) -> nn.Linear | nn.Conv2d:
     """The layer as it was before the first lossy pass. Raises PassError where there is none like it."""
-    found = None if model.dense is None else model.dense.get_submodule(name)
+    found = None if model.dense is None else dict(model.dense.named_modules()).get(name)
     if not isinstance(found, nn.Linear | nn.Conv2d) or found.weight.shape != model.layer(name).weight.shape:
         raise PassError(f"the dense model has no layer like {name}; a pass in between has rebuilt it")
     return found

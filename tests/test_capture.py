@@ -198,3 +198,11 @@ def test_constant_outputs_are_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_other_refusals(module: nn.Module, text: str) -> None:
     with pytest.raises(CaptureError, match=text):
         capture(module, tiny_source())
+
+
+def test_images_are_as_the_module_says() -> None:
+    module = TinyMLP()
+    module.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.25,)}  # type: ignore[assignment]
+    model = capture(module)
+    assert model.example.shape[1:] == (1, 8, 8)
+    assert (model.source.mean, model.source.std) == ((0.5,), (0.25,))

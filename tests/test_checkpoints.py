@@ -16,7 +16,7 @@ from mpcompile import fingerprint
 from mpcompile.checkpoints import KEY, Checkpoints, State, _rest
 from mpcompile.data import Data
 from mpcompile.errors import MaskError, UsageError
-from mpcompile.fingerprint import facts_of
+from mpcompile.fingerprint import facts_of, structure_of
 from mpcompile.model import NM, Model
 from mpcompile.passes import BatchNorm, Certify, Distill, MPBudget, NMMask, Permute, Restore, ToMe
 from mpcompile.pipeline import Effect, Pass, PassManager, PassRecord
@@ -366,3 +366,10 @@ def test_the_hash_of_a_model_tells_every_part_of_it() -> None:
     changed(lambda other: replace(other, example=other.example + 1))
     changed(lambda other: replace(other, source=replace(other.source, mean=(0.4,))))
     assert fingerprint.model_key(tiny_cnn()) == fingerprint.model_key(model)
+
+
+def test_the_name_that_a_model_was_given_by_is_no_part_of_it() -> None:
+    model = tiny_vit()
+    other = replace(model, source=replace(model.source, name="./somewhere/else.safetensors"))
+    moved = replace(model, source=replace(model.source, mean=(0.25,)))
+    assert structure_of(other) == structure_of(model) != structure_of(moved)

@@ -214,3 +214,10 @@ def test_a_number_of_merges_takes_the_place_of_auto() -> None:
     assert step.params == {"r": "8"}
     [step] = merged_with([{"tome": {"r": 8}}], tome={"r": "auto", "macs": 0.5})
     assert step.params == {"r": "auto", "macs": 0.5}
+
+
+def test_null_is_a_parameter_and_never_nothing_as_a_key() -> None:
+    for text in ("null: false", "'null': false"):
+        recipe = Recipe.from_yaml(f"passes: [mp-budget: {{{text}}}]")
+        assert recipe.passes[0].params == {"null": False}
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe

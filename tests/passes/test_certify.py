@@ -14,7 +14,15 @@ from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError
 from mpcompile.model import NM, Model
 from mpcompile.passes import Certify, NMMask
-from mpcompile.passes.certify import attribution, certificate, lower_bound, outputs_of, reaches_of, unchanged
+from mpcompile.passes.certify import (
+    attribution,
+    certificate,
+    lower_bound,
+    outputs_of,
+    reaches_of,
+    twin_of,
+    unchanged,
+)
 from mpcompile.pipeline import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
 
@@ -143,3 +151,11 @@ def test_outputs_of_all_images() -> None:
     with torch.no_grad():
         found = outputs_of(model.graph, data.held_out)
     torch.testing.assert_close(found, model(data.held_out.first(70)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_came_in_later_is_no_layer_of_the_dense_model() -> None:
+    model = tiny_mlp()
+    masked, _ = PassManager([NMMask(criterion="magnitude", refit="none")]).run(model, Data())
+    masked.graph.add_module("later", torch.nn.Linear(3, 3))
+    with pytest.raises(PassError, match="the dense model has no layer like later; a pass in between has rebuilt it"):
+        twin_of(masked, "later")
