@@ -10,6 +10,7 @@ that patterns of equal speed are neighbours.
 """
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def main() -> None:
     if missing := native.missing():
         raise SystemExit(missing)
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
+    rows = [row for row in earlier() if row["model"] not in models]
     for name in models:
         module, data = model_of(name)
         for pattern in PATTERNS:
@@ -98,6 +99,13 @@ def main() -> None:
                 rows.append(measure(name, module, data, pattern, Path(folder)))
             print(cells(rows[-1]), flush=True)
             report(rows)
+
+
+def earlier() -> list[dict[str, Any]]:
+    """The rows of the results file, if there is one."""
+    path = RESULTS / "cpu_choice.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return rows
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -141,6 +141,7 @@ def on_fashion(name: str, size: int) -> tuple[nn.Module, Source]:
         module = Resized(backbone, 1280, size)
     else:
         module = Resized(vit_small(size), 384, size)
+    module.pretrained_cfg = {"input_size": GREY.size, "mean": GREY.mean, "std": GREY.std}  # type: ignore[assignment]
     module.eval()
     inputs, targets = [], []
     with torch.no_grad():
