@@ -97,6 +97,7 @@ def blocks() -> dict[str, str]:
         "distill": first_table("distill"),
         "speed": body("analyze_speed"),
         "cpu_vit": body("cpu_vit"),
+        "cpu_choice": body("cpu_choice"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }
 
