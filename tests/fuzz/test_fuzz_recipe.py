@@ -1,5 +1,6 @@
 """Recipes gone wrong: each is followed or refused in a line, and what is read is written back as the same."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -152,6 +153,8 @@ def run(*words: str, recipe: str) -> tuple[int, str, str]:
             ["mpcompile", *words, "--config", str(path), "--input-size", "1x8x8", "--mean", "0.5", "--std", "0.5"],
         )
         before = signal.getsignal(signal.SIGTERM)
+        logger = logging.getLogger("mpcompile")
+        handlers, level = list(logger.handlers), logger.level
         try:
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
                 cli.main()
@@ -161,6 +164,8 @@ def run(*words: str, recipe: str) -> tuple[int, str, str]:
         finally:
             sys.argv = argv
             signal.signal(signal.SIGTERM, before)
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
         assert [each.name for each in Path(folder).iterdir()] == ["recipe.yaml"]
     return code, out.getvalue(), err.getvalue()
 
