@@ -7,7 +7,7 @@ what the user gets. All three are the same precision, the same runtime and the s
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -267,6 +267,14 @@ def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> 
     if settings.graph or not settings.transfers:
         raise UsageError("a CPU has no CUDA graph and no transfers; leave --cuda-graph and --no-transfers out")
     return partial(engine, images)
+
+
+def in_turns(
+    engines: Mapping[str, Engine], images: Split, example: NDArray[np.float32], batch: int, seconds: float
+) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds of each engine at a batch size, round by round, all on the same images."""
+    chosen = images_for(images, example, batch)
+    return sample({name: call_of(engine, chosen, Settings()) for name, engine in engines.items()}, seconds)
 
 
 def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:

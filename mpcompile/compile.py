@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpcompile.artifact import COMPRESSED, DENSE, PASSES, RECIPE, Artifact, file_rows, write_weights
-from mpcompile.bench import Settings, call_of, engine_parity, images_for, parity_of
 from mpcompile.bench import command as bench_command
+from mpcompile.bench import engine_parity, images_for, in_turns, parity_of
 from mpcompile.capture import capture
 from mpcompile.checkpoint import state_sha256
 from mpcompile.checkpoints import Checkpoints
-from mpcompile.conventions import charged
+from mpcompile.conventions import charged_by
 from mpcompile.cost import cost
 from mpcompile.data import Data, load_data
 from mpcompile.distributed import place
@@ -46,8 +46,8 @@ from mpcompile.resume import keeping
 from mpcompile.runtimes import Build, Engine, Judging, Runtime
 from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
 from mpcompile.shortage import explained
-from mpcompile.timing import sample, speedup, timing
-from mpcompile.tune import tuned
+from mpcompile.timing import speedup, timing
+from mpcompile.tune import engine_of, tuned
 from mpcompile.tuning import Tuning
 from mpcompile.work import note_written, working, written_by
 
@@ -299,7 +299,7 @@ def _run(
     before = export(dense, DENSE)
     parity = [_parity(before, check, "dense: ONNX Runtime against PyTorch")]
     model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints)
-    costs = charged(dense, model)
+    dense_cost, cost_left = cost(dense), cost(model)
     observe("export compressed")
     after = export(model, COMPRESSED)
     require_finite(after, _calibration(data, check))
@@ -313,7 +313,7 @@ def _run(
     engines: dict[str, Engine] = {}
     for name, exported in (("dense", before), ("compressed", after)):
         # What runs nowhere here is judged by what runs the same file.
-        engines[name] = cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
+        engines[name] = engine_of(plan, exported, build)
         if type(engines[name]) is not OrtEngine:  # that one runs the very file that was compared above
             parity.append(engine_parity(engines[name], exported, check, f"{name}: target {recipe.target}"))
     observe("evaluate")
@@ -330,7 +330,8 @@ def _run(
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     if keep_passes:
         checkpoints.keep_in(folder / PASSES)
-    layers = layer_rows(model, after, cost(dense), cost(model))
+    layers = layer_rows(model, after, dense_cost, cost_left)
+    costs = charged_by(dense_cost, cost_left, model)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     accelerated = bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
     if not plan.idle and verdicts:
@@ -410,8 +411,7 @@ def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
 
 def _latency(engines: dict[str, Engine], data: Data, model: Model, batch: int, seconds: float) -> Latency:
     """Dense and compressed in turns, on real images where there are enough."""
-    images = images_for(data.held_out, model.example.numpy(), batch)
-    samples = sample({name: call_of(engine, images, Settings()) for name, engine in engines.items()}, seconds)
+    samples = in_turns(engines, data.held_out, model.example.numpy(), batch, seconds)
     return Latency(
         dense=timing(samples["dense"], batch, engines["dense"].device),
         compressed=timing(samples["compressed"], batch, engines["compressed"].device),

@@ -110,10 +110,14 @@ class Charged:
 
 def charged(dense: Model, compressed: Model) -> Charged:
     """What a compressed model costs beside the dense one, by both conventions."""
-    patterns = compressed.patterns()
-    found, tokens = cost(compressed), parts(compressed.graph, compressed.example).tokens
+    return charged_by(cost(dense), cost(compressed), compressed)
+
+
+def charged_by(dense: Cost, found: Cost, compressed: Model) -> Charged:
+    """The same of models whose costs, zeros not yet skipped, are known: `dense`, and `found` of the compressed one."""
+    patterns, tokens = compressed.patterns(), parts(compressed.graph, compressed.example).tokens
     return Charged(
-        dense=cost(dense).macs,
+        dense=dense.macs,
         compressed=found.executed_macs(patterns),
         as_published=as_published(compressed).executed_macs(patterns),
         merging=found.merging_macs,

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
+from mpcompile.checkpoint import first_line
 from mpcompile.errors import UsageError
 from mpcompile.passes import PASSES
 from mpcompile.pipeline import Effect
@@ -229,5 +230,4 @@ def _a(value: object) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcompile.bench import Settings, call_of, images_for
-from mpcompile.conventions import charged
-from mpcompile.cost import cost
+from mpcompile.bench import in_turns
+from mpcompile.cost import Cost, cost
 from mpcompile.data import Data, Split
 from mpcompile.errors import MpcompileError, UsageError
 from mpcompile.lower import Lowered, lower
@@ -27,7 +26,7 @@ from mpcompile.recipe import Recipe
 from mpcompile.resolve import Plan, plan_of
 from mpcompile.runtimes import Build, Engine, Referring
 from mpcompile.runtimes.ort import cpu_engine
-from mpcompile.timing import Speedup, sample, speedup
+from mpcompile.timing import Speedup, speedup
 from mpcompile.tuning import Candidate, Point, Tuning, fastest, held, paths_of, search
 
 QUANTISED_ON = 64  # calibration images that a quantised reference gets
@@ -40,17 +39,19 @@ class Reference:
     exported: Lowered
     engine: Engine
     hits: NDArray[np.bool_]
+    cost: Cost
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Carries recipes out on one model and measures them; files go into `folder`."""
+    """Carries recipes out on one model and measures them; files go into the folder of `build`."""
 
     recipe: Recipe
     plan: Plan
     limit: float  # points of top-1
     dense: Model
     data: Data
+    build: Build
     folder: Path
     reference: Reference
 
@@ -58,11 +59,11 @@ class Trial:
         """What a recipe makes of the model; a recipe that fails is a point that says why."""
         try:
             model, _ = PassManager(deciding(plan_of(candidate.recipe).passes)).run(self.dense, self.data)
-            engine = engine_of(self.plan, _exported(self.recipe, model, self.folder / "model.onnx"), self._build)
+            engine = engine_of(self.plan, _exported(self.recipe, model, self.folder / "model.onnx"), self.build)
         except MpcompileError as error:
             return Point(candidate.name, failed=" ".join(str(error).split()))
-        costs = charged(self.dense, model)
-        return self._measured(candidate.name, engine, costs.compressed / costs.dense)
+        macs = cost(model).executed_macs(model.patterns()) / self.reference.cost.macs
+        return self._measured(candidate.name, engine, macs)
 
     def references(self) -> tuple[Point, ...]:
         """The dense model as the runtime would quantise it, where it can."""
@@ -70,15 +71,11 @@ class Trial:
         if self.plan.idle or not isinstance(runtime, Referring):
             return ()
         images = calibration.first(min(QUANTISED_ON, len(calibration))).numpy()
-        made = runtime.references(self.reference.exported, self._build, images, self.folder)
+        made = runtime.references(self.reference.exported, self.build, images, self.folder)
         return tuple(
             Point(name, failed=found) if isinstance(found, str) else self._measured(name, found, None)
             for name, found in made.items()
         )
-
-    @property
-    def _build(self) -> Build:
-        return _build(self.recipe, self.folder)
 
     def _measured(self, name: str, engine: Engine, macs: float | None) -> Point:
         lost = self.reference.hits.astype(float) - hits(engine, self.data.validation)
@@ -88,9 +85,8 @@ class Trial:
         return Point(name, macs, drop, error, speedups, held(drop, error, self.limit))
 
     def _speedup(self, engine: Engine, batch: int) -> Speedup:
-        images = images_for(self.data.validation, self.dense.example.numpy(), batch)
-        engines, seconds = {"dense": self.reference.engine, "tried": engine}, self.recipe.bench.seconds
-        samples = sample({name: call_of(one, images, Settings()) for name, one in engines.items()}, seconds)
+        engines, example = {"dense": self.reference.engine, "tried": engine}, self.dense.example.numpy()
+        samples = in_turns(engines, self.data.validation, example, batch, self.recipe.bench.seconds)
         return speedup(samples["dense"], samples["tried"], "dense")
 
 
@@ -108,10 +104,16 @@ def tuned(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
         )
     seen, plan = data.for_passes(), plan_of(recipe)
     first = [Candidate("as written, layers taken back", recipe)] if recipe.step("restore") else []
-    paths = paths_of(recipe.without("restore"), lambda given: least_macs(given, dense, seen))
+    counted = cost(dense)
+    paths = paths_of(recipe.without("restore"), lambda given: least_macs(given, dense, counted, seen))
     steps = iter(tracked(range(asked.evaluations), lambda place: f"recipe {place + 1}"))
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(recipe, plan, limit, dense, seen, Path(folder), _reference(recipe, plan, dense, seen, folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        build = Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)
+        exported = _exported(recipe, dense, folder / "dense.onnx")
+        engine = engine_of(plan, exported, build)
+        reference = Reference(exported, engine, hits(engine, seen.validation), counted)
+        trial = Trial(recipe, plan, limit, dense, seen, build, folder, reference)
 
         def evaluate(candidate: Candidate) -> Point:
             next(steps)
@@ -132,7 +134,7 @@ def tuned(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
     return chosen.recipe.model_copy(update={"tune": None}), found
 
 
-def least_macs(recipe: Recipe, dense: Model, data: Data) -> float:
+def least_macs(recipe: Recipe, dense: Model, counted: Cost, data: Data) -> float:
     """The share of multiply-accumulates that a recipe's budget leaves, tokens unmerged."""
     step = recipe.step("mp-budget")
     if step is not None and step.params.get("macs") is not None:
@@ -140,7 +142,6 @@ def least_macs(recipe: Recipe, dense: Model, data: Data) -> float:
     passes = [one for one in plan_of(recipe).passes if one.name == "mp-budget"]
     planned, _ = PassManager(passes).run(dense, data)
     chosen = {name: layer.pattern for name, layer in planned.plan.items() if layer.pattern is not None}
-    counted = cost(dense)
     return counted.executed_macs(chosen) / counted.macs
 
 
@@ -161,15 +162,5 @@ def engine_of(plan: Plan, exported: Lowered, build: Build) -> Engine:
     return cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
 
 
-def _reference(recipe: Recipe, plan: Plan, dense: Model, data: Data, folder: str) -> Reference:
-    exported = _exported(recipe, dense, Path(folder) / "dense.onnx")
-    engine = engine_of(plan, exported, _build(recipe, Path(folder)))
-    return Reference(exported, engine, hits(engine, data.validation))
-
-
 def _exported(recipe: Recipe, model: Model, path: Path) -> Lowered:
     return lower(model, path, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset)
-
-
-def _build(recipe: Recipe, folder: Path) -> Build:
-    return Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)

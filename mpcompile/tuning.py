@@ -76,7 +76,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Path:
-    """Recipes by strength, 1 to STEPS eighths; what is `done` holds or fails there and need not be tried again."""
+    """Recipes by strength: `at` a number of eighths, from 1 to STEPS."""
 
     name: str
     at: Callable[[int], Candidate]
