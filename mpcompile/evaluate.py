@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mpcompile.data import Split
 from mpcompile.errors import ParityError
 
+SURE = 0.05  # a difference in top-1 that chance makes less often is called one
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -19,6 +20,36 @@ class Accuracy:
     top1: float
     top5: float | None  # None where there are five outputs or fewer
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """How many answers became right, how many wrong, and how often chance alone turns as unequal numbers.
+
+    `chance` is the p-value of McNemar's test in its exact form: if an answer that turns may as well turn the other way,
+    the smaller number is binomial. It holds for any number of images; both models answer the same ones.
+    """
+
+    right: int
+    wrong: int
+    chance: float
+
+    @classmethod
+    def between(cls, dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> "Turned":
+        """From which answers are right, in the same order."""
+        right, wrong = int((compressed & ~dense).sum()), int((dense & ~compressed).sum())
+        return cls(right, wrong, _chance(right, wrong))
+
+    def __str__(self) -> str:
+        counts = f"{self.right:,} answers put right and {self.wrong:,} put wrong"
+        made = "seldom makes" if self.chance < SURE else "can make"
+        return f"{counts}, a difference that chance alone {made}: p = {self.chance:.2g} (exact McNemar test)"
+
+
+def _chance(one: int, other: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(min(one, other), one + other).pvalue) if one + other else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +68,7 @@ class Comparison:
     logit_shift_max: float
     logit_range: float
     count: int
+    turned: Turned | None = None  # as `dense`
 
 
 def compare(
@@ -65,6 +97,7 @@ def compare(
         logit_shift_max=float(shift.max()),
         logit_range=float(np.ptp(before, axis=1).mean()),
         count=len(before),
+        turned=Turned.between(before.argmax(1) == truth, after.argmax(1) == truth) if images.labelled else None,
     )
 
 

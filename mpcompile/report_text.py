@@ -50,9 +50,10 @@ def verdict_on(
         )
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
+        turned = f", {comparison.turned}" if comparison.turned else ""
         sentences.append(
             f"On {comparison.count:,} held-out images top-1 is {comparison.compressed.top1:.2%}, and "
-            f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}."
+            f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}{turned}."
         )
     elif comparison:
         sentences.append(

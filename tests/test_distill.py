@@ -353,8 +353,15 @@ def command(folder: Path, output: str, *more: str) -> list[str]:
     return ["-m", "mpcompile", *start, "--held-out", "100", "-o", str(folder / output), "-q", *more]
 
 
-def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, *command(tmp_path, "undisturbed")], check=True, env=ONE_THREAD)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights that one process writes which nobody stops."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run([sys.executable, *command(folder, "one")], check=True, env=ONE_THREAD)
+    return load_file(folder / "one" / "model.safetensors")
+
+
+def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
     resumable = [sys.executable, *command(tmp_path, "killed")]
     process = subprocess.Popen(resumable, env=ONE_THREAD)
     deadline = time.monotonic() + 240
@@ -367,8 +374,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     process.wait()
     assert not (tmp_path / "killed").exists()
     subprocess.run(resumable, check=True, env=ONE_THREAD)
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "killed"))
-    assert_same_weights(one, other)
+    assert_same_weights(undisturbed, load_file(tmp_path / "killed" / "model.safetensors"))
     assert len(Artifact.open(tmp_path / "killed").verify()) == 24
     assert not (tmp_path / ".killed.work").exists()
 
@@ -392,12 +398,13 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_the_command_under_torchrun_writes_what_one_process_writes(tmp_path: Path) -> None:
+def test_the_command_under_torchrun_writes_what_one_process_writes(
+    tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
     torchrun(*command(tmp_path, "two"))
-    subprocess.run([sys.executable, *command(tmp_path, "one")], check=True, env=ONE_THREAD)
-    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    two = load_file(tmp_path / "two" / "model.safetensors")
     assert len(Artifact.open(tmp_path / "two").verify()) == 24
-    for name, value in one.items():
+    for name, value in undisturbed.items():
         # The same, over 46 steps.
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
 

@@ -1,5 +1,6 @@
 """Timing, evaluation and parity: the figures against plain NumPy, and what they refuse."""
 
+import math
 import time
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mpcompile.data import Split
 from mpcompile.errors import ParityError
-from mpcompile.evaluate import accuracy, compare
+from mpcompile.evaluate import Turned, accuracy, compare
 from mpcompile.parity import relative_difference, require_parity
 from mpcompile.timing import ROUNDS, WARM_UP, median_interval, sample, speedup, timing
 
@@ -91,6 +92,22 @@ def test_comparison_counts_every_image_once() -> None:
     assert found.logit_shift_mean == pytest.approx(0.5, abs=1e-6)
     assert found.logit_shift_max == pytest.approx(0.5, abs=1e-6)
     assert found.logit_range == pytest.approx(float(np.ptp(logits, axis=1).mean()), rel=1e-6)
+    sides = [(side(images.pixels.numpy()).argmax(1) == images.labels.numpy()).tolist() for side in (dense, other)]
+    turned = [after - before for before, after in zip(*sides, strict=True)]
+    assert found.turned is not None
+    assert (found.turned.right, found.turned.wrong) == (turned.count(1), turned.count(-1))
+    assert found.turned.right + found.turned.wrong > 0
+
+
+@pytest.mark.parametrize(("right", "wrong"), [(0, 0), (1, 0), (0, 5), (0, 6), (3, 14), (20, 33), (31, 30)])
+def test_chance_turns_answers_either_way(right: int, wrong: int) -> None:
+    one = np.array([False] * right + [True] * wrong + [True, False])
+    other = np.array([True] * right + [False] * wrong + [True, False])
+    found = Turned.between(one, other)
+    assert (found.right, found.wrong) == (right, wrong)
+    tail = sum(math.comb(right + wrong, k) for k in range(min(right, wrong) + 1)) / 2 ** (right + wrong)
+    assert found.chance == pytest.approx(min(1, 2 * tail), rel=1e-12)
+    assert ("seldom makes" in str(found)) == (found.chance < 0.05)
 
 
 def test_without_labels_there_is_agreement_and_no_accuracy() -> None:
