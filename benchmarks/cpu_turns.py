@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcompile.runtimes import native
 from mpcompile.timing import speedup
 
 
@@ -47,8 +48,18 @@ def shown(found: tuple[float, float, float]) -> str:
     return f"**{text}**" if found[2] < 1 else text
 
 
-def processor() -> str:
-    """The CPU, how many of its cores are ours, and how busy they are with other things."""
+def processor_name() -> str:
+    """The CPU, and how many of its cores are ours."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
+
+
+def device() -> str:
+    """The CPU, and the instructions that the kernel uses on it."""
+    return f"{processor_name()}, kernel {native.instruction_set()}"
+
+
+def processor() -> str:
+    """The CPU, how many of its cores are ours, and how busy they are with other things."""
+    return f"{processor_name()}, load average {os.getloadavg()[0]:.1f}"

@@ -7,19 +7,22 @@ ONNX Runtime's. Baseline: the dense file of the whole model, no tokens merged; w
 them merged stands beside it. Beside both: the file after the fusions of onnxruntime.transformers (in this export they
 find LayerNorm and Gelu, not attention); dynamic int8, which changes results; and OpenVINO in float32, in a process of
 its own under the Python that --openvino names. All of a model take turns in one run. On one thread the time is process
-CPU time, on more wall time. Each ratio has its limit beside it: what counting multiply-accumulates promises.
+CPU time, on more wall time. Each ratio has its limit beside it: what counting multiply-accumulates promises. A run on
+another processor adds a table of its own; --add keeps this one's rows of other models and batch sizes too.
 """
 
 import argparse
 import json
+import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import onnx
 import timm
 import torch
 from common import RESULTS, markdown, write
-from cpu_turns import processor, ratio, shown, turns
+from cpu_turns import device, ratio, shown, turns
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -213,7 +216,8 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         "speedup": ratios,
         "limit": made.limits,
         "drift": float(np.abs(expected - found).max() / np.abs(expected).max()),
-        "load": processor(),
+        "device": device(),
+        "load": os.getloadavg()[0],
     }
 
 
@@ -225,36 +229,31 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["vit_small_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--merged", nargs="*", type=int, default=[0, 8, 16])
-    parser.add_argument("--add", action="store_true", help="keep the rows that an earlier run wrote")
+    parser.add_argument("--add", action="store_true", help="keep the rows that an earlier run wrote on this processor")
     arguments = parser.parse_args()
     if why := native.missing():
         raise SystemExit(why)
-    rows = earlier(arguments.threads) if arguments.add else []
-    for name in arguments.models:
-        for batch in arguments.batches:
-            for r in arguments.merged:
-                started = time.perf_counter()
-                rows.append(measure(name, batch, r, arguments))
-                row = rows[-1]
-                shorts = {key: f"{value[0]:.2f}" for key, value in row["speedup"].items()}
-                print(
-                    name,
-                    batch,
-                    r,
-                    f"{row['dense_ms']:.0f} ms",
-                    shorts,
-                    f"{time.perf_counter() - started:.0f} s",
-                    flush=True,
-                )
-                report(rows, arguments.threads)
-    sys.exit(0)
+    rows = earlier(arguments.threads, own=arguments.add)
+    for name, batch, r in product(arguments.models, arguments.batches, arguments.merged):
+        started = time.perf_counter()
+        row = measure(name, batch, r, arguments)
+        rows = sorted([*(kept for kept in rows if place(kept) != place(row)), row], key=place)
+        shorts = {key: f"{value[0]:.2f}" for key, value in row["speedup"].items()}
+        took = f"{time.perf_counter() - started:.0f} s"
+        print(name, batch, r, f"{row['dense_ms']:.0f} ms", shorts, took, flush=True)
+        report(rows, arguments.threads)
 
 
-def earlier(threads: int) -> list[dict[str, Any]]:
-    """The rows of the results file, if there is one."""
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands, which no other row shares."""
+    return row["device"], row["model"], row["batch"], row["r"]
+
+
+def earlier(threads: int, own: bool) -> list[dict[str, Any]]:
+    """The rows of the results file that stay: those of other processors, and of this one where wanted."""
     path = RESULTS / f"{results_name(threads)}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return rows
+    return [row for row in rows if own or row["device"] != device()]
 
 
 def results_name(threads: int) -> str:
@@ -273,9 +272,21 @@ def cell(row: dict[str, Any], key: str) -> str:
 def report(rows: list[dict[str, Any]], threads: int) -> None:
     """Writes what has been measured so far."""
     name = results_name(threads)
-    device = f"{processor()}, kernel {native.instruction_set()}"
-    write(name, QUESTION, device, ("onnxruntime", "timm", "torch"), rows)
-    table = [
+    write(name, QUESTION, device(), ("onnxruntime", "timm", "torch"), rows)
+    head = (
+        f"{QUESTION}\n\nTimes as fast as ONNX Runtime's dense float32 of the whole model (no tokens merged): median "
+        "over rounds, 95 % interval, and what counting multiply-accumulates promises. "
+        f"{threads} thread(s), {rows[0]['clock']} time, {min(r['rounds'] for r in rows)} rounds or more. "
+        "Fused, OpenVINO and dynamic int8 run the dense weights with the row's tokens merged. Drift: the largest "
+        "difference of a logit from the dense file with the same weights and tokens, as a share of the largest logit.\n"
+    )
+    text = "\n".join([head, *(table(where, list(of)) for where, of in groupby(rows, itemgetter("device")))])
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def table(where: str, rows: list[dict[str, Any]]) -> str:
+    """One processor's rows."""
+    cells = [
         (
             row["model"], str(row["batch"]), str(row["r"]), f"{row['dense_ms']:.0f}",
             *(cell(row, key) for key in (*PATTERNS, *OTHERS)),
@@ -283,14 +294,8 @@ def report(rows: list[dict[str, Any]], threads: int) -> None:
         )
         for row in rows
     ]  # fmt: skip
-    head = (
-        f"{QUESTION}\n\nTimes as fast as ONNX Runtime's dense float32 of the whole model (no tokens merged): median "
-        "over rounds, 95 % interval, and what counting multiply-accumulates promises. "
-        f"{threads} thread(s), {rows[0]['clock']} time, {min(r['rounds'] for r in rows)} rounds or more, on {device}. "
-        "Fused, OpenVINO and dynamic int8 run the dense weights with the row's tokens merged. Drift: the largest "
-        "difference of a logit from the dense file with the same weights and tokens, as a share of the largest logit.\n"
-    )
-    (RESULTS / f"{name}.md").write_text(f"{head}\n{markdown(COLUMNS, table)}", encoding="utf-8")
+    loads = [row["load"] for row in rows]
+    return f"{where}, load average {min(loads):.1f} to {max(loads):.1f}:\n\n{markdown(COLUMNS, cells)}"
 
 
 if __name__ == "__main__":

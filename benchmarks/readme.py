@@ -7,10 +7,16 @@ A test holds README to what this would write, so that no number in it is older t
 
 import json
 import re
+from itertools import groupby
+from operator import itemgetter
 
 from common import RESULTS, ROOT, markdown
+from cpu_vit import cell as speed
+from cpu_vit import results_name
 from fashion_vit import COLUMNS, cells
 from one_shot import cell
+
+SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "dynamic int8")
 
 
 def body(name: str) -> str:
@@ -74,6 +80,24 @@ def one_shot() -> str:
     return markdown(("method", *heads), table)
 
 
+def cpu_vit() -> str:
+    """A table a processor and number of threads; patterns that run like another one of their density are left out."""
+    tables = []
+    for threads in (1, 2):
+        rows = json.loads((RESULTS / f"{results_name(threads)}.json").read_text(encoding="utf-8"))["rows"]
+        for device, found in groupby(rows, itemgetter("device")):
+            cells = [
+                (
+                    row["model"].removesuffix("_patch16_224"), str(row["batch"]), str(row["r"]),
+                    f"{row['dense_ms']:.0f}", *(speed(row, key) for key in SHOWN),
+                )
+                for row in found
+            ]  # fmt: skip
+            head = f"{threads} thread{'s' * (threads > 1)}, {device}:"
+            tables.append(f"{head}\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), cells)}")
+    return "\n".join(tables)
+
+
 def blocks() -> dict[str, str]:
     """The text of each block of README."""
     capture = json.loads((RESULTS / "capture.json").read_text(encoding="utf-8"))
@@ -96,7 +120,7 @@ def blocks() -> dict[str, str]:
         "token_merging": first_table("token_merging"),
         "distill": first_table("distill"),
         "speed": body("analyze_speed"),
-        "cpu_vit": body("cpu_vit"),
+        "cpu_vit": cpu_vit(),
         "cpu_choice": body("cpu_choice"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, ROOT, markdown, write
+from cpu_turns import device
 from numpy.typing import NDArray
 
 from mpcompile import Recipe, compile
@@ -65,7 +66,8 @@ class Client(threading.Thread):
         self._models, self._asked, self._stopped = models, asked, stop
         self.counts: dict[tuple[str, int], int] = {}
         self.wrong: dict[tuple[str, int], int] = {}
-        self.times: dict[tuple[str, int], list[float]] = {}
+        # Written once before the start, so that no page of it counts as growth later.
+        self._kept = {key: np.full(SAMPLES // THREADS, np.nan) for key in asked}
 
     def run(self) -> None:
         """Asks and compares."""
@@ -79,16 +81,20 @@ class Client(threading.Thread):
             count = self.counts[key] = self.counts.get(key, 0) + 1
             if not np.array_equal(answer, expected):
                 self.wrong[key] = self.wrong.get(key, 0) + 1
-            kept = self.times.setdefault(key, [])
-            if len(kept) < SAMPLES // THREADS:
-                kept.append(taken)
-            elif self._rng.random() < SAMPLES / THREADS / count:  # every request is as likely to be kept
+            kept = self._kept[key]
+            if count <= len(kept):
+                kept[count - 1] = taken
+            elif self._rng.random() < len(kept) / count:  # every request is as likely to be kept
                 kept[self._rng.randrange(len(kept))] = taken
+
+    def times(self, key: tuple[str, int]) -> NDArray[np.float64]:
+        """The milliseconds that were kept of a model and batch."""
+        return self._kept[key][: self.counts.get(key, 0)]
 
 
 def row_of(key: tuple[str, int], clients: list[Client]) -> dict[str, Any]:
     """What all threads together saw of one model and batch."""
-    times = np.concatenate([np.array(client.times.get(key, [])) for client in clients])
+    times = np.concatenate([client.times(key) for client in clients])
     p50, p90, p99 = np.percentile(times, (50, 90, 99)).tolist()
     return {
         "pattern": key[0],
@@ -132,17 +138,25 @@ def main() -> None:
     for client in clients:
         client.join()
     rows = [row_of(key, clients) for key in asked]
-    warm = [used for at, used in memory if at >= min(WARM_MINUTES, minutes / 2)]
-    said = (
-        f"{sum(row['requests'] for row in rows):,} requests in {minutes:g} minutes from {THREADS} threads. Resident "
-        f"memory went from {warm[0] / 1e6:.1f} MB after {WARM_MINUTES:g} minute to {warm[-1] / 1e6:.1f} MB at the end."
-    )
-    life = {"minutes": minutes, "threads": THREADS, "memory": memory, "growth_mb": (warm[-1] - warm[0]) / 1e6}
-    write("server", QUESTION, "CPU", ("onnxruntime", "numpy"), [*rows, life], {"N:M kernel": native.instruction_set()})
-    table = [tuple(map(spelt, row.values())) for row in rows]
-    text = f"# A server's life\n\n{QUESTION}\n\n{markdown(COLUMNS, table)}\n{said}\n"
+    life = {"minutes": minutes, "threads": THREADS, "memory": memory}
+    write("server", QUESTION, device(), ("onnxruntime", "numpy"), [*rows, life])
+    text = report(rows, life)
     (RESULTS / "server.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def report(rows: list[dict[str, Any]], life: dict[str, Any]) -> str:
+    """The page for people."""
+    minutes, used = life["minutes"], dict(life["memory"])
+    wanted = [share * minutes for share in (WARM_MINUTES / minutes, 1 / 3, 2 / 3, 1)]
+    at = [min(used, key=lambda minute, near=near: abs(minute - near)) for near in wanted]  # type: ignore[misc]
+    told = ", ".join(f"{used[minute] / 1e6:.1f} MB after {minute:.0f}" for minute in at)
+    said = (
+        f"{sum(row['requests'] for row in rows):,} requests in {minutes:g} minutes from {life['threads']} threads on "
+        f"{device()}. Resident memory: {told} minutes."
+    )
+    table = [tuple(map(spelt, row.values())) for row in rows]
+    return f"# A server's life\n\n{QUESTION}\n\n{markdown(COLUMNS, table)}\n{said}\n"
 
 
 if __name__ == "__main__":
