@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from mpcompile.capture import capture
-from mpcompile.compile import data_for, loaded_from
 from mpcompile.cost import Cost, cost
 from mpcompile.data import Data
 from mpcompile.environment import environment
+from mpcompile.inputs import data_for, loaded_from
 from mpcompile.load import Request
 from mpcompile.model import NM, Model, Source
 from mpcompile.passes.mp_budget import MPBudget, fit_layers

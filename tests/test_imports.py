@@ -33,7 +33,7 @@ LAYERS = (
     ("activations", "cost", "resume", "training_images"),
     ("conventions", "pipeline", "evaluate", "load", "lower"),
     ("checkpoints",),
-    ("capture",),
+    ("capture", "inputs"),
     (
         "passes",
         "runtimes",
@@ -53,6 +53,7 @@ LAYERS = (
     ("artifact",),
     ("bench",),
     ("tune",),
+    ("produce",),
     ("compile", "doctor"),
     ("analyze",),
     ("testing", "console"),
@@ -61,7 +62,7 @@ LAYERS = (
     ("__init__", "__main__"),
 )
 # They alone import passes and runtimes.
-FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "tune", "compile", "analyze")
+FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "tune", "produce", "compile", "analyze")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
     [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]
