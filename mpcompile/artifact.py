@@ -37,8 +37,8 @@ from mpcompile.report import FileRow, Report
 from mpcompile.resolve import runtime_named
 from mpcompile.tensors import tensor_bytes
 
-RECIPE, WEIGHTS, MASKS, COMPRESSED, NATIVE, DENSE, PASSES = (
-    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "model.native.onnx", "dense.onnx", "passes",
+RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, PASSES = (
+    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx", "passes",
 )  # fmt: skip
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The forms in which a model is loaded, and which arguments each takes.
@@ -163,7 +163,7 @@ class Artifact:
             return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
         target = self.report.recipe.target
         if form == "onnx" or (runtime is None and target == "ort"):
-            return onnx_engine(exported, self.folder / NATIVE, threads)
+            return onnx_engine(exported, threads)
         runtime = runtime or runtime_named(target)
         captured = None
         if runtime.name == "eager":

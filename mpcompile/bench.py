@@ -2,12 +2,13 @@
 
 Three builds take turns: A, the dense file; B, the compressed file with sparse kernels not allowed; C, the same with
 them. B against A is what the graph alone is worth (merged tokens), C against B what sparse kernels are, and C against A
-what the user gets. All three are the same precision, the same runtime and the same settings.
+what the user gets. C chooses its kernels anew, on this machine; where the folder ships a file that has them chosen,
+that is timed beside the three. All are the same precision, the same runtime and the same settings.
 """
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,12 +32,12 @@ from mpcompile.progress import Progress, reported
 from mpcompile.recipe import Recipe
 from mpcompile.report import Parity
 from mpcompile.resolve import runtime_named
-from mpcompile.runtimes import Build, Engine, Judging, Runtime, Staging
+from mpcompile.runtimes import Build, Engine, Judging, Runtime, Shipping, Staging
 from mpcompile.runtimes.ort import cpu_engine
 from mpcompile.timing import Call, sample, speedup, timing
 from mpcompile.verdict import LayerVerdict
 
-DENSE, UNUSED, COMPRESSED = "dense", "masked, kernels off", "compressed"
+DENSE, UNUSED, COMPRESSED, SHIPPED = "dense", "masked, kernels off", "compressed", "as shipped"
 FOLDER = "bench"
 SECONDS = 4.0  # for each batch
 PARITY_IMAGES = 8
@@ -81,7 +82,8 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
         partial_output = Path(temporary) / target
         partial_output.mkdir()
         build = Build(settings.threads, batches=batches, folder=partial_output)
-        found = compared(runtime, before, after, build, settings, observe)
+        shipped = runtime.shipped(after, settings.threads) if isinstance(runtime, Shipping) else None
+        found = compared(runtime, before, after, build, settings, observe, shipped)
         result = Bench(
             version=version("mpcompile"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -129,12 +131,18 @@ def compared(
     build: Build,
     settings: Settings,
     observe: Observer = lambda stage: None,
+    shipped: tuple[Path, Engine] | None = None,
 ) -> Compared:
     """A dense file and a compressed one, built and timed in turns at every batch of `build`, and what became of each
-    masked layer. Files of the engines go into `build.folder`. Raises RuntimeMissing or BuildError.
+    masked layer. `shipped` is a file that was made of the compressed one before, and its engine, which takes turns with
+    them. Files of the engines go into `build.folder`. Raises RuntimeMissing or BuildError.
     """
     observe("build")
     arms, engines = _built(runtime, before, after, build)
+    if shipped is not None:
+        what = "the file for this target as it lies in the folder, with the kernels that were chosen when it was made"
+        arms = (*arms, Arm(name=SHIPPED, what=what, file=shipped[0].name))
+        engines[SHIPPED] = shipped[1]
     images = _images(after, max(PARITY_IMAGES, min(build.batches)))
     parity = tuple(
         engine_parity(engine, before if name == DENSE else after, images, f"{name}: target {runtime.name}")
@@ -149,7 +157,7 @@ def compared(
     judge = engines[COMPRESSED]
     if isinstance(judge, Judging):
         verdicts = judge.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(UNUSED))
-    return Compared(arms, _meanings(UNUSED in engines), parity, tuple(rows), verdicts, engines[DENSE].device)
+    return Compared(arms, _meanings(engines), parity, tuple(rows), verdicts, engines[DENSE].device)
 
 
 def engine_parity(engine: Engine, exported: Exported, images: NDArray[np.float32], what: str) -> Parity:
@@ -224,12 +232,15 @@ def _built(
     return tuple(arms), engines
 
 
-def _meanings(three: bool) -> dict[str, str]:
-    """What each comparison stands for, by its key."""
-    whole = {f"{COMPRESSED}/{DENSE}": "what is gained in all"}
-    if not three:
-        return whole
-    return {f"{UNUSED}/{DENSE}": "the graph alone", f"{COMPRESSED}/{UNUSED}": "sparse kernels alone", **whole}
+def _meanings(builds: Collection[str]) -> dict[str, str]:
+    """What each comparison of these builds stands for, by its key."""
+    all_of_them = {
+        f"{UNUSED}/{DENSE}": "the graph alone",
+        f"{COMPRESSED}/{UNUSED}": "sparse kernels alone",
+        f"{COMPRESSED}/{DENSE}": "what is gained in all",
+        f"{SHIPPED}/{DENSE}": "what the file in the folder gains",
+    }
+    return {key: text for key, text in all_of_them.items() if set(key.split("/")) <= set(builds)}
 
 
 def _images(exported: Exported, batch: int) -> NDArray[np.float32]:
@@ -252,7 +263,7 @@ def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Se
         samples_ms={name: tuple(found.tolist()) for name, found in samples.items()},
         comparisons={
             key: speedup(samples[key.partition("/")[2]], samples[key.partition("/")[0]], key.partition("/")[2])
-            for key in _meanings(UNUSED in engines)
+            for key in _meanings(engines)
         },
         disturbances=disturbances(before, after),
         before=before,

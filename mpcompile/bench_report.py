@@ -12,7 +12,7 @@ from mpcompile.verdict import LayerVerdict, tally
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79")
+COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b")
 
 
 class Arm(Value):
@@ -86,7 +86,7 @@ class Bench(Value):
             for key, comparison in each.comparisons.items():
                 faster, _, baseline = key.partition("/")
                 told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.spelt(baseline)}."
-                if unchosen and comparison.told and {faster, baseline} == {arm.name for arm in self.arms[1:]}:
+                if unchosen and comparison.told and {faster, baseline} == {arm.name for arm in self.arms[1:3]}:
                     told += " No sparse kernel was chosen, so this is another choice of dense ones, or noise."
                 found.append(told)
             found += [f"Batch {each.batch}: {told}." for told in each.disturbances]

@@ -18,9 +18,9 @@ from mpcompile.load import NAMING_FILES, Request, is_factory, load, misfit
 from mpcompile.lower import Exported
 from mpcompile.model import Model, Source
 from mpcompile.parity import TOLERANCE, relative_difference
-from mpcompile.runtimes import Build, Eager, Engine, Runtime, native
+from mpcompile.runtimes import Build, Eager, Engine, OnnxRuntime, Runtime
 from mpcompile.runtimes.eager import EagerEngine
-from mpcompile.runtimes.ort import OrtEngine, cpu_engine, session_on
+from mpcompile.runtimes.ort import OrtEngine, cpu_engine
 
 __all__ = ["Engine", "OrtEngine", "Runtime", "module_of", "onnx_engine", "target_engine"]
 
@@ -54,13 +54,13 @@ def module_of(
     return module
 
 
-def onnx_engine(exported: Exported, accelerated: Path, threads: int | None) -> OrtEngine:
-    """The file in ONNX Runtime on the CPU: the one for the N:M kernel, `accelerated`, where both are there.
+def onnx_engine(exported: Exported, threads: int | None) -> OrtEngine:
+    """The file in ONNX Runtime on the CPU: the one for the N:M kernel, where both are there.
 
     Raises RuntimeMissing or BuildError.
     """
-    library = native.library() if accelerated.is_file() else None
-    return cpu_engine(exported, threads) if library is None else session_on(accelerated, threads, library)
+    shipped = OnnxRuntime().shipped(exported, threads)
+    return shipped[1] if shipped else cpu_engine(exported, threads)
 
 
 def target_engine(

@@ -18,6 +18,7 @@ from mpcompile.runtimes.protocol import (
     Product,
     Referring,
     Runtime,
+    Shipping,
     Staging,
 )
 from mpcompile.runtimes.tensorrt import TensorRT
@@ -40,6 +41,7 @@ __all__ = [
     "Product",
     "Referring",
     "Runtime",
+    "Shipping",
     "Staging",
     "TensorRT",
     "TensorRTForRTX",

@@ -112,6 +112,11 @@ class OnnxRuntime:
 
         return quantised(exported, build.threads, images, folder)
 
+    def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, OrtEngine] | None":
+        """`….native.onnx` on our kernel, with the layers on it that were chosen when the model was compiled."""
+        file, library = native_file(exported.onnx), native.library()
+        return (file, session_on(file, threads, library)) if library and file.is_file() else None
+
     def missing(self) -> str | None:
         """What to install, or None."""
         if importlib.util.find_spec("onnxruntime") is None:
@@ -147,6 +152,11 @@ class OnnxRuntime:
         from mpcompile.runtimes.ort_native import native_engine
 
         return native_engine(exported, build, library)
+
+
+def native_file(onnx: Path) -> Path:
+    """Where the file for our kernel lies that stands for another one."""
+    return onnx.with_name(f"{onnx.stem}.native.onnx")
 
 
 def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:

@@ -18,7 +18,7 @@ from mpcompile.lower import INLINE_LIMIT_BYTES, Exported
 from mpcompile.proof import ProvenMask
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native.choose import Choice, accelerate
-from mpcompile.runtimes.ort import OrtEngine, session_on
+from mpcompile.runtimes.ort import OrtEngine, native_file, session_on
 from mpcompile.runtimes.protocol import Build
 from mpcompile.verdict import LayerVerdict
 
@@ -69,7 +69,7 @@ def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
     if not made.count:
         return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, made.choices)
     with tempfile.TemporaryDirectory() as temporary:
-        path = (build.folder or Path(temporary)) / f"{exported.onnx.stem}.native.onnx"
+        path = native_file((build.folder or Path(temporary)) / exported.onnx.name)
         onnx.save_model(
             made.file,
             path,

@@ -107,6 +107,15 @@ class Referring(Protocol):
 
 
 @runtime_checkable
+class Shipping(Protocol):
+    """A runtime whose output holds a file of its own, made when the model was compiled."""
+
+    def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, Engine] | None":
+        """That file, which lies beside `exported.onnx`, and its engine; None where there is none, or it cannot run."""
+        ...
+
+
+@runtime_checkable
 class Engine(Protocol):
     """A model that runs: the harness times this call and compares what it returns."""
 

@@ -173,6 +173,19 @@ def test_a_runtime_with_sparse_kernels_gets_a_third_build(artifact: mpcompile.Ar
     assert asked == [("dense.onnx", False), ("model.onnx", False), ("model.onnx", True)]
 
 
+def test_the_file_that_was_shipped_is_timed_beside_them(artifact: mpcompile.Artifact, found: Bench) -> None:
+    shipped = artifact.folder / "model.native.onnx"
+    if not shipped.is_file():
+        pytest.skip("no layer was measured to be faster on the kernel, so no file for it was written")
+    assert [arm.name for arm in found.arms] == ["dense", "masked, kernels off", "compressed", "as shipped"]
+    assert found.arms[-1].file == shipped.name
+    for each in found.batches:
+        dense, ours = (np.array(each.samples_ms[name]) for name in ("dense", "as shipped"))
+        assert each.comparisons["as shipped/dense"].ratio == pytest.approx(np.median(dense / ours))
+    assert [row.what.split(":")[0] for row in found.parity] == [arm.name for arm in found.arms]
+    assert any("what the file in the folder gains" in sentence for sentence in found.sentences())
+
+
 def test_work_on_a_device_is_staged_as_asked() -> None:
     class Device:
         device = "a device"
