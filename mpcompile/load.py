@@ -274,10 +274,7 @@ def _finish(
     module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
 ) -> Loaded:
     args = arch_args or request.arch_args
-    try:
-        source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=args)
-    except Exception as error:  # what a config.json may say of mean, std, input_size …
-        raise LoadError(f"{request.model}: the preprocessing recorded for {arch} cannot be read: {error}") from error
+    source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=args)
     source = replace(
         source,
         size=request.input_size or source.size,
@@ -303,8 +300,15 @@ def source_of(
 ) -> Source:
     """A Source with the preprocessing that timm recorded in the module, or ImageNet's.
 
-    `img_size` and `in_chans` among the arguments of the architecture win over what was recorded.
+    `img_size` and `in_chans` among the arguments of the architecture win over what was recorded. Raises LoadError.
     """
+    try:
+        return _recorded(module, name, arch, sha256, arch_args)
+    except Exception as error:  # what a config.json may say of mean, std, input_size …
+        raise LoadError(f"{name}: the preprocessing recorded for {arch} cannot be read: {error}") from error
+
+
+def _recorded(module: nn.Module, name: str, arch: str, sha256: str, arch_args: Mapping[str, Any] | None) -> Source:
     from timm.data import resolve_model_data_config
 
     args = arch_args or {}
@@ -320,6 +324,11 @@ def source_of(
         values if len(values) == channels else (sum(values) / len(values),) * channels
         for values in (tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"])))
     )
+    labels = tuple((getattr(module, "pretrained_cfg", None) or {}).get("label_names") or ())
+    texts = {"interpolation": cfg["interpolation"], "crop_mode": cfg["crop_mode"]}
+    for key, value in (*texts.items(), *(("label_names", label) for label in labels)):
+        if not isinstance(value, str):
+            raise TypeError(f"{key} has {value!r}, which is no text")
     return Source(
         name=name,
         sha256=sha256,
@@ -327,9 +336,8 @@ def source_of(
         size=(channels, height, width),
         mean=mean,
         std=std,
-        interpolation=cfg["interpolation"],
-        crop_pct=cfg["crop_pct"],
-        crop_mode=cfg["crop_mode"],
-        labels=tuple((getattr(module, "pretrained_cfg", None) or {}).get("label_names") or ()),
+        **texts,
+        crop_pct=float(cfg["crop_pct"]),
+        labels=labels,
         arch_args=recorded,
     )

@@ -316,6 +316,20 @@ def test_a_config_whose_preprocessing_is_an_empty_list(module: nn.Module, exampl
     assert loaded.source.arch == config["architecture"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("label_names", ["boot", ["bag"]]), ("interpolation", 3), ("crop_mode", ["center"]), ("crop_pct", "all")],
+)
+def test_a_config_whose_preprocessing_is_of_other_types(example: Path, tmp_path: Path, key: str, value: object) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((example / "model.safetensors").read_bytes())
+    config = json.loads((example / "config.json").read_text())
+    config["pretrained_cfg"] = {**config["pretrained_cfg"], key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match="the preprocessing recorded for .* cannot be read: "):
+        load(Request(str(weights)))
+
+
 def test_an_archive_that_claims_to_span_disks(module: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(module.state_dict(), path)

@@ -21,7 +21,7 @@ from mpcompile.proof import NAME_SCOPES, ProvenMask
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native import choose, trial
 from mpcompile.runtimes.native.choose import accelerate
-from mpcompile.runtimes.native.graph import find, replace
+from mpcompile.runtimes.native.graph import Product, find, replace
 from mpcompile.runtimes.native.trial import input_shapes
 from mpcompile.testing import tiny_cnn, tiny_vit
 from mpcompile.timing import Speedup
@@ -276,3 +276,19 @@ def test_convolutions_have_to_pass_in_the_whole_file_too(
         assert {choice.native for choice in convolutions} == {kept}
         assert all(("layout of its own" in choice.reason) != kept for choice in convolutions)
         assert found.count == sum(node.domain == "mpcompile" for node in found.file.graph.node)
+
+
+def test_a_file_that_does_not_run_is_an_error_of_building() -> None:
+    # A weight of other taps than the node says: ONNX Runtime loads it, and fails when it runs.
+    weight = np.zeros((16, 1, 8, 8), np.float32)
+    nodes = [
+        helper.make_node("Conv", [INPUT, "w"], ["h"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        helper.make_node("MatMul", ["h", "v"], ["y"], name="product"),
+    ]
+    stored = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.zeros((8, 4), np.float32), "v")]
+    free = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (INPUT, "y")]
+    file = helper.make_model(helper.make_graph(nodes, "g", free[:1], free[1:], stored), ir_version=8)
+    rows = np.zeros((4, 8), np.float32), np.zeros(4, np.float32)
+    product = Product(("layer",), "product", "MatMul", "h", "y", ("y",), "v", NM(2, 4), *rows)
+    with pytest.raises(BuildError, match=r"ONNX Runtime cannot run the file on images of shape \(1, 1, 8, 8\): "):
+        input_shapes(file, [product], np.zeros((1, 1, 8, 8), np.float32))

@@ -163,7 +163,7 @@ def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(made[key][0], onnx=path, model=model)
 
     monkeypatch.setattr(PRODUCE, "lower", lowered)
-    # Whether the file for the CPU's kernel is written is measured anew in each run; here all are to write the same ones.
+    # Whether a file for the CPU's kernel is written is measured anew in each run; here all write the same ones.
     monkeypatch.setattr("mpcompile.runtimes.native.missing", lambda: "left out")
 
 

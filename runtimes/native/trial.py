@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mpcompile.errors import BuildError
+from mpcompile.errors import BuildError, cause_of
 from mpcompile.runtimes.native.graph import Product, replace
 from mpcompile.runtimes.native.node import CONV, OLDEST_OPSET
 from mpcompile.runtimes.native.pack import Packed
@@ -137,7 +137,10 @@ def one_node(
 def input_shapes(
     file: onnx.ModelProto, products: Sequence[Product], images: NDArray[np.float32]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each product's input for such images: as the file says, or from a run where it leaves that open."""
+    """The shape of each product's input for such images: as the file says, or from a run where it leaves that open.
+
+    Raises BuildError where the file cannot be run.
+    """
     known: dict[str, tuple[int, ...]] = {}
     for value in (*file.graph.input, *file.graph.value_info):
         sizes = value.type.tensor_type.shape.dim
@@ -157,6 +160,11 @@ def _shapes_of_a_run(
     inputs, outputs = {value.name for value in file.graph.input}, {value.name for value in file.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in inputs | outputs)
     asked = [name for name in names if name not in inputs]
-    found = session(model, None, None).run(asked, {file.graph.input[0].name: images})
+    try:
+        found = session(model, None, None).run(asked, {file.graph.input[0].name: images})
+    except Exception as error:  # its own kinds, for which a file can give any reason
+        raise BuildError(
+            f"ONNX Runtime cannot run the file on images of shape {images.shape}: {cause_of(error)}"
+        ) from error
     shapes = {name: tuple(array.shape) for name, array in zip(asked, found, strict=True)}
     return {**shapes, **{name: tuple(images.shape) for name in names if name in inputs}}
