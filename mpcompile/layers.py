@@ -34,6 +34,7 @@ PLAIN_CLASSES = frozenset(
     }
 )
 WEIGHT_FUNCTIONS = frozenset({F.linear, F.conv2d, torch.conv2d})
+EXCLUDED = "excluded by"  # how the reason of a layer begins that was named to be left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,21 @@ def _multiplies(user: fx.Node, weight: fx.Node) -> bool:
 
 def fact_against(layer: nn.Linear | nn.Conv2d, place: Place | None, pattern: NM) -> str | None:
     """Why this layer cannot carry the pattern at all, or None where it can."""
+    if reason := fact_against_any(layer, place):
+        return reason
+    out, inputs = layer.weight.shape[:2]
+    if is_depthwise(layer):
+        return "depthwise: one input channel per filter leaves nothing to choose from"
+    if inputs % pattern.of:
+        per = " per group" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else ""
+        return f"{inputs} input channels{per} are not a multiple of {pattern.of}"
+    if out % pattern.rows:
+        return f"{out} output channels are not a multiple of the {pattern.rows} that share a pattern"
+    return None
+
+
+def fact_against_any(layer: nn.Linear | nn.Conv2d, place: Place | None) -> str | None:
+    """Why what is written into this layer's weight might not be what the graph multiplies by, or None."""
     kind = type(layer)
     if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN_CLASSES:
         return f"{kind.__name__} may rewrite its weight before use, so zeros in it might not stay zeros"
@@ -111,14 +127,6 @@ def fact_against(layer: nn.Linear | nn.Conv2d, place: Place | None, pattern: NM)
         return "the graph does not use it"
     if not place.weight_as_stored:
         return "the graph uses its weight in another way than as a plain product, so zeros in it might not stay zeros"
-    out, inputs = layer.weight.shape[:2]
-    if is_depthwise(layer):
-        return "depthwise: one input channel per filter leaves nothing to choose from"
-    if inputs % pattern.of:
-        per = " per group" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else ""
-        return f"{inputs} input channels{per} are not a multiple of {pattern.of}"
-    if out % pattern.rows:
-        return f"{out} output channels are not a multiple of the {pattern.rows} that share a pattern"
     return None
 
 
@@ -172,7 +180,7 @@ def eligible(
         planned = model.plan_of(name).pattern is not None
         included = planned or any(fnmatchcase(name, glob) for glob in include)
         if excluded is not None:
-            verdicts[name] = f"excluded by {excluded!r}"
+            verdicts[name] = f"{EXCLUDED} {excluded!r}"
         else:
             place = where.get(name)
             # Where a weight is altered first, its users say nothing of where the layer stands.

@@ -2,7 +2,7 @@
 
 from mpcompile.cost import Cost
 from mpcompile.lower import Lowered
-from mpcompile.model import Model
+from mpcompile.model import LayerPlan, Model
 from mpcompile.report import LayerRow
 
 
@@ -30,7 +30,7 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
                 density=1.0 if plan.mask is None else float(plan.mask.float().mean()),
                 macs=dense.layers.get(name),
                 macs_left=left,
-                reason=None if plan.mask is not None else plan.skipped or "no pass planned anything for it",
+                reason=None if plan.mask is not None else _reason(plan),
                 initializer=found.initializer if found else None,
                 axis=found.axis if found else None,
                 spectrum=plan.spectrum,
@@ -41,3 +41,9 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
             )
         )
     return tuple(rows)
+
+
+def _reason(plan: LayerPlan) -> str:
+    """Why a layer is dense, and whether its weights are its own."""
+    reason = plan.skipped or "no pass planned anything for it"
+    return reason if plan.missed is None else f"{reason}; fitted anew to what the dense model gives"

@@ -14,8 +14,9 @@ No other choice of N keeps a larger total score, since groups do not interact. T
 - `joint`: the support is found together with the weights on it (passes/joint.py).
 
 The kept weights are then refitted by exact least squares (passes/refit.py), layer by layer on what the layers before
-now give (passes/lockstep.py). With a refit, u is the best dense weight for these inputs, and x is taken about its mean
-where the bias is free to follow; without, u is the layer's own weight.
+now give (passes/lockstep.py), and with them the layers between that stay dense (passes/repair.py). With a refit, u is
+the best dense weight for these inputs, and x is taken about its mean where the bias is free to follow; without, u is
+the layer's own weight.
 """
 
 from collections.abc import Mapping
@@ -30,12 +31,13 @@ from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.layers import eligible
 from mpcompile.masks import flat, grouped, unflat, ungrouped
-from mpcompile.model import NM, Model
+from mpcompile.model import NM, LayerPlan, Model
 from mpcompile.passes.covariance import swapped
 from mpcompile.passes.joint import joint_support
 from mpcompile.passes.lockstep import Layer, Site, rewrite_in_order
 from mpcompile.passes.moments import Moments, Problem
 from mpcompile.passes.refit import damped, of_layer, put, refit, unconstrained
+from mpcompile.passes.repair import repairable
 from mpcompile.pipeline import Effect
 from mpcompile.resume import Finished, run_key
 
@@ -67,7 +69,9 @@ class NMMask:
     `model`, what the dense model has at that place, which also makes up for what those layers lost; `layer`, what
     the layer's own dense weights make of these inputs; `none`: they stay as they are. With calibration images
     `criterion` is joint and `refit` model unless they are set; without, magnitude and none. Not `sequential`, every
-    layer is calibrated on the dense model's inputs. `damping` is explained in passes/refit.py. `prior` (α) holds the
+    layer is calibrated on the dense model's inputs. With `repair` and the refit to the model, layers that stay dense
+    and follow masked ones are fitted to the dense model too (passes/repair.py), unless they are output layers or
+    excluded by name. `damping` is explained in passes/refit.py. `prior` (α) holds the
     criterion covariance to the largest weights of the layer, as many as `prior_density` says.
     """
 
@@ -79,6 +83,7 @@ class NMMask:
     criterion: Criterion | None = None
     refit: Target | None = None
     sequential: bool = True
+    repair: bool = True
     damping: float = 0.02
     prior: float = 0.0
     prior_density: float = 0.65
@@ -106,7 +111,8 @@ class NMMask:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(choices.items())[:3])
             what = self.pattern or TWO_OF_FOUR
             raise PassError(f"no layer takes {what} ({shown or 'the model has no Linear and no Conv2d'})")
-        plans, due = {}, {}
+        plans: dict[str, LayerPlan] = {}
+        due: dict[str, NM | None] = {}
         for name, choice in choices.items():
             with on_layer(name):
                 plan = model.plan_of(name)
@@ -118,24 +124,35 @@ class NMMask:
                         plans[name] = replace(plan, skipped=choice)
                 else:
                     due[name] = choice
-        found = self.mask_layers(model, data, due)
-        for name, (mask, missed) in found.items():
-            plans[name] = replace(model.plan_of(name), pattern=due[name], mask=mask, missed=missed, skipped=None)
+        if due and self.repair and self.sequential and self._target(data) == "model":
+            reasons = {name: choice for name, choice in choices.items() if isinstance(choice, str)}
+            due |= dict.fromkeys(repairable(model, due, reasons))
+        for name, (mask, missed) in self.mask_layers(model, data, due).items():
+            if due[name] is None:
+                plans[name] = replace(plans.get(name, model.plan_of(name)), missed=missed)
+            else:
+                plans[name] = replace(model.plan_of(name), pattern=due[name], mask=mask, missed=missed, skipped=None)
         return model.with_plan(plans)
 
+    def _target(self, data: Data) -> Target:
+        """What kept weights are fitted to."""
+        return self.refit or ("model" if len(data.calibration) else "none")
+
     def mask_layers(
-        self, model: Model, data: Data, due: Mapping[str, NM], dense: fx.GraphModule | None = None
+        self, model: Model, data: Data, due: Mapping[str, NM | None], dense: fx.GraphModule | None = None
     ) -> dict[str, tuple[Tensor, float | None]]:
         """Each layer's mask, which was applied, and the share of its outputs' power that it misses where that is known.
 
+        A layer without a pattern keeps all its weights, and is fitted as the others are.
         Outputs are fitted to those of `dense`, which is the model as it is unless it is given. Raises PassError where
         images are needed and there are none.
         """
         criterion = self.criterion or ("joint" if len(data.calibration) and self.refit != "none" else "magnitude")
-        target = self.refit or ("model" if len(data.calibration) else "none")
+        target = self._target(data)
         if criterion == "magnitude" and target == "none":
             plain: dict[str, tuple[Tensor, float | None]] = {}
             for name, pattern in due.items():
+                assert pattern is not None  # nothing is fitted here
                 with on_layer(name):
                     plain[name] = (masked(model.layer(name), pattern), None)
             return plain
@@ -162,7 +179,7 @@ class NMMask:
         return found
 
     def _fitted(
-        self, site: Site, layer: Layer, pattern: NM, moments: Moments, criterion: Criterion, target: Target
+        self, site: Site, layer: Layer, pattern: NM | None, moments: Moments, criterion: Criterion, target: Target
     ) -> dict[str, Tensor]:
         """What is to be put into a layer: `mask` and `weight`, `bias` where the mean output is free, and `missed`."""
         own = flat(layer.weight)
@@ -175,8 +192,11 @@ class NMMask:
         else:
             fitted = damped(problem, own, self.damping)
             best = unconstrained(fitted)
-        mask = self._support(best, fitted, own, pattern, criterion)
-        weight = torch.where(mask, own.double(), 0) if target == "none" else refit(fitted, mask)
+        if pattern is None:
+            mask, weight = torch.ones_like(own, dtype=torch.bool), best
+        else:
+            mask = self._support(best, fitted, own, pattern, criterion)
+            weight = torch.where(mask, own.double(), 0) if target == "none" else refit(fitted, mask)
         wanted = problem.power.sum()
         result = {
             "mask": unflat(mask, layer.weight.shape),

@@ -8,10 +8,12 @@ Two steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P 
 2. While the loss on validation images is above the limit, the masked layer with the largest share of the logits' shift
    (first order, passes/certify.py) goes to the mildest of `patterns` that it can carry and that is milder than its own,
    masked and refitted anew from its dense weights, or back to dense. The shares are measured anew after each, since
-   they change with what was restored. What this costs in multiply-accumulates is told as it goes.
+   they change with what was restored. Dense layers that were fitted to make up for masked ones (passes/repair.py) go
+   back with the last one before them. What this costs in multiply-accumulates is told as it goes.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,6 +29,7 @@ from mpcompile.model import NM, Model
 from mpcompile.passes.certify import attribution, outputs_of, twin_of
 from mpcompile.passes.lockstep import sites_of
 from mpcompile.passes.nm_mask import NMMask, nm_mask
+from mpcompile.passes.repair import after
 from mpcompile.pipeline import Effect
 from mpcompile.progress import tracked
 
@@ -130,19 +133,35 @@ class Restore:
         able = [p for p in self.patterns if plan.pattern and p.density > plan.pattern.density]
         able = sorted((p for p in able if not fact_against(model.layer(name), where.get(name), p)), key=_density)
         with torch.no_grad():
-            for other in alike:
-                _copy(twin_of(model, other), model.layer(other))
-            for site in sites_of(model, alike):
-                if site.norm is not None and model.dense is not None:
-                    at = next(path for path, module in model.graph.named_modules() if module is site.norm)
-                    _copy(model.dense.get_submodule(at), site.norm)
+            _as_dense(model, alike)
             if able:
                 # Where tokens were merged, the dense graph has no place for place the same outputs to be fitted to.
                 reference = model.dense if model.dense and _same_nodes(model.graph, model.dense) else None
                 found = NMMask().mask_layers(model, data, dict.fromkeys(alike, able[0]), reference)
                 plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}
                 return model.with_plan(plans)
-        return model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in alike})
+        back = model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in alike})
+        return _unrepaired(back)
+
+
+def _as_dense(model: Model, names: Sequence[str]) -> None:
+    """Gives layers, and the batch normalisations that took up their shifts, what the dense model has there."""
+    for name in names:
+        _copy(twin_of(model, name), model.layer(name))
+    for site in sites_of(model, names):
+        if site.norm is not None and model.dense is not None:
+            at = next(path for path, module in model.graph.named_modules() if module is site.norm)
+            _copy(model.dense.get_submodule(at), site.norm)
+
+
+def _unrepaired(model: Model) -> Model:
+    """The model without what was done to dense layers for masked ones before them, where there are none any more."""
+    reading = after(model, model.patterns())
+    fitted = [name for name, plan in model.plan.items() if plan.mask is None and plan.missed is not None]
+    alone = [name for name in fitted if name not in reading]
+    with torch.no_grad():
+        _as_dense(model, alone)
+    return model.with_plan({name: replace(model.plan_of(name), missed=None) for name in alone})
 
 
 def _copy(old: nn.Module, new: nn.Module) -> None:
