@@ -71,6 +71,7 @@ bench-cpu: bench-models
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_gemm_few.py
 	$(BIN)/python benchmarks/cpu_vit.py
+	$(BIN)/python benchmarks/cpu_vit.py --threads 2
 	$(BIN)/python benchmarks/cpu_choice.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/readme.py

@@ -84,7 +84,8 @@ def cpu_vit() -> str:
     """A table a processor and number of threads; patterns that run like another one of their density are left out."""
     tables = []
     for threads in (1, 2):
-        rows = json.loads((RESULTS / f"{results_name(threads)}.json").read_text(encoding="utf-8"))["rows"]
+        path = RESULTS / f"{results_name(threads)}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
         for device, found in groupby(rows, itemgetter("device")):
             cells = [
                 (
@@ -116,11 +117,13 @@ def blocks() -> dict[str, str]:
         "budget": budget(),
         "permute": orders(),
         "one_shot": one_shot(),
+        "one_shot_imagenet": body("one_shot_imagenet"),
         "certificates": first_table("certificates"),
         "token_merging": first_table("token_merging"),
         "distill": first_table("distill"),
         "speed": body("analyze_speed"),
         "cpu_vit": cpu_vit(),
+        "server": body("server"),
         "cpu_choice": body("cpu_choice"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
     }
