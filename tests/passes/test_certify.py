@@ -59,7 +59,9 @@ def test_reaches_are_the_largest_change_of_an_output_on_the_inputs_it_now_gets(m
     assert result.dense is not None
     with torch.no_grad():
         reaches = reaches_of(result, data.held_out)
-        assert set(reaches) == {name for name, plan in result.plan.items() if plan.mask is not None}
+        # Masked layers, and the dense ones that were fitted to make up for them.
+        assert set(reaches) == {name for name, plan in result.plan.items() if plan.missed is not None}
+        assert set(result.masks()) <= set(reaches)
         for name, reach in reaches.items():
             found: dict[str, torch.Tensor] = {}
             layer = result.layer(name)
