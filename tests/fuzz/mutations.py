@@ -177,7 +177,7 @@ def altered(draw: st.DrawFn, content: Mapping[str, Any]) -> Any:
         elif how == 2 and isinstance(place, list):
             place.append(_copied(place[key]))
         else:
-            place[key] = draw(values)
+            place[key] = _copied(draw(values))  # drawn ones may be shared, and a later step may change this one
     return whole[""]
 
 
