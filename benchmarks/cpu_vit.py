@@ -269,6 +269,12 @@ def cell(row: dict[str, Any], key: str) -> str:
     return shown(row["speedup"][key]) + limit
 
 
+def cells(row: dict[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
+    """What a row is of, and its ratios."""
+    head = (row["model"], str(row["batch"]), str(row["r"]), f"{row['dense_ms']:.0f}")
+    return (*head, *(cell(row, key) for key in keys))
+
+
 def report(rows: list[dict[str, Any]], threads: int) -> None:
     """Writes what has been measured so far."""
     name = results_name(threads)
@@ -286,16 +292,9 @@ def report(rows: list[dict[str, Any]], threads: int) -> None:
 
 def table(where: str, rows: list[dict[str, Any]]) -> str:
     """One processor's rows."""
-    cells = [
-        (
-            row["model"], str(row["batch"]), str(row["r"]), f"{row['dense_ms']:.0f}",
-            *(cell(row, key) for key in (*PATTERNS, *OTHERS)),
-            f"{row['drift']:.0e}",
-        )
-        for row in rows
-    ]  # fmt: skip
+    lines = [(*cells(row, (*PATTERNS, *OTHERS)), f"{row['drift']:.0e}") for row in rows]
     loads = [row["load"] for row in rows]
-    return f"{where}, load average {min(loads):.1f} to {max(loads):.1f}:\n\n{markdown(COLUMNS, cells)}"
+    return f"{where}, load average {min(loads):.1f} to {max(loads):.1f}:\n\n{markdown(COLUMNS, lines)}"
 
 
 if __name__ == "__main__":

@@ -43,12 +43,8 @@ from mpcompile.pipeline import Pass, PassManager
 PATTERNS = (NM(2, 4), NM(8, 16), NM(1, 4))
 SEEDS = (0, 1, 2)
 OURS = "joint, permutation, refit, repair (ours)"
-# Without repair only masked layers are fitted; where all layers between are masked, as in the ViT, it changes nothing.
-REFITTED = (
-    "covariance, permutation, refit",
-    "joint, permutation, refit",
-    OURS,
-)  # the refit has set the means that statistics would be moved for
+# The refit has set the means that statistics would be moved for.
+REFITTED = ("covariance, permutation, refit", "joint, permutation, refit", OURS)
 
 
 def passes_of(*steps: Pass) -> Callable[[Model, Data], Model]:

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from budget import logits
 from common import RESULTS, markdown, write
 from pretrained import efficientnet_lite0
 
 from mpcompile.capture import capture
-from mpcompile.data import Data, load_data
+from mpcompile.data import load_data
 from mpcompile.evaluate import Turned
 from mpcompile.load import source_of
-from mpcompile.model import NM, Model
+from mpcompile.model import NM
 from mpcompile.passes import NMMask, Permute
 from mpcompile.pipeline import PassManager
 
@@ -36,13 +37,6 @@ METHODS = {
     "joint, permutation, refit, repair (ours)": (Permute(), NMMask(PATTERN)),
 }
 COLUMNS = ("method", "seed", "top-1", "of dense", "answers put right, put wrong", "same answer", "logit shift", "s")
-
-
-def logits(model: Model, data: Data) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of all held-out images, and their labels."""
-    with torch.no_grad():
-        pairs = [(model(pixels), labels) for pixels, labels in data.held_out.batches(50)]
-    return torch.cat([z for z, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
 def measured(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from common import RESULTS, ROOT, markdown
-from cpu_vit import cell as speed
+from cpu_vit import cells as speeds
 from cpu_vit import results_name
 from fashion_vit import COLUMNS, cells
 from one_shot import cell
@@ -87,15 +87,9 @@ def cpu_vit() -> str:
         path = RESULTS / f"{results_name(threads)}.json"
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
         for device, found in groupby(rows, itemgetter("device")):
-            cells = [
-                (
-                    row["model"].removesuffix("_patch16_224"), str(row["batch"]), str(row["r"]),
-                    f"{row['dense_ms']:.0f}", *(speed(row, key) for key in SHOWN),
-                )
-                for row in found
-            ]  # fmt: skip
+            lines = [speeds(row | {"model": row["model"].removesuffix("_patch16_224")}, SHOWN) for row in found]
             head = f"{threads} thread{'s' * (threads > 1)}, {device}:"
-            tables.append(f"{head}\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), cells)}")
+            tables.append(f"{head}\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
     return "\n".join(tables)
 
 

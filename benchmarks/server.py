@@ -148,7 +148,7 @@ def main() -> None:
 def report(rows: list[dict[str, Any]], life: dict[str, Any]) -> str:
     """The page for people."""
     minutes, used = life["minutes"], dict(life["memory"])
-    wanted = [share * minutes for share in (WARM_MINUTES / minutes, 1 / 3, 2 / 3, 1)]
+    wanted = [WARM_MINUTES, minutes / 3, 2 * minutes / 3, minutes]
     at = [min(used, key=lambda minute, near=near: abs(minute - near)) for near in wanted]  # type: ignore[misc]
     told = ", ".join(f"{used[minute] / 1e6:.1f} MB after {minute:.0f}" for minute in at)
     said = (

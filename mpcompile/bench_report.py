@@ -84,9 +84,9 @@ class Bench(Value):
         unchosen = bool(self.verdicts) and all(row.chosen is False for row in self.verdicts)
         for each in self.batches:
             for key, comparison in each.comparisons.items():
-                faster, _, baseline = key.partition("/")
+                baseline = key.partition("/")[2]
                 told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.spelt(baseline)}."
-                if unchosen and comparison.told and {faster, baseline} == {arm.name for arm in self.arms[1:3]}:
+                if unchosen and comparison.told and baseline != self.arms[0].name:  # of two masked builds
                     told += " No sparse kernel was chosen, so this is another choice of dense ones, or noise."
                 found.append(told)
             found += [f"Batch {each.batch}: {told}." for told in each.disturbances]

@@ -87,17 +87,18 @@ def compare(
         if not np.isfinite(logits).all():
             raise ParityError(f"the {name} model returns numbers that are not finite on held-out images")
     truth = np.concatenate(labels)
+    answers = before.argmax(1), after.argmax(1)
     shift = np.abs(after - before).reshape(len(before), -1).max(axis=1)
     return Comparison(
         dense=accuracy(before, truth) if images.labelled else None,
         compressed=accuracy(after, truth) if images.labelled else None,
-        agreement=float((before.argmax(1) == after.argmax(1)).mean()),
+        agreement=float((answers[0] == answers[1]).mean()),
         logit_shift_mean=float(shift.mean()),
         logit_shift_p99=float(np.percentile(shift, 99)),
         logit_shift_max=float(shift.max()),
         logit_range=float(np.ptp(before, axis=1).mean()),
         count=len(before),
-        turned=Turned.between(before.argmax(1) == truth, after.argmax(1) == truth) if images.labelled else None,
+        turned=Turned.between(answers[0] == truth, answers[1] == truth) if images.labelled else None,
     )
 
 

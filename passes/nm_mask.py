@@ -71,8 +71,8 @@ class NMMask:
     `criterion` is joint and `refit` model unless they are set; without, magnitude and none. Not `sequential`, every
     layer is calibrated on the dense model's inputs. With `repair` and the refit to the model, layers that stay dense
     and follow masked ones are fitted to the dense model too (passes/repair.py), unless they are output layers or
-    excluded by name. `damping` is explained in passes/refit.py. `prior` (α) holds the
-    criterion covariance to the largest weights of the layer, as many as `prior_density` says.
+    excluded by name. `damping` is explained in passes/refit.py. `prior` (α) holds the criterion covariance to the
+    largest weights of the layer, as many as `prior_density` says.
     """
 
     name: ClassVar[str] = "nm-mask"

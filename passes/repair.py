@@ -6,33 +6,28 @@ inputs that it now gets, all its weights kept (passes/refit.py), it takes back p
 masks nor work.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from mpcompile.layers import EXCLUDED, fact_against_any, places, tied, weight_sites
 from mpcompile.model import Model
 
 
-def repairable(model: Model, due: Collection[str], reasons: dict[str, str]) -> list[str]:
+def repairable(model: Model, due: Collection[str], reasons: Mapping[str, str]) -> list[str]:
     """Of the layers that stay dense, each with its reason, those that see a loss and can be fitted to make up for it.
 
     That is a layer that reads what a layer of `due` gives, is applied at one place, shares its weight with no other,
     and was not excluded by name. Output layers are left as they are: they see one row an image, too few to fit to.
     """
     sites, _ = weight_sites(model.graph)
-    where, moved, found = places(model), after(model, due), []
     alone = {group[0] for group in tied(model, [name for name, _ in model.layers()]) if len(group) == 1}
+    where, candidates, found = places(model), after(model, due) & alone, []
     for name, layer in model.layers():
-        place = where.get(name)
-        if (
-            name not in reasons
-            or name not in moved & alone
-            or len(sites[name]) != 1
-            or model.plan_of(name).mask is not None
-        ):
+        reason, place = reasons.get(name), where.get(name)
+        if name not in candidates or len(sites[name]) != 1 or model.plan_of(name).mask is not None:
             continue
-        if fact_against_any(layer, place) or reasons[name].startswith(EXCLUDED):
+        if reason is None or reason.startswith(EXCLUDED):
             continue
-        if place is not None and place.layers_after:
+        if place and place.layers_after and not fact_against_any(layer, place):
             found.append(name)
     return found
 
