@@ -38,11 +38,12 @@ from mpcompile.layers import eligible
 from mpcompile.model import NM, Model
 from mpcompile.passes import NMMask, Permute
 from mpcompile.passes.batch_norm import match_statistics
+from mpcompile.passes.nm_mask import Criterion
 from mpcompile.pipeline import Pass, PassManager
 
 PATTERNS = (NM(2, 4), NM(8, 16), NM(1, 4))
 SEEDS = (0, 1, 2)
-OURS = "joint, permutation, refit, repair (ours)"
+OURS = "joint, permutation, refit, repair, residual (ours)"
 # The refit has set the means that statistics would be moved for.
 REFITTED = ("covariance, permutation, refit", "joint, permutation, refit", OURS)
 
@@ -50,6 +51,11 @@ REFITTED = ("covariance, permutation, refit", "joint, permutation, refit", OURS)
 def passes_of(*steps: Pass) -> Callable[[Model, Data], Model]:
     """These passes as one function."""
     return lambda model, data: PassManager(steps).run(model, data.for_passes())[0]
+
+
+def alone(pattern: NM, criterion: Criterion) -> NMMask:
+    """Masks and fits the masked layers alone, each to what the dense layer gives."""
+    return NMMask(pattern, criterion, "model", repair=False, residual=False)
 
 
 def methods(module: nn.Module, pattern: NM, names: list[str]) -> dict[str, Callable[[Model, Data], Model]]:
@@ -60,8 +66,8 @@ def methods(module: nn.Module, pattern: NM, names: list[str]) -> dict[str, Calla
         "SparseGPT, ModelOpt": lambda m, d: modelopt_sparsegpt(m, module, d.calibration, pattern, names),
         "SparseGPT, from its paper": lambda m, d: sparsegpt(m, d.calibration, pattern, names),
         "covariance": passes_of(NMMask(pattern, "covariance", "none")),
-        "covariance, permutation, refit": passes_of(Permute(), NMMask(pattern, "covariance", "model", repair=False)),
-        "joint, permutation, refit": passes_of(Permute(), NMMask(pattern, repair=False)),
+        "covariance, permutation, refit": passes_of(Permute(score="magnitude"), alone(pattern, "covariance")),
+        "joint, permutation, refit": passes_of(Permute(score="magnitude"), alone(pattern, "joint")),
         OURS: passes_of(Permute(), NMMask(pattern)),
     }
     if importlib.util.find_spec("modelopt") is None:

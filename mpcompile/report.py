@@ -42,7 +42,7 @@ class LayerRow(Value):
     spectrum: Spectrum | None  # its Marchenko–Pastur fit, where a budget made one
     unfitted: str | None  # why it has none
     permuted: bool  # whether its input channels were reordered
-    missed: float | None  # of its dense outputs' power on calibration images, where it was refitted
+    missed: float | None  # of the power of what it was fitted to, on calibration images
     unpermuted: str | None  # why not, where a permutation looked at it
 
 

@@ -101,7 +101,11 @@ def everything(report: Report) -> Table:
         Column("edge", True, "singular value that noise passes with 5 % probability"),
         Column("spikes", True, "singular values past the edge"),
         Column("distance", True, "from the Marchenko–Pastur law, over the middle half of the spectrum"),
-        Column("missed", True, "share of its dense outputs' power that it does not reproduce on calibration images"),
+        Column(
+            "missed",
+            True,
+            "share of the power of what it was fitted to that it does not reproduce on calibration images",
+        ),
         Column("shift", True, "its share of the logits' squared shift, to first order"),
         Column("reordered", False, "whether its input channels were permuted"),
         Column("kernel", False, "whether the target runs it on a sparse kernel"),

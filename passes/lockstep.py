@@ -23,12 +23,14 @@ from mpcompile.data import Split
 from mpcompile.errors import LoadError, PassError, on_layer
 from mpcompile.layers import tied, weight_sites
 from mpcompile.model import Model
+from mpcompile.passes.joins import join_after
 from mpcompile.passes.moments import Moments, product, rows_of
 from mpcompile.progress import tracked
 from mpcompile.shortage import available_bytes
 from mpcompile.watch import Watcher
 
 BATCH = 16
+PARTS = 4  # of the images, where what is missing at a residual sum has to be more than chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,9 @@ class Site:
 
 Layer = nn.Linear | nn.Conv2d
 Rewrite = Callable[[Site, Moments | None], None]
+# Of what is missing at a residual sum how much each output is to make up for, from the moments of parts of the images;
+# wanted are the layer's own dense output and what is missing.
+Share = Callable[[Site, Sequence[Moments]], Tensor]
 Seen = list[tuple[str, Tensor, Tensor]]  # layer, input, output
 
 
@@ -97,13 +102,15 @@ def rewrite_in_order(
     sequential: bool = True,
     known: Callable[[str], bool] = lambda name: False,
     dense: fx.GraphModule | None = None,
+    residual: Share | None = None,
 ) -> None:
     """Calls `rewrite` for each weight of these layers in order of execution, with the moments of what flows into it.
 
     Inputs are those of the model as it is being rewritten or, where not `sequential`, as it was. Wanted outputs are
-    those of `dense`, or of the model as it was, without the bias where no bias can be set. Layers that the images do
-    not reach are left out, and for those that are `known` no moments are collected. Raises LoadError where an image is
-    not finite, PassError where a layer's inputs are not, or where memory cannot hold the images.
+    those of `dense`, or of the model as it was, without the bias where no bias can be set; before a residual sum, and
+    where sequential, with as much of what is missing in the sum as `residual` says (passes/joins.py). Layers that the
+    images do not reach are left out, and for those that are `known` no moments are collected. Raises LoadError where an
+    image is not finite, PassError where a layer's inputs are not, or where memory cannot hold the images.
     """
     dense = copy.deepcopy(model.graph) if dense is None else dense
     due = _due(model, names)
@@ -111,27 +118,39 @@ def rewrite_in_order(
     several = {site: Moments() for nodes, site in waiting if len(nodes) > 1 or len(site.names) > 1}
     _require_memory(model, len(images), sides=2 if sequential else 1)
     batches = _read(images, model)
+    twins = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
     announce = tracked(due, lambda item: item[1].names[0])
     with torch.no_grad():
         if several:
             _of_dense(dense, batches, several)
         before, now = _Side(dense, batches), _Side(model.graph, batches if sequential else ())
         with before.watcher.watching(), now.watcher.watching():
-            for node, twin in zip(model.graph.graph.nodes, dense.graph.nodes, strict=True):
+            for node, twin in twins.items():
                 if node.op == "placeholder":
                     continue
                 here = [next(announce)[1] for nodes, _ in due if nodes[0] is node]
-                collecting = {site: Moments() for _, site in waiting if site in here and site not in several}
+                collecting = [site for _, site in waiting if site in here and site not in several]
+                alone = [site for site in collecting if site.names == (node.target,)]
+                join = join_after(model, node) if residual and sequential and alone else None
+                parts = {site: tuple(Moments() for _ in range(PARTS if join else 1)) for site in collecting}
                 for batch in range(len(batches)):
                     expected = before.execute(twin, batch)
                     found = now.peek(node, batch) if sequential and collecting else expected
+                    missing = None
+                    if join is not None:
+                        missing = join.missing(before.values[batch][twins[join.other]], now.values[batch][join.other])
                     for site in collecting:
-                        _collect(collecting[site], site, model, dense, node, found, expected)
+                        _collect(
+                            parts[site][batch % len(parts[site])], site, model, dense, node, found, expected, missing
+                        )
                 for site in here:
                     with on_layer(site.names[0]):
-                        moments = several.get(site) or collecting.get(site)
+                        moments = sum(parts[site], Moments()) if site in parts else several.get(site)
                         if moments is not None and not moments.finite:
                             raise PassError("its inputs on the calibration images are not finite")
+                        if moments is not None and join is not None and residual is not None:
+                            share = residual(site, parts[site])
+                            moments = moments.combined(torch.stack([torch.ones_like(share), share]))
                         rewrite(site, moments)
                 if sequential:
                     for batch in range(len(batches)):
@@ -230,12 +249,20 @@ def _of_dense(dense: fx.GraphModule, batches: Sequence[Tensor], several: dict[Si
 
 
 def _collect(
-    moments: Moments, site: Site, model: Model, dense: fx.GraphModule, node: fx.Node, found: Seen, expected: Seen
+    moments: Moments,
+    site: Site,
+    model: Model,
+    dense: fx.GraphModule,
+    node: fx.Node,
+    found: Seen,
+    expected: Seen,
+    missing: Tensor | None,
 ) -> None:
-    """Takes in one batch at one node: inputs found, outputs expected."""
+    """Takes in one batch at one node: inputs found, outputs expected and, where it is asked for, what is missing."""
     [name] = site.names
     layer, twin = model.layer(name), dense.get_submodule(name)
     assert isinstance(twin, nn.Linear | nn.Conv2d)
     for (seen, x, _), (same, x_dense, y) in zip(found, expected, strict=True):
         if seen == same == name:
-            moments.add(layer, x, rows_of(layer, y) if node.op == "call_module" else product(twin, x_dense))
+            wanted = [rows_of(layer, y) if node.op == "call_module" else product(twin, x_dense)]
+            moments.add(layer, x, *wanted, *([] if missing is None else [rows_of(layer, missing)]))

@@ -75,58 +75,88 @@ def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"
 
 @dataclass
 class Moments:
-    """Sums over rows of inputs x and wanted outputs y, all less a fixed shift; float64."""
+    """Sums over rows of inputs x and one or several wanted outputs y, all less a fixed shift; float64."""
 
     count: int = 0
     shift_x: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns
-    shift_y: Tensor = field(default_factory=lambda: torch.empty(0))  # out
+    shift_y: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, out
     sum_x: Tensor = field(default_factory=lambda: torch.empty(0))
     sum_y: Tensor = field(default_factory=lambda: torch.empty(0))
     sum_xx: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns, columns
-    sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # out, columns
-    sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # out
+    sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, out, columns
+    sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, wanted, out
 
-    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Float[Tensor, "rows out"]) -> None:
+    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, *wanted: Float[Tensor, "rows out"]) -> None:
         """Takes in inputs of the layer and the outputs wanted for them (`rows_of` or `product`)."""
-        places = len(y) // len(x)
+        y = torch.stack(wanted)
+        places = y.shape[1] // len(x)
         images = max(1, CHUNK_BYTES // (places * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
         for start in range(0, len(x), images):
-            self._add_rows(columns(layer, x[start : start + images]), y[start * places : (start + images) * places])
+            self._add_rows(columns(layer, x[start : start + images]), y[:, start * places : (start + images) * places])
 
     @property
     def finite(self) -> bool:
         """Whether every sum is finite."""
         return bool(self.sum_xx.isfinite().all() and self.sum_yx.isfinite().all())
 
-    def _add_rows(self, x: Float[Tensor, "groups rows columns"], y: Float[Tensor, "rows out"]) -> None:
-        if x.shape[1] != y.shape[0]:
-            raise PassError(f"its inputs unfold to {x.shape[1]} rows and it has {y.shape[0]} outputs")
+    def _add_rows(self, x: Float[Tensor, "groups rows columns"], y: Float[Tensor, "wanted rows out"]) -> None:
+        if x.shape[1] != y.shape[1]:
+            raise PassError(f"its inputs unfold to {x.shape[1]} rows and it has {y.shape[1]} outputs")
         groups, rows, width = x.shape
+        wanted, _, out = y.shape
         if not self.count:
-            self.shift_x, self.shift_y = x.mean(1), y.mean(0)
+            self.shift_x, self.shift_y = x.mean(1), y.mean(1)
             self.sum_x = torch.zeros(groups, width, dtype=torch.float64)
-            self.sum_y = torch.zeros(y.shape[1], dtype=torch.float64)
+            self.sum_y = torch.zeros(wanted, out, dtype=torch.float64)
             self.sum_xx = torch.zeros(groups, width, width, dtype=torch.float64)
-            self.sum_yx = torch.zeros(y.shape[1], width, dtype=torch.float64)
-            self.sum_yy = torch.zeros(y.shape[1], dtype=torch.float64)
-        x, y = x - self.shift_x[:, None], y - self.shift_y
-        by_group = y.reshape(rows, groups, -1).movedim(1, 0)
+            self.sum_yx = torch.zeros(wanted, out, width, dtype=torch.float64)
+            self.sum_yy = torch.zeros(wanted, wanted, out, dtype=torch.float64)
+        x, y = x - self.shift_x[:, None], y - self.shift_y[:, None]
+        by_group = y.reshape(wanted, rows, groups, -1).movedim(2, 1)
         self.count += rows
         self.sum_x += x.sum(1, dtype=torch.float64)
-        self.sum_y += y.sum(0, dtype=torch.float64)
+        self.sum_y += y.sum(1, dtype=torch.float64)
         self.sum_xx += x.mT @ x
         self.sum_yx += (by_group.mT @ x).reshape(self.sum_yx.shape)
-        self.sum_yy += y.square().sum(0, dtype=torch.float64)
+        for i in range(wanted):
+            self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The sums over the rows of both."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        n, per = other.count, self.sum_y.shape[1] // len(self.sum_x)
+        dx, dy = (other.shift_x - self.shift_x).double(), (other.shift_y - self.shift_y).double()
+        of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, other.sum_x))
+        # Those of the other about our shift: (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ, summed.
+        x, y = other.sum_x, other.sum_y
+        xx = other.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
+        yx = other.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
+        yy = other.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
+        return Moments(
+            self.count + n, self.shift_x, self.shift_y, self.sum_x + x + n * dx, self.sum_y + y + n * dy,
+            self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
+        )  # fmt: skip
+
+    def combined(self, share: Float[Tensor, "wanted out"]) -> "Moments":
+        """With one wanted output for each input: the sum of these shares of those that there are."""
+        w = share.to(torch.float64).expand(self.sum_y.shape)
+        return Moments(
+            self.count, self.shift_x, (w * self.shift_y).sum(0, keepdim=True), self.sum_x,
+            (w * self.sum_y).sum(0, keepdim=True), self.sum_xx, (w[..., None] * self.sum_yx).sum(0, keepdim=True),
+            (w[:, None] * w * self.sum_yy).sum((0, 1), keepdim=True),
+        )  # fmt: skip
 
     def problem(self, centred: bool) -> "Problem":
-        """The expectations: about the means where the bias is free to follow, about zero where it is not."""
+        """The expectations of the one wanted output: about the means where the bias is free to follow, else about 0."""
         n, groups = self.count, len(self.sum_x)
-        dx, dy = self.sum_x / n, self.sum_y / n
-        mean_x, mean_y = dx + self.shift_x, dy + self.shift_y
+        [sum_y], [shift_y], [sum_yx], [[sum_yy]] = self.sum_y, self.shift_y, self.sum_yx, self.sum_yy
+        dx, dy = self.sum_x / n, sum_y / n
+        mean_x, mean_y = dx + self.shift_x, dy + shift_y
         per_row = len(mean_y) // groups
         gram = self.sum_xx / n - dx[:, :, None] * dx[:, None]
-        cross = self.sum_yx / n - dy[:, None] * dx.repeat_interleave(per_row, 0)
-        power = self.sum_yy / n - dy.square()
+        cross = sum_yx / n - dy[:, None] * dx.repeat_interleave(per_row, 0)
+        power = sum_yy / n - dy.square()
         if not centred:
             gram = gram + mean_x[:, :, None] * mean_x[:, None]
             cross = cross + mean_y[:, None] * mean_x.repeat_interleave(per_row, 0)

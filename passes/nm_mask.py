@@ -14,12 +14,13 @@ No other choice of N keeps a larger total score, since groups do not interact. T
 - `joint`: the support is found together with the weights on it (passes/joint.py).
 
 The kept weights are then refitted by exact least squares (passes/refit.py), layer by layer on what the layers before
-now give (passes/lockstep.py), and with them the layers between that stay dense (passes/repair.py). With a refit, u is
+now give (passes/lockstep.py), and with them the layers between that stay dense (passes/repair.py); at a residual sum
+to what the sum was, not the layer's output alone (passes/joins.py). With a refit, u is
 the best dense weight for these inputs, and x is taken about its mean where the bias is free to follow; without, u is
 the layer's own weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -36,7 +37,7 @@ from mpcompile.passes.covariance import swapped
 from mpcompile.passes.joint import joint_support
 from mpcompile.passes.lockstep import Layer, Site, rewrite_in_order
 from mpcompile.passes.moments import Moments, Problem
-from mpcompile.passes.refit import damped, of_layer, put, refit, unconstrained
+from mpcompile.passes.refit import damped, of_layer, proven_share, put, refit, unconstrained
 from mpcompile.passes.repair import repairable
 from mpcompile.pipeline import Effect
 from mpcompile.resume import Finished, run_key
@@ -71,8 +72,10 @@ class NMMask:
     `criterion` is joint and `refit` model unless they are set; without, magnitude and none. Not `sequential`, every
     layer is calibrated on the dense model's inputs. With `repair` and the refit to the model, layers that stay dense
     and follow masked ones are fitted to the dense model too (passes/repair.py), unless they are output layers or
-    excluded by name. `damping` is explained in passes/refit.py. `prior` (α) holds the criterion covariance to the
-    largest weights of the layer, as many as `prior_density` says.
+    excluded by name. With `residual` and the refit to the model, layers whose outputs are added to another value are
+    fitted to make up for what that value has lost, too, as far as images tell (passes/joins.py). `damping` is explained
+    in passes/refit.py. `prior` (α) holds the criterion covariance to the largest weights of the layer, as many as
+    `prior_density` says.
     """
 
     name: ClassVar[str] = "nm-mask"
@@ -84,6 +87,7 @@ class NMMask:
     refit: Target | None = None
     sequential: bool = True
     repair: bool = True
+    residual: bool = True
     damping: float = 0.02
     prior: float = 0.0
     prior_density: float = 0.65
@@ -175,7 +179,12 @@ class NMMask:
             for name, layer in zip(site.names, layers, strict=True):
                 found[name] = (result["mask"].reshape(layer.weight.shape), float(result["missed"]))
 
-        rewrite_in_order(model, data.calibration, list(due), rewrite, self.sequential, finished.__contains__, dense)
+        def share(site: Site, parts: Sequence[Moments]) -> Tensor:
+            return proven_share(parts, flat(model.layer(site.names[0]).weight), site.centred, self.damping)
+
+        residual = share if self.residual and target == "model" else None
+        known = finished.__contains__
+        rewrite_in_order(model, data.calibration, list(due), rewrite, self.sequential, known, dense, residual)
         return found
 
     def _fitted(

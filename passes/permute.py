@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcompile.activations import input_scales, per_weight
+from mpcompile.activations import input_scales, per_weight, unexplained_scales
 from mpcompile.checkpoint import first_line
 from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError
@@ -111,7 +111,9 @@ def job_of(cell: Cell, scores: Mapping[Axis, tuple[Tensor, NM]]) -> Job | None:
 class Permute:
     """Reorders channels so that the planned patterns, or `pattern` where none are, keep more of the weights.
 
-    `score` is magnitude, or activation: |W| times the size of its input channel on calibration images. `sweeps` bounds
+    `score` is magnitude, |W|; activation, |W| times the size of its input channel on calibration images; or refit, |W|
+    times what of that channel the layer's other channels do not tell, which is what removing a weight costs once the
+    others are refitted (activations.py). With calibration images it is refit unless it is set. `sweeps` bounds
     the search: the work of so many sweeps of assignments over every channel, so the result does not depend on the
     machine. `strict` makes an error of every masked layer whose channels cannot be moved, save stems.
     """
@@ -121,7 +123,7 @@ class Permute:
     requires: ClassVar[tuple[str, ...]] = ()
 
     pattern: NM | None = None
-    score: Literal["magnitude", "activation"] = "magnitude"
+    score: Literal["magnitude", "activation", "refit"] | None = None
     sweeps: int = 4
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -140,9 +142,7 @@ class Permute:
             raise PassError("some layers are masked already; the order of channels is chosen before the masks")
         choices = NMMask(self.pattern, include=self.include, exclude=self.exclude).choices(model)
         patterns = {name: choice for name, choice in choices.items() if isinstance(choice, NM)}
-        if self.score == "activation" and not len(data.calibration):
-            raise PassError("the score activation needs calibration images; give --data, or another score")
-        scales = input_scales(model, data.calibration) if self.score == "activation" else {}
+        scales = self._scales(model, data)
         coupling, failure = self._coupling(model)
         cells = [(group, cell) for group in coupling.groups for cell in group.cells]
         orders: dict[Axis, np.ndarray] = {}
@@ -158,6 +158,16 @@ class Permute:
             if found.after > found.before:
                 self._move(model, job, found, orders, own, scales)
         return model.with_plan(self._plans(model, patterns, coupling, orders, failure))
+
+    def _scales(self, model: Model, data: Data) -> dict[str, Tensor]:
+        """What the weights of each layer's input channels are multiplied by in their scores."""
+        images = data.calibration
+        score = self.score or ("refit" if len(images) else "magnitude")
+        if score == "magnitude":
+            return {}
+        if not len(images):
+            raise PassError(f"the score {score} needs calibration images; give --data, or the score magnitude")
+        return input_scales(model, images) if score == "activation" else unexplained_scales(model, images)
 
     def _coupling(self, model: Model) -> tuple[Coupling, str | None]:
         """The coupling; where following the channels fails, none, and what failed: the model is left as it is."""

@@ -13,7 +13,7 @@ but exact: SparseGPT updates only the columns to the right of the one it removes
 On every support the refit loses no more than W′ = W does, in the sum above; in its first term alone, too, where λ is 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mpcompile.passes.lockstep import Layer, Site
-from mpcompile.passes.moments import Problem
+from mpcompile.passes.moments import Moments, Problem
 
 CHUNK_BYTES = 512 << 20  # of gathered matrices at once
 REFINEMENTS = 8
@@ -139,6 +139,31 @@ class _System:
         if bool(real.all()):
             return blocks
         return blocks * real[:, :, None] * real[:, None] + torch.diag_embed(1 - real)
+
+
+def proven_share(
+    parts: Sequence[Moments], weight: Float[Tensor, "out columns"], centred: bool, damping: float
+) -> Float[Tensor, " out"]:
+    """For each output the share η in [0, 1] of a second wanted output Δ that is worth fitting beside the first, y.
+
+    What few images show of Δ may be chance, and is then fitted at the cost of y. So weights V for y and D for Δ are
+    found without one part of the images, and η makes E(y + Δ − (V + ηD)x)² on that part least, summed over all parts.
+    """
+    gain = size = torch.zeros(len(weight), dtype=torch.float64)
+    parts = [part for part in parts if part.count]
+    if len(parts) < 2:
+        return gain
+    y, delta = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+    for index, left_out in enumerate(parts):
+        fitted = sum(parts[:index] + parts[index + 1 :], Moments())
+        own = damped(fitted.combined(y).problem(centred), weight, damping)
+        more = replace(own, cross=fitted.combined(delta).problem(centred).cross)
+        check = left_out.combined(y + delta).problem(centred)
+        v, d = unconstrained(own), unconstrained(more)
+        moved = (check.by_group(d) @ check.gram).reshape(d.shape)  # D C
+        gain = gain + (check.cross * d).sum(-1) - (moved * v).sum(-1)
+        size = size + (moved * d).sum(-1)
+    return torch.where(size > 0, gain / size.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(0, 1)
 
 
 def put(site: Site, layer: Layer, fitted: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mpcompile.activations import input_scales
+from mpcompile.activations import input_scales, unexplained_scales
 from mpcompile.capture import capture
 from mpcompile.data import Data, Split
 from mpcompile.errors import PassError, UsageError
@@ -147,7 +147,9 @@ def test_rows_that_share_a_pattern_are_searched_together() -> None:
 
 
 def test_activations_may_weigh_the_score() -> None:
-    with pytest.raises(PassError, match="the score activation needs calibration images; give --data"):
+    with pytest.raises(
+        PassError, match="the score activation needs calibration images; give --data, or the score magnitude"
+    ):
         PassManager([Permute(score="activation")]).run(tiny_vit(), Data())
 
 
@@ -175,6 +177,46 @@ def test_with_activations_more_of_the_products_is_kept(build: Callable[[], Model
     model = build()
     result, _ = PassManager([Permute(pattern, score="activation")]).run(model, data)
     assert products(result) > products(model)
+
+
+def test_with_images_the_score_is_what_a_refit_would_lose() -> None:
+    model, data = tiny_vit(), Data(Split(Pictures(), tuple(range(24)), labelled=False))
+
+    def orders(step: Permute, given: Data) -> dict[str, list[int]]:
+        result, _ = PassManager([step]).run(model, given)
+        moved = {name: plan.permutation for name, plan in result.plan.items() if plan.permutation is not None}
+        return {name: order.tolist() for name, order in moved.items()}
+
+    assert orders(Permute(), data) == orders(Permute(score="refit"), data)
+    assert orders(Permute(), data) != orders(Permute(score="magnitude"), data)
+    assert orders(Permute(), Data()) == orders(Permute(score="magnitude"), data)
+    with pytest.raises(PassError, match="the score refit needs calibration images"):
+        PassManager([Permute(score="refit")]).run(model, Data())
+
+
+def test_channels_that_others_tell_of_are_let_go() -> None:
+    class Copies(nn.Module):
+        """A hidden layer with eight channels twice over and eight of their own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last, self.head = nn.Linear(64, 24), nn.Linear(24, 16), nn.Linear(16, 3)
+            with torch.no_grad():
+                self.stem.weight[8:16], self.stem.bias[8:16] = self.stem.weight[:8], self.stem.bias[:8]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.last(self.stem(x.flatten(1)).relu()).relu())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, data = capture(Copies().eval(), tiny_source()), Data(Split(Pictures(), tuple(range(24)), labelled=False))
+    scales = unexplained_scales(model, data.calibration)["last"]
+    assert float(scales[:16].max()) < float(scales[16:].min())
+
+    def lost(score: Literal["magnitude", "refit"]) -> float:
+        result, _ = PassManager([Permute(NM(1, 4), score=score), NMMask(NM(1, 4), include=("last",))]).run(model, data)
+        return result.plan_of("last").missed or 0.0
+
+    assert lost("refit") < lost("magnitude")
 
 
 def test_a_graph_that_cannot_be_followed_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

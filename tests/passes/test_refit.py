@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from mpcompile.masks import flat, unflat
 from mpcompile.model import NM
 from mpcompile.passes.moments import Moments, Problem, columns, product, rows_of
 from mpcompile.passes.nm_mask import nm_mask
-from mpcompile.passes.refit import damped, of_layer, refit, unconstrained
+from mpcompile.passes.refit import damped, of_layer, proven_share, refit, unconstrained
 
 LAYERS = (
     nn.Linear(12, 8),
@@ -177,3 +177,107 @@ def test_a_convolution_is_the_linear_layer_on_its_unfolded_inputs() -> None:
     of_linear = damped(moments.problem(True), linear.weight, 1e-2)
     # The same products in chunks of another size: float32 rounding, times the condition.
     torch.testing.assert_close(refit(of_conv, flat(mask)), refit(of_linear, flat(mask)), rtol=1e-3, atol=1e-4)
+
+
+def problem_values(problem: Problem) -> list[Tensor]:
+    return [problem.gram, problem.cross, problem.power, problem.mean_x, problem.mean_y]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+@torch.no_grad()
+def test_parts_add_up_to_the_whole(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+    x = inputs_of(layer)
+    y = torch.randn_like(layer(x)) + 2
+    whole, parts = moments_of(layer, x, y), moments_of(layer, x[:2], y[:2]) + moments_of(layer, x[2:], y[2:])
+    for one, other in zip(problem_values(whole.problem(centred)), problem_values(parts.problem(centred)), strict=True):
+        # Products of a batch are float32, of values less a shift that differs.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert (Moments() + whole) is whole
+    assert (whole + Moments()) is whole
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+@torch.no_grad()
+def test_shares_of_several_wanted_outputs_are_those_of_their_sum(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+    x = inputs_of(layer)
+    y, more = rows_of(layer, torch.randn_like(layer(x)) + 2), rows_of(layer, torch.randn_like(layer(x)) - 1)
+    share = torch.rand(2, y.shape[1])
+    both, sum_of_both = Moments(), Moments()
+    both.add(layer, x, y, more)
+    sum_of_both.add(layer, x, share[0] * y + share[1] * more)
+    found, wanted = both.combined(share).problem(centred), sum_of_both.problem(centred)
+    for one, other in zip(problem_values(found), problem_values(wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # float32, as above
+
+
+def halves(x: Tensor, y: Tensor, more: Tensor, layer: nn.Linear) -> tuple[Moments, Moments]:
+    found = Moments(), Moments()
+    for index, half in enumerate(found):
+        half.add(layer, x[index::2], y[index::2], more[index::2])
+    return found
+
+
+@torch.no_grad()
+def test_what_the_inputs_tell_is_taken_up_and_what_they_do_not_is_left() -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = nn.Linear(8, 3)
+    x = torch.randn(400, 8, generator=rng)
+    y = layer(x)
+    told = x @ torch.randn(8, generator=rng)
+    # Output 0 lacks what the inputs tell, 1 what they do not, 2 half and half of the same size, on few rows.
+    chance = torch.randn(400, generator=rng) * told.std()
+    more = torch.stack([told, chance, (told + chance) / 2], 1)
+    share = proven_share(halves(x, y, more, layer), layer.weight, centred=True, damping=1e-6)
+    assert share[0] == pytest.approx(1, abs=1e-4)  # there is no noise in it
+    assert share[1] < 0.6  # of 200 rows and 8 inputs: D is chance, and on the other half of the rows worth nothing
+    assert 0.8 < share[2] <= 1
+    few = proven_share(halves(x[:24], y[:24], chance[:24, None].expand(-1, 3), layer), layer.weight, True, 1e-6)
+    assert float(few.max()) < 0.3
+
+
+@given(problems(), st.booleans(), st.floats(0, 2))
+@settings(max_examples=40)
+def test_the_share_is_the_best_on_the_other_half(
+    case: tuple[nn.Linear, Tensor, Tensor, Tensor], centred: bool, scale: float
+) -> None:
+    layer, x, y, _ = case
+    assume(len(x) > 1)
+    weight, damping = layer.weight.detach(), 0.02
+    more = scale * y.flip(0)
+    parts = halves(x, y, more, layer)
+    share = proven_share(parts, weight, centred, damping)
+    assert bool(((share >= 0) & (share <= 1)).all())
+
+    def off(eta: float) -> np.ndarray:
+        """E(y + Δ − (V + ηD)x)² on each half, with weights of the other, in plain NumPy."""
+        total = np.zeros(len(weight))
+        for here, there in ((0, 1), (1, 0)):
+            fit, check = slice(here, None, 2), slice(there, None, 2)
+            a, b, c = (t[fit].double().numpy() for t in (x, y, more))
+            rows, target = x[check].double().numpy(), (y + more)[check].double().numpy()
+            if centred:
+                a, b, c = (t - t.mean(0) for t in (a, b, c))
+                rows, target = rows - rows.mean(0), target - target.mean(0)
+            gram = a.T @ a / len(a)
+            strength = damping * gram.trace() / len(gram) if gram.trace() > 0 else 1.0
+            gram = gram + strength * np.eye(len(gram))
+            own = weight.double().numpy()
+            v = np.linalg.solve(gram, (b.T @ a / len(a) + strength * own).T).T
+            d = np.linalg.solve(gram, (c.T @ a / len(a)).T).T
+            total += np.square(target - rows @ (v + eta * d).T).mean(0)
+        return total
+
+    best = np.array([off(float(eta))[row] for row, eta in enumerate(share)])
+    power = float((y + more).square().mean()) + 1e-9
+    for other in (0.0, 0.25, 0.5, 0.75, 1.0):
+        # Moments are sums of float32 products.
+        assert (best <= off(other) + 1e-4 * power).all()
+
+
+def test_without_two_halves_nothing_is_proven() -> None:
+    layer = nn.Linear(8, 3)
+    half = Moments()
+    half.add(layer, torch.randn(9, 8), torch.randn(9, 3), torch.randn(9, 3))
+    assert proven_share((half, Moments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [0, 0, 0]
