@@ -1,10 +1,14 @@
 """Fixtures that several files share: the tiny models, the example's files, and one finished output folder."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 import mpcompile
 from mpcompile.artifact import Artifact
@@ -78,3 +82,24 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     )
     output = tmp_path_factory.mktemp("reported") / "out"
     return mpcompile.compile(EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=output)
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A ViT of 16 tokens as timm saves one, and images of noise."""
+    folder = tmp_path_factory.mktemp("tiny")
+    args = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    module = VisionTransformer(num_classes=10, **args)
+    module.load_state_dict(tiny_vit().graph.state_dict())
+    save_file(module.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": args}
+    config["pretrained_cfg"] = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "num_classes": 10}
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{what}": rng.integers(0, high, (128, *shape)).astype(kind)
+        for split in ("calibration", "heldout")
+        for what, high, shape, kind in (("images", 256, (8, 8), np.uint8), ("labels", 10, (), np.int64))
+    }
+    np.savez(folder / "images.npz", **arrays)  # type: ignore[arg-type]  # its other keyword is none of these
+    return folder / "model.safetensors", folder / "images.npz"

@@ -338,44 +338,47 @@ def test_tied_weights_are_kept(tmp_path: Path) -> None:
         run(capture(Tied(), tiny_source()), MASKS, KEPT)
 
 
-def command(folder: Path, output: str, *more: str) -> list[str]:
+Files = tuple[Path, Path]
+
+
+def command(files: Files, folder: Path, output: str, epochs: int) -> list[str]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         "passes:\n"
         "  - nm-mask: {pattern: 2:4, criterion: magnitude, refit: none}\n"
-        "  - tome: {r: 6}\n"
-        "  - distill: {epochs: 2, batch: 32, optimizer: sgd, rate: 1.0e-3, warmup: 4, minutes: 0, scale: 0.8}\n"
+        "  - tome: {r: 2}\n"
+        "  - distill: {batch: 32, optimizer: sgd, rate: 1.0e-3, warmup: 4, minutes: 0, scale: 0.8, "
+        f"epochs: {epochs}}}\n"
         "bench: {batches: [1], seconds: 0.05}\n",
         encoding="utf-8",
     )
-    example = Path(__file__).parents[1] / "examples" / "fashion_vit"
-    start = [str(example / "model.safetensors"), "--config", str(recipe), "--data", str(example / "images.npz")]
-    return ["-m", "mpcompile", *start, "--held-out", "100", "-o", str(folder / output), "-q", *more]
+    model, images = map(str, files)
+    return ["-m", "mpcompile", model, "--config", str(recipe), "--data", images, "-o", str(folder / output), "-q"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+def undisturbed(files: Files, folder: Path, epochs: int) -> dict[str, Tensor]:
     """The weights that one process writes which nobody stops."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run([sys.executable, *command(folder, "one")], check=True, env=ONE_THREAD)
+    subprocess.run([sys.executable, *command(files, folder, "one", epochs)], check=True, env=ONE_THREAD)
     return load_file(folder / "one" / "model.safetensors")
 
 
-def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
-    resumable = [sys.executable, *command(tmp_path, "killed")]
+def test_a_killed_command_goes_on_to_the_same_weights(tmp_path: Path, tiny_files: Files) -> None:
+    epochs = 25  # a hundred steps with a checkpoint each: some seconds, in which it can be killed
+    wanted = undisturbed(tiny_files, tmp_path, epochs)
+    resumable = [sys.executable, *command(tiny_files, tmp_path, "killed", epochs)]
     process = subprocess.Popen(resumable, env=ONE_THREAD)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob(".killed.work/run-*/training.safetensors")):
         assert process.poll() is None, "it ended before there was a checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(np.random.default_rng().uniform(0, 2))  # any moment of the training will do
+    time.sleep(np.random.default_rng().uniform(0, 1))  # any moment of the training will do
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
     subprocess.run(resumable, check=True, env=ONE_THREAD)
-    assert_same_weights(undisturbed, load_file(tmp_path / "killed" / "model.safetensors"))
-    assert len(Artifact.open(tmp_path / "killed").verify()) == 24
+    assert_same_weights(wanted, load_file(tmp_path / "killed" / "model.safetensors"))
+    assert len(Artifact.open(tmp_path / "killed").verify()) == 8
     assert not (tmp_path / ".killed.work").exists()
 
 
@@ -398,14 +401,14 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_the_command_under_torchrun_writes_what_one_process_writes(
-    tmp_path: Path, undisturbed: dict[str, Tensor]
-) -> None:
-    torchrun(*command(tmp_path, "two"))
+def test_the_command_under_torchrun_writes_what_one_process_writes(tmp_path: Path, tiny_files: Files) -> None:
+    epochs = 12
+    wanted = undisturbed(tiny_files, tmp_path, epochs)
+    torchrun(*command(tiny_files, tmp_path, "two", epochs))
     two = load_file(tmp_path / "two" / "model.safetensors")
-    assert len(Artifact.open(tmp_path / "two").verify()) == 24
-    for name, value in undisturbed.items():
-        # The same, over 46 steps.
+    assert len(Artifact.open(tmp_path / "two").verify()) == 8
+    for name, value in wanted.items():
+        # The same, over 48 steps.
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
 
 

@@ -6,11 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 
 import mpcompile
 from mpcompile.artifact import MASKS, WEIGHTS, Artifact
@@ -45,28 +42,6 @@ def survive(
         Artifact.open(tmp_path / output).verify()
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"undisturbed", *told["ended"]}, told
     return {name: told[name] for name in ("killed", "ended")}
-
-
-@pytest.fixture
-def tiny_files(tmp_path: Path) -> tuple[Path, Path]:
-    """A ViT of 16 tokens as timm saves one, and images of noise."""
-    folder = tmp_path.parent / f"{tmp_path.name}-given"
-    folder.mkdir()
-    args = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    module = VisionTransformer(num_classes=10, **args)
-    module.load_state_dict(tiny_vit().graph.state_dict())
-    save_file(module.state_dict(), folder / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": args}
-    config["pretrained_cfg"] = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.5], "num_classes": 10}
-    (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-    arrays = {
-        f"{split}_{what}": rng.integers(0, high, (128, *shape)).astype(kind)
-        for split in ("calibration", "heldout")
-        for what, high, shape, kind in (("images", 256, (8, 8), np.uint8), ("labels", 10, (), np.int64))
-    }
-    np.savez(folder / "images.npz", **arrays)  # type: ignore[arg-type]  # its other keyword is none of these
-    return folder / "model.safetensors", folder / "images.npz"
 
 
 def test_three_kills(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
