@@ -35,6 +35,7 @@ PATTERN = NM(2, 4)
 METHODS = {
     "largest weights, no refit": (NMMask(PATTERN, "magnitude", "none"),),
     "joint, permutation, refit": (Permute(score="magnitude"), NMMask(PATTERN, repair=False, residual=False)),
+    "joint, permutation, refit, repair": (Permute(score="magnitude"), NMMask(PATTERN, residual=False)),
     "joint, permutation, refit, repair, residual (ours)": (Permute(), NMMask(PATTERN)),
 }
 COLUMNS = ("method", "seed", "top-1", "of dense", "answers put right, put wrong", "same answer", "logit shift", "s")

@@ -29,7 +29,7 @@ SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 PERMUTATIONS = (torch.permute, torch.transpose, "permute", "transpose")
 UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
-UNCHANGED_CALLS = ("dropout", "stochastic_depth")  # by the function's name, where its `training` is False
+UNCHANGED_CALLS = {"dropout": 2, "stochastic_depth": 3}  # functions by name, and where `training` stands, to be False
 SMALLEST = 1e-3  # of the largest factor: channels below it hardly reach the sum, and nothing is asked of them
 
 Undo = Callable[[Tensor], Tensor]
@@ -87,8 +87,8 @@ def _unchanged(model: Model, node: fx.Node) -> bool:
     """Whether a node gives what it gets."""
     if node.op == "call_module":
         return isinstance(model.graph.get_submodule(str(node.target)), UNCHANGED)
-    training = node.kwargs.get("training", node.args[-1] if node.args else True)
-    return getattr(node.target, "__name__", "") in UNCHANGED_CALLS and training is False
+    at = UNCHANGED_CALLS.get(getattr(node.target, "__name__", ""))
+    return at is not None and [node.kwargs.get("training"), *node.args[at : at + 1]][-1] is False
 
 
 def _normalised(model: Model, node: fx.Node) -> Undo | None:

@@ -1,6 +1,7 @@
 """Residual sums: which are found, what a layer is asked for there, and that the sum comes nearer for it."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,8 +70,10 @@ class Branch(nn.Module):
             y = y + y.mean()
         elif self.spelling == "broadcast":
             return self.head((y + x.mean((2, 3), keepdim=True)).mean((2, 3)))  # type: ignore[no-any-return]
+        elif self.spelling == "dropped":
+            y = nn.functional.dropout(y, 0.5, True, False)
         elif self.spelling == "scaled":
-            y = self.gamma.reshape(1, -1, 1, 1) * self.drop(self.keep(y))
+            y = self.gamma.reshape(1, -1, 1, 1) * nn.functional.dropout(self.drop(self.keep(y)), 0.5, False)
         x = y + self.keep(x) if self.spelling == "late" else x + y
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
@@ -92,6 +95,11 @@ def test_sums_are_found_through_what_does_not_depend_on_the_image(spelling: str)
 @pytest.mark.parametrize("spelling", ["activation", "gate", "twice", "broadcast"])
 def test_where_the_branch_is_not_a_scaled_layer_nothing_is_asked(spelling: str) -> None:
     assert found(branch(spelling)) == {}
+
+
+def test_dropout_that_is_always_on_is_no_identity() -> None:
+    model = replace(branch("plain"), graph=fx.symbolic_trace(Branch("dropped").eval()))  # capture takes none that is
+    assert found(model) == {}
 
 
 def test_the_sums_of_known_architectures_are_found() -> None:
