@@ -169,7 +169,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     parts = [
         "# One-shot masks and refits\n",
         "Top-1 in per cent on 2,000 held-out images, and the mean largest change of a logit [lowest, highest of three "
-        "seeds]; seconds to prune at 2:4, with calibration, on 2 cores.\n",
+        "seeds]; seconds to prune at 2:4, with calibration, on one or two cores that other work shared.\n",
     ]
     for dense in [row for row in rows if row["method"] == "dense"]:
         own = [row for row in rows if row["model"] == dense["model"] and row["method"] != "dense"]
