@@ -14,10 +14,9 @@ No other choice of N keeps a larger total score, since groups do not interact. T
 - `joint`: the support is found together with the weights on it (passes/joint.py).
 
 The kept weights are then refitted by exact least squares (passes/refit.py), layer by layer on what the layers before
-now give (passes/lockstep.py), and with them the layers between that stay dense (passes/repair.py); at a residual sum
-to what the sum was, not the layer's output alone (passes/joins.py). With a refit, u is
-the best dense weight for these inputs, and x is taken about its mean where the bias is free to follow; without, u is
-the layer's own weight.
+now give (passes/lockstep.py), and with them the layers between that stay dense (passes/repair.py); before a residual
+sum to what the sum was, not to the layer's output alone (passes/joins.py). With a refit, u is the best dense weight for
+these inputs, and x is taken about its mean where the bias is free to follow; without, u is the layer's own weight.
 """
 
 from collections.abc import Mapping, Sequence

@@ -58,9 +58,13 @@ def damped(problem: Problem, weight: Float[Tensor, "out columns"], damping: floa
 
 def unconstrained(problem: Problem) -> Float[Tensor, "out columns"]:
     """The best weights with every place kept, V. Raises torch.linalg.LinAlgError where C is singular."""
-    factor = torch.linalg.cholesky(problem.gram)
-    by_group = problem.cross.reshape(len(factor), -1, factor.shape[-1])
-    return torch.cholesky_solve(by_group.mT, factor).mT.reshape(problem.cross.shape)
+    return _solved(torch.linalg.cholesky(problem.gram), problem.cross)
+
+
+def _solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor, "out columns"]) -> Tensor:
+    """G C⁻¹, of C's Cholesky factor."""
+    by_group = cross.reshape(len(factor), -1, factor.shape[-1])
+    return torch.cholesky_solve(by_group.mT, factor).mT.reshape(cross.shape)
 
 
 def refit(problem: Problem, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
@@ -157,9 +161,9 @@ def proven_share(
     for index, left_out in enumerate(parts):
         fitted = sum(parts[:index] + parts[index + 1 :], Moments())
         own = damped(fitted.combined(y).problem(centred), weight, damping)
-        more = replace(own, cross=fitted.combined(delta).problem(centred).cross)
+        factor = torch.linalg.cholesky(own.gram)
+        v, d = _solved(factor, own.cross), _solved(factor, fitted.combined(delta).problem(centred).cross)
         check = left_out.combined(y + delta).problem(centred)
-        v, d = unconstrained(own), unconstrained(more)
         moved = (check.by_group(d) @ check.gram).reshape(d.shape)  # D C
         gain = gain + (check.cross * d).sum(-1) - (moved * v).sum(-1)
         size = size + (moved * d).sum(-1)
