@@ -231,7 +231,8 @@ def test_each_layer_is_measured_and_gets_a_reason(library: Path, tmp_path: Path)
         else:
             assert choice.dense is not None
             assert choice.sparse is not None
-            assert choice.native == (choice.speedup.interval[0] > 1)
+            alone = choice.speedup.interval[0] > 1
+            assert choice.native == (alone and "layout of its own" not in choice.reason)  # only times decide which
             assert f"{choice.speedup.ratio:.2f} (" in choice.reason
     np.testing.assert_allclose(session(found.file, library)(images), session(file, None)(images), rtol=1e-4, atol=1e-5)
 
