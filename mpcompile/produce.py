@@ -18,10 +18,11 @@ from mpcompile.checkpoints import Checkpoints
 from mpcompile.conventions import charged_by
 from mpcompile.cost import cost
 from mpcompile.data import Data
+from mpcompile.engines import build_of, engine_of, lowered
 from mpcompile.environment import environment
 from mpcompile.evaluate import Comparison, compare
 from mpcompile.load import Loaded
-from mpcompile.lower import Lowered, lower
+from mpcompile.lower import Lowered
 from mpcompile.model import NM, Model, Source
 from mpcompile.passes.distill import images_of
 from mpcompile.pipeline import Observer, PassManager
@@ -30,10 +31,9 @@ from mpcompile.report import DataUsed, Gate, Latency, LayerRow, Parity, Report
 from mpcompile.report_rows import layer_rows
 from mpcompile.report_text import verdict_on
 from mpcompile.resolve import Plan
-from mpcompile.runtimes import Build, Engine, Judging, Runtime
+from mpcompile.runtimes import Engine, Judging, Runtime
 from mpcompile.runtimes.ort import OrtEngine, cpu_engine, require_finite
 from mpcompile.timing import speedup, timing
-from mpcompile.tune import engine_of
 from mpcompile.tuning import Tuning
 from mpcompile.verdict import LayerVerdict
 
@@ -136,7 +136,7 @@ class Built:
 def _built(plan: Plan, before: Lowered, after: Lowered, folder: Path, check: NDArray[np.float32]) -> Built:
     """The engines, held against ONNX Runtime on the CPU. Raises BuildError or ParityError."""
     recipe = plan.recipe
-    build = Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)
+    build = build_of(recipe, folder)
     unmasked, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
     parity: list[Parity] = []
 
@@ -160,9 +160,7 @@ def _exported(source: Source, recipe: Recipe, folder: Path, model: Model, name: 
         "mpcompile.source_sha256": source.sha256,
         "mpcompile.recipe_sha256": recipe.sha256,
     }
-    return lower(
-        model, folder / name, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata
-    )
+    return lowered(recipe, model, folder / name, metadata)
 
 
 def _judged(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:
@@ -219,12 +217,12 @@ def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.
         yield images.numpy()
 
 
-def _parity(lowered: Lowered, images: NDArray[np.float32], what: str) -> Parity:
+def _parity(exported: Lowered, images: NDArray[np.float32], what: str) -> Parity:
     """The ONNX file against the graph that it was made from. Raises ParityError."""
-    expected, found = lowered.model(torch.from_numpy(images)).numpy(), cpu_engine(lowered)(images)
-    if lowered.precision == "bf16":
+    expected, found = exported.model(torch.from_numpy(images)).numpy(), cpu_engine(exported)(images)
+    if exported.precision == "bf16":
         what += ", in float32 on the rounded weights"
-    return parity_of(expected, found, lowered, what)
+    return parity_of(expected, found, exported, what)
 
 
 def _versions(runtime: Runtime) -> dict[str, str]:

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from mpcompile.bench import in_turns
 from mpcompile.cost import Cost, cost
 from mpcompile.data import Data, Split
+from mpcompile.engines import build_of, engine_of, lowered
 from mpcompile.errors import MpcompileError, UsageError
-from mpcompile.lower import Lowered, lower
+from mpcompile.lower import Lowered
 from mpcompile.model import Model
 from mpcompile.pipeline import Effect, Pass, PassManager
 from mpcompile.progress import tracked
 from mpcompile.recipe import Recipe
 from mpcompile.resolve import Plan, plan_of
 from mpcompile.runtimes import Build, Engine, Referring
-from mpcompile.runtimes.ort import cpu_engine
 from mpcompile.timing import Speedup, speedup
 from mpcompile.tuning import Candidate, Point, Tuning, fastest, held, paths_of, search
 
@@ -59,7 +59,7 @@ class Trial:
         """What a recipe makes of the model; a recipe that fails is a point that says why."""
         try:
             model, _ = PassManager(deciding(plan_of(candidate.recipe).passes)).run(self.dense, self.data)
-            engine = engine_of(self.plan, _exported(self.recipe, model, self.folder / "model.onnx"), self.build)
+            engine = engine_of(self.plan, lowered(self.recipe, model, self.folder / "model.onnx"), self.build)
         except MpcompileError as error:
             return Point(candidate.name, failed=" ".join(str(error).split()))
         macs = cost(model).executed_macs(model.patterns()) / self.reference.cost.macs
@@ -109,8 +109,8 @@ def tuned(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
     steps = iter(tracked(range(asked.evaluations), lambda place: f"recipe {place + 1}"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        build = Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)
-        exported = _exported(recipe, dense, folder / "dense.onnx")
+        build = build_of(recipe, folder)
+        exported = lowered(recipe, dense, folder / "dense.onnx")
         engine = engine_of(plan, exported, build)
         reference = Reference(exported, engine, hits(engine, seen.validation), counted)
         trial = Trial(recipe, plan, limit, dense, seen, build, folder, reference)
@@ -155,12 +155,3 @@ def hits(engine: Engine, images: Split) -> NDArray[np.bool_]:
     """Which of the labelled images an engine gets right."""
     found = [engine(pixels.numpy()).argmax(1) == labels.numpy() for pixels, labels in images.batches()]
     return np.concatenate(found)
-
-
-def engine_of(plan: Plan, exported: Lowered, build: Build) -> Engine:
-    """The target's engine; what runs nowhere here is judged by what runs the same file."""
-    return cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
-
-
-def _exported(recipe: Recipe, model: Model, path: Path) -> Lowered:
-    return lower(model, path, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset)

@@ -49,7 +49,7 @@ LAYERS = (
     ),
     ("plugins",),
     ("resolve",),
-    ("deploy",),
+    ("deploy", "engines"),
     ("artifact",),
     ("bench",),
     ("tune",),
@@ -62,7 +62,7 @@ LAYERS = (
     ("__init__", "__main__"),
 )
 # They alone import passes and runtimes.
-FRONT_DOORS = ("plugins", "resolve", "deploy", "bench", "tune", "produce", "compile", "analyze")
+FRONT_DOORS = ("plugins", "resolve", "deploy", "engines", "bench", "tune", "produce", "compile", "analyze")
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
     [*(ROOT / "mpcompile").glob("*.py"), *(ROOT / "passes").glob("*.py"), *(ROOT / "runtimes").rglob("*.py")]

@@ -28,7 +28,6 @@ from mpcompile.recipe import Recipe
 from mpcompile.shortage import available_bytes, shortage, spelt_bytes
 from mpcompile.testing import TinyMLP
 
-PRODUCE = sys.modules["mpcompile.produce"]
 RECIPE = Recipe.from_yaml(
     "bench: {batches: [1], seconds: 0.05}\n"
     "passes: [mp-budget: {'null': false}, nm-mask: {criterion: magnitude, refit: none}, certify]\n"
@@ -162,7 +161,7 @@ def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(made[key][1])
         return replace(made[key][0], onnx=path, model=model)
 
-    monkeypatch.setattr(PRODUCE, "lower", lowered)
+    monkeypatch.setattr("mpcompile.engines.lower", lowered)
     # Whether a file for the CPU's kernel is written is measured anew in each run; here all write the same ones.
     monkeypatch.setattr("mpcompile.runtimes.native.missing", lambda: "left out")
 
