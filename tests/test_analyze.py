@@ -3,12 +3,12 @@
 import copy
 import json
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
+from commandline import mpcompile
 from torch import nn
 
 from mpcompile.analyze import Analysis, analyze, budget_from
@@ -81,8 +81,7 @@ def test_parameters_are_checked_as_in_a_recipe() -> None:
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpcompile", "analyze", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return mpcompile("analyze", *words)
 
 
 def test_the_command(example: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from commandline import mpcompile as run
 from onnx import TensorProto, helper, numpy_helper
 
 import mpcompile
@@ -234,15 +233,11 @@ def test_a_folder_that_was_changed_is_not_timed(artifact: mpcompile.Artifact, tm
 
 
 def test_the_command_line_prints_the_table_and_refuses_in_one_line(artifact: mpcompile.Artifact) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mpcompile", "bench", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-    done = run(str(artifact.folder), "--batch", "1", "--seconds", "0.1")
+    done = run("bench", str(artifact.folder), "--batch", "1", "--seconds", "0.1")
     assert done.returncode == 0, done.stderr
     assert "baseline" in done.stdout
     assert "bench.svg" in done.stdout
-    done = run(str(artifact.folder), "--batch", "1,x")
+    done = run("bench", str(artifact.folder), "--batch", "1,x")
     assert (done.returncode, done.stderr) == (
         2, "mpcompile: --batch '1,x' is not a list of batch sizes, such as 1,8,64\n"
     )  # fmt: skip

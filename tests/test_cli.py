@@ -14,17 +14,13 @@ import onnx
 import pytest
 import torch
 import yaml
+from commandline import in_a_process, mpcompile
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 from mpcompile.artifact import Artifact
 
 QUICK = "bench: {batches: [1], seconds: 0.1}\ndata: {held_out: 64}\n"
-
-
-def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpcompile", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
@@ -50,7 +46,7 @@ def quick(tmp_path: Path) -> Path:
 def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     before = (example / "model.safetensors").read_bytes()
     output, saved = tmp_path / "out", tmp_path / "resolved.yaml"
-    done = mpcompile(
+    done = in_a_process(
         example / "model.safetensors", "--pattern", "2:4", "--data", example / "images.npz", "-o", output,
         "--config", quick, "--save-config", saved,
     )  # fmt: skip

@@ -4,14 +4,13 @@ import html
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import mpcompile
 
 from mpcompile.artifact import Artifact
 from mpcompile.charts import Scale, ticks
@@ -366,11 +365,6 @@ def test_the_verdict_goes_from_gain_to_proof(reported: Artifact) -> None:
 
 
 # ---- schema
-
-
-def mpcompile(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "mpcompile", *words], capture_output=True, text=True, check=False)
 
 
 def keys_of(schema: dict[str, Any]) -> set[str]:
