@@ -12,7 +12,6 @@ from operator import itemgetter
 
 from common import RESULTS, ROOT, markdown
 from cpu_vit import cells as speeds
-from cpu_vit import results_name
 from fashion_vit import COLUMNS, cells
 from one_shot import cell
 
@@ -81,15 +80,12 @@ def one_shot() -> str:
 
 
 def cpu_vit() -> str:
-    """A table a processor and number of threads; patterns that run like another one of their density are left out."""
+    """A table a processor, of one thread; patterns that run like another one of their density are left out."""
     tables = []
-    for threads in (1, 2):
-        path = RESULTS / f"{results_name(threads)}.json"
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-        for device, found in groupby(rows, itemgetter("device")):
-            lines = [speeds(row | {"model": row["model"].removesuffix("_patch16_224")}, SHOWN) for row in found]
-            head = f"{threads} thread{'s' * (threads > 1)}, {device}:"
-            tables.append(f"{head}\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
+    rows = json.loads((RESULTS / "cpu_vit.json").read_text(encoding="utf-8"))["rows"]
+    for device, found in groupby(rows, itemgetter("device")):
+        lines = [speeds(row | {"model": row["model"].removesuffix("_patch16_224")}, SHOWN) for row in found]
+        tables.append(f"1 thread, {device}:\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
     return "\n".join(tables)
 
 
