@@ -18,7 +18,7 @@ from typing import Any
 import pretrained
 import torch
 from common import RESULTS, ROOT, markdown, write
-from cpu_turns import processor, shown
+from cpu_turns import busy_device, processor, shown
 from torch import nn
 
 from mpcompile import Recipe, compile
@@ -121,8 +121,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     )
     head = (
         f"# A pattern for a CPU\n\n{QUESTION}\n\nOne thread, medians and 95 % intervals against ONNX Runtime's dense "
-        f"float32 in the same run, {rows[0]['images']:,} held-out images, no training, on {processor()}, kernel "
-        f"{native.instruction_set()}. Fastest at batch 8 first.\n\n"
+        f"float32 in the same run, {rows[0]['images']:,} held-out images, no training, on {busy_device()}. "
+        "Fastest at batch 8 first.\n\n"
     )
     (RESULTS / "cpu_choice.md").write_text(head + markdown(COLUMNS, [cells(row) for row in rows]), encoding="utf-8")
 

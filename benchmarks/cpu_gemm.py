@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 import torch
 from common import RESULTS, markdown, write
-from cpu_turns import processor, ratio, shown, turns
+from cpu_turns import busy_device, ratio, shown, turns
 
 from mpcompile.model import NM
 from mpcompile.passes.nm_mask import nm_mask
@@ -61,7 +61,7 @@ def main() -> None:
             cells = (shown(found[text]) if text in found else "–" for text in PATTERNS)
             table.append((str(tokens), f"{in_} → {out}", f"{gflops:.0f}", *cells))
             print(" | ".join(table[-1]), flush=True)
-    device = f"{processor()}, kernel {native.instruction_set()}"
+    device = busy_device()
     write("cpu_gemm", QUESTION, device, ("onnxruntime", "numpy"), rows)
     text = markdown(("tokens", "in → out", "dense GFLOP/s", *PATTERNS), table)
     count = f"{arguments.rounds} rounds of at least {BLOCK_MS:.0f} ms each, process CPU time, one thread, on {device}."

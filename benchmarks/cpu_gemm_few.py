@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from common import RESULTS, markdown, write
 from cpu_gemm import product
-from cpu_turns import processor, ratio, shown, turns
+from cpu_turns import busy_device, ratio, shown, turns
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -97,7 +97,7 @@ def main() -> None:
                 cells = (shown(found[text]) for text in PATTERNS)
                 table.append((str(tokens), f"{in_} → {out}", weights, f"{dense_us:.0f}", *cells))
                 print(" | ".join(table[-1]), flush=True)
-    device = f"{processor()}, kernel {native.instruction_set()}"
+    device = busy_device()
     write("cpu_gemm_few", QUESTION, device, ("onnxruntime", "numpy"), rows)
     text = markdown(("tokens", "in → out", "weights", "dense µs", *PATTERNS), table)
     count = (

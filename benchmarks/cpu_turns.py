@@ -63,3 +63,8 @@ def device() -> str:
 def processor() -> str:
     """The CPU, how many of its cores are ours, and how busy they are with other things."""
     return f"{processor_name()}, load average {os.getloadavg()[0]:.1f}"
+
+
+def busy_device() -> str:
+    """`processor`, and the instructions that the kernel uses on it."""
+    return f"{processor()}, kernel {native.instruction_set()}"

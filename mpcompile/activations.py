@@ -13,7 +13,7 @@ from mpcompile.watch import See, Watcher
 
 BATCH = 32
 ENOUGH = 16  # rows a channel, after which a covariance is known well enough
-DAMPING = 0.02  # of the mean variance, as in the refit
+DAMPING = 0.02  # of the mean variance; also what a refit adds unless it is told otherwise
 
 
 def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " channels"]]:

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, fx
 
+from mpcompile.activations import DAMPING
 from mpcompile.data import Data
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.layers import eligible
@@ -87,7 +88,7 @@ class NMMask:
     sequential: bool = True
     repair: bool = True
     residual: bool = True
-    damping: float = 0.02
+    damping: float = DAMPING
     prior: float = 0.0
     prior_density: float = 0.65
     include: tuple[str, ...] = ()
