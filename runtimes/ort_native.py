@@ -62,10 +62,14 @@ class NMEngine(OrtEngine):
 
 
 def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
-    """The engine, choosing for the smallest batch that it will run. Raises BuildError."""
-    batch = exported.batch or min(build.batches)
-    images = np.random.default_rng(0).standard_normal((batch, *exported.image_shape)).astype(np.float32)
-    made = accelerate(onnx.load(exported.onnx), exported.masks, library, images, build.threads)
+    """The engine, choosing for the smallest batch that it will run, convolutions for the largest too.
+
+    Raises BuildError.
+    """
+    rng = np.random.default_rng(0)
+    sizes = [exported.batch] if exported.batch else sorted({min(build.batches), max(build.batches)})
+    smallest, *also = (rng.standard_normal((size, *exported.image_shape)).astype(np.float32) for size in sizes)
+    made = accelerate(onnx.load(exported.onnx), exported.masks, library, smallest, build.threads, also=also)
     if not made.count:
         return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, made.choices)
     with tempfile.TemporaryDirectory() as temporary:

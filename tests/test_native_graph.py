@@ -266,16 +266,21 @@ def test_convolutions_have_to_pass_in_the_whole_file_too(
 
     made = lowered(tiny_cnn(), tmp_path)
     file = onnx.load(made.onnx)
-    images = torch.randn(2, *made.model.example.shape[1:]).numpy()
+    small, large = (torch.randn(size, *made.model.example.shape[1:]).numpy() for size in (2, 5))
     monkeypatch.setattr(choose, "measure", pretended)
-    for low, kept in ((0.9, False), (1.1, True)):
-        whole = Speedup(1.0, (low, 1.3), 15, "")
-        monkeypatch.setattr(choose, "compare_whole", lambda *_, whole=whole: whole)
-        found = accelerate(file, made.masks, library, images, seconds=0.0)
+    for lows, kept, why in (
+        ((0.9, 1.1), False, "at batch 2 (1"),
+        ((1.1, 0.9), False, "at batch 5 (1"),
+        ((1.1, 1.1), True, ""),
+    ):
+        wholes = {size: Speedup(1.0, (low, 1.3), 15, "") for size, low in zip((2, 5), lows, strict=True)}
+        monkeypatch.setattr(choose, "compare_whole", lambda *given, wholes=wholes: wholes[len(given[3])])
+        found = accelerate(file, made.masks, library, small, seconds=0.0, also=[large])
         convolutions = [choice for choice in found.choices if choice.dense is not None and len(choice.x or ()) == 4]
         assert convolutions
         assert {choice.native for choice in convolutions} == {kept}
         assert all(("layout of its own" in choice.reason) != kept for choice in convolutions)
+        assert all(why in choice.reason for choice in convolutions)
         assert found.count == sum(node.domain == "mpcompile" for node in found.file.graph.node)
 
 

@@ -5,10 +5,11 @@ of one node, with its real weights and random activations, and the two take turn
 whole interval of the speedup lies above 1; ONNX Runtime's dense kernel stays everywhere else, with the reason.
 
 Convolutions have to pass once more, all together in the whole file: ONNX Runtime runs chains of its own in a blocked
-layout, and pays for leaving it, which a node alone does not show.
+layout, and pays for leaving it, which a node alone does not show. What that costs and what the kernel gains both change
+with the batch, so they have to pass at the largest as well as at the smallest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from functools import partial
@@ -26,8 +27,8 @@ from mpcompile.runtimes.native.trial import input_shapes, measure, session
 from mpcompile.timing import Speedup, Timing, sample, speedup
 
 OWN_LAYOUT = (
-    "alone the native kernel is {} times as fast as the dense one, but the whole file is not faster with it ({}): "
-    "ONNX Runtime keeps neighbouring convolutions in a layout of its own; it runs as dense"
+    "alone the native kernel is {} times as fast as the dense one, but the whole file is not faster with it at "
+    "batch {} ({}): ONNX Runtime keeps neighbouring convolutions in a layout of its own; it runs as dense"
 )
 
 
@@ -68,10 +69,12 @@ def accelerate(
     images: NDArray[np.float32],
     threads: int | None = 1,
     seconds: float = 0.5,
+    also: Sequence[NDArray[np.float32]] = (),
 ) -> Accelerated:
     """The file with the operator where it is faster for a batch like `images`, on so many threads.
 
-    `seconds` bounds the time for one pair; the fewest rounds of mpcompile.timing are always run. Raises BuildError.
+    The file with convolutions has to be faster for batches like those of `also`, too. `seconds` bounds the time for one
+    pair; the fewest rounds of mpcompile.timing are always run. Raises BuildError.
     """
     products, refused = find(file, masks)
     streams = packed(products)
@@ -92,10 +95,11 @@ def accelerate(
     if convolutions:
         others = [product for product in taken if product.op != CONV]
         with_them, without = (replace(file, some, streams) for some in (taken, others))
-        ratio = compare_whole(without, with_them, library, images, threads, seconds)
-        if ratio.interval[0] <= 1:
-            changed = [_blocked(choice, ratio) if choice.name in convolutions else choice for choice in choices]
-            return Accelerated(without, tuple(changed))
+        for batch in (images, *also):
+            ratio = compare_whole(without, with_them, library, batch, threads, seconds)
+            if ratio.interval[0] <= 1:
+                left = (_blocked(one, ratio, len(batch)) if one.name in convolutions else one for one in choices)
+                return Accelerated(without, tuple(left))
         return Accelerated(with_them, tuple(choices))
     return Accelerated(replace(file, taken, streams), tuple(choices))
 
@@ -115,9 +119,9 @@ def compare_whole(
     return speedup(samples["before"], samples["after"], "the file without native convolutions")
 
 
-def _blocked(choice: Choice, whole: Speedup) -> Choice:
+def _blocked(choice: Choice, whole: Speedup, batch: int) -> Choice:
     assert choice.speedup is not None
-    return with_fields(choice, native=False, reason=OWN_LAYOUT.format(_shown(choice.speedup), _shown(whole)))
+    return with_fields(choice, native=False, reason=OWN_LAYOUT.format(_shown(choice.speedup), batch, _shown(whole)))
 
 
 def _shown(ratio: Speedup) -> str:
