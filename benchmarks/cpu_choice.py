@@ -1,6 +1,6 @@
 """Which pattern to choose on a CPU: accuracy beside measured speed -> results/cpu_choice.{json,md}.
 
-    make bench-models; python benchmarks/cpu_choice.py [--models …]
+    make bench-models; python benchmarks/cpu_choice.py [--models …] [--patterns …]
 
 What `mpcompile MODEL --pattern N:M --data …` does, without training: budget, permutation, joint masks with their
 refit, batch statistics. The ViT is the trained example; the CNN is EfficientNet-Lite0 with a linear head for
@@ -87,14 +87,16 @@ def main() -> None:
     """Writes both files, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=MODELS)
-    models = parser.parse_args().models
+    parser.add_argument("--patterns", nargs="*", default=PATTERNS, help="rows of others stay, as those of other models")
+    arguments = parser.parse_args()
+    models, patterns = arguments.models, arguments.patterns
     if missing := native.missing():
         raise SystemExit(missing)
     torch.set_num_threads(1)
-    rows = [row for row in earlier() if row["model"] not in models]
+    rows = [row for row in earlier() if row["model"] not in models or row["pattern"] not in patterns]
     for name in models:
         module, data = model_of(name)
-        for pattern in PATTERNS:
+        for pattern in patterns:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(measure(name, module, data, pattern, Path(folder)))
             print(cells(rows[-1]), flush=True)

@@ -5,8 +5,9 @@
 Random weights at 224 pixels. Every Linear of the blocks is masked by magnitude and runs on the kernel, the rest is
 ONNX Runtime's. Baseline: the dense file of the whole model, no tokens merged; where some are, the same dense file with
 them merged stands beside it. Beside both: the file after the fusions of onnxruntime.transformers (in this export they
-find LayerNorm and Gelu, not attention); dynamic int8, which changes results; and OpenVINO in float32, in a process of
-its own under the Python that --openvino names. All of a model take turns in one run. On one thread the time is process
+find LayerNorm and Gelu, not attention); dynamic int8, which changes results; torch in float32, the same graph run
+eagerly; and OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a model take
+turns in one run. On one thread the time is process
 CPU time, on more wall time. Each ratio has its limit beside it: what counting multiply-accumulates promises. A run on
 another processor adds a table of its own; --add keeps this one's rows of other models and batch sizes too.
 """
@@ -50,11 +51,12 @@ from mpcompile.runtimes.ort import session_on
 
 QUESTION = "how much faster is a whole ViT on the native N:M kernel than on ONNX Runtime's dense kernels?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "12:16", "2:4x2", "2:4x4")
-OTHERS = ("merged, dense", "fused", "OpenVINO", "dynamic int8")
+OTHERS = ("merged, dense", "fused", "OpenVINO", "torch", "dynamic int8")
 COLUMNS = ("model", "batch", "ToMe r", "dense ms", *PATTERNS, *OTHERS, "drift 2:4")
 BLOCK_MS = 20.0
 Images = NDArray[np.float32]
 Run = Callable[[], object]
+Engine = Callable[[Images], Images]
 
 
 def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[ProvenMask]]:
@@ -92,9 +94,10 @@ class Files:
     """One model in ONNX: whole, with its tokens merged (the same file where none are), and on the kernel by pattern.
 
     All have the same weights up to their masks, the first two those of 2:4. `limits` are the ratios of
-    multiply-accumulates to those of the whole model.
+    multiply-accumulates to those of the whole model; `model` is what torch runs, tokens merged, weights as they were.
     """
 
+    model: Model
     whole: Path
     merged: Path
     native: dict[str, Path]
@@ -129,7 +132,7 @@ def files(name: str, batch: int, r: int, folder: Path) -> Files:
             raise SystemExit(f"{name}: {refused[0].reason}")
         made[text] = folder / f"native_{text.replace(':', '_')}.onnx"
         onnx.save_model(replace(sparse, products), made[text])
-    return Files(whole, merged, made, limits)
+    return Files(model, whole, merged, made, limits)
 
 
 def fused(dense: Path, folder: Path) -> Path:
@@ -181,6 +184,11 @@ def openvino(python: str | None, file: Path, images: Images, threads: int) -> It
         worker.wait()
 
 
+def eagerly(model: Model, images: Images) -> Images:
+    """What the graph gives in torch."""
+    return model(torch.from_numpy(images)).numpy()
+
+
 def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """A row: the dense time, and every ratio to it."""
     images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype=np.float32)
@@ -188,12 +196,14 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         made = files(name, batch, r, folder)
-        engines = {"dense": session_on(made.whole, threads)}
+        engines: dict[str, Engine] = {"dense": session_on(made.whole, threads)}
         if r:
             engines["merged, dense"] = session_on(made.merged, threads)
         engines |= {text: session_on(path, threads, native.library()) for text, path in made.native.items()}
         engines["fused"] = session_on(fused(made.merged, folder), threads)
         engines["dynamic int8"] = session_on(int8(made.merged, folder), threads)
+        torch.set_num_threads(threads)
+        engines["torch"] = partial(eagerly, made.model)
         expected, found = engines["merged, dense" if r else "dense"](images), engines["2:4"](images)
         runs: dict[str, Run] = {key: partial(engine, images) for key, engine in engines.items()}
         with openvino(arguments.openvino, made.merged, images, threads) as ask:
@@ -283,8 +293,9 @@ def report(rows: list[dict[str, Any]], threads: int) -> None:
         f"{QUESTION}\n\nTimes as fast as ONNX Runtime's dense float32 of the whole model (no tokens merged): median "
         "over rounds, 95 % interval, and what counting multiply-accumulates promises. "
         f"{threads} thread(s), {rows[0]['clock']} time, {min(r['rounds'] for r in rows)} rounds or more. "
-        "Fused, OpenVINO and dynamic int8 run the dense weights with the row's tokens merged. Drift: the largest "
-        "difference of a logit from the dense file with the same weights and tokens, as a share of the largest logit.\n"
+        "Fused, OpenVINO, torch and dynamic int8 run the dense weights with the row's tokens merged. Drift: the "
+        "largest difference of a logit from the dense file with the same weights and tokens, as a share of the largest "
+        "logit.\n"
     )
     text = "\n".join([head, *(table(where, list(of)) for where, of in groupby(rows, itemgetter("device")))])
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
