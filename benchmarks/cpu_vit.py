@@ -7,9 +7,9 @@ ONNX Runtime's. Baseline: the dense file of the whole model, no tokens merged; w
 them merged stands beside it. Beside both: the file after the fusions of onnxruntime.transformers (in this export they
 find LayerNorm and Gelu, not attention); dynamic int8, which changes results; torch in float32, the same graph run
 eagerly; and OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a model take
-turns in one run. On one thread the time is process
-CPU time, on more wall time. Each ratio has its limit beside it: what counting multiply-accumulates promises. A run on
-another processor adds a table of its own; --add keeps this one's rows of other models and batch sizes too.
+turns in one run. On one thread the time is process CPU time, on more wall time. Each ratio has its limit beside it:
+what counting multiply-accumulates promises. A run on another processor adds a table of its own; --add keeps this one's
+rows of other models and batch sizes too.
 """
 
 import argparse

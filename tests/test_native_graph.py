@@ -274,7 +274,7 @@ def test_convolutions_have_to_pass_in_the_whole_file_too(
         ((1.1, 1.1), True, ""),
     ):
         wholes = {size: Speedup(1.0, (low, 1.3), 15, "") for size, low in zip((2, 5), lows, strict=True)}
-        monkeypatch.setattr(choose, "compare_whole", lambda *given, wholes=wholes: wholes[len(given[3])])
+        monkeypatch.setattr(choose, "compare_whole", lambda *given, wholes=wholes: wholes[len(given[2])])
         found = accelerate(file, made.masks, library, small, seconds=0.0, also=[large])
         convolutions = [choice for choice in found.choices if choice.dense is not None and len(choice.x or ()) == 4]
         assert convolutions

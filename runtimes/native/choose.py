@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -25,6 +26,9 @@ from mpcompile.runtimes.native.node import CONV
 from mpcompile.runtimes.native.pack import Packed
 from mpcompile.runtimes.native.trial import input_shapes, measure, session
 from mpcompile.timing import Speedup, Timing, sample, speedup
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 OWN_LAYOUT = (
     "alone the native kernel is {} times as fast as the dense one, but the whole file is not faster with it at "
@@ -95,8 +99,9 @@ def accelerate(
     if convolutions:
         others = [product for product in taken if product.op != CONV]
         with_them, without = (replace(file, some, streams) for some in (taken, others))
+        before, after = (session(model, library, threads) for model in (without, with_them))
         for batch in (images, *also):
-            ratio = compare_whole(without, with_them, library, batch, threads, seconds)
+            ratio = compare_whole(before, after, batch, seconds)
             if ratio.interval[0] <= 1:
                 left = (_blocked(one, ratio, len(batch)) if one.name in convolutions else one for one in choices)
                 return Accelerated(without, tuple(left))
@@ -105,17 +110,14 @@ def accelerate(
 
 
 def compare_whole(
-    before: onnx.ModelProto,
-    after: onnx.ModelProto,
-    library: Path,
+    before: "onnxruntime.InferenceSession",
+    after: "onnxruntime.InferenceSession",
     images: NDArray[np.float32],
-    threads: int | None,
     seconds: float,
 ) -> Speedup:
-    """How many times as fast as `before` `after` is, as whole files, in turns."""
-    name = before.graph.input[0].name
-    sessions = {key: session(model, library, threads) for key, model in (("before", before), ("after", after))}
-    samples = sample({key: partial(made.run, None, {name: images}) for key, made in sessions.items()}, seconds)
+    """How many times as fast as `before` `after` is, sessions of whole files, in turns."""
+    given = {before.get_inputs()[0].name: images}
+    samples = sample({"before": partial(before.run, None, given), "after": partial(after.run, None, given)}, seconds)
     return speedup(samples["before"], samples["after"], "the file without native convolutions")
 
 
