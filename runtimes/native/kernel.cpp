@@ -4,7 +4,8 @@
 // Tokens lie along the vectors, so a kept weight is one splat, and its input channel one row of the packed tile:
 // y[row] += weight * x[channel]. A row of its own pattern would need one load a multiplication, and the load ports
 // would bound it at about 0.78 of the peak. Two rows are therefore computed together: first the input channels that
-// both keep, each loaded once for both, then the others. At 50 % that is three loads for four multiplications.
+// both keep, each loaded once for both, then the others. At 50 % that is three loads for four multiplications where
+// partners are drawn by lot, and eleven for sixteen where pack.py chose them.
 //
 // Each sum runs over the steps of block 0, block 1, ... in the order of the streams; how the work is divided among
 // threads changes neither tiles nor that order, and so no bit of the result.
@@ -57,6 +58,7 @@ NM_INLINE void unit(const float* x, const uint16_t* places, const float* values,
         c || first ? acc[c][r].clear() : acc[c][r].read(sums[r]);
     const auto together = [&](int64_t step, Row (&into)[ROWS]) __attribute__((always_inline)) {
         const float* from = x + places[COUPLED ? 2 * step : step] * WIDTH;
+        NM_POINTER(from);
         V weight[ROWS];
         NM_UNROLL for (int r = 0; r < ROWS; r++) weight[r] = splat<V>(values + step * ROWS + r);
         NM_UNROLL for (int j = 0; j < FULL; j++) {
@@ -73,6 +75,7 @@ NM_INLINE void unit(const float* x, const uint16_t* places, const float* values,
     const auto apart = [&](int64_t step, Row (&into)[ROWS]) __attribute__((always_inline)) {
         NM_UNROLL for (int r = 0; r < ROWS; r++) {
             const float* from = x + places[2 * step + r] * WIDTH;
+            NM_POINTER(from);
             const V weight = splat<V>(values + step * ROWS + r);
             NM_UNROLL for (int j = 0; j < FULL; j++) into[r].full[j] += weight * load<V>(from + LANES * j);
             if constexpr (HALF) into[r].half += NM_LOW_HALF(weight) * load<f8>(from + LANES * FULL);
@@ -94,6 +97,12 @@ NM_INLINE void unit(const float* x, const uint16_t* places, const float* values,
     }
 }
 
+// Asks for a row of sums ahead of its unit: they are in the L2 cache, and paired rows follow no order in memory.
+template <typename V, int VECTORS>
+NM_INLINE void prefetch(const float* row) {
+    NM_UNROLL for (int j = 0; j < VECTORS; j++) __builtin_prefetch(row + int(sizeof(V) / sizeof(float)) * j, 1);
+}
+
 // All blocks of the units of one chunk, into sums[row within the chunk][width].
 template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
 void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums) {
@@ -105,7 +114,11 @@ void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums)
         for (int64_t u = begin; u < end; u++) {
             const int64_t at = block * w.units + u;
             float* rows[ROWS];
-            NM_UNROLL for (int r = 0; r < ROWS; r++) rows[r] = sums + (w.order[u * ROWS + r] - chunk * w.chunk) * WIDTH;
+            const int32_t* order = w.order + at * ROWS;
+            const auto row = [&](int r) { return sums + (order[r] - chunk * w.chunk) * WIDTH; };
+            NM_UNROLL for (int r = 0; r < ROWS; r++) rows[r] = row(r);
+            if (COUPLED && u + 1 < end)
+                NM_UNROLL for (int r = ROWS; r < 2 * ROWS; r++) prefetch<V, VECTORS>(row(r));
             unit<V, ROWS, VECTORS, HALF, COUPLED>(x, w.places + at * w.steps * PLACES, w.values + at * w.steps * ROWS,
                                                   w.common[at], w.steps, rows, block == 0);
         }
@@ -114,8 +127,10 @@ void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums)
 
 using Multiply = void (*)(const Weights&, int64_t, const float*, float*);
 
-constexpr int WIDEST = NM_REGISTERS == 32 && NM_LANES == 4 ? 12 : 6;  // tiles of 24 to 96 tokens
-constexpr int WIDEST_OF_FOUR = NM_REGISTERS == 16 ? 3 : NM_LANES == 4 ? 6 : 5;
+// Vectors of a tile, as many as sums leave registers for the rest: tiles of 24 to 112 tokens, so that the 197 of a ViT
+// are two.
+constexpr int WIDEST = NM_REGISTERS == 16 ? 6 : NM_LANES == 4 ? 12 : 7;
+constexpr int WIDEST_OF_FOUR = NM_REGISTERS == 16 ? 3 : 6;
 
 template <typename V, int VECTORS, bool HALF>
 Multiply by_share(int64_t share) {

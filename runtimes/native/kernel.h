@@ -9,9 +9,10 @@
 // places  [blocks][units][steps][2 for share 1, else 1]: input channel within the block; `block` itself is the row of
 //         zeros that every block of a tile ends with, for steps that a row has no weight for
 // common  [blocks][units]: for share 1, in how many of its first steps both rows read the same input channel
-// order   [units][rows of a unit]: which output row each is; `rows` where there is none
+// order   [blocks][units][rows of a unit]: which output row each is; `rows` where there is none
 //
-// `order` moves rows only within chunks of `chunk` rows, so that a chunk is a contiguous piece of the output.
+// `order` moves rows only within chunks of `chunk` rows, so that a chunk is a contiguous piece of the output. Each
+// block has its own order: sums lie in memory between blocks, so other rows may be computed together in each.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

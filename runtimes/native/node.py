@@ -64,9 +64,7 @@ def _dense_weight() -> list[onnx.NodeProto]:
     """
     node = helper.make_node
     return [
-        *_constants(
-            zero=0, one=1, first=[0], second=[1], whole=[-1], origin=[0, 0], units_at=[0, 2], blocks_at=[1, 2, 3]
-        ),
+        *_constants(zero=0, one=1, first=[0], second=[1], whole=[-1], origin=[0, 0], steps_at=[2], blocks_at=[1, 2, 3]),
         *(_attribute(name) for name in ("rows", "columns", "block")),
         node("Shape", ["values"], ["block_count"], start=0, end=1),
         node("Squeeze", ["block_count"], ["blocks"]),
@@ -78,7 +76,7 @@ def _dense_weight() -> list[onnx.NodeProto]:
         node("Cast", ["places"], ["places_int"], to=onnx.TensorProto.INT64),
         node("Add", ["places_int", "starts"], ["column"]),
         node("Cast", ["order"], ["order_int"], to=onnx.TensorProto.INT64),
-        node("Unsqueeze", ["order_int", "units_at"], ["row"]),
+        node("Unsqueeze", ["order_int", "steps_at"], ["row"]),
         node("Mul", ["row", "width"], ["row_start"]),
         node("Add", ["row_start", "column"], ["at"]),
         node("Reshape", ["at", "whole"], ["at_flat"]),

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdio>
 #include <initializer_list>
+#include <memory>
 #include <mutex>
 #include <new>
 
@@ -96,14 +97,32 @@ bool is_shape(const Shape& shape, const int64_t* wanted, size_t count) {
     return true;
 }
 
+// Whether each block names every row once: a row that none computes would be what the memory last held.
+bool names_each_row_once(const Weights& w, const int32_t* order) {
+    const std::unique_ptr<int64_t[]> named(new (std::nothrow) int64_t[size_t(w.rows)]());
+    if (!named) return false;
+    const int64_t size = w.units * w.unit_rows();
+    int64_t none = 0;
+    for (int64_t i = 0; i < w.blocks * size; i++) {
+        const int64_t row = order[i], block = i / size + 1;
+        if (row == w.rows) {
+            none++;
+            continue;
+        }
+        if (named[size_t(row)] == block) return false;
+        named[size_t(row)] = block;
+    }
+    return none == w.blocks * (size - w.rows);
+}
+
 // Whether every place and every row that the streams name exists.
 bool in_bounds(const Weights& w, size_t input, const void* data, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         if (input == 2 && static_cast<const uint16_t*>(data)[i] > w.block) return false;
         if (input == 3 && static_cast<const uint16_t*>(data)[i] > w.steps) return false;
         if (input == 4) {
-            const int64_t row = static_cast<const int32_t*>(data)[i];
-            const int64_t first = i / w.chunk * w.chunk, last = first + w.chunk < w.rows ? first + w.chunk : w.rows;
+            const int64_t row = static_cast<const int32_t*>(data)[i], place = i % (w.units * w.unit_rows());
+            const int64_t first = place / w.chunk * w.chunk, last = first + w.chunk < w.rows ? first + w.chunk : w.rows;
             const bool none = row == w.rows && w.rows - first <= w.chunk;  // a unit's last row may be missing
             if (!none && (row < first || row >= last)) return false;
         }
@@ -129,13 +148,15 @@ OrtStatus* checked(Operator& op, const OrtKernelInfo* info) {
                                           {w.blocks, w.units, w.steps, w.unit_rows()},
                                           {w.blocks, w.units, w.steps, w.unit_places()},
                                           {w.blocks, w.units},
-                                          {w.units, w.unit_rows()},
+                                          {w.blocks, w.units, w.unit_rows()},
                                           {w.rows}};
-        const size_t dimensions[INPUTS] = {0, 4, 4, 2, 2, 1};
+        const size_t dimensions[INPUTS] = {0, 4, 4, 2, 3, 1};
         if (!is_shape(shape, sizes[input], dimensions[input])) return refuse(op.api, "has another shape", input);
         const void* data = nullptr;
         if (OrtStatus* failed = data_of(op.api, value, data)) return failed;
         if (!in_bounds(w, input, data, shape.product(0, shape.count))) return refuse(op.api, "is out of bounds", input);
+        if (input == 4 && !names_each_row_once(w, static_cast<const int32_t*>(data)))
+            return refuse(op.api, "does not name each row once", input);
     }
     return nullptr;
 }

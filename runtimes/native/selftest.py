@@ -24,7 +24,7 @@ def model() -> onnx.ModelProto:
         "values": np.array([[[[1, 3], [2, 4]], [[5, 0], [0, 0]]]], np.float32),
         "places": np.array([[[[0, 0], [3, 2]], [[3, 4], [4, 4]]]], np.uint16),
         "common": np.array([[1, 0]], np.uint16),
-        "order": np.array([[0, 1], [2, 3]], np.int32),
+        "order": np.array([[[0, 1], [2, 3]]], np.int32),
         "bias": np.array([0.5, -1, 0], np.float32),
     }
     attributes: dict[str, Any] = {"rows": 3, "columns": 4, "share": 1, "block": 4, "chunk": 16}

@@ -15,9 +15,13 @@ constexpr int64_t SAMPLED_STRIPS = 8;
 // Rows of the dense weight, read back from the streams a strip at a time.
 class Dense {
   public:
-    Dense(const Weights& w, int lanes) : w_(w), unit_(w.rows, 0), floats_(size_t(w.columns * lanes)), lanes_(lanes) {
-        for (int64_t i = 0; i < w.units * w.unit_rows(); i++)
-            if (w.order[i] < w.rows) unit_[size_t(w.order[i])] = i;
+    Dense(const Weights& w, int lanes)
+        : w_(w), at_(size_t(w.blocks * w.rows), 0), floats_(size_t(w.columns * lanes)), lanes_(lanes) {
+        for (int64_t block = 0; block < w.blocks; block++)
+            for (int64_t i = 0; i < w.units * w.unit_rows(); i++) {
+                const int64_t row = w.order[block * w.units * w.unit_rows() + i];
+                if (row < w.rows) at_[size_t(block * w.rows + row)] = int32_t(i);
+            }
     }
 
     // [lanes][columns]; rows that do not exist are zero.
@@ -25,8 +29,9 @@ class Dense {
         std::fill(floats_.begin(), floats_.end(), 0.0f);
         const int64_t unit_rows = w_.unit_rows(), places = w_.unit_places();
         for (int64_t lane = 0; lane < lanes_ && strip * lanes_ + lane < w_.rows; lane++) {
-            const int64_t at = unit_[size_t(strip * lanes_ + lane)], unit = at / unit_rows, r = at % unit_rows;
+            const int64_t row = strip * lanes_ + lane;
             for (int64_t block = 0; block < w_.blocks; block++) {
+                const int64_t at = at_[size_t(block * w_.rows + row)], unit = at / unit_rows, r = at % unit_rows;
                 const int64_t base = (block * w_.units + unit) * w_.steps;
                 for (int64_t step = 0; step < w_.steps; step++) {
                     const int64_t place = w_.places[(base + step) * places + (places == 2 ? r : 0)];
@@ -41,7 +46,7 @@ class Dense {
 
   private:
     const Weights& w_;
-    std::vector<int64_t> unit_;
+    std::vector<int32_t> at_;  // [blocks][rows]: where each row stands in the order of a block
     std::vector<float> floats_;
     int64_t lanes_;
 };

@@ -38,6 +38,14 @@
 #define NM_HOLD(vector)
 #endif
 
+// Holds a sum of addresses in one register. GCC otherwise adds base and index in each multiplication that has an
+// operand in memory, and such an instruction seems to take two slots of the pipeline, not one: NOTES.md.
+#if defined(__GNUC__)
+#define NM_POINTER(pointer) __asm__("" : "+r"(pointer))
+#else
+#define NM_POINTER(pointer)
+#endif
+
 // The low half of a vector of 16 that is the same in all lanes.
 #if defined(__clang__) || __GNUC__ >= 12
 #define NM_LOW_HALF(vector) __builtin_shufflevector(vector, vector, 0, 1, 2, 3, 4, 5, 6, 7)

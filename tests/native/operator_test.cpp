@@ -178,7 +178,7 @@ struct Session {
         info.constants = {{1, {{w.blocks, w.units, w.steps, w.unit_rows()}, streams.values.data()}},
                           {2, {{w.blocks, w.units, w.steps, w.unit_places()}, streams.places.data()}},
                           {3, {{w.blocks, w.units}, streams.common.data()}},
-                          {4, {{w.units, w.unit_rows()}, streams.order.data()}},
+                          {4, {{w.blocks, w.units, w.unit_rows()}, streams.order.data()}},
                           {5, {{w.rows}, streams.bias.data()}}};
     }
     Session(const Session&) = delete;
@@ -293,6 +293,8 @@ bool refuses(const OrtCustomOp* op) {
         {"input common is out of bounds", [](Session&, Streams& streams) { streams.common.back() = 99; }},
         {"input order is out of bounds", [](Session&, Streams& streams) { streams.order.front() = -1; }},
         {"input order is out of bounds", [](Session&, Streams& streams) { streams.order.front() = 35; }},
+        {"input order does not name each row once",
+         [](Session&, Streams& streams) { streams.order[0] = streams.order[1]; }},
     };
     for (const auto& [text, spoil] : files) {
         Streams streams({36, 72, 1, 2, 4, 24, 16, 0, 0});

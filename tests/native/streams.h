@@ -41,10 +41,12 @@ struct Streams {
             }
         for (size_t i = 0; i < dense.size(); i++) dense[i] = kept[i] ? normal() : 0.0f;
         for (int64_t row = 0; row < c.rows; row++) bias.push_back(normal());
-        for (int64_t i = 0; i < w.units * unit; i++) order.push_back(int32_t(std::min(i, w.rows)));
-        for (int64_t chunk = 0; chunk < w.rows; chunk += w.chunk)  // any order within a chunk of own patterns will do
-            if (c.share == 1)
-                std::shuffle(order.begin() + chunk, order.begin() + std::min(chunk + w.chunk, w.rows), rng);
+        for (int64_t block = 0; block < w.blocks; block++) {
+            for (int64_t i = 0; i < w.units * unit; i++) order.push_back(int32_t(std::min(i, w.rows)));
+            const auto mine = order.end() - w.units * unit;
+            for (int64_t chunk = 0; chunk < w.rows; chunk += w.chunk)  // any order within a chunk of own patterns will do
+                if (c.share == 1) std::shuffle(mine + chunk, mine + std::min(chunk + w.chunk, w.rows), rng);
+        }
         w.steps = std::min(c.block, c.columns);  // far too many: the rest are steps without a weight
         values.assign(w.blocks * w.units * w.steps * unit, 0.0f);
         places.assign(w.blocks * w.units * w.steps * w.unit_places(), uint16_t(c.block));
@@ -62,7 +64,7 @@ struct Streams {
     void fill(int64_t block, int64_t u, int64_t unit) {
         const Weights& w = weights;
         const int64_t begin = block * w.block, end = std::min(begin + w.block, w.columns), base = block * w.units + u;
-        const int32_t* rows = &order[u * unit];
+        const int32_t* rows = &order[base * unit];
         if (w.share == 1) {
             int64_t both = 0;
             for (int64_t k = begin; k < end; k++)
