@@ -39,6 +39,13 @@ def write(
     return path
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows of results/NAME.json, none where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return rows
+
+
 def commit() -> str:
     """The commit that was measured, with a plus where files differ from it."""
     described = subprocess.run(

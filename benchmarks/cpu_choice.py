@@ -10,14 +10,13 @@ that patterns of equal speed are neighbours.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pretrained
 import torch
-from common import RESULTS, ROOT, markdown, write
+from common import RESULTS, ROOT, markdown, rows_of, write
 from cpu_turns import busy_device, processor, shown
 from torch import nn
 
@@ -93,7 +92,7 @@ def main() -> None:
     if missing := native.missing():
         raise SystemExit(missing)
     torch.set_num_threads(1)
-    rows = [row for row in earlier() if row["model"] not in models or row["pattern"] not in patterns]
+    rows = [row for row in rows_of("cpu_choice") if row["model"] not in models or row["pattern"] not in patterns]
     for name in models:
         module, data = model_of(name)
         for pattern in patterns:
@@ -101,13 +100,6 @@ def main() -> None:
                 rows.append(measure(name, module, data, pattern, Path(folder)))
             print(cells(rows[-1]), flush=True)
             report(rows)
-
-
-def earlier() -> list[dict[str, Any]]:
-    """The rows of the results file, if there is one."""
-    path = RESULTS / "cpu_choice.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return rows
 
 
 def report(rows: list[dict[str, Any]]) -> None:

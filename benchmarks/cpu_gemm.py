@@ -3,15 +3,18 @@
     python benchmarks/cpu_gemm.py [--rounds 15]
 
 Each product is a session of one node with its bias; the dense one has the same masked weights. One thread, process CPU
-time, all of a shape in turns in one run. The ratio is the median over rounds with its 95 % interval; bold is slower.
+time, all of a shape in turns in one run. The ratio is the median over rounds with its 95 % interval; bold is slower. A
+run on another processor adds a table of its own.
 """
 
 import argparse
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
 from common import RESULTS, markdown, write
-from cpu_turns import busy_device, ratio, shown, turns
+from cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
 
 from mpcompile.model import NM
 from mpcompile.passes.nm_mask import nm_mask
@@ -25,6 +28,7 @@ QUESTION = "for which shapes and patterns is the native N:M kernel faster than O
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "6:12", "12:16", "2:4x2", "2:4x4")
 SHAPES = [(768, 192), (1536, 384), (384, 1536), (768, 768), (2304, 768), (3072, 768), (768, 3072)]  # out, in
 TOKENS = (64, 197, 1576)  # fewer: cpu_gemm_few.py
+COLUMNS = ("tokens", "in → out", "dense GFLOP/s", *PATTERNS)
 BLOCK_MS = 8.0
 
 
@@ -44,7 +48,7 @@ def main() -> None:
     if library is None:
         raise SystemExit(native.missing())
     rng = np.random.default_rng(0)
-    rows, table = [], []
+    rows = elsewhere("cpu_gemm")
     for tokens in TOKENS:
         for out, in_ in SHAPES:
             x = (1, tokens, in_)
@@ -57,15 +61,23 @@ def main() -> None:
             samples = turns(engines, arguments.rounds, BLOCK_MS, wall=False)
             found = {text: ratio(samples["dense"], samples[text]) for text in products}
             gflops = 2 * tokens * out * in_ / float(np.median(samples["dense"])) / 1e6
-            rows.append({"tokens": tokens, "out": out, "in": in_, "dense_gflops": gflops, "speedup": found})
-            cells = (shown(found[text]) if text in found else "–" for text in PATTERNS)
-            table.append((str(tokens), f"{in_} → {out}", f"{gflops:.0f}", *cells))
-            print(" | ".join(table[-1]), flush=True)
-    device = busy_device()
-    write("cpu_gemm", QUESTION, device, ("onnxruntime", "numpy"), rows)
-    text = markdown(("tokens", "in → out", "dense GFLOP/s", *PATTERNS), table)
-    count = f"{arguments.rounds} rounds of at least {BLOCK_MS:.0f} ms each, process CPU time, one thread, on {device}."
-    (RESULTS / "cpu_gemm.md").write_text(f"{QUESTION}\n\nTimes as fast as ONNX Runtime dense: {count}\n\n{text}")
+            row = {"tokens": tokens, "out": out, "in": in_, "dense_gflops": gflops, "speedup": found}
+            rows.append(row | {"rounds": arguments.rounds} | stamp())
+            print(" | ".join(cells(rows[-1])), flush=True)
+    rows.sort(key=itemgetter("device"))
+    write("cpu_gemm", QUESTION, device(), ("onnxruntime", "numpy"), rows)
+    count = f"{min(row['rounds'] for row in rows)} rounds or more of at least {BLOCK_MS:.0f} ms each"
+    head = f"{QUESTION}\n\nTimes as fast as ONNX Runtime dense: {count}, process CPU time, one thread.\n"
+    tables = (
+        f"{where}, {loads(of)}:\n\n{markdown(COLUMNS, [cells(row) for row in of])}" for where, of in by_processor(rows)
+    )
+    (RESULTS / "cpu_gemm.md").write_text("\n".join([head, *tables]), encoding="utf-8")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    speeds = (shown(row["speedup"][text]) if text in row["speedup"] else "–" for text in PATTERNS)
+    return str(row["tokens"]), f"{row['in']} → {row['out']}", f"{row['dense_gflops']:.0f}", *speeds
 
 
 if __name__ == "__main__":

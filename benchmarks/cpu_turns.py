@@ -1,11 +1,19 @@
-"""Calls that take turns on the CPU, in process CPU time or wall time: what the benchmarks of the kernel share."""
+"""Calls that take turns on the CPU, in process CPU time or wall time: what the benchmarks of the kernel share.
+
+Where processors differ much, a results file keeps the rows of each: `stamp`, `elsewhere` and `by_processor`.
+"""
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from common import commit, rows_of
 from numpy.typing import NDArray
 
 from mpcompile.runtimes import native
@@ -68,3 +76,33 @@ def processor() -> str:
 def busy_device() -> str:
     """`processor`, and the instructions that the kernel uses on it."""
     return f"{processor()}, kernel {native.instruction_set()}"
+
+
+def stamp() -> dict[str, Any]:
+    """What a row says of where and when it was measured, beside other processors' rows in one file."""
+    return {
+        "device": device(),
+        "load": os.getloadavg()[0],
+        "measured": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+    }
+
+
+def elsewhere(name: str) -> list[dict[str, Any]]:
+    """The rows of a results file that other processors gave."""
+    return [row for row in rows_of(name) if row["device"] != device()]
+
+
+def by_processor(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each processor, and its name with the day or days of measuring; the kernel is that of the day."""
+    for where, found in groupby(rows, itemgetter("device")):
+        here = list(found)
+        days = [row["measured"] for row in here]
+        until = f" to {max(days)}" if max(days) > min(days) else ""
+        yield f"{where}, measured {min(days)}{until}", here
+
+
+def loads(rows: list[dict[str, Any]]) -> str:
+    """How busy the processor was."""
+    found = [row["load"] for row in rows]
+    return f"load average {min(found):.1f} to {max(found):.1f}"

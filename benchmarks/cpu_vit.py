@@ -13,8 +13,6 @@ rows of other models and batch sizes too.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import tempfile
 import time
@@ -22,8 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, product
-from operator import itemgetter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,8 @@ import numpy as np
 import onnx
 import timm
 import torch
-from common import RESULTS, markdown, write
-from cpu_turns import device, ratio, shown, turns
+from common import RESULTS, markdown, rows_of, write
+from cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -226,8 +223,7 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         "speedup": ratios,
         "limit": made.limits,
         "drift": float(np.abs(expected - found).max() / np.abs(expected).max()),
-        "device": device(),
-        "load": os.getloadavg()[0],
+        **stamp(),
     }
 
 
@@ -243,7 +239,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if why := native.missing():
         raise SystemExit(why)
-    rows = earlier(arguments.threads, own=arguments.add)
+    rows = (rows_of if arguments.add else elsewhere)(results_name(arguments.threads))
     for name, batch, r in product(arguments.models, arguments.batches, arguments.merged):
         started = time.perf_counter()
         row = measure(name, batch, r, arguments)
@@ -257,13 +253,6 @@ def main() -> None:
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
     """Where a row stands, which no other row shares."""
     return row["device"], row["model"], row["batch"], row["r"]
-
-
-def earlier(threads: int, own: bool) -> list[dict[str, Any]]:
-    """The rows of the results file that stay: those of other processors, and of this one where wanted."""
-    path = RESULTS / f"{results_name(threads)}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return [row for row in rows if own or row["device"] != device()]
 
 
 def results_name(threads: int) -> str:
@@ -297,15 +286,14 @@ def report(rows: list[dict[str, Any]], threads: int) -> None:
         "largest difference of a logit from the dense file with the same weights and tokens, as a share of the largest "
         "logit.\n"
     )
-    text = "\n".join([head, *(table(where, list(of)) for where, of in groupby(rows, itemgetter("device")))])
+    text = "\n".join([head, *(table(where, of) for where, of in by_processor(rows))])
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def table(where: str, rows: list[dict[str, Any]]) -> str:
     """One processor's rows."""
     lines = [(*cells(row, (*PATTERNS, *OTHERS)), f"{row['drift']:.0e}") for row in rows]
-    loads = [row["load"] for row in rows]
-    return f"{where}, load average {min(loads):.1f} to {max(loads):.1f}:\n\n{markdown(COLUMNS, lines)}"
+    return f"{where}, {loads(rows)}:\n\n{markdown(COLUMNS, lines)}"
 
 
 if __name__ == "__main__":

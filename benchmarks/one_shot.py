@@ -17,7 +17,6 @@ on there; those that other seeds calibrate on here are among them, held-out ones
 import argparse
 import copy
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from budget import logits, measured, models
-from common import RESULTS, markdown, write
+from common import RESULTS, markdown, rows_of, write
 from pretrained import fashion_data
 from sparsegpt import modelopt_sparsegpt, sparsegpt
 from torch import nn
@@ -110,9 +109,8 @@ def main() -> None:
         parts = arguments.again
         return (parts is None or any(part in method for part in parts)) and model in (arguments.models or [model])
 
-    path = RESULTS / "one_shot.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if arguments.again or arguments.models else []
-    rows: list[dict[str, Any]] = [row for row in earlier if not due(row["model"], row["method"].partition(" + ")[0])]
+    earlier = rows_of("one_shot") if arguments.again or arguments.models else []
+    rows = [row for row in earlier if not due(row["model"], row["method"].partition(" + ")[0])]
 
     def add(row: dict[str, Any]) -> None:
         print(row, flush=True)

@@ -11,14 +11,13 @@ what a refit loses, else by |W|. Both, and that order, were tried out on another
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from budget import logits
-from common import RESULTS, markdown, write
+from common import RESULTS, markdown, rows_of, write
 from pretrained import efficientnet_lite0
 
 from mpcompile.capture import capture
@@ -74,11 +73,9 @@ def main() -> None:
     arguments = parser.parse_args()
     module = efficientnet_lite0()
     model = capture(module, source_of(module, name="efficientnet_lite0", arch="tf_efficientnet_lite0", sha256=""))
-    path = RESULTS / "one_shot_imagenet.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    rows: list[dict[str, Any]] = [
+    rows = [
         row
-        for row in earlier
+        for row in rows_of("one_shot_imagenet")
         if row["method"] in METHODS and (row["seed"] not in arguments.seeds or arguments.again not in row["method"])
     ]
     for seed in arguments.seeds:

@@ -22,7 +22,6 @@ alone.
 """
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, markdown, write
+from common import RESULTS, markdown, rows_of, write
 from pretrained import efficientnet_lite0, vit_small
 from torch import Tensor
 
@@ -183,7 +182,7 @@ def main() -> None:
     """Writes both files."""
     torch.manual_seed(0)
     kinds = sys.argv[1:] or [kind for shown in SHOWN.values() for kind in shown]
-    stored = json.loads((RESULTS / "permute.json").read_text(encoding="utf-8"))["rows"] if sys.argv[1:] else []
+    stored = rows_of("permute") if sys.argv[1:] else []
     rows: list[dict[str, Any]] = []
     for arch, model in models():
         for kind, layers in SHOWN[arch].items():

@@ -7,10 +7,9 @@ A test holds README to what this would write, so that no number in it is older t
 
 import json
 import re
-from itertools import groupby
-from operator import itemgetter
 
-from common import RESULTS, ROOT, markdown
+from common import RESULTS, ROOT, markdown, rows_of
+from cpu_turns import by_processor
 from cpu_vit import cells as speeds
 from fashion_vit import COLUMNS, cells
 from one_shot import cell
@@ -41,7 +40,7 @@ def first_table(name: str) -> str:
 
 def budget() -> str:
     """Top-1 at half density and at 70 % of the multiply-accumulates, a column a model."""
-    rows = json.loads((RESULTS / "budget.json").read_text(encoding="utf-8"))["rows"]
+    rows = rows_of("budget")
     dense = {row["model"]: row["top1"] for row in rows if row["kind"] == "dense"}
     chosen = [("density", 0.6), ("density", 0.5), ("2:4", 0.8), ("2:4", 0.7)]
 
@@ -65,7 +64,7 @@ def budget() -> str:
 
 def one_shot() -> str:
     """Top-1 and logit shift of the methods that leave batch statistics alone or have them moved, at 2:4 and 1:4."""
-    rows = json.loads((RESULTS / "one_shot.json").read_text(encoding="utf-8"))["rows"]
+    rows = rows_of("one_shot")
     dense = {row["model"]: row["top1"] for row in rows if row["method"] == "dense"}
     methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense" and "re-estimated" not in m]
 
@@ -82,10 +81,10 @@ def one_shot() -> str:
 def cpu_vit() -> str:
     """A table a processor, of one thread; patterns that run like another one of their density are left out."""
     tables = []
-    rows = json.loads((RESULTS / "cpu_vit.json").read_text(encoding="utf-8"))["rows"]
-    for device, found in groupby(rows, itemgetter("device")):
+    rows = rows_of("cpu_vit")
+    for where, found in by_processor(rows):
         lines = [speeds(row | {"model": row["model"].removesuffix("_patch16_224")}, SHOWN) for row in found]
-        tables.append(f"1 thread, {device}:\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
+        tables.append(f"1 thread, {where}:\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
     return "\n".join(tables)
 
 
