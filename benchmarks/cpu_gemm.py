@@ -64,7 +64,12 @@ def main() -> None:
             row = {"tokens": tokens, "out": out, "in": in_, "dense_gflops": gflops, "speedup": found}
             rows.append(row | {"rounds": arguments.rounds} | stamp())
             print(" | ".join(cells(rows[-1])), flush=True)
-    rows.sort(key=itemgetter("device"))
+    report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Writes both files."""
+    rows = sorted(rows, key=itemgetter("device"))
     write("cpu_gemm", QUESTION, device(), ("onnxruntime", "numpy"), rows)
     count = f"{min(row['rounds'] for row in rows)} rounds or more of at least {BLOCK_MS:.0f} ms each"
     head = f"{QUESTION}\n\nTimes as fast as ONNX Runtime dense: {count}, process CPU time, one thread.\n"

@@ -14,7 +14,7 @@ from cpu_vit import cells as speeds
 from fashion_vit import COLUMNS, cells
 from one_shot import cell
 
-SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "dynamic int8")
+SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "torch", "dynamic int8")
 
 
 def body(name: str) -> str:
