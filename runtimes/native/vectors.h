@@ -39,7 +39,7 @@
 #endif
 
 // Holds a sum of addresses in one register. GCC otherwise adds base and index in each multiplication that has an
-// operand in memory, and such an instruction seems to take two slots of the pipeline, not one: NOTES.md.
+// operand in memory, which was slower on an Intel Xeon, most where the core is shared: NOTES.md.
 #if defined(__GNUC__)
 #define NM_POINTER(pointer) __asm__("" : "+r"(pointer))
 #else
