@@ -8,7 +8,6 @@ run on another processor adds a table of its own.
 """
 
 import argparse
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,6 @@ def main() -> None:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Writes both files."""
-    rows = sorted(rows, key=itemgetter("device"))
     write("cpu_gemm", QUESTION, device(), ("onnxruntime", "numpy"), rows)
     count = f"{min(row['rounds'] for row in rows)} rounds or more of at least {BLOCK_MS:.0f} ms each"
     head = f"{QUESTION}\n\nTimes as fast as ONNX Runtime dense: {count}, process CPU time, one thread.\n"

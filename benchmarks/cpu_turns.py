@@ -95,7 +95,7 @@ def elsewhere(name: str) -> list[dict[str, Any]]:
 
 def by_processor(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The rows of each processor, and its name with the day or days of measuring; the kernel is that of the day."""
-    for where, found in groupby(rows, itemgetter("device")):
+    for where, found in groupby(sorted(rows, key=itemgetter("device")), itemgetter("device")):
         here = list(found)
         days = [row["measured"] for row in here]
         until = f" to {max(days)}" if max(days) > min(days) else ""

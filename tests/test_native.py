@@ -206,7 +206,7 @@ def test_wrong_input_is_an_error_not_a_crash(library: Path) -> None:
         ("places", lambda values: values + 9, "input places is out of bounds"),
         ("order", lambda values: values + 99, "input order is out of bounds"),
         ("order", lambda values: values - 1, "input order is out of bounds"),
-        ("order", lambda values: values[..., ::-1] * 0, "input order does not name each row once"),
+        ("order", lambda values: values * 0, "input order does not name each row once"),
         ("common", lambda values: values + 99, "input common is out of bounds"),
         ("values", lambda values: values[:, :, :-1], "input places has another shape"),
     ],

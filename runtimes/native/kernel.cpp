@@ -127,8 +127,8 @@ void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums)
 
 using Multiply = void (*)(const Weights&, int64_t, const float*, float*);
 
-// Vectors of a tile, as many as sums leave registers for the rest: tiles of 24 to 112 tokens, so that the 197 of a ViT
-// are two.
+// Vectors of a tile: tiles of 24 to 112 tokens. Registers bound them, but for two rows and AVX-512, where a block has
+// to stay in the L1 cache (WIDEST_BLOCK in pack.py); with seven the 197 tokens of a ViT are two tiles.
 constexpr int WIDEST = NM_REGISTERS == 16 ? 6 : NM_LANES == 4 ? 12 : 7;
 constexpr int WIDEST_OF_FOUR = NM_REGISTERS == 16 ? 3 : 6;
 

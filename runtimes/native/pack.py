@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, UInt16
-from scipy.optimize import linear_sum_assignment
 
 SHARES = (4, 2, 1)
 # Input channels of a block, at most, by share. 64 channels x 112 tokens x 4 bytes are 28 KiB, of an L1 cache of 32 KiB;
@@ -125,6 +124,8 @@ def paired(
     what a pair lacks of the most that any shares counts twice for each channel. Pairs take together what all but a few
     can (FEWER_SHARED), those of fewer come last.
     """
+    from scipy.optimize import linear_sum_assignment
+
     blocks, rows, _ = keep.shape
     order, common = np.empty((blocks, rows // 2, 2), np.int64), np.empty((blocks, rows // 2), np.int64)
     for start in range(0, rows, chunk):

@@ -39,8 +39,8 @@ struct Scratch {
     }
 };
 
-// Tiles are taken together, so that a chunk of weights is read from memory once for all of them, where their packed
-// activations stay in the L2 cache, and where as many items are left for threads.
+// Tiles are taken together, so that a chunk of weights is read from memory once for all of them, as long as their
+// packed activations stay in the L2 cache and so many items are left for threads.
 constexpr int64_t PANEL_FLOATS = 768 * 1024 / sizeof(float), PANEL_ITEMS = 16;
 constexpr int64_t PART_STRIPS = 8;  // 128 rows of AVX-512, as a chunk has: enough parts for a few threads
 
@@ -92,8 +92,7 @@ Tile Work::tile(int64_t index) const {
 }
 
 bool Work::run(int64_t index) const {
-    const int64_t panel = index / parts_, part = index % parts_;
-    return strips_ ? run_strips(part) : run_panel(panel, part);
+    return strips_ ? run_strips(index) : run_panel(index / parts_, index % parts_);
 }
 
 bool Work::run_strips(int64_t part) const {
