@@ -45,6 +45,7 @@ from mpcompile.proof import ProvenMask, file_weights
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native.graph import find, replace
 from mpcompile.runtimes.ort import session_on
+from mpcompile.runtimes.ort_int8 import quantise_dynamic, saturates
 
 QUESTION = "how much faster is a whole ViT on the native N:M kernel than on ONNX Runtime's dense kernels?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "12:16", "2:4x2", "2:4x4")
@@ -145,10 +146,8 @@ def fused(dense: Path, folder: Path) -> Path:
 
 
 def int8(dense: Path, folder: Path) -> Path:
-    """The dense file with dynamically quantised products."""
-    from onnxruntime.quantization import quantize_dynamic
-
-    quantize_dynamic(dense, folder / "int8.onnx", op_types_to_quantize=["MatMul", "Gemm"])
+    """The dense file with dynamically quantised products, in a range that this processor computes exactly."""
+    quantise_dynamic(dense, folder / "int8.onnx", saturates())
     return folder / "int8.onnx"
 
 

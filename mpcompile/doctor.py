@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpcompile.resolve import Known, known
 
+VECTOR_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy", "scipy", "safetensors")
 
 
@@ -78,7 +79,7 @@ def _processor() -> Finding:
     flags = next(
         (line.partition(":")[2].split() for line in text.splitlines() if line.startswith(("flags", "Features"))), []
     )
-    vector = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if flag in flags]
+    vector = [flag for flag in VECTOR_FLAGS if flag in flags]
     return Finding("processor", True, f"{platform.machine()}: {', '.join(vector) or 'vector instructions unknown'}")
 
 

@@ -8,7 +8,7 @@ touched: the gate asks them once, about the recipe that was taken.
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,9 @@ class Trial:
         images = calibration.first(min(QUANTISED_ON, len(calibration))).numpy()
         made = runtime.references(self.reference.exported, self.build, images, self.folder)
         return tuple(
-            Point(name, failed=found) if isinstance(found, str) else self._measured(name, found, None)
+            Point(name, failed=found)
+            if isinstance(found, str)
+            else replace(self._measured(name, found.engine, None), method=found.method)
             for name, found in made.items()
         )
 

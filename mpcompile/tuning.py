@@ -31,7 +31,8 @@ class Point:
     """One model on validation images, against the dense one.
 
     `drop` is in points of top-1, `error` its standard error (of the paired difference), `macs` the share of
-    multiply-accumulates left, `speedups` one for each batch size timed. `failed` says why a recipe made no model.
+    multiply-accumulates left, `speedups` one for each batch size timed. `failed` says why a recipe made no model,
+    `method` how a quantised model was quantised and why so.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Point:
     speedups: tuple[Speedup, ...] = ()
     holds: bool = False
     failed: str | None = None
+    method: str | None = None
 
     @property
     def speed(self) -> float:

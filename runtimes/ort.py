@@ -21,7 +21,7 @@ from mpcompile.lower import INPUT, Exported
 from mpcompile.model import NM
 from mpcompile.runtimes import native
 from mpcompile.runtimes.pieces import in_pieces
-from mpcompile.runtimes.protocol import Build, Prepared, Product
+from mpcompile.runtimes.protocol import Build, Prepared, Product, QuantizedBaseline
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -106,11 +106,11 @@ class OnnxRuntime:
 
     def references(
         self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
-    ) -> "Mapping[str, OrtEngine | str]":
-        """The dense model in int8, by dynamic and by static quantisation."""
-        from mpcompile.runtimes.ort_int8 import quantised
+    ) -> Mapping[str, QuantizedBaseline | str]:
+        """The dense model in int8, by dynamic and by static quantisation, each as exact as this processor allows."""
+        from mpcompile.runtimes.ort_int8 import quantised, saturates
 
-        return quantised(exported, build.threads, images, folder)
+        return quantised(exported, build.threads, images, folder, saturating=saturates())
 
     def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, OrtEngine] | None":
         """`….native.onnx` on our kernel, with the layers on it that were chosen when the model was compiled."""

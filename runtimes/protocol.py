@@ -101,8 +101,8 @@ class Referring(Protocol):
 
     def references(
         self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
-    ) -> "Mapping[str, Engine | str]":
-        """An engine by kind of quantisation, or why there is none; `images` calibrate it, files go to `folder`."""
+    ) -> "Mapping[str, QuantizedBaseline | str]":
+        """The best by kind of quantisation, or why there is none; `images` calibrate it, files go to `folder`."""
         ...
 
 
@@ -131,6 +131,14 @@ class Engine(Protocol):
     def device(self) -> str:
         """What it runs on, for people to read."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBaseline:
+    """The dense model quantised: an engine, and how it was quantised and why so, as part of a sentence."""
+
+    engine: Engine
+    method: str
 
 
 @runtime_checkable

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +11,8 @@ from hypothesis import strategies as st
 import mpcompile
 from mpcompile import tuning_chart
 from mpcompile.artifact import Artifact
-from mpcompile.data import Data
 from mpcompile.errors import AccuracyError, UsageError
-from mpcompile.lower import lower
 from mpcompile.recipe import Recipe, Step
-from mpcompile.runtimes import Build
-from mpcompile.runtimes.ort import OnnxRuntime, OrtEngine
-from mpcompile.runtimes.ort_int8 import quantised
-from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 from mpcompile.timing import Speedup
 
 from mpcompile.tuning import STEPS, Candidate, Path as SearchPath, Point, fastest, held, paths_of, search, weaker  # isort: skip
@@ -247,30 +240,6 @@ def test_a_recipe_that_fails_on_the_way_is_a_point_that_says_why(example: Path, 
     )
     with pytest.raises(mpcompile.MpcompileError, match="no layer takes 3:5"):
         mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
-
-
-# ---- int8
-
-
-def test_int8_of_a_cnn_and_of_a_fixed_batch(tmp_path: Path) -> None:
-    for build, batch in ((tiny_cnn, None), (tiny_vit, 3)):
-        model = build()
-        data: Data = tiny_data(model)
-        exported = lower(model, tmp_path / "dense.onnx", batch=batch)
-        images = data.calibration.first(10).numpy()
-        made = quantised(exported, 1, images, tmp_path)
-        assert set(made) == {"int8, dynamic", "int8, static"}
-        expected = OnnxRuntime().build(exported, Build(batches=(1,)))(images)
-        for engine in made.values():
-            assert isinstance(engine, OrtEngine), engine
-            # Eight bits a number: some per cent of the largest logit after a few layers.
-            assert np.abs(engine(images) - expected).max() < 0.2 * np.abs(expected).max()
-
-
-def test_half_precision_is_not_quantised_and_says_so(tmp_path: Path) -> None:
-    exported = lower(tiny_vit(), tmp_path / "dense.onnx", precision="fp16")
-    found = quantised(exported, 1, np.zeros((1, 1, 8, 8), np.float32), tmp_path)
-    assert found == {"int8": "ONNX Runtime's tools quantise float32 files, and this one is fp16"}
 
 
 # ---- the chart

@@ -1,0 +1,91 @@
+"""How far ONNX Runtime's int8 files of the example are from dense -> results/int8_baselines.{json,md}.
+
+    python benchmarks/int8_baselines.py [--images 256] [--emulator "qemu-x86_64 -cpu max"]
+
+These files stand beside compressed models in the reports of `--tune`. Before: one weight scale a tensor where
+quantisation is dynamic, 8-bit weights on every processor. Now: a scale per output channel, and 7-bit weights where
+products saturate and that brings the logits of the calibration images nearer to dense. With --emulator the same runs a
+second time on an emulated processor; qemu-x86_64 7.2 has AVX2 and neither AVX-512 nor VNNI. Speed is not measured.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, ROOT, markdown, write
+from cpu_turns import processor_name
+
+from mpcompile.capture import capture
+from mpcompile.inputs import data_for, loaded_from
+from mpcompile.lower import lower
+from mpcompile.recipe import DataChoice
+
+QUESTION = "how far are ONNX Runtime's int8 files of the example from the dense one, and does the processor matter?"
+EXAMPLE = ROOT / "examples" / "fashion_vit"
+CALIBRATION = 64  # as many as the tuning loop gives them
+COLUMNS = ("processor", "products", "kind", "", "weights", "mean shift", "largest", "same answer", "top-1")
+
+
+def prepare(folder: Path, images: int) -> None:
+    """Writes the dense file and the images that int8_worker.py reads."""
+    loaded, leaves = loaded_from(EXAMPLE / "model.safetensors")
+    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    lower(dense, folder / "dense.onnx")
+    data = data_for(EXAMPLE / "images.npz", dense, DataChoice())
+    held_out = data.held_out.first(images)
+    labels = np.concatenate([labels.numpy() for _, labels in data.held_out.batches()])[:images]
+    calibration = data.calibration.first(CALIBRATION).numpy()
+    np.savez(folder / "images.npz", calibration=calibration, held_out=held_out.numpy(), labels=labels)
+
+
+def measured(folder: Path, emulator: list[str]) -> list[dict[str, Any]]:
+    """The rows of one processor."""
+    command = [*emulator, sys.executable, str(Path(__file__).with_name("int8_worker.py")), str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    device = f"{shlex.join(emulator)}: AVX2, no VNNI; emulated on {processor_name()}" if emulator else processor_name()
+    return [{"device": device, "saturates": found["saturates"], **row} for row in found["rows"]]
+
+
+def line(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row for people to read."""
+    return (
+        row["device"],
+        "saturate" if row["saturates"] else "exact",
+        row["kind"],
+        row["when"],
+        row["method"],
+        f"{row['shift']:.3f}",
+        f"{row['shift_max']:.3f}",
+        f"{row['agreement']:.2%}",
+        f"{row['top1']:.2%}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--emulator", type=shlex.split, help="a command that runs a program on another processor")
+    arguments = parser.parse_args()
+    rows = []
+    for emulator in ([], arguments.emulator or []) if arguments.emulator else ([],):
+        with tempfile.TemporaryDirectory() as place:
+            prepare(Path(place), arguments.images)
+            rows += measured(Path(place), emulator)
+    write("int8_baselines", QUESTION, processor_name(), ("onnxruntime", "torch"), rows)
+    head = (
+        f"{QUESTION}\n\nThe ViT of examples/fashion_vit, {CALIBRATION} calibration images, {rows[0]['count']} held "
+        f"out; dense top-1 {rows[0]['dense_top1']:.2%}. Shift: the largest change of a logit of an image. Before: "
+        "up to commit 58aa4e4.\n\n"
+    )
+    (RESULTS / "int8_baselines.md").write_text(head + markdown(COLUMNS, [line(row) for row in rows]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
