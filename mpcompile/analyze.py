@@ -24,6 +24,7 @@ from mpcompile.resolve import build_pass
 from mpcompile.runtimes import RUNTIMES, Predicting, Product
 from mpcompile.spectrum import Analysis as LayerFit
 from mpcompile.spectrum import Fit
+from mpcompile.timing import Speedup
 
 STAGES = ("load", "capture", "spectra", "budget")
 
@@ -48,8 +49,9 @@ class Forecast(Value):
 
     `accelerated` are the planned patterns that it has kernels for; the others run as dense. `speedup_bound` is the
     ratio of multiply-accumulates, by counting alone. `layers` is how many times as fast as dense each planned layer
-    will be, where the target can try a product like it here, and `speedup` what that comes to for the whole model if
-    everything takes as long as its multiply-accumulates say.
+    will be, where the target can try a product like it here: 1 where `measured`, the speedup of that product with its
+    interval, is not surely above 1, since the layer then runs as dense. `speedup` is what `layers` come to for the
+    whole model if everything takes as long as its multiply-accumulates say.
     """
 
     target: str
@@ -58,6 +60,7 @@ class Forecast(Value):
     weight_bytes: float
     speedup_bound: float
     layers: dict[str, float]
+    measured: dict[str, Speedup]
     speedup: float | None
 
 
@@ -164,7 +167,8 @@ def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, N
     runtime = RUNTIMES[target]
     fast = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
     macs = counted.executed_macs(fast)
-    layers = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, Predicting) else {}
+    measured = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, Predicting) else {}
+    layers = {name: found.ratio if found.interval[0] > 1 else 1.0 for name, found in measured.items()}
     executed = counted.macs - sum(counted.layers[name] * (1 - 1 / ratio) for name, ratio in layers.items())
     return Forecast(
         target=target,
@@ -172,7 +176,8 @@ def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, N
         macs=macs,
         weight_bytes=counted.weight_bytes(fast),
         speedup_bound=counted.macs / macs,
-        layers=dict(layers),
+        layers=layers,
+        measured=dict(measured),
         speedup=counted.macs / executed if layers else None,
     )
 

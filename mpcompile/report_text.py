@@ -102,11 +102,17 @@ def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
 
 def searched(tuning: Tuning) -> str:
     """What the search for a recipe looked at, and by what it judged."""
+    equal = tuning.as_fast()
+    unsure = (
+        f" The speed of {', '.join(equal)} cannot be told from that of the recipe taken: another run may take another."
+        if equal
+        else ""
+    )
     methods = [f"{point.name} has {point.method}" for point in tuning.references if point.method]
     return (
         f"{len(tuning.points)} of at most {tuning.allowed}, on {tuning.images} validation images; a recipe holds if "
         f"its drop in top-1 and the standard error of that together are within {tuning.limit:g} points. Int8 is the "
-        f"dense model as ONNX Runtime quantises it, for comparison{''.join(f'; {text}' for text in methods)}."
+        f"dense model as ONNX Runtime quantises it, for comparison{''.join(f'; {text}' for text in methods)}.{unsure}"
     )
 
 

@@ -58,6 +58,10 @@ class Speedup:
         """Whether the interval supports a difference."""
         return self.interval[0] > 1 + INDISTINCT or self.interval[1] < 1 - INDISTINCT
 
+    def with_interval(self) -> str:
+        """The ratio and its interval in figures."""
+        return f"{self.ratio:.2f} ({self.interval[0]:.2f}–{self.interval[1]:.2f})"
+
     def spelt(self, baseline: str) -> str:
         """The comparison in words, with its interval."""
         interval = f"interval {self.interval[0]:.2f} to {self.interval[1]:.2f}, {self.count} rounds"

@@ -49,7 +49,19 @@ class Point:
         """How many times as fast as dense, the geometric mean over batches; by multiply-accumulates where untimed."""
         if not self.speedups:
             return 1 / self.macs if self.macs else 0.0
-        return math.prod(found.ratio for found in self.speedups) ** (1.0 / len(self.speedups))
+        return _geometric_mean([found.ratio for found in self.speedups])
+
+    @property
+    def speed_interval(self) -> tuple[float, float]:
+        """The geometric means of the lower and of the upper ends of the speedups' intervals; `speed` where untimed."""
+        if not self.speedups:
+            return self.speed, self.speed
+        low, high = zip(*(found.interval for found in self.speedups), strict=True)
+        return _geometric_mean(low), _geometric_mean(high)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.prod(values) ** (1.0 / len(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +78,17 @@ class Tuning:
     points: tuple[Point, ...]
     chosen: str
     references: tuple[Point, ...] = ()
+
+    def as_fast(self) -> tuple[str, ...]:
+        """The other recipes within the limit whose speed interval overlaps that of the chosen one."""
+        taken = next(point for point in self.points if point.name == self.chosen)
+        others = (point for point in self.points if point.holds and point.name != self.chosen)
+        (low, high), timed = taken.speed_interval, bool(self.batches)
+        return tuple(
+            other.name
+            for other in others
+            if timed and other.speed_interval[0] <= high and low <= other.speed_interval[1]
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mpcompile.model import NM
 from mpcompile.runtimes import native
 from mpcompile.runtimes.pieces import in_pieces
 from mpcompile.runtimes.protocol import Build, Prepared, Product, QuantizedBaseline
+from mpcompile.timing import Speedup
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -85,23 +86,22 @@ class OnnxRuntime:
 
     def auto_patterns(self) -> tuple[NM, ...]:
         """N of 32 for every N that is surely faster than dense on this machine."""
-        from mpcompile.runtimes.native.auto import worth_having
+        from mpcompile.runtimes.native import auto
 
         library = native.library()
-        return worth_having(library) if library else ()
+        return auto.worth_having(auto.measured(library)) if library else ()
 
-    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, float]:
+    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, Speedup]:
         """How many times as fast as dense each product is here: measured on random weights, one of each shape."""
         from mpcompile.runtimes.native.auto import speedup_of
 
         library = native.library()
         if library is None:
             return {}
-        known: dict[Product, float] = {}
-        for product in products.values():
-            if product not in known:
-                found = speedup_of(product.pattern, product.out, product.in_, product.tokens, library)
-                known[product] = found.ratio if found.interval[0] > 1 else 1.0  # then it would run as dense
+        known = {
+            product: speedup_of(product.pattern, product.out, product.in_, product.tokens, library)
+            for product in dict.fromkeys(products.values())
+        }
         return {name: known[product] for name, product in products.items()}
 
     def references(

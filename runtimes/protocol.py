@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mpcompile.lower import Exported
 from mpcompile.model import NM
 from mpcompile.proof import ProvenMask
+from mpcompile.timing import Speedup
 from mpcompile.verdict import LayerVerdict
 
 NO_KERNELS = "none: masked layers run as dense"
@@ -90,8 +91,8 @@ class Product:
 class Predicting(Protocol):
     """A runtime that can say beforehand how fast a masked product will be, by trying one like it."""
 
-    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, float]:
-        """How many times as fast as dense each is, by name; those that it cannot try are left out."""
+    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, Speedup]:
+        """The measured speedup of each over dense, by name; those that it cannot try are left out."""
         ...
 
 

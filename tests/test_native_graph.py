@@ -22,6 +22,7 @@ from mpcompile.runtimes import native
 from mpcompile.runtimes.native import choose, trial
 from mpcompile.runtimes.native.choose import accelerate
 from mpcompile.runtimes.native.graph import Product, find, replace
+from mpcompile.runtimes.native.pack import pack
 from mpcompile.runtimes.native.trial import input_shapes
 from mpcompile.testing import tiny_cnn, tiny_vit
 from mpcompile.timing import Speedup
@@ -253,6 +254,25 @@ def test_the_operator_is_taken_where_the_whole_interval_is_faster(
     assert {choice.native for choice in found.choices} == {taken}
     assert found.count == (len(found.choices) if taken else 0)
     assert (INPUT, ("native kernel is not surely" in found.choices[0].reason)) == ("images", not taken)
+
+
+@pytest.mark.parametrize(("first", "rounds"), [(2.0, 20), (0.5, 20), (1.0, 40)])
+def test_a_product_is_timed_again_where_its_interval_includes_1(
+    monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path, first: float, rounds: int
+) -> None:
+    """`first` times as fast as dense in a first run of 20 rounds, where 1.0 stands for noise around it."""
+    noise = np.where(np.arange(20) % 2, 0.5, 1.5) if first == 1.0 else np.full(20, first)
+    runs = iter([noise, np.full(20, 2.0)])
+
+    def sampled(calls: object, seconds: float) -> dict[str, NDArray[np.float64]]:
+        return {"dense": next(runs), "native": np.ones(20)}
+
+    monkeypatch.setattr(trial, "sample", sampled)
+    made = lowered(tiny_vit(), tmp_path, 1)
+    product = find(onnx.load(made.onnx), made.masks)[0][0]
+    packed = pack(product.weight, product.pattern.of)
+    dense, sparse, ratio = trial.measure(product, packed, (1, 17, product.weight.shape[1]), library, 1, 0.0)
+    assert dense.count == sparse.count == ratio.count == rounds
 
 
 def test_convolutions_have_to_pass_in_the_whole_file_too(

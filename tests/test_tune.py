@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,22 @@ from mpcompile import tuning_chart
 from mpcompile.artifact import Artifact
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.recipe import Recipe, Step
+from mpcompile.report_text import searched
 from mpcompile.timing import Speedup
-
-from mpcompile.tuning import STEPS, Candidate, Path as SearchPath, Point, fastest, held, paths_of, search, weaker  # isort: skip
+from mpcompile.tuning import (
+    STEPS,
+    Candidate,
+    Point,
+    Tuning,
+    fastest,
+    held,
+    paths_of,
+    search,
+    weaker,
+)  # isort: skip
+from mpcompile.tuning import (
+    Path as SearchPath,
+)
 
 
 def recipe_of(passes: Sequence[object], **more: object) -> Recipe:
@@ -152,6 +166,32 @@ def test_weaker_merging(params: dict[str, object], half: dict[str, object]) -> N
 def test_a_recipe_without_freedom_is_refused() -> None:
     with pytest.raises(UsageError, match="nothing to search over; give it a budget"):
         paths_of(recipe_of([{"nm-mask": {"pattern": "2:4"}}]), lambda given: 0.5)
+
+
+def point_of(name: str, *intervals: tuple[float, float], holds: bool = True) -> Point:
+    speedups = tuple(Speedup((low + high) / 2, (low, high), 20, "dense") for low, high in intervals)
+    return Point(name, 0.5, 0.1, 0.1, speedups, holds)
+
+
+def test_recipes_whose_speed_cannot_be_told_from_the_one_taken_are_named() -> None:
+    points = (
+        point_of("taken", (1.4, 1.6), (1.5, 1.7)),
+        point_of("as fast", (1.3, 1.7), (1.4, 1.6)),
+        point_of("slower", (1.0, 1.2), (1.1, 1.2)),
+        point_of("as fast and beyond the limit", (1.4, 1.6), (1.5, 1.7), holds=False),
+    )
+    found = Tuning(1.0, 4, 64, (1, 8), points, "taken")
+    assert points[0].speed_interval == pytest.approx((math.sqrt(1.4 * 1.5), math.sqrt(1.6 * 1.7)))
+    assert found.as_fast() == ("as fast",)
+    said = "The speed of as fast cannot be told from that of the recipe taken: another run may take another."
+    assert said in searched(found)
+    assert said not in searched(with_fields(found, points=(points[0], points[2])))
+
+
+def test_without_timing_speed_is_what_counting_says_and_sure() -> None:
+    points = (Point("taken", 0.5, 0.1, 0.1, (), True), Point("same", 0.5, 0.1, 0.1, (), True))
+    assert points[0].speed_interval == (2.0, 2.0)
+    assert Tuning(1.0, 4, 64, (), points, "taken").as_fast() == ()
 
 
 # ---- on a model

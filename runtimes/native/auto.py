@@ -4,16 +4,21 @@ The kernel's speed goes by how much is kept and hardly by M, and of patterns of 
 So all are N of 32, and those stay that are surely faster.
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from mpcompile.errors import UsageError
 from mpcompile.model import NM
 from mpcompile.runtimes.native.graph import Product
 from mpcompile.runtimes.native.node import GEMM
 from mpcompile.runtimes.native.pack import pack
 from mpcompile.runtimes.native.trial import measure
 from mpcompile.timing import Speedup
+
+log = logging.getLogger(__name__)
 
 GROUP = 32
 KEPT = (8, 12, 16, 20, 24, 28)
@@ -35,7 +40,27 @@ def speedup_of(
     return measure(product, pack(weight, pattern.of), (1, tokens, in_), library, threads, seconds)[2]
 
 
-def worth_having(library: Path) -> tuple[NM, ...]:
-    """The patterns N of GROUP that are surely faster than dense here."""
-    patterns = (NM(kept, GROUP) for kept in KEPT)
-    return tuple(p for p in patterns if speedup_of(p, CHANNELS, CHANNELS, TOKENS, library).interval[0] > 1)
+def measured(library: Path) -> dict[NM, Speedup]:
+    """The speedup over dense of each pattern N of GROUP here, on CHANNELS inputs and outputs and TOKENS tokens."""
+    return {p: speedup_of(p, CHANNELS, CHANNELS, TOKENS, library) for p in (NM(kept, GROUP) for kept in KEPT)}
+
+
+def worth_having(found: Mapping[NM, Speedup]) -> tuple[NM, ...]:
+    """The patterns that are surely faster than dense, by what was measured. Raises UsageError where none is.
+
+    What was measured is logged: as a warning where an interval includes 1, since another run may then choose otherwise.
+    """
+    faster = tuple(pattern for pattern, speedup in found.items() if speedup.interval[0] > 1)
+    undecided = [pattern for pattern, speedup in found.items() if speedup.interval[0] <= 1 <= speedup.interval[1]]
+    told = ", ".join(f"{pattern} {speedup.with_interval()}" for pattern, speedup in found.items())
+    if not faster:
+        raise UsageError(
+            f"--pattern auto: no pattern is surely faster than dense on this machine now ({told}); try again when the "
+            "machine is idle, name the patterns (--pattern 1:4,2:4), or choose by accuracy alone (--pattern auto:4)"
+        )
+    if undecided:
+        names = ", ".join(map(str, undecided))
+        log.warning("--pattern auto leaves out %s, whose speed cannot be told from dense here: %s", names, told)
+    else:
+        log.info("--pattern auto, measured here against dense: %s", told)
+    return faster

@@ -123,11 +123,9 @@ def compare_whole(
 
 def _blocked(choice: Choice, whole: Speedup, batch: int) -> Choice:
     assert choice.speedup is not None
-    return with_fields(choice, native=False, reason=OWN_LAYOUT.format(_shown(choice.speedup), batch, _shown(whole)))
-
-
-def _shown(ratio: Speedup) -> str:
-    return f"{ratio.ratio:.2f} ({ratio.interval[0]:.2f}–{ratio.interval[1]:.2f})"
+    return with_fields(
+        choice, native=False, reason=OWN_LAYOUT.format(choice.speedup.with_interval(), batch, whole.with_interval())
+    )
 
 
 def _left_dense(row: Refused) -> Choice:
@@ -137,11 +135,11 @@ def _left_dense(row: Refused) -> Choice:
 def _choice(
     product: Product, made: Packed, x: tuple[int, ...], dense: Timing, sparse: Timing, ratio: Speedup
 ) -> Choice:
-    native = ratio.interval[0] > 1
+    native, measured = ratio.interval[0] > 1, ratio.with_interval()
     reason = (
-        f"the native kernel is {_shown(ratio)} times as fast as the dense one"
+        f"the native kernel is {measured} times as fast as the dense one"
         if native
-        else f"the native kernel is not surely faster, {_shown(ratio)} times as fast as the dense one; it runs as dense"
+        else f"the native kernel is not surely faster, {measured} times as fast as the dense one; it runs as dense"
     )
     rows, columns = product.weight.shape
     return Choice(
