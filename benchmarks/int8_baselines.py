@@ -60,7 +60,7 @@ def line(row: dict[str, Any]) -> tuple[str, ...]:
         "saturate" if row["saturates"] else "exact",
         row["kind"],
         row["when"],
-        row["method"],
+        row["method"].partition(":")[0].partition(", since")[0],
         f"{row['shift']:.3f}",
         f"{row['shift_max']:.3f}",
         f"{row['agreement']:.2%}",

@@ -81,7 +81,7 @@ class Certify:
         shares = attribution(model, some) if self.attribute else {}
         layers = tuple(self._layer(model, name, reach, shares.get(name, 0.0)) for name, reach in reaches.items())
         found = certificate(before, after, self.confidence)
-        return replace(model, certificate=replace(found, explained=sum(shares.values()), layers=layers))
+        return replace(model, certificate=replace(found, explained=sum(shares.values(), 0.0), layers=layers))
 
     def _layer(self, model: Model, name: str, reach: Tensor, share: float) -> LayerCertificate:
         critical = None

@@ -1,11 +1,14 @@
 """Fixtures that several files share: the tiny models, the example's files, and one finished output folder."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -16,9 +19,10 @@ from mpcompile.model import Model
 from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_vit
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fashion_vit"
-# A deadline would measure the machine: what else runs on it, and what a first example imports.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
+# A deadline would measure the machine: what else runs on it, and what a first example imports. The same examples every
+# time: a failure is one of the change, and `make fuzz` looks for new ones.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 settings.register_profile(
     "fuzz", deadline=None, max_examples=10_000, print_blob=True
 )  # for tests/fuzz alone: make fuzz
@@ -53,14 +57,24 @@ def example() -> Path:
     return EXAMPLE
 
 
+def compiled_once(factory: pytest.TempPathFactory, name: str, recipe: mpcompile.Recipe) -> Artifact:
+    """The trained example by a recipe, compiled by the first of pytest-xdist's processes that asks; each has a copy."""
+    mine = factory.mktemp(name)
+    shared = factory.getbasetemp() if "PYTEST_XDIST_WORKER" not in os.environ else factory.getbasetemp().parent
+    output = shared / f"compiled-{name}"
+    with FileLock(shared / f"{name}.lock"):
+        if not output.exists():
+            mpcompile.compile(EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=output)
+    return Artifact.open(shutil.copytree(output, mine / "out"))
+
+
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The trained example at 2:4, compiled once for every test that only reads it."""
     recipe = mpcompile.Recipe.checked(
         {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], "seconds": 0.2}}
     )
-    output = tmp_path_factory.mktemp("compiled") / "out"
-    return mpcompile.compile(EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=output)
+    return compiled_once(tmp_path_factory, "artifact", recipe)
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +94,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
             "gates": {"max_drop": 50},
         }
     )
-    output = tmp_path_factory.mktemp("reported") / "out"
-    return mpcompile.compile(EXAMPLE / "model.safetensors", recipe, data=EXAMPLE / "images.npz", output=output)
+    return compiled_once(tmp_path_factory, "reported", recipe)
 
 
 @pytest.fixture(scope="session")

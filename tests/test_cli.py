@@ -1,12 +1,11 @@
 """The command line: what it prints, where, and the exit code and the one line for each mistake."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,16 @@ import pytest
 import torch
 import yaml
 from commandline import in_a_process, mpcompile
+from dying_run import after_export
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+import mpcompile.engines as engines
 from mpcompile.artifact import Artifact
+from mpcompile.resume import Finished
+from mpcompile.testing import tiny_vit
 
-QUICK = "bench: {batches: [1], seconds: 0.1}\ndata: {held_out: 64}\n"
+QUICK = "bench: {batches: [1], seconds: 0.05, threads: 1}\ndata: {held_out: 64}\n"
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
@@ -40,18 +43,40 @@ def quick(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def right_files(tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The tiny ViT, and images whose labels are what it answers: whatever it loses by compression is an error."""
+    model, images = tiny_files
+    with np.load(images) as stored:
+        arrays = dict(stored)
+    dense = tiny_vit()
+    for split in ("calibration", "heldout"):
+        pixels = torch.from_numpy(arrays[f"{split}_images"]).float()[:, None]
+        arrays[f"{split}_labels"] = dense((pixels / 255 - 0.5) / 0.5).argmax(1).numpy()
+    assert len(np.unique(arrays["heldout_labels"])) > 3
+    path = tmp_path_factory.mktemp("right") / "images.npz"
+    np.savez(path, **arrays)
+    return model, path
+
+
+def dying(moment: dict[str, object], *words: object) -> subprocess.CompletedProcess[str]:
+    """`mpcompile` in a process of its own, which sends itself a signal."""
+    command = [sys.executable, "-m", "tests.dying_run", json.dumps(moment), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+
+
 # ---- the whole way
 
 
-def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
-    before = (example / "model.safetensors").read_bytes()
+def test_the_whole_way(tiny_files: tuple[Path, Path], quick: Path, tmp_path: Path) -> None:
+    model, images = tiny_files
+    before = model.read_bytes()
     output, saved = tmp_path / "out", tmp_path / "resolved.yaml"
     done = in_a_process(
-        example / "model.safetensors", "--pattern", "2:4", "--data", example / "images.npz", "-o", output,
-        "--config", quick, "--save-config", saved,
+        model, "--pattern", "2:4", "--data", images, "-o", output, "--config", quick, "--save-config", saved,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (example / "model.safetensors").read_bytes() == before
+    assert model.read_bytes() == before
     names = {
         "recipe.yaml",
         "model.safetensors",
@@ -76,8 +101,7 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
 
     # The recipe it wrote gives the same weights again, and --json prints the report and nothing else.
     again = mpcompile(
-        "compile", example / "model.safetensors", "--config", output / "recipe.yaml",
-        "--data", example / "images.npz", "-o", tmp_path / "again", "--json",
+        "compile", model, "--config", output / "recipe.yaml", "--data", images, "-o", tmp_path / "again", "--json",
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert again.stderr == ""
@@ -92,32 +116,25 @@ def test_the_whole_way(example: Path, quick: Path, tmp_path: Path) -> None:
     assert report["recipe_sha256"] == first["recipe_sha256"]
 
 
-def test_without_images_nothing_is_claimed_of_accuracy(example: Path, quick: Path, tmp_path: Path) -> None:
+def test_without_images_nothing_is_claimed_of_accuracy(
+    tiny_files: tuple[Path, Path], quick: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
-    done = mpcompile(
-        example / "model.safetensors",
-        "--pattern",
-        "2:4",
-        "-o",
-        output,
-        "--config",
-        quick,
-        "--target",
-        "eager",
-        "--batch",
-        2,
-    )
+    words = ["--pattern", "2:4", "-o", output, "--config", quick, "--batch", 2]
+    done = mpcompile(tiny_files[0], *words)
     assert done.returncode == 0, done.stderr
     assert "No images were given (--data), so accuracy was not measured." in done.stdout
     assert "top-1" not in done.stdout
     assert json.loads((output / "report.json").read_text())["comparison"] is None
 
 
-def test_max_drop_takes_layers_back_and_is_asked_of_held_out_images(example: Path, quick: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def test_max_drop_takes_layers_back_and_is_asked_of_held_out_images(
+    right_files: tuple[Path, Path], quick: Path, tmp_path: Path
+) -> None:
+    (model, images), output = right_files, tmp_path / "out"
     done = mpcompile(
-        example / "model.safetensors", "--pattern", "1:8", "--data", example / "images.npz", "-o", output,
-        "--config", quick, "--max-drop", 5, "--refit", "none", "-v",
+        model, "--pattern", "1:8", "--data", images, "-o", output, "--config", quick, "--max-drop", 60,
+        "--refit", "none", "-v",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "multiply-accumulates an image are left" in done.stderr
@@ -131,49 +148,48 @@ def test_max_drop_takes_layers_back_and_is_asked_of_held_out_images(example: Pat
     assert "first-order" in text
 
 
-def test_a_kill_loses_no_finished_layer(example: Path, quick: Path, tmp_path: Path) -> None:
-    kept, output = tmp_path / ".out.work", tmp_path / "out"
-    words = [
-        sys.executable, "-m", "mpcompile", example / "model.safetensors", "--pattern", "2:4", "--data",
-        example / "images.npz", "-o", output, "--config", quick,
-    ]  # fmt: skip
-    child = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(kept.glob("run-*/*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    child.kill()
-    child.wait()
-    stamps = {path: path.stat().st_mtime_ns for path in kept.glob("run-*/*.safetensors")}
-    assert 0 < len(stamps) < 24
-    again = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while again.poll() is None:
-        for path, stamp in stamps.items():
-            with suppress(FileNotFoundError):  # it goes when the pass is whole
-                assert path.stat().st_mtime_ns == stamp
-        time.sleep(0.02)
-    assert again.wait() == 0
+def test_a_kill_loses_no_finished_layer(
+    tiny_files: tuple[Path, Path], quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, images), output = tiny_files, tmp_path / "out"
+    words = [model, "--pattern", "2:4", "--data", images, "-o", output, "--config", quick]
+    died = dying({"signal": signal.SIGKILL, "after": "part", "count": 3}, *words)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    kept = {path.stem for path in (tmp_path / ".out.work").glob("run-*/*.safetensors")}
+    assert len(kept) == 3
+    computed: list[str] = []
+    put = Finished.put
+
+    def remember(self: Finished, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        computed.append(name)
+        put(self, name, tensors)
+
+    monkeypatch.setattr(Finished, "put", remember)
+    done = mpcompile(*words)
+    assert done.returncode == 0, done.stderr
+    assert len(computed) == 8 - 3  # of 8 layers
+    assert not kept & set(computed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "quick.yaml"]
     passes = json.loads((output / "report.json").read_text())["passes"]
     assert [row["resumed"] for row in passes] == [True, True, False, False, False]
 
 
-def test_a_refit_of_that_name_is_refused(example: Path, tmp_path: Path) -> None:
-    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "--refit", "much", "-o", tmp_path / "out")
+def test_a_refit_of_that_name_is_refused(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
+    done = mpcompile(tiny_files[0], "--pattern", "2:4", "--refit", "much", "-o", tmp_path / "out")
     refused(done, 2, "pass nm-mask: refit: Input should be 'none', 'layer' or 'model' (found 'much')")
-    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "--refit", "model", "-o", tmp_path / "out")
+    done = mpcompile(tiny_files[0], "--pattern", "2:4", "--refit", "model", "-o", tmp_path / "out")
     refused(done, 4, "the refit to the model needs calibration images; give --data")
     assert "; finished work is kept in " in done.stderr
-    done = mpcompile(example / "model.safetensors", "--pattern", "2:4", "--from", "mask", "-o", tmp_path / "out")
+    done = mpcompile(tiny_files[0], "--pattern", "2:4", "--from", "mask", "-o", tmp_path / "out")
     refused(done, 2, "--from 'mask' is no pass of the recipe; its passes are mp-budget, permute, nm-mask")
 
 
-def test_an_accuracy_gate_fails_with_a_written_folder(example: Path, tmp_path: Path) -> None:
-    output, config = tmp_path / "out", tmp_path / "recipe.yaml"
+def test_an_accuracy_gate_fails_with_a_written_folder(
+    right_files: tuple[Path, Path], example: Path, tmp_path: Path
+) -> None:
+    (model, images), output, config = right_files, tmp_path / "out", tmp_path / "recipe.yaml"
     config.write_text(QUICK + "passes: [{nm-mask: {pattern: 1:16, criterion: magnitude, refit: none}}]\n")
-    done = mpcompile(
-        example / "model.safetensors", "--data", example / "images.npz", "-o", output,
-        "--config", config, "--max-drop", 1, "-q",
-    )  # fmt: skip
+    done = mpcompile(model, "--data", images, "-o", output, "--config", config, "--max-drop", 1, "-q")
     refused(done, 6, "is written, and fails its gate: top-1 drop in points is")
     [gate] = json.loads((output / "report.json").read_text())["gates"]
     assert not gate["holds"]
@@ -319,8 +335,8 @@ def test_unknown_options_are_refused() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_images_that_do_not_do(example: Path, tmp_path: Path) -> None:
-    model, output = example / "model.safetensors", tmp_path / "out"
+def test_images_that_do_not_do(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
+    model, output = tiny_files[0], tmp_path / "out"
     refused(
         mpcompile(model, "--pattern", "2:4", "-o", output, "--data", tmp_path / "no"),
         3,
@@ -331,7 +347,7 @@ def test_images_that_do_not_do(example: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     for i in range(8):
-        Image.new("L", (28, 28), i).save(folder / f"{i}.png")
+        Image.new("L", (8, 8), i).save(folder / f"{i}.png")
     (folder / "5.png").write_bytes(b"not an image")
     done = mpcompile(model, "--pattern", "2:4", "-o", output, "--data", folder, "--calibration", 2)
     refused(done, 3, "5.png is not an image that can be read")
@@ -349,37 +365,39 @@ def test_output_folders_that_do_not_do(example: Path, tmp_path: Path) -> None:
     refused(mpcompile(model, "--pattern", "2:4", "-o", "/proc/out"), 2, "cannot be written to")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_leaves_no_output(example: Path, tmp_path: Path, how: signal.Signals) -> None:
-    output, quick = tmp_path / "out", tmp_path / "quick.yaml"
-    quick.write_text("passes: [{nm-mask: {pattern: 2:4, criterion: magnitude, refit: none}}]\n" + QUICK)
-    command = [sys.executable, "-m", "mpcompile", str(example / "model.safetensors"), "-o", str(output)]
-    command += ["--config", str(quick), "--data", str(example / "images.npz")]
+EXPORTING = "passes: [{nm-mask: {pattern: 2:4, criterion: magnitude, refit: none}}]\n" + QUICK
 
-    def heed_interrupts() -> None:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # a suite started in the background ignores them, and so its children
 
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
-            if "export compressed" in line:
-                break
-        else:
-            pytest.fail("the run ended before it came so far")
-        run.send_signal(how)
-        rest = run.stderr.read()
-    assert run.returncode != 0
-    assert "Traceback" not in rest
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_leaves_no_output(
+    tiny_files: tuple[Path, Path], tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, images), quick = tiny_files, tmp_path / "quick.yaml"
+    quick.write_text(EXPORTING)
+    monkeypatch.setattr(engines, "lower", engines.lower)  # put back afterwards
+    after_export(lambda: os.kill(os.getpid(), how))
+    # A suite started in the background ignores interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = mpcompile(model, "-o", tmp_path / "out", "--config", quick, "--data", images)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.returncode != 0
+    assert "export compressed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"quick.yaml", ".out.work"}
+
+
+def test_a_killed_run_leaves_no_output(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
+    (model, images), output, quick = tiny_files, tmp_path / "out", tmp_path / "quick.yaml"
+    quick.write_text(EXPORTING)
+    words = [model, "-o", output, "--config", quick, "--data", images]
+    died = dying({"signal": signal.SIGKILL, "after": "model.onnx", "count": 1}, *words)
+    assert died.returncode == -signal.SIGKILL
     assert not output.exists()
-    left = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]
-    if how is not signal.SIGKILL:
-        assert left == []
-        return
     # Nothing can be done at that moment; the next run for the same output does it.
-    assert len(left) == 1
-    done = mpcompile(*command[3:], "-q")
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]) == 1
+    done = mpcompile(*words, "-q")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "quick.yaml"]
 

@@ -44,12 +44,12 @@ def survive(
     return {name: told[name] for name in ("killed", "ended")}
 
 
-def test_three_kills(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_kills(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = QUICK + (
         "passes: [mp-budget, permute, nm-mask, tome: {r: 2}, batch-norm, distill: {epochs: 1, batch: 32, minutes: 0, "
-        "policy: null}, certify]\ndata: {calibration: 48, validation: 32}\n"
+        "policy: null}, certify]\ntarget: eager\ndata: {calibration: 48, validation: 32}\n"
     )
-    survive(tmp_path, *tiny_files, recipe, kills=3, seed=0, limit_s=600)
+    survive(tmp_path, *tiny_files, recipe, kills=2, seed=0, limit_s=1800)
 
 
 @pytest.mark.slow
