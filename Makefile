@@ -17,7 +17,7 @@ endef
 advice = apt install python3 python3-venv (Debian 12, Ubuntu 24.04 or later), or brew install python@3.12 (macOS),\
  then make $(MAKECMDGOALS) PYTHON=python3.12, or what it is called
 
-.PHONY: demo check test fuzz docs bench bench-cpu bench-distill bench-gpu bench-models clean
+.PHONY: demo check test test-all test-avx2 fuzz docs bench bench-cpu bench-distill bench-gpu bench-models clean
 
 $(READY): pyproject.toml
 	$(require_python)
@@ -41,6 +41,17 @@ check: $(READY)
 # On two processes of one thread each, a file's tests on one of them.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# As on a processor without AVX-512, as far as the libraries let themselves be limited: ONNX Runtime does not.
+test-avx2: $(READY)
+	$(BIN)/python -m mpcompile.runtimes.native --widest avx2
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+	    OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile; \
+	    status=$$?; $(BIN)/python -m mpcompile.runtimes.native; exit $$status
+
+# All that there is, hours on two cores: larger models of the same laws, twenty kills, emulated processors.
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --slow
 
 # The pages of docs/ as a site in build/site.
 docs: $(READY)

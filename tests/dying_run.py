@@ -13,11 +13,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
-import mpcompile.engines as engines
 from mpcompile.cli import main
+from mpcompile.lower import Lowered, lower
 from mpcompile.resume import Finished
 
 
@@ -34,34 +35,36 @@ def dies_of(number: int, count: int) -> Callable[[], None]:
     return called
 
 
-def after_parts(called: Callable[[], None]) -> None:
-    """Calls back after each part that is kept."""
+def keeping_parts(called: Callable[[], None]) -> Callable[..., None]:
+    """`Finished.put`, which calls back after each part that is kept."""
     put = Finished.put
 
     def kept(self: Finished, name: str, tensors: Mapping[str, Tensor]) -> None:
         put(self, name, tensors)
         called()
 
-    Finished.put = kept  # type: ignore[method-assign]
+    return kept
 
 
-def after_export(called: Callable[[], None]) -> None:
-    """Calls back after model.onnx is exported."""
-    lower = engines.lower
+def exporting(called: Callable[[], None]) -> Callable[..., Lowered]:
+    """`lower`, which calls back after model.onnx is exported."""
 
-    def exported(model: Any, path: Path, **options: Any) -> Any:
+    def exported(model: Any, path: Path, **options: Any) -> Lowered:
         result = lower(model, path, **options)
         if path.name == "model.onnx":
             called()
         return result
 
-    engines.lower = exported  # type: ignore[assignment]
+    return exported
 
 
 if __name__ == "__main__":
     # A suite started in the background ignores interrupts, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     given = json.loads(sys.argv.pop(1))
-    moments = {"part": after_parts, "model.onnx": after_export}
-    moments[given["after"]](dies_of(given["signal"], given["count"]))
+    dies = dies_of(given["signal"], given["count"])
+    if given["after"] == "part":
+        mock.patch.object(Finished, "put", keeping_parts(dies)).start()
+    else:
+        mock.patch("mpcompile.engines.lower", exporting(dies)).start()
     main()

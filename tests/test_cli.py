@@ -14,11 +14,10 @@ import pytest
 import torch
 import yaml
 from commandline import in_a_process, mpcompile
-from dying_run import after_export
+from dying_run import exporting
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-import mpcompile.engines as engines
 from mpcompile.artifact import Artifact
 from mpcompile.resume import Finished
 from mpcompile.testing import tiny_vit
@@ -374,8 +373,7 @@ def test_a_stopped_run_leaves_no_output(
 ) -> None:
     (model, images), quick = tiny_files, tmp_path / "quick.yaml"
     quick.write_text(EXPORTING)
-    monkeypatch.setattr(engines, "lower", engines.lower)  # put back afterwards
-    after_export(lambda: os.kill(os.getpid(), how))
+    monkeypatch.setattr("mpcompile.engines.lower", exporting(lambda: os.kill(os.getpid(), how)))
     # A suite started in the background ignores interrupts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

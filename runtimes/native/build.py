@@ -53,16 +53,31 @@ def unbuildable() -> str | None:
     return None
 
 
-def objects(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
-    """The object files of everything but programs, compiled into a folder. Raises BuildFailed."""
+def instruction_sets() -> list[str]:
+    """What the kernel can be compiled for on this processor family, widest first."""
+    return list(KERNELS.get(platform.machine(), ELSEWHERE))
+
+
+def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) -> list[Path]:
+    """The object files of everything but programs, compiled into a folder. Raises BuildFailed.
+
+    The kernel is compiled for every instruction set, or from `widest` on for the narrower ones.
+    """
     made = []
-    kernels = KERNELS.get(platform.machine(), ELSEWHERE)
+    every = KERNELS.get(platform.machine(), ELSEWHERE)
+    chosen = instruction_sets()
+    if widest is not None:
+        if widest not in chosen:
+            raise BuildFailed(f"{widest!r} is no instruction set of {platform.machine()}; give {', '.join(chosen)}")
+        chosen = chosen[chosen.index(widest) :]
+    kernels = {name: every[name] for name in chosen}
     jobs = [
         (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_FEW=few_{name}"))
         for name, flags in kernels.items()
         for part in ("kernel", "few")
     ]
-    jobs += [(source, Path(source).stem, ()) for source in SHARED]
+    there = tuple(f"-DNM_HAS_{name}" for name in kernels)  # for dispatch.cpp
+    jobs += [(source, Path(source).stem, there) for source in SHARED]
     for source, name, flags in jobs:
         target = folder / f"{name}.o"
         run([*FLAGS, *flags, *extra, "-c", str(HERE / source), "-o", str(target)])
@@ -80,13 +95,13 @@ def run(arguments: Sequence[str]) -> None:
         raise BuildFailed(f"{shlex.join([*command, *arguments])}\n{done.stderr.strip()}")
 
 
-def build(target: Path = HERE / LIBRARY) -> Path:
-    """The library, written to `target` in one step. Raises BuildFailed."""
+def build(target: Path = HERE / LIBRARY, widest: str | None = None) -> Path:
+    """The library, written to `target` in one step, with no wider instruction set than `widest`. Raises BuildFailed."""
     if why := unbuildable():
         raise BuildFailed(why)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / LIBRARY
-        run([*LINK[platform.system()], *map(str, objects(Path(folder))), "-o", str(made)])
+        run([*LINK[platform.system()], *map(str, objects(Path(folder), widest=widest)), "-o", str(made)])
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copyfile(made, beside)

@@ -3,17 +3,16 @@
 
 namespace mpcompile {
 
-#if defined(__x86_64__)
-extern const Kernel kernel_avx512, kernel_avx2;
-#endif
-extern const Kernel kernel_baseline;
+// build.py defines NM_HAS_… for each build of the kernel that it puts into the library.
+extern const Kernel kernel_avx512, kernel_avx2, kernel_baseline;
 
 int supported_kernels(const Kernel* (&found)[4]) {
     int count = 0;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
+#if defined(NM_HAS_avx512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         found[count++] = &kernel_avx512;
+#endif
+#if defined(NM_HAS_avx2)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kernel_avx2;
 #endif
     found[count++] = &kernel_baseline;
