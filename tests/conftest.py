@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from kernel_trials import shorten_trials
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -39,6 +41,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_trials() -> Iterator[None]:
+    """The kernel's trials run the fewest rounds: which layers it gets is asked in tests that hand the outcome in."""
+    with pytest.MonkeyPatch.context() as patched:
+        shorten_trials(patched)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from mpcompile.passes import NMMask
 from mpcompile.pipeline import PassManager
 from mpcompile.progress import Progress, listening, reported, tracked
 from mpcompile.recipe import Recipe
-from mpcompile.testing import TinyCNN, tiny_data, tiny_source, tiny_vit
+from mpcompile.testing import TinyMLP, tiny_data, tiny_source, tiny_vit
 
 PUBLIC = """
 Artifact Data Effect LayerPlan Loaded Lowered Model MpcompileError NM Pass PassManager PassRecord Progress Recipe Report
@@ -38,7 +38,7 @@ ERRORS = {
 QUICK = Recipe.checked({"target": "eager", "bench": {"batches": [1], "seconds": 0.05}})
 
 
-class Net(TinyCNN):
+class Net(TinyMLP):
     """A tiny module that says what its images are."""
 
     pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}  # noqa: RUF012
@@ -102,7 +102,7 @@ def test_an_analysis_tells_its_stages_and_layers() -> None:
     heard: list[Progress] = []
     analyze(Net(), observe=heard.append)
     assert [(at.number, at.stage) for at in heard if at.step is None] == list(enumerate(STAGES, 1))
-    assert {at.step for at in heard if at.stage == "spectra"} >= {None, "body"}
+    assert {at.step for at in heard if at.stage == "spectra"} >= {None, "hidden"}
 
 
 class StopError(Exception):
@@ -168,7 +168,7 @@ def test_two_threads_compile_what_they_would_one_after_the_other(tmp_path: Path)
         assert all(torch.equal(value, both[name][key]) for key, value in alone[name].items())
         stages = [at.number for at in heard[name] if at.step is None]
         assert stages == list(range(1, 10))  # each hears its own run, and no other
-    assert not torch.equal(both["first"]["masks body"], both["second"]["masks body"])
+    assert not torch.equal(both["first"]["masks hidden"], both["second"]["masks hidden"])
 
 
 def test_passes_run_in_two_threads_at_once() -> None:

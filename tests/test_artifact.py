@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
+from sparse_vit import write_sparse_vit
 
 import mpcompile
 from mpcompile.artifact import Artifact, read_masks
@@ -25,6 +28,35 @@ from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime
 from mpcompile.testing import TinyCNN, assert_follows, tiny_source
 
 QUICK = {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], "seconds": 0.05}}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model and its images."""
+    return write_sparse_vit(tmp_path_factory.mktemp("small"))[0].parent
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An output folder whose gate failed, and the error that said so."""
+
+    folder: Path
+    error: AccuracyError
+
+
+@pytest.fixture(scope="module")
+def failed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Failed:
+    recipe = Recipe.checked(
+        {
+            **QUICK,
+            "gates": {"max_drop": 0},
+            "passes": [{"nm-mask": {"pattern": "1:8", "refit": "none"}}],
+        }
+    )
+    folder = tmp_path_factory.mktemp("failed") / "out"
+    with pytest.raises(AccuracyError) as error:
+        mpcompile.compile(small / "model.safetensors", recipe, data=small / "images.npz", output=folder)
+    return Failed(folder, error.value)
 
 
 def test_the_report_is_read_back_as_written(artifact: Artifact) -> None:
@@ -57,25 +89,45 @@ def test_weights_load_into_the_original_class(artifact: Artifact, example: Path)
         assert_follows(layer.weight, NM(2, 4))
 
 
-def test_accuracy_is_that_of_the_weights_written(artifact: Artifact, example: Path) -> None:
+def test_accuracy_is_that_of_the_weights_written(small: Path, failed: Failed) -> None:
     """Independently: the state dict in plain timm, on images read with plain NumPy."""
-    loaded = load(Request(str(example / "model.safetensors")))
-    arrays = np.load(example / "images.npz")
+    loaded = load(Request(str(small / "model.safetensors")))
+    arrays = np.load(small / "images.npz")
     mean, std = loaded.source.mean[0], loaded.source.std[0]
     images = (torch.from_numpy(arrays["heldout_images"]).float()[:, None] / 255 - mean) / std
-    comparison = artifact.report.comparison
-    assert comparison is not None
-    for state, accuracy in ((None, comparison.dense), (artifact.folder / "model.safetensors", comparison.compressed)):
+    report = Artifact.open(failed.folder).report
+    assert report.comparison is not None
+    counts = []
+    for state, accuracy in (
+        (None, report.comparison.dense),
+        (failed.folder / "model.safetensors", report.comparison.compressed),
+    ):
         module = copy.deepcopy(loaded.module)
         if state:
             module.load_state_dict(load_file(state))
         with torch.no_grad():
-            hits = torch.cat([module(part).argmax(1) for part in images.split(250)]).numpy() == arrays["heldout_labels"]
+            logits = module(images)
         assert accuracy is not None
-        # ONNX Runtime sums in another order: of 2,000 images one or two may stand on a tie.
-        assert abs(hits.mean() - accuracy.top1) <= 2 / 2000
+        assert accuracy.count == len(images)
+        counts.append(int((logits.argmax(1).numpy() == arrays["heldout_labels"]).sum()))
+        # ONNX Runtime sums in another order: its logits may differ by what parity allows, 1e-4 of the largest. An
+        # answer can turn only where the two largest logits are nearer than twice that.
+        best = logits.topk(2).values
+        near = int((best[:, 0] - best[:, 1] < 2e-4 * logits.abs().max()).sum())
+        assert near <= 2
+        assert abs(accuracy.top1 * len(images) - counts[-1]) <= near
+    assert counts[0] == len(images)
+    assert counts[1] < 0.9 * len(images)  # two accuracies that differ, so that one cannot stand for the other
+
+
+def test_the_trained_example_is_as_accurate_as_its_readme_says(artifact: Artifact) -> None:
+    comparison = artifact.report.comparison
+    assert comparison is not None
     assert comparison.dense is not None
-    assert comparison.dense.top1 >= 0.87  # 88.3 % on all 10,000 test images; 2,000 have a standard error of 0.7 points
+    assert comparison.dense.count == 2000
+    # 88.3 % on all 10,000 test images, and 88.25 % on these 2,000: 25 answers more than asked for. Only one of them has
+    # its two largest logits within the 1e-4 that parity allows, so that no rounding loses 25.
+    assert comparison.dense.top1 >= 0.87
 
 
 def test_every_layer_has_a_mask_in_the_file_or_a_reason(artifact: Artifact) -> None:
@@ -154,10 +206,10 @@ def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
     assert again.report.layers == artifact.report.layers
 
 
-def test_half_precision_the_whole_way(example: Path, tmp_path: Path) -> None:
-    recipe = Recipe.checked({**QUICK, "precision": "fp16", "batch": 1, "data": {"held_out": 200}})
+def test_half_precision_the_whole_way(small: Path, tmp_path: Path) -> None:
+    recipe = Recipe.checked({**QUICK, "precision": "fp16", "batch": 1})
     artifact = mpcompile.compile(
-        example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out"
+        small / "model.safetensors", recipe, data=small / "images.npz", output=tmp_path / "out"
     )
     files = {row.name: row.bytes for row in artifact.report.files}
     assert files["model.onnx"] < 0.6 * files["model.safetensors"]
@@ -167,21 +219,12 @@ def test_half_precision_the_whole_way(example: Path, tmp_path: Path) -> None:
     assert comparison is not None
     assert comparison.compressed is not None
     assert comparison.compressed.top1 > 0.8
-    assert len(artifact.verify()) == 24
+    assert len(artifact.verify()) == 4
 
 
-def test_a_gate_that_fails_raises_with_the_folder_written(example: Path, tmp_path: Path) -> None:
-    recipe = Recipe.checked(
-        {
-            **QUICK,
-            "gates": {"max_drop": 0},
-            "data": {"held_out": 200},
-            "passes": [{"nm-mask": {"pattern": "1:8", "refit": "none"}}],
-        }
-    )
-    with pytest.raises(AccuracyError, match=r"fails its gate: top-1 drop in points is \d+\.\d+; 0 is allowed"):
-        mpcompile.compile(example / "model.safetensors", recipe, data=example / "images.npz", output=tmp_path / "out")
-    assert not Artifact.open(tmp_path / "out").report.gates[0].holds
+def test_a_gate_that_fails_raises_with_the_folder_written(failed: Failed) -> None:
+    assert re.search(r"fails its gate: top-1 drop in points is \d+\.\d+; 0 is allowed", str(failed.error))
+    assert not Artifact.open(failed.folder).report.gates[0].holds
 
 
 def test_a_gate_without_labels_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:

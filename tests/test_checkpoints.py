@@ -128,10 +128,17 @@ def test_a_run_goes_on_to_the_same_model(
     )
 
 
-def test_only_what_changed_is_kept(tmp_path: Path) -> None:
-    run(tmp_path / "work", tiny_vit(), VIT)
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a whole run keeps."""
+    folder = tmp_path_factory.mktemp("whole") / "work"
+    run(folder, tiny_vit(), VIT)
+    return folder
+
+
+def test_only_what_changed_is_kept(work: Path) -> None:
     kept: dict[str, list[str]] = {}
-    for path in sorted((tmp_path / "work").glob("*.safetensors")):
+    for path in sorted(work.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             kept[path.stem] = list(file.keys())
     assert list(kept) == [
@@ -146,7 +153,7 @@ def test_only_what_changed_is_kept(tmp_path: Path) -> None:
     assert kept["00-mp-budget"] == kept["05-count"] == kept["06-certify"] == []
     assert any(name.startswith("permutation/") for name in kept["01-permute"])
     assert sum(name.startswith("mask/") for name in kept["02-nm-mask"]) == 8
-    assert not list((tmp_path / "work").glob("run-*")), "what a finished pass kept of its work is no longer needed"
+    assert not list(work.glob("run-*")), "what a finished pass kept of its work is no longer needed"
 
 
 def test_a_pass_that_changes_the_graph_is_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,9 +246,9 @@ def test_a_mask_that_does_not_hold_is_not_taken(tmp_path: Path) -> None:
         run(work, model, passes, Data())
 
 
-def test_no_pickle_is_in_a_checkpoint(tmp_path: Path) -> None:
-    run(tmp_path / "work", tiny_vit(), VIT)
-    for path in (tmp_path / "work").glob("*"):
+def test_no_pickle_is_in_a_checkpoint(work: Path) -> None:
+    assert len(list(work.iterdir())) == len(VIT)
+    for path in work.iterdir():
         assert path.suffix == ".safetensors"
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

@@ -20,12 +20,12 @@ from mpcompile.parity import relative_difference
 from mpcompile.passes import NMMask
 from mpcompile.recipe import Recipe
 from mpcompile.runtimes import Eager, OnnxRuntime, TensorRT, TensorRTForRTX, native
-from mpcompile.testing import TinyCNN
+from mpcompile.testing import TinyMLP
 
 QUICK = Recipe.checked({"target": "eager", "bench": {"batches": [1], "seconds": 0.05}})
 
 
-class Net(TinyCNN):
+class Net(TinyMLP):
     """A module of a program of one's own."""
 
     pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}  # noqa: RUF012

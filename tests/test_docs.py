@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 import shlex
@@ -191,6 +192,7 @@ def test_numbers_found_are_those_of_the_files(page: str) -> None:
     assert checked
 
 
+@functools.cache
 def texts_of_the_source() -> list[tuple[str, int | None]]:
     """Every text of the source but docstrings, its fields as …, and the exit code where it is that of an error."""
     codes = {name: kind.exit_code for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}

@@ -1,5 +1,7 @@
 """The scripts in examples/, run as they are shown; and the package as others install it: a wheel, typed and whole."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,11 +15,14 @@ import urllib.error
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from sparse_vit import write_sparse_vit
 
 from mpcompile.artifact import Artifact
 from mpcompile.recipe import read_recipe
@@ -27,10 +32,42 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 LEFT_OUT = (".git", ".venv", "build", "*.egg-info", "__pycache__", "*.so", "benchmarks", ".*_cache", ".hypothesis")
 
 
-def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    """As `python examples/NAME WORDS…` does, in this process: importing torch takes longer than the scripts."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+@dataclass(frozen=True)
+class Ran:
+    """The folder of a copy of the scripts, what `embed.py out` printed there, and how many blocks its model has."""
+
+    folder: Path
+    depth: int
+    out: str
+    err: str
+
+
+def run_script(folder: Path, name: str, *words: object) -> tuple[str, str]:
+    """What `python NAME WORDS…` prints to both streams, in this process: importing torch takes longer than the scripts.
+
+    Raises what the script raises.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", [name, *map(str, words)]),
+    ):
+        runpy.run_path(str(folder / name), run_name="__main__")
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param("trained", marks=pytest.mark.slow)])
+def embedded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """embed.py, beside a folder fashion_vit that holds a small model, or the trained one."""
+    folder = tmp_path_factory.mktemp(f"examples-{request.param}")
+    for path in SCRIPTS:
+        shutil.copy(path, folder)
+    if request.param == "small":
+        write_sparse_vit(folder / "fashion_vit")
+    else:
+        shutil.copytree(ROOT / "examples" / "fashion_vit", folder / "fashion_vit")
+    return Ran(folder, 1 if request.param == "small" else 6, *run_script(folder, "embed.py", folder / "out"))
 
 
 def test_the_scripts_are_short_enough_to_be_read() -> None:
@@ -39,34 +76,36 @@ def test_the_scripts_are_short_enough_to_be_read() -> None:
         assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path.name
 
 
-def test_embed_falls_back_to_the_pattern_that_passes_its_gate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_script("embed.py", monkeypatch, tmp_path)
-    told = capsys.readouterr()
-    assert told.out.startswith(f"{tmp_path / '2x4'}\n")
-    assert "24 of 26 layers are masked (24 at 2:4)" in told.out
-    assert "[4/10] nm-mask\n" in told.err
-    assert re.search(r"1x64 is written, and fails its gate: top-1 drop in points is \d+\.\d+; 1 is allowed", told.err)
-    assert Artifact.open(tmp_path / "2x4").report.gates[0].holds
-    assert not Artifact.open(tmp_path / "1x64").report.gates[0].holds
+def test_embed_falls_back_to_the_pattern_that_passes_its_gate(embedded: Ran) -> None:
+    output, masked = embedded.folder / "out", 4 * embedded.depth
+    assert embedded.out.startswith(f"{output / '2x4'}\n")
+    assert f"{masked} of {masked + 2} layers are masked ({masked} at 2:4)" in embedded.out
+    assert "[4/10] nm-mask\n" in embedded.err
+    said = r"1x64 is written, and fails its gate: top-1 drop in points is \d+\.\d+; 1 is allowed"
+    assert re.search(said, embedded.err)
+    for name, holds in (("2x4", True), ("1x64", False)):
+        [gate] = Artifact.open(output / name).report.gates
+        assert gate.holds == holds
+        # A held-out image counts 0.2 points (trained, 500 images) or 0.4 (small, 256). In 2,000 images of the trained
+        # model one has its two largest logits within the 1e-4 that parity allows, so that rounding turns an image or
+        # two at most. Found are -0.4 and 13.4 points with the trained model, 0 and 52 with the small one.
+        assert gate.found <= gate.limit - 0.8 if holds else gate.found >= gate.limit + 10
 
 
-def test_own_pass_is_checked_run_and_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_script("own_pass.py", monkeypatch, tmp_path / "out")
+def test_own_pass_is_checked_run_and_recorded(embedded: Ran, tmp_path: Path) -> None:
+    out, _ = run_script(embedded.folder, "own_pass.py", tmp_path / "out")
     assert re.match(
         r"clip-outliers moved the outputs by \d+\.\d% of their size\n"
         r"name='clip-outliers' params={'deviations': 4.0}\n"
         r"__main__.ClipOutliers, given in Python\n",
-        capsys.readouterr().out,
+        out,
     )
     assert read_recipe(tmp_path / "out" / "recipe.yaml").passes[0].params == {"deviations": 4.0}
 
 
-def test_serve_answers_in_threads_what_the_engine_says(artifact: Artifact, example: Path) -> None:
-    made = runpy.run_path(str(ROOT / "examples" / "serve.py"))["server"](str(artifact.folder))
+def test_serve_answers_in_threads_what_the_engine_says(embedded: Ran) -> None:
+    artifact = Artifact.open(embedded.folder / "out" / "2x4")
+    made = runpy.run_path(str(embedded.folder / "serve.py"))["server"](str(artifact.folder))
     host, port = made.server_address
     assert host == "127.0.0.1"
     threading.Thread(target=made.serve_forever, daemon=True).start()
@@ -78,8 +117,9 @@ def test_serve_answers_in_threads_what_the_engine_says(artifact: Artifact, examp
         except urllib.error.HTTPError as error:
             return error.code, {}
 
-    pixels = np.load(example / "images.npz")["heldout_images"][:8]
+    pixels = np.load(embedded.folder / "fashion_vit" / "images.npz")["heldout_images"][:8]
     source = artifact.report.model
+    assert source.labels
     engine = artifact.load("onnx", threads=1)
     try:
         with ThreadPoolExecutor(4) as pool:

@@ -1,7 +1,6 @@
 """Timing, evaluation and parity: the figures against plain NumPy, and what they refuse."""
 
 import math
-import time
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,7 @@ from mpcompile.data import Split
 from mpcompile.errors import ParityError
 from mpcompile.evaluate import Turned, accuracy, compare
 from mpcompile.parity import relative_difference, require_parity
-from mpcompile.timing import ROUNDS, WARM_UP, median_interval, sample, speedup, timing
+from mpcompile.timing import ROUNDS, WARM_UP, Speedup, median_interval, sample, speedup, timing
 
 
 class Listed:
@@ -41,13 +40,33 @@ def test_engines_take_turns_and_the_turn_is_reversed() -> None:
     assert calls.count("a") == calls.count("b") == WARM_UP + ROUNDS[0]
 
 
-def test_a_slower_engine_is_told_from_a_faster() -> None:
-    runs = {"fast": partial(time.sleep, 0.001), "slow": partial(time.sleep, 0.004)}
-    samples = sample(runs, seconds=0.0)
+class Clock:
+    """A clock that only calls advance; it stands for `time` in mpcompile.timing."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now_ns
+
+    def perf_counter(self) -> float:
+        return self.now_ns / 1e9
+
+    def advance(self, ms: int) -> None:
+        """A call that takes so long."""
+        self.now_ns += ms * 1_000_000
+
+
+def test_a_slower_engine_is_told_from_a_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("mpcompile.timing.time", clock)
+    samples = sample({"fast": partial(clock.advance, 1), "slow": partial(clock.advance, 4)}, seconds=0.1)
+    assert {name: set(values) for name, values in samples.items()} == {"fast": {1.0}, "slow": {4.0}}
+    assert len(samples["fast"]) == 20  # rounds of 5 ms in 0.1 s
     found = speedup(samples["slow"], samples["fast"], "slow")
-    assert found.baseline == "slow"
-    assert found.interval[0] > 1.5  # 4 in truth; sleeping is coarse on a busy machine
-    assert found.interval[0] <= found.ratio <= found.interval[1]
+    assert found == Speedup(4.0, (4.0, 4.0), 20, "slow")
+    assert found.told
+    assert not speedup(samples["slow"], samples["slow"], "slow").told
 
 
 def test_summary_is_percentiles_in_milliseconds() -> None:

@@ -6,32 +6,35 @@ import numpy as np
 import pytest
 
 from mpcompile.errors import BuildError, RuntimeMissing
-from mpcompile.lower import lower
+from mpcompile.lower import Lowered, lower
 from mpcompile.runtimes import Build, OnnxRuntimeCuda
 from mpcompile.runtimes.ort import session_on
 from mpcompile.runtimes.ort_cuda import OrtCudaEngine, _on_gpu
-from mpcompile.testing import tiny_vit
+from mpcompile.testing import tiny_mlp, tiny_vit
 
 MISSING = OnnxRuntimeCuda().missing()
 
 
+@pytest.fixture(scope="module")
+def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    """The smallest model as a file."""
+    return lower(tiny_mlp(), tmp_path_factory.mktemp("lowered") / "m.onnx")
+
+
 @pytest.mark.skipif(MISSING is None, reason="there is a GPU")
-def test_it_says_what_is_missing(tmp_path: Path) -> None:
+def test_it_says_what_is_missing(lowered: Lowered) -> None:
     with pytest.raises(RuntimeMissing, match="target ort-cuda: "):
-        OnnxRuntimeCuda().build(lower(tiny_vit(), tmp_path / "m.onnx"), Build())
+        OnnxRuntimeCuda().build(lowered, Build())
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_not_taken_for_one_on_a_gpu(tmp_path: Path) -> None:
-    lowered = lower(tiny_vit(), tmp_path / "m.onnx")
+def test_a_session_that_fell_back_to_the_cpu_is_not_taken_for_one_on_a_gpu(lowered: Lowered) -> None:
     with pytest.raises(RuntimeMissing, match="gave CPUExecutionProvider"):
         _on_gpu(session_on(lowered.onnx).session)
 
 
-def test_a_graph_is_refused_and_a_call_with_transfers_is_the_session_s_own(tmp_path: Path) -> None:
-    model = tiny_vit()
-    lowered = lower(model, tmp_path / "m.onnx")
+def test_a_graph_is_refused_and_a_call_with_transfers_is_the_session_s_own(lowered: Lowered) -> None:
     engine = OrtCudaEngine(session_on(lowered.onnx).session, lowered.onnx, "a GPU")
-    images = model.example.numpy()
+    images = lowered.model.example.numpy()
     with pytest.raises(BuildError, match="no CUDA graphs"):
         engine.staged(images, transfers=True, graph=True)
     assert np.array_equal(engine.staged(images, transfers=True, graph=False)(), engine(images))  # type: ignore[arg-type]

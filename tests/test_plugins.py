@@ -1,7 +1,6 @@
 """Passes and runtimes of others: given in Python, or found by entry points of packages that a test puts on the path."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from commandline import mpcompile as run_command
 from torch import Tensor
 
 import mpcompile
@@ -25,7 +25,7 @@ from mpcompile.plugins import given_pass, given_runtime, pass_fault, runtime_fau
 from mpcompile.recipe import Recipe, Step, read_recipe
 from mpcompile.resolve import build_pass, known, plan_of, recipe_schema, runtime_named, step_of
 from mpcompile.runtimes import Eager, OnnxRuntime
-from mpcompile.testing import TinyCNN
+from mpcompile.testing import TinyMLP
 
 SOURCE = '''
 """What a package of others may hold."""
@@ -35,7 +35,7 @@ from typing import ClassVar
 import torch
 from mpcompile import Data, Effect, Model
 from mpcompile.runtimes import Eager
-from mpcompile.testing import TinyCNN
+from mpcompile.testing import TinyMLP
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Choosy(Eager):
         self.card = card
 
 
-chip, net = Chip(), TinyCNN
+chip, net = Chip(), TinyMLP
 '''
 Package = Callable[..., Path]
 
@@ -233,14 +233,10 @@ def test_a_runtime_that_fails_when_it_is_asked_does_not_fail_the_doctor(package:
 
 def test_a_package_of_others_the_whole_way(package: Package, tmp_path: Path) -> None:
     """On the command line: their model, their pass, their runtime; then loaded again."""
-    folder = package(passes={"halve": "their_package:Halve"}, runtimes={"chip": "their_package:chip"})
+    package(passes={"halve": "their_package:Halve"}, runtimes={"chip": "their_package:chip"})
     (tmp_path / "r.yaml").write_text("{passes: [nm-mask, halve], target: chip, bench: {batches: [1], seconds: 0.05}}")
     words = ["their_package:net", "--config", "r.yaml", "-o", "out", "--input-size", "1x8x8", "--mean", "0.5"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mpcompile", *words, "--std", "0.5"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])])},
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_command(*words, "--std", "0.5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     artifact = Artifact.open(tmp_path / "out")
     assert artifact.report.environment["pass halve"] == "their-package 1.2 (their_package:Halve)"
@@ -248,7 +244,7 @@ def test_a_package_of_others_the_whole_way(package: Package, tmp_path: Path) -> 
     assert "their-package 1.2" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(UsageError, match=r"the report names their_package:net.*load with allow_factory=True"):
         artifact.load("torch")
-    assert type(artifact.load("torch", allow_factory=True)) is TinyCNN
+    assert type(artifact.load("torch", allow_factory=True)) is TinyMLP
 
 
 # ---- by instance
@@ -429,7 +425,7 @@ def test_what_is_no_runtime_is_refused() -> None:
 
 
 def test_given_in_python_the_whole_way(tmp_path: Path) -> None:
-    class Net(TinyCNN):
+    class Net(TinyMLP):
         pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}  # noqa: RUF012
 
     artifact = mpcompile.compile(

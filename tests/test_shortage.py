@@ -9,28 +9,30 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commandline import mpcompile as run_command
+from kept_exports import Exports, keep_exports
 
 import mpcompile
 from mpcompile.artifact import Artifact
+from mpcompile.capture import capture
 from mpcompile.data import Data
 from mpcompile.errors import PassError, ResourceError
-from mpcompile.lower import Lowered, lower
-from mpcompile.model import Model
+from mpcompile.lower import lower
 from mpcompile.passes import NMMask
 from mpcompile.recipe import Recipe
 from mpcompile.shortage import available_bytes, shortage, spelt_bytes
-from mpcompile.testing import TinyMLP
+from mpcompile.testing import TinyMLP, tiny_source
 
 RECIPE = Recipe.from_yaml(
     "bench: {batches: [1], seconds: 0.05}\n"
-    "passes: [mp-budget: {'null': false}, nm-mask: {criterion: magnitude, refit: none}, certify]\n"
+    "passes: [mp-budget: {'null': false}, nm-mask: {criterion: magnitude, refit: none}]\n"
 )
 
 
@@ -87,19 +89,25 @@ def test_other_errors_are_none_of_it() -> None:
     assert [spelt_bytes(n) for n in (12, 1_500, 2_000_000, 3_210_000_000)] == ["12 bytes", "1.5 kB", "2.0 MB", "3.2 GB"]
 
 
+@contextmanager
+def limited(kind: int, limit: int) -> Iterator[None]:
+    """Inside, this process may have so much."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
 def test_a_limit_on_the_process_counts_as_all_there_is() -> None:
-    code = (
-        "import resource\n"
-        "from mpcompile.shortage import available_bytes\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\n"
-        "before = available_bytes()\n"
-        "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)\n"
-        "print(before, available_bytes())\n"
-    )
-    before, after = map(
-        int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split()
-    )
+    with limited(resource.RLIMIT_AS, 1 << 40):
+        before = available_bytes()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + (64 << 20)):
+        after = available_bytes()
+    assert before is not None
+    assert after is not None
     assert after <= 64 << 20 < before
     assert available_bytes()
 
@@ -148,22 +156,21 @@ class Disk:
 
 
 @pytest.fixture
-def quick_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports that were made before are written as they were: only the writing is of interest."""
-    made: dict[tuple[str, int], tuple[Lowered, bytes]] = {}
-
-    def lowered(model: Model, path: Path, **options: Any) -> Lowered:
-        key = (path.name, len(model.plan))
-        if key not in made:
-            found = lower(model, path, **options)
-            made[key] = found, path.read_bytes()
-            return found
-        path.write_bytes(made[key][1])
-        return replace(made[key][0], onnx=path, model=model)
-
-    monkeypatch.setattr("mpcompile.engines.lower", lowered)
-    # Whether a file for the CPU's kernel is written is measured anew in each run; here all write the same ones.
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a file for the CPU's kernel is written is measured anew in each run; here all write the same ones."""
     monkeypatch.setattr("mpcompile.runtimes.native.missing", lambda: "left out")
+
+
+@pytest.fixture(scope="module")
+def made() -> Exports:
+    """Exports of the model, filled by `quick_exports`."""
+    return {}
+
+
+@pytest.fixture
+def quick_exports(made: Exports, without_kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports that were made before are written as they were: only the writing is of interest."""
+    keep_exports(monkeypatch, made)
 
 
 def test_a_disk_that_is_full_at_any_file(quick_exports: None, tmp_path: Path) -> None:
@@ -175,7 +182,7 @@ def test_a_disk_that_is_full_at_any_file(quick_exports: None, tmp_path: Path) ->
     for number, name in enumerate(disk.files, start=1):
         folder = tmp_path / str(number)
         folder.mkdir()
-        kept = name in ("written.json", "00-mp-budget.partial", "01-nm-mask.partial", "02-certify.partial")
+        kept = name in ("written.json", "00-mp-budget.partial", "01-nm-mask.partial")
         with pytest.MonkeyPatch.context() as patched:
             Disk(folder, number, patched)
             if kept:  # what only serves to go on after a kill is no reason to fail
@@ -216,7 +223,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_small_disk(small_disk: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_disk(
+    small_disk: Callable[[str], Path], without_kernel: None, caplog: pytest.LogCaptureFixture
+) -> None:
     full = small_disk("2m")  # holds the dense file, and not the compressed one
     with pytest.raises(
         ResourceError, match="the disk is full: .* during export compressed, and the whole output"
@@ -230,19 +239,36 @@ def test_a_small_disk(small_disk: Callable[[str], Path], caplog: pytest.LogCaptu
     assert "no checkpoint is kept of" in "; ".join(caplog.messages)
 
 
-def limited(kind: int, limit: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(kind, (limit, limit))
+LARGE = """
+import torch
+from mpcompile.testing import TinyMLP
+
+def net():
+    torch.manual_seed(0)
+    return TinyMLP(pixels=784, width=1024)
+"""
 
 
-def test_a_limit_on_files_is_one_line(example: Path, tmp_path: Path) -> None:
-    words = [str(example / "model.safetensors"), "--pattern", "2:4", "-o", str(tmp_path / "out"), "-q"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mpcompile", *words],
-        capture_output=True,
-        text=True,
-        preexec_fn=limited(resource.RLIMIT_FSIZE, 2_000_000),
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-    )
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a module `large` with a factory `net`: three layers, 7.4 MB of weights, 8 MB for 1024 × 1024."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "large.py").write_text(LARGE)
+    return folder
+
+
+SIZE = ("--input-size", "1x28x28", "--mean", "0.5", "--std", "0.5")
+
+
+def environment_with(folder: Path) -> dict[str, str]:
+    """This process's, with the folder's modules, on one thread."""
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_limit_on_files_is_one_line(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(large)
+    with limited(resource.RLIMIT_FSIZE, 2_000_000):
+        done = run_command("large:net", *SIZE, "--pattern", "2:4", "-o", tmp_path / "out", "-q")
     assert done.returncode == 1, done.stderr
     assert done.stderr == (
         "mpcompile: a file grew too large during export dense: files may have 2.0 MB (ulimit -f); raise that limit, or "
@@ -254,16 +280,21 @@ def test_a_limit_on_files_is_one_line(example: Path, tmp_path: Path) -> None:
 # ---- too little memory
 
 
+def refused() -> object:
+    """As Python's own objects fail; the others below ask for more than the address space has."""
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
     ("asks", "text"),
     [
         (lambda: torch.empty(1 << 45), "memory ran out during nm-mask: 140737.5 GB more were needed, and .* are free"),
         (lambda: np.empty(1 << 45), "memory ran out during nm-mask: 256. TiB more were needed"),
-        (lambda: bytearray(1 << 45), "memory ran out during nm-mask: more was needed"),
+        (refused, "memory ran out during nm-mask: more was needed"),
     ],
 )
 def test_a_pass_without_memory(
-    asks: Callable[[], object], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asks: Callable[[], object], text: str, quick_exports: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(NMMask, "__call__", lambda self, model, data: asks())
     with pytest.raises(ResourceError, match=text) as failure:
@@ -273,14 +304,46 @@ def test_a_pass_without_memory(
     assert [path.name for path in (tmp_path / ".out.work").iterdir()] == ["00-mp-budget.safetensors"]
 
 
-@pytest.mark.parametrize("spare_mb", [8, pytest.param(48, marks=pytest.mark.slow)])
-def test_a_process_that_may_not_grow_is_one_line(spare_mb: int, example: Path, tmp_path: Path) -> None:
-    """From nm-mask on it may use so much more: less than the images take, and than the layers' moments do."""
+def exported_before(dense: Path) -> str:
+    """Code after which a new process takes this file of the large model, in place of an export of several seconds."""
+    torch.manual_seed(0)  # as in `net`
+    source = tiny_source((1, 28, 28))
+    lower(capture(TinyMLP(pixels=784, width=1024).eval(), source), dense)
+    return (
+        "import shutil, mpcompile.engines\n"
+        "from mpcompile.lower import Lowered\n"
+        "def copied(model, path, **options):\n"
+        f"    shutil.copy({str(dense)!r}, path)\n"
+        "    about = {'arch': '', 'image_shape': tuple(model.example.shape[1:]), 'precision': 'fp32', 'batch': None}\n"
+        "    return Lowered(onnx=path, model=model, opset=20, **about)\n"
+        "mpcompile.engines.lower = copied\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "spare_mb"),
+    [
+        ("large", 8),
+        pytest.param("example", 8, marks=pytest.mark.slow),
+        pytest.param("example", 48, marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_may_not_grow_is_one_line(
+    model: str,
+    spare_mb: int,
+    large: Path,
+    example: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """From nm-mask on it may use so much more: less than the moments of a layer, or than the example's images."""
+    given = [str(example / "model.safetensors")] if model == "example" else ["large:net", *SIZE]
     words = [
-        "mpcompile", str(example / "model.safetensors"), "--pattern", "2:4", "--no-permute", "-q",
-        "--data", str(example / "images.npz"), "-o", str(tmp_path / "out"),
+        "mpcompile", *given, "--pattern", "2:4", "--no-permute", "-q", "--data", str(example / "images.npz"),
+        "-o", str(tmp_path / "out"),
     ]  # fmt: skip
-    code = (
+    code = "" if model == "example" else exported_before(tmp_path_factory.mktemp("dense") / "dense.onnx")
+    code += (
         "import resource, sys, mpcompile.cli as cli\n"
         "from mpcompile.passes import NMMask\n"
         "whole = NMMask.__call__\n"
@@ -293,9 +356,7 @@ def test_a_process_that_may_not_grow_is_one_line(spare_mb: int, example: Path, t
         f"sys.argv = {words!r}\n"
         "cli.main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment_with(large))
     assert done.returncode in (1, 4), done.stderr
     [line] = done.stderr.splitlines()
     assert line.startswith("mpcompile: ")

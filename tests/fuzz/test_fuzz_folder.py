@@ -36,6 +36,7 @@ FILES = (
 )
 PROVEN = FILES[:5]  # the report lists their hashes
 QUICK = {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], "seconds": 0.01}}
+SETTINGS = Settings(seconds=0.01, threads=1)  # one: `answer` limits the processor's time, and threads that wait spin
 
 
 class Net(TinyCNN):
@@ -249,7 +250,7 @@ def test_bench(folder: Path, name: str, data: st.DataObject) -> None:
     content = data.draw(rewritten(before) if data.draw(st.booleans()) else damaged(before))
     assume(content != before)
     with Changed(folder, name, content, listed=True):
-        answer(lambda: bench(folder, Settings(seconds=0.01)))
+        answer(lambda: bench(folder, SETTINGS))
         assert not list(folder.glob("bench/.*"))
     shutil.rmtree(folder / "bench", ignore_errors=True)
 
@@ -264,7 +265,7 @@ def test_bench_by_another_report(folder: Path, data: st.DataObject) -> None:
             st.lists(st.sampled_from([0, 1, -1, 8, 2**20, 2**62, 10**30]), min_size=3, max_size=3)
         )
     with Changed(folder, "report.json", json.dumps(content, default=repr).encode("utf-8", "replace")):
-        answer(lambda: bench(folder, Settings(seconds=0.01)))
+        answer(lambda: bench(folder, SETTINGS))
     shutil.rmtree(folder / "bench", ignore_errors=True)
 
 

@@ -1,0 +1,26 @@
+"""The trial of the N:M kernel against the dense one, as tests need it: short, and with its outcome handed in."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mpcompile.runtimes.native import choose, trial
+from mpcompile.runtimes.native.graph import Product
+from mpcompile.runtimes.native.pack import Packed
+from mpcompile.timing import Speedup, Timing
+
+
+def shorten_trials(patched: pytest.MonkeyPatch, interval: tuple[float, float] | None = None) -> None:
+    """Every trial runs the fewest rounds. With `interval` its speedup has that interval, whatever was measured.
+
+    The kernel is taken where the interval lies above 1, so that (1.1, 1.2) takes it for every layer that it computes.
+    """
+
+    def shortened(
+        product: Product, made: Packed, x: tuple[int, ...], library: Path, threads: int | None, seconds: float
+    ) -> tuple[Timing, Timing, Speedup]:
+        dense, sparse, ratio = trial.measure(product, made, x, library, threads, 0.0)
+        return dense, sparse, ratio if interval is None else replace(ratio, interval=interval)
+
+    patched.setattr(choose, "measure", shortened)
