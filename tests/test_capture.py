@@ -4,6 +4,8 @@ import copy
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -18,26 +20,35 @@ from mpcompile.model import Source
 from mpcompile.testing import TinyMLP, assert_same_function, tiny_source
 
 # One of each kind that has caught something: distilled heads, optional arguments, functional weights, cached
-# biases, windows, leaf functions. The whole table is benchmarks/capture.py.
-TIMM = [
-    "vit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "vit_small_patch14_dinov2",
-    "beit_base_patch16_224",
-    "eva02_tiny_patch14_224",
-    "levit_128s",
-    "swin_tiny_patch4_window7_224",
-    "convnextv2_atto",
-    "resnet18d",
-    "regnety_002",
-    "tf_efficientnetv2_b0",
-    "mobilenetv3_small_050",
-    "hiera_tiny_224",
-    "poolformer_s12",
-]
-
-
-SMALLER = {"vit_small_patch14_dinov2": {"img_size": 112}}  # not 518: the trace is the same
+# biases, windows, leaf functions. The whole table is benchmarks/capture.py. These have few layers of each kind, are
+# narrow and take small images: the traces have the same operators.
+SIDE = 64
+TIMM: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"depth": 2, "img_size": SIDE},
+    "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": SIDE},
+    "vit_small_patch14_dinov2": {"depth": 2, "img_size": 56},
+    "beit_base_patch16_224": {"depth": 2, "img_size": SIDE, "embed_dim": 96, "num_heads": 4},
+    "eva02_tiny_patch14_224": {"depth": 2, "img_size": 56},
+    "levit_128s": {"img_size": 128},
+    "swin_tiny_patch4_window7_224": {"depths": (2, 2), "num_heads": (3, 6), "embed_dim": 24, "img_size": 112},
+    "convnextv2_atto": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
+    "resnet18d": {"channels": (16, 32, 48, 64)},
+    "regnety_002": {"w0": 16, "wa": 16.0, "wm": 1.7, "depth": 6},
+    "tf_efficientnetv2_b0": {},
+    "mobilenetv3_small_050": {},
+    "hiera_tiny_224": {"stages": (1, 1, 2, 1), "embed_dim": 24, "img_size": (128, 128)},
+    "poolformer_s12": {},
+}
+TORCHVISION: dict[str, dict[str, Any]] = {
+    "resnet18": {},
+    "VisionTransformer": {
+        "image_size": SIDE, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96,
+    },
+    "SwinTransformer": {
+        "patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": [7, 7],
+    },
+    "googlenet": {},
+}  # fmt: skip
 
 
 class Slow(TinyMLP):
@@ -47,15 +58,19 @@ class Slow(TinyMLP):
         return out
 
 
-def source_for(module: nn.Module, name: str) -> Source:
-    return source_of(module, name=name, arch=name, sha256="", arch_args=SMALLER.get(name, {}))
+def small(name: str) -> tuple[nn.Module, Source]:
+    """A model of the table, and images that it takes."""
+    args = TIMM[name]
+    module = timm.create_model(name, **args)
+    source = source_of(module, name=name, arch=name, sha256="", arch_args=args)
+    return module, source if "img_size" in args else replace(source, size=(3, SIDE, SIDE))
 
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_models_trace_twice_and_stay_as_they_were(name: str) -> None:
-    module = timm.create_model(name, **SMALLER.get(name, {})).train()
+    module, source = small(name)
+    module.train()
     before, attributes = copy.deepcopy(module.state_dict()), attribute_names(module)
-    source = source_for(module, name)
     first, second = capture(module, source), capture(module, source)
 
     assert module.training
@@ -73,27 +88,25 @@ def attribute_names(module: nn.Module) -> dict[str, list[str]]:
     return {name: sorted(vars(child)) for name, child in module.named_modules()}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "swin_t", "googlenet"])
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_models_trace(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # googlenet on its initialisation
-        module = getattr(torchvision.models, name)(weights=None)
-    capture(module, Source(name=name, sha256="", arch=name))
+        module = getattr(torchvision.models, name)(**TORCHVISION[name])
+    capture(module, Source(name=name, sha256="", arch=name, size=(3, SIDE, SIDE)))
 
 
 def test_weights_used_without_their_module_are_still_layers() -> None:
-    module = timm.create_model("beit_base_patch16_224", depth=1)
-    names = {name for name, _ in capture(module, source_for(module, "beit")).layers()}
+    names = {name for name, _ in capture(*small("beit_base_patch16_224")).layers()}
     assert "blocks.0.attn.qkv" in names
 
 
 def test_shapes_are_recorded() -> None:
-    module = timm.create_model("resnet18")
-    model = capture(module, source_for(module, "resnet18"))
+    model = capture(*small("resnet18d"))
     shapes = {
         str(n.target): tuple(n.meta["tensor_meta"].shape) for n in model.graph.graph.nodes if n.op == "call_module"
     }
-    assert shapes["layer4.1.conv2"] == (2, 512, 7, 7)
+    assert shapes["layer4.1.conv2"] == (2, 64, SIDE // 32, SIDE // 32)
 
 
 class Branches(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpcompile.capture import capture
-from mpcompile.cost import cost
+from mpcompile.cost import Cost, cost
 from mpcompile.load import source_of
 from mpcompile.model import NM, Model
 from mpcompile.testing import TinyMLP, tiny_cnn, tiny_source, tiny_vit
@@ -19,9 +19,14 @@ def captured(arch: str) -> Model:
     return capture(module, source_of(module, name=arch, arch=arch, sha256=""))
 
 
-def test_vit_base_is_its_closed_form() -> None:
+@pytest.fixture(scope="module")
+def vit_base() -> Cost:
+    return cost(captured("vit_base_patch16_224"))
+
+
+def test_vit_base_is_its_closed_form(vit_base: Cost) -> None:
     """Linear 12 D² n and attention 2 n² D a block, patches, head: 17.5638 G (D = 768, n = 197)."""
-    found = cost(captured("vit_base_patch16_224"))
+    found = vit_base
     d, n = 768, 197
     blocks = 12 * (12 * d * d * n + 2 * n * n * d)
     assert found.macs == blocks + 196 * 768 * d + 1000 * d
@@ -36,9 +41,9 @@ def test_resnet50_is_as_published() -> None:
     assert sum(found.layers.values()) == found.macs
 
 
-def test_halves_of_block_linears() -> None:
+def test_halves_of_block_linears(vit_base: Cost) -> None:
     """The shares of arXiv 2606.02608 for patterns alone: 2:4 on every block Linear leaves 52.37 % of ViT-B."""
-    found = cost(captured("vit_base_patch16_224"))
+    found = vit_base
     patterns = {name: NM(6, 12) for name in found.layers if name.startswith("blocks.")}
     assert 1 - found.executed_macs(patterns) / found.macs == pytest.approx(0.4763, abs=5e-5)
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,11 +30,12 @@ from mpcompile.proof import file_weights, prove
 from mpcompile.runtimes.ort import OverflowScan, require_finite, session_on
 from mpcompile.testing import assert_follows, assert_same_function, tiny_cnn, tiny_mlp, tiny_source, tiny_vit
 
-REAL = {
-    "vit_tiny_patch16_224": {"depth": 2},
-    "beit_base_patch16_224": {"depth": 1},
-    "resnet18": {},
-    "convnext_atto": {},
+SIDE = 64
+REAL: dict[str, dict[str, Any]] = {  # few layers of each kind, narrow
+    "vit_tiny_patch16_224": {"depth": 2, "img_size": SIDE},
+    "beit_base_patch16_224": {"depth": 1, "img_size": SIDE, "embed_dim": 96, "num_heads": 4},
+    "resnet18": {"channels": (16, 32, 48, 64)},
+    "convnext_atto": {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64)},
 }
 
 
@@ -51,7 +53,8 @@ def real(name: str) -> Model:
             nn.init.uniform_(child.running_var, 0.5, 1.5)
             nn.init.normal_(child.running_mean)
             nn.init.normal_(child.bias)
-    return masked(capture(module, source_of(module, name=name, arch=name, sha256="")))
+    source = replace(source_of(module, name=name, arch=name, sha256=""), size=(3, SIDE, SIDE))
+    return masked(capture(module, source))
 
 
 def outputs(path: Path, images: torch.Tensor) -> np.ndarray:
@@ -119,7 +122,7 @@ def test_real_architectures_keep_every_mask(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("build", [tiny_vit, tiny_cnn])
 def test_half_precision_is_in_the_graph_and_norms_are_not(build: Callable[[], Model], tmp_path: Path) -> None:
     model = masked(build())
-    lowered = lower(model, tmp_path / "model.onnx", precision="fp16")
+    lowered = lower(model, tmp_path / "model.onnx", precision="fp16", batch=4)
     file = onnx.shape_inference.infer_shapes(onnx.load(lowered.onnx))
     types = {value.name: value.type.tensor_type.elem_type for value in file.graph.value_info}
     half = {weight.values.dtype for weight in file_weights(file)}
@@ -145,7 +148,7 @@ def test_a_fixed_batch_is_fixed(tmp_path: Path) -> None:
 
 def test_large_weights_go_beside_the_file(tmp_path: Path) -> None:
     model = masked(tiny_vit())
-    lowered = lower(model, tmp_path / "model.onnx", inline_limit_bytes=1000)
+    lowered = lower(model, tmp_path / "model.onnx", batch=2, inline_limit_bytes=1000)
     beside = tmp_path / "model.onnx.data"
     assert beside.stat().st_size > lowered.onnx.stat().st_size / 4
     assert len(lowered.masks) == 8
@@ -288,8 +291,7 @@ def test_overflow_in_half_precision_names_the_operator(tmp_path: Path) -> None:
         model.layer("head").weight.mul_(1e-5)
     lowered = lower(model, tmp_path / "model.onnx", precision="fp16")
     images = model.example.numpy()
-    # The outputs alone would not tell: they are finite here, and would not be on a GPU.
-    assert np.isfinite(session_on(lowered.onnx)(images)).all()
+    # The outputs need not tell: where a CPU computes in float32 they are finite, and on a GPU they would not be.
     with pytest.raises(ParityError, match=r"model.onnx: (Gemm|MatMul|Add) \w*linear_1\w* overflows in half precision"):
         require_finite(lowered, [images])
 

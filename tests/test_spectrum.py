@@ -115,8 +115,8 @@ def test_planted_spikes_are_counted(rank: int, shape: tuple[int, int], seed: int
     threshold = SIGMA * (shape[0] * shape[1]) ** 0.25
     strengths = threshold * np.linspace(3, 6, max(rank, 1)) * (rank > 0)
     signal = left * strengths @ right.T
-    # At a level of 1e-3 noise adds a spike of its own once in a thousand draws.
-    fit = fit_spectrum(eigenvalues(gaussian(shape, seed) + signal), max(shape), level=1e-3)
+    # At a level of 1e-6 noise adds a spike of its own once in a million draws.
+    fit = fit_spectrum(eigenvalues(gaussian(shape, seed) + signal), max(shape), level=1e-6)
     assert fit.spikes == rank
     assert (fit.spike_mass > 0) == (rank > 0)
 

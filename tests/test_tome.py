@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 import onnx
@@ -30,19 +30,30 @@ from mpcompile.passes.token_search import costs
 from mpcompile.pipeline import PassManager, run_example
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
+# Arguments with which an architecture is small and keeps what it is here for.
+NARROW: dict[str, Any] = {"embed_dim": 48, "num_heads": 3}
+TORCHVISION: dict[str, Any] = {
+    "torchvision:VisionTransformer": {
+        "image_size": 224, "patch_size": 32, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96,
+    },
+    "torchvision:SwinTransformer": {
+        "patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": [7, 7],
+    },
+}  # fmt: skip
 
-def captured(arch: str, **options: object) -> Model:
-    """A captured timm model with random weights, or one of torchvision's where the name says so."""
+
+def captured(arch: str, **options: Any) -> Model:
+    """A captured timm model with random weights, or one of torchvision's, small, where the name says so."""
     torch.manual_seed(0)
-    if arch.startswith("torchvision:"):
-        module = getattr(torchvision.models, arch.partition(":")[2])()
+    if arch in TORCHVISION:
+        module = getattr(torchvision.models, arch.partition(":")[2])(**TORCHVISION[arch])
         for head in [m for n, m in module.named_modules() if n.startswith("heads") and isinstance(m, nn.Linear)]:
             nn.init.normal_(head.weight)  # it starts with zeros, and then every image has the same outputs
     else:
         module = timm.create_model(arch, **options)
     source = source_of(module, name=arch, arch=arch, sha256="")
     if "img_size" in options:
-        source = replace(source, size=(3, options["img_size"], options["img_size"]))  # type: ignore[arg-type]
+        source = replace(source, size=(3, options["img_size"], options["img_size"]))
     return capture(module, source)
 
 
@@ -51,26 +62,24 @@ def run(model: Model, *passes: object, data: Data | None = None) -> Model:
     return result
 
 
-TAKEN = {
-    "vit_tiny_patch16_224": 1,
-    "deit_tiny_distilled_patch16_224": 2,
-    "vit_small_patch14_reg4_dinov2": 5,
-    "vit_medium_patch16_gap_256": 0,  # average pooling, no class token
-    "vit_base_patch32_clip_224": 1,
-    "vit_base_patch32_siglip_256": 0,  # attention pooling
-    "torchvision:vit_b_32": 1,
+TAKEN: dict[str, tuple[int, dict[str, Any]]] = {
+    "vit_tiny_patch16_224": (1, {"depth": 3}),
+    "deit_tiny_distilled_patch16_224": (2, {"depth": 3}),
+    "vit_small_patch14_reg4_dinov2": (5, {"depth": 3, "img_size": 112}),
+    "vit_medium_patch16_gap_256": (0, {"depth": 3, **NARROW}),  # average pooling, no class token
+    "vit_base_patch32_clip_224": (1, {"depth": 3, **NARROW}),
+    "vit_base_patch32_siglip_256": (0, {"depth": 3, **NARROW}),  # attention pooling
+    "torchvision:VisionTransformer": (1, {}),
 }
 
 
 @pytest.mark.parametrize("arch", TAKEN)
 def test_real_architectures_take_it(arch: str) -> None:
-    options = {} if arch.startswith("torchvision") else {"depth": 3}
-    if "dinov2" in arch:
-        options["img_size"] = 112
+    protected, options = TAKEN[arch]
     model = captured(arch, **options)
     run_example(model)
     sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
-    assert protected_tokens(model, sites[0]) == TAKEN[arch]
+    assert protected_tokens(model, sites[0]) == protected
     result = run(model, ToMe(r=3))
     assert merges(result.graph, result.example) == (3,) * len(sites)
     biased = sum(node.target is log_size for node in result.graph.graph.nodes)
@@ -79,21 +88,25 @@ def test_real_architectures_take_it(arch: str) -> None:
     assert sum(node.target is merge_tokens for node in result.graph.graph.nodes) == len(sites)
 
 
-REFUSED = {
-    "resnet18": "no self-attention that is added to its tokens",
-    "swin_tiny_patch4_window7_224": "no self-attention that is added to its tokens",
-    "pvt_v2_b0": "its keys are 49 tokens and the stream it adds to is",
-    "beit_base_patch16_224": "it adds a bias or mask of its own",
-    "vit_small_patch16_dinov3": "does not run on another number of tokens",
-    "cait_xxs24_224": "its keys are 197 tokens and the stream it adds to is",
-    "torchvision:swin_t": "no self-attention that is added to its tokens",
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet18": ("no self-attention that is added to its tokens", {}),
+    "swin_tiny_patch4_window7_224": (
+        "no self-attention that is added to its tokens",
+        {"depths": (2, 2), "num_heads": (3, 6), "embed_dim": 24},
+    ),
+    "pvt_v2_b0": ("its keys are 49 tokens and the stream it adds to is", {}),
+    "beit_base_patch16_224": ("it adds a bias or mask of its own", {"depth": 2, **NARROW}),
+    "vit_small_patch16_dinov3": ("does not run on another number of tokens", {"depth": 2, **NARROW}),
+    "cait_xxs24_224": ("its keys are 197 tokens and the stream it adds to is", {"depth": 2}),
+    "torchvision:SwinTransformer": ("no self-attention that is added to its tokens", {}),
 }
 
 
 @pytest.mark.parametrize("arch", REFUSED)
 def test_others_are_refused_with_a_reason(arch: str) -> None:
-    with pytest.raises(PassError, match=REFUSED[arch]):
-        run(captured(arch), ToMe())
+    reason, options = REFUSED[arch]
+    with pytest.raises(PassError, match=reason):
+        run(captured(arch, **options), ToMe())
 
 
 class Places(nn.Module):
@@ -144,8 +157,8 @@ def test_a_mean_over_tokens_is_weighed() -> None:
 
 
 def test_unfused_attention_is_found() -> None:
-    fused = captured("vit_tiny_patch16_224", depth=2)
-    module = timm.create_model("vit_tiny_patch16_224", depth=2)
+    fused = captured("vit_tiny_patch16_224", depth=2, **NARROW)
+    module = timm.create_model("vit_tiny_patch16_224", depth=2, **NARROW)
     for block in module.blocks:
         block.attn.fused_attn = False
     module.load_state_dict(fused.graph.state_dict())
@@ -193,9 +206,12 @@ def test_sizes_sum_to_the_number_of_tokens(tokens: int) -> None:
     assert all((size.sum(1) == tokens).all() for size in seen)
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "torchvision:vit_b_32"])
+@pytest.mark.parametrize(
+    "arch", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "torchvision:VisionTransformer"]
+)
 def test_onnx_is_the_same_at_any_batch_and_has_no_scatter(arch: str, tmp_path: Path) -> None:
-    model = run(captured(arch) if "torchvision" in arch else captured(arch, depth=4), ToMe(r=7))
+    options = {} if arch in TORCHVISION else {"depth": 2, "img_size": 96, **NARROW}
+    model = run(captured(arch, **options), ToMe(r=7))
     lowered = lower(model, tmp_path / "model.onnx")
     operators = {node.op_type for node in onnx.load(lowered.onnx).graph.node}
     assert operators >= {"TopK", "GatherElements", "ArgMax"}
@@ -239,7 +255,7 @@ def test_half_precision_merges_the_same_tokens_of_nearly_all_images(example: Pat
     loaded = load(Request(str(example / "model.safetensors")))
     data = load_data(example / "images.npz", loaded.source, 10)
     model = run(capture(loaded.module, loaded.source), ToMe(r="8:decreasing"), data=data)
-    lowered = lower(model, tmp_path / "m.onnx", precision="fp16")
+    lowered = lower(model, tmp_path / "m.onnx", precision="fp16", batch=128)
     images = data.calibration.first(128)
     session = onnxruntime.InferenceSession(lowered.onnx, providers=["CPUExecutionProvider"])
     [found] = session.run(None, {"images": images.numpy()})
@@ -323,7 +339,7 @@ def test_other_mistakes_are_refused() -> None:
 
 def test_costs_are_those_of_the_merged_graph() -> None:
     """The polynomial in the tokens, fitted to three of their numbers, is exact at others."""
-    model = captured("vit_tiny_patch16_224", depth=4)
+    model = captured("vit_tiny_patch16_224", depth=4, **NARROW)
     run_example(model)
     sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
     patterns = {"blocks.1.mlp.fc1": NM(1, 4)}
@@ -334,7 +350,7 @@ def test_costs_are_those_of_the_merged_graph() -> None:
 
 
 def test_auto_reaches_its_share_and_moves_logits_less() -> None:
-    model = captured("vit_tiny_patch16_224", depth=4, img_size=64, patch_size=8)
+    model = captured("vit_tiny_patch16_224", depth=4, img_size=48, patch_size=8, **NARROW)
     data = tiny_data(model, 24)
 
     def shift(result: Model) -> float:
@@ -346,12 +362,12 @@ def test_auto_reaches_its_share_and_moves_logits_less() -> None:
     assert cost(result).macs <= 0.7 * dense
     for plain in ("uniform", "decreasing"):
         same_cost = next(
-            merged for r in range(1, 33) if cost(merged := run(model, ToMe(r=f"{r}:{plain}"))).macs <= 0.7 * dense
+            merged for r in range(1, 19) if cost(merged := run(model, ToMe(r=f"{r}:{plain}"))).macs <= 0.7 * dense
         )
         assert shift(result) <= shift(same_cost)
     # A class token is all that is read at the end: merging after the last attention costs nothing at all.
     free = run(model, ToMe(r="auto", macs=0.99, images=24), data=data)
-    assert merges(free.graph, free.example) == (0, 0, 0, 32)
+    assert merges(free.graph, free.example) == (0, 0, 0, 18)
     assert shift(free) == 0
 
 
@@ -367,6 +383,7 @@ def test_auto_counts_masks_in() -> None:
 # ---- both conventions
 
 
+@pytest.mark.slow  # test_recipes.py counts this recipe, masked, in less time
 def test_vit_base_costs_what_the_paper_says_and_what_is_true() -> None:
     """The paper: 59.81 % and 7.06 G for ViT-B/16, r = 8, 2:4; with the MLP at its own tokens 61.10 %, 6.83 G."""
     model = captured("vit_base_patch16_224")
@@ -393,8 +410,9 @@ def test_charged_is_both_at_once() -> None:
 @pytest.mark.parametrize(
     ("arch", "pattern", "chosen", "saved"),
     [
-        ("vit_large_patch16_224", NM(8, 16), "blocks.", 48.32),
-        ("convnextv2_base", NM(12, 16), "pointwise", 24.1),
+        # test_recipes.py counts these two, masked, in less time.
+        pytest.param("vit_large_patch16_224", NM(8, 16), "blocks.", 48.32, marks=pytest.mark.slow),
+        pytest.param("convnextv2_base", NM(12, 16), "pointwise", 24.1, marks=pytest.mark.slow),
         ("resnet50", NM(8, 16), "convolutions", 48.5),
     ],
 )

@@ -49,7 +49,10 @@ def test_the_program_finds_the_least_of_all_choices(seed: int, units: int, share
     choices = itertools.product(*[[None, *options[3 * u : 3 * u + 3]] for u in range(units)])
     feasible = [[o for o in c if o] for c in choices if sum(o.saving for o in c if o) >= saving * (1 - 1e-9)]
     best = min(sum(o.damage for o in c) for c in feasible)
-    assert sum(o.damage for o in found) <= best + 1e-9
+    # With damages scaled to at most 1, HiGHS stops within 1e-6 of the optimum, and a variable that is within 1e-6 of an
+    # integer counts as one.
+    tolerance = 1e-6 * (1 + len(options)) * max(o.damage for o in options)
+    assert sum(o.damage for o in found) <= best + tolerance
 
 
 def test_what_cannot_be_saved_is_told() -> None:
