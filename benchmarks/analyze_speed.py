@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from common import RESULTS, markdown, write
+from lib.common import RESULTS, markdown, write
 
-from mpcompile.analyze import analyze
-from mpcompile.capture import capture
-from mpcompile.load import Request, source_of
+from mpcompile.analysis.spectrum import analyse
+from mpcompile.driver.analyze import analyze
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.load_model import Request
+from mpcompile.frontend.preprocessing import source_of
 from mpcompile.passes import MPBudget
-from mpcompile.passes.mp_budget import fit_layers
-from mpcompile.spectrum import analyse
+from mpcompile.passes.mp_budget.mp_budget import fit_layers
 
 ARCH = "vit_base_patch16_224"
 ROUNDS = 3

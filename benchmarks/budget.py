@@ -19,23 +19,24 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, markdown, write
-from pretrained import fashion_data, on_fashion
+from lib.common import RESULTS, ROOT, markdown, write
+from lib.pretrained import fashion_data, on_fashion
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from mpcompile.capture import capture
-from mpcompile.data import Data
-from mpcompile.layers import eligible
-from mpcompile.load import Request, load
-from mpcompile.model import NM, Model
+from mpcompile.analysis.eligibility import eligible
+from mpcompile.analysis.spectrum import Analysis
+from mpcompile.data.images import Data
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.load_model import Request, load
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import MPBudget, NMMask
-from mpcompile.passes.allocate import densities
-from mpcompile.passes.mp_budget import NEED_IMAGES, Signal, fit_layers, scores_of
-from mpcompile.passes.sensitivity import amplification
-from mpcompile.pipeline import Pass, PassManager
-from mpcompile.plots import save
-from mpcompile.spectrum import Analysis
+from mpcompile.passes.mp_budget.allocate import densities
+from mpcompile.passes.mp_budget.mp_budget import NEED_IMAGES, Signal, fit_layers, scores_of
+from mpcompile.passes.mp_budget.sensitivity import amplification
+from mpcompile.pipeline.pass_manager import Pass, PassManager
+from mpcompile.report.spectrum_plots import save
 
 DENSITIES = (0.7, 0.6, 0.5, 0.4)
 MACS = (0.8, 0.7, 0.6)

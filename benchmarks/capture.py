@@ -16,15 +16,16 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from common import RESULTS, markdown, write
+from lib.common import RESULTS, markdown, write
 from torch import nn
 
-from mpcompile.capture import capture
-from mpcompile.checkpoint import state_sha256
+from mpcompile.analysis.eligibility import eligible
 from mpcompile.errors import MpcompileError
-from mpcompile.layers import eligible
-from mpcompile.load import source_of
-from mpcompile.model import NM, Source
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.model import Source
+from mpcompile.ir.pattern import NM
+from mpcompile.system.hashing import state_sha256
 
 TIMM = """
 vit_tiny_patch16_224 vit_base_patch16_224 vit_base_patch16_clip_224 vit_base_patch16_siglip_224

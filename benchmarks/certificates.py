@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from budget import models
-from common import RESULTS, markdown, write
-from pretrained import fashion_data
+from lib.common import RESULTS, markdown, write
+from lib.pretrained import fashion_data
 
-from mpcompile.model import NM, Model
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import Certify, NMMask, Permute
-from mpcompile.passes.certify import outputs_of, unchanged
-from mpcompile.pipeline import Pass, PassManager
+from mpcompile.passes.certify import unchanged
+from mpcompile.passes.dense_comparison import outputs_of
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 
 CASES = {
     "largest weights, no refit": NMMask(criterion="magnitude", refit="none"),

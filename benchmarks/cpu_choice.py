@@ -14,15 +14,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pretrained
+import lib.pretrained as pretrained
 import torch
-from common import RESULTS, ROOT, markdown, rows_of, write
-from cpu_turns import busy_device, processor, shown
+from lib.common import RESULTS, ROOT, markdown, rows_of, write
+from lib.cpu_turns import busy_device, processor, shown
 from torch import nn
 
 from mpcompile import Recipe, compile
-from mpcompile.data import Data
-from mpcompile.load import Request, load
+from mpcompile.data.images import Data
+from mpcompile.frontend.load_model import Request, load
 from mpcompile.runtimes import native
 
 QUESTION = "at equal measured speed on a CPU, which pattern keeps most accuracy?"

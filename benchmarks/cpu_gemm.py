@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, markdown, write
-from cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
+from lib.common import RESULTS, markdown, write
+from lib.cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
 
-from mpcompile.model import NM
-from mpcompile.passes.nm_mask import nm_mask
+from mpcompile.ir.pattern import NM
+from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.runtimes import native
-from mpcompile.runtimes.native.graph import Product
-from mpcompile.runtimes.native.node import GEMM
-from mpcompile.runtimes.native.pack import pack
-from mpcompile.runtimes.native.trial import dense_node, native_node, one_node
+from mpcompile.runtimes.native.custom_op import GEMM
+from mpcompile.runtimes.native.microbenchmark import dense_node, native_node, one_node
+from mpcompile.runtimes.native.onnx_rewrite import Product
+from mpcompile.runtimes.native.packing import pack
 
 QUESTION = "for which shapes and patterns is the native N:M kernel faster than ONNX Runtime's dense one, on one thread?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "6:12", "12:16", "2:4x2", "2:4x4")

@@ -13,16 +13,16 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-from common import RESULTS, markdown, write
 from cpu_gemm import product
-from cpu_turns import busy_device, ratio, shown, turns
+from lib.common import RESULTS, markdown, write
+from lib.cpu_turns import busy_device, ratio, shown, turns
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from mpcompile.model import NM
+from mpcompile.ir.pattern import NM
 from mpcompile.runtimes import native
-from mpcompile.runtimes.native.pack import pack
-from mpcompile.runtimes.native.trial import dense_node, native_node, session
+from mpcompile.runtimes.native.microbenchmark import dense_node, native_node, session
+from mpcompile.runtimes.native.packing import pack
 
 QUESTION = "with few tokens, where is the native N:M kernel faster than ONNX Runtime's dense one, on one thread?"
 PATTERNS = ("2:4", "8:16", "16:32", "1:4", "2:4x4")

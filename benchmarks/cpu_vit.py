@@ -28,24 +28,25 @@ import numpy as np
 import onnx
 import timm
 import torch
-from common import RESULTS, markdown, rows_of, write
-from cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
+from lib.common import RESULTS, markdown, rows_of, write
+from lib.cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from mpcompile.capture import capture
-from mpcompile.cost import cost
-from mpcompile.data import Data
-from mpcompile.lower import lower
-from mpcompile.model import NM, Model, Source
+from mpcompile.analysis.macs import cost
+from mpcompile.data.images import Data
+from mpcompile.export.mask_check import ProvenMask, file_weights
+from mpcompile.export.onnx_export import lower
+from mpcompile.frontend.capture import capture
+from mpcompile.ir.model import Model, Source
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import ToMe
-from mpcompile.passes.nm_mask import nm_mask
-from mpcompile.pipeline import PassManager
-from mpcompile.proof import ProvenMask, file_weights
+from mpcompile.passes.nm_mask.selection import nm_mask
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes import native
-from mpcompile.runtimes.native.graph import find, replace
-from mpcompile.runtimes.ort import session_on
-from mpcompile.runtimes.ort_int8 import quantise_dynamic, saturates
+from mpcompile.runtimes.native.onnx_rewrite import find, replace
+from mpcompile.runtimes.ort.int8 import quantise_dynamic, saturates
+from mpcompile.runtimes.ort.session import session_on
 
 QUESTION = "how much faster is a whole ViT on the native N:M kernel than on ONNX Runtime's dense kernels?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "12:16", "2:4x2", "2:4x4")
@@ -159,7 +160,7 @@ def openvino(python: str | None, file: Path, images: Images, threads: int) -> It
         return
     shape = ",".join(map(str, images.shape))
     worker = subprocess.Popen(
-        [python, str(Path(__file__).with_name("openvino_worker.py")), str(file), shape, str(threads)],
+        [python, str(Path(__file__).parent / "lib" / "openvino_worker.py"), str(file), shape, str(threads)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 

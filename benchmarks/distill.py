@@ -20,15 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, markdown, write
+from lib.common import RESULTS, ROOT, markdown, write
 
-from mpcompile.capture import capture
-from mpcompile.conventions import charged
-from mpcompile.data import ArrayImages, Data, Split
-from mpcompile.load import Request, load
-from mpcompile.model import Model, Source
+from mpcompile.analysis.block_macs import charged
+from mpcompile.data.images import Data, Split
+from mpcompile.data.npz import ArrayImages
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.load_model import Request, load
+from mpcompile.ir.model import Model, Source
 from mpcompile.passes import Distill, NMMask, Permute, ToMe
-from mpcompile.pipeline import Pass, PassManager
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 
 EXAMPLE = ROOT / "examples" / "fashion_vit"
 sys.path.insert(0, str(EXAMPLE))

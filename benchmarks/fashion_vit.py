@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, markdown, write
+from lib.common import RESULTS, ROOT, markdown, write
 
 from mpcompile import Recipe, compile
 

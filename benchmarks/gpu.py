@@ -27,20 +27,22 @@ from typing import Any, get_args
 import numpy as np
 import timm
 import torch
-from common import RESULTS, markdown, write
+from lib.common import RESULTS, markdown, write
 from matplotlib.figure import Figure
 
-from mpcompile.bench import COMPRESSED, DENSE, UNUSED, Settings, compared
-from mpcompile.capture import capture
-from mpcompile.data import Data
-from mpcompile.load import source_of
-from mpcompile.lower import Precision, lower
-from mpcompile.model import NM, Model
+from mpcompile.data.images import Data
+from mpcompile.driver.bench import COMPRESSED, DENSE, UNUSED, compared
+from mpcompile.driver.compare_engines import Settings
+from mpcompile.driver.run_plan import RUNTIMES
+from mpcompile.export.onnx_export import Precision, lower
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.measure.timing import sample, timing
 from mpcompile.passes import NMMask, ToMe
-from mpcompile.pipeline import Pass, PassManager
-from mpcompile.resolve import RUNTIMES
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.runtimes import Build, Runtime
-from mpcompile.timing import sample, timing
 
 QUESTION = "how much faster are 2:4 engines of TensorRT than the dense engine in the same precision, and why not more?"
 SAYS = "arXiv 2606.02608 says"

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, ROOT, markdown, write
-from cpu_turns import processor_name
+from lib.common import RESULTS, ROOT, markdown, write
+from lib.cpu_turns import processor_name
 
-from mpcompile.capture import capture
-from mpcompile.inputs import data_for, loaded_from
-from mpcompile.lower import lower
-from mpcompile.recipe import DataChoice
+from mpcompile.driver.inputs import data_for, loaded_from
+from mpcompile.export.onnx_export import lower
+from mpcompile.frontend.capture import capture
+from mpcompile.recipe.schema import DataChoice
 
 QUESTION = "how far are ONNX Runtime's int8 files of the example from the dense one, and does the processor matter?"
 EXAMPLE = ROOT / "examples" / "fashion_vit"
@@ -46,7 +46,7 @@ def prepare(folder: Path, images: int) -> None:
 
 def measured(folder: Path, emulator: list[str]) -> list[dict[str, Any]]:
     """The rows of one processor."""
-    command = [*emulator, sys.executable, str(Path(__file__).with_name("int8_worker.py")), str(folder)]
+    command = [*emulator, sys.executable, str(Path(__file__).parent / "lib" / "int8_worker.py"), str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     device = f"{shlex.join(emulator)}: AVX2, no VNNI; emulated on {processor_name()}" if emulator else processor_name()

@@ -26,19 +26,20 @@ from typing import Any
 import numpy as np
 import torch
 from budget import logits, measured, models
-from common import RESULTS, markdown, rows_of, write
-from pretrained import fashion_data
-from sparsegpt import modelopt_sparsegpt, sparsegpt
+from lib.common import RESULTS, markdown, rows_of, write
+from lib.pretrained import fashion_data
+from lib.sparsegpt import modelopt_sparsegpt, sparsegpt
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpcompile.data import Data, Split
-from mpcompile.layers import eligible
-from mpcompile.model import NM, Model
+from mpcompile.analysis.eligibility import eligible
+from mpcompile.data.images import Data, Split
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask, Permute
 from mpcompile.passes.batch_norm import match_statistics
-from mpcompile.passes.nm_mask import Criterion
-from mpcompile.pipeline import Pass, PassManager
+from mpcompile.passes.nm_mask.nm_mask import Criterion
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 
 PATTERNS = (NM(2, 4), NM(8, 16), NM(1, 4))
 SEEDS = (0, 1, 2)

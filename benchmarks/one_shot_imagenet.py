@@ -5,9 +5,10 @@
 FOLDER has one folder a class, named so that their order is that of ImageNet's classes (n01440764, …). The figures in
 the repository are from one image a class, short side 256, almost surely of the training set: the dense model gets more
 of them right than of the validation set, and what is to be read is how much of that is kept. 600 images calibrate, the
-others are held out. `repair` fits the depthwise convolutions between the masked layers along (passes/repair.py),
-`residual` the last layer of a branch to the sum that it goes into (passes/joins.py); with both, channels are ordered by
-what a refit loses, else by |W|. Both, and that order, were tried out on another split of the same images.
+others are held out. `repair` fits the depthwise convolutions between the masked layers along
+(passes/reconstruct/dense_layers.py), `residual` the last layer of a branch to the sum that it goes into
+(passes/reconstruct/residual.py); with both, channels are ordered by what a refit loses, else by |W|. Both, and that
+order, were tried out on another split of the same images.
 """
 
 import argparse
@@ -17,16 +18,16 @@ from typing import Any
 
 import torch
 from budget import logits
-from common import RESULTS, markdown, rows_of, write
-from pretrained import efficientnet_lite0
+from lib.common import RESULTS, markdown, rows_of, write
+from lib.pretrained import efficientnet_lite0
 
-from mpcompile.capture import capture
-from mpcompile.data import load_data
-from mpcompile.evaluate import Turned
-from mpcompile.load import source_of
-from mpcompile.model import NM
+from mpcompile.data.load_data import load_data
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.pattern import NM
+from mpcompile.measure.accuracy import Turned
 from mpcompile.passes import NMMask, Permute
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline.pass_manager import PassManager
 
 QUESTION = "how much of EfficientNet-Lite0's accuracy at 224 pixels is kept at 2:4 without training?"
 CALIBRATION = 600

@@ -29,17 +29,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, markdown, rows_of, write
-from pretrained import efficientnet_lite0, vit_small
+from lib.common import RESULTS, markdown, rows_of, write
+from lib.pretrained import efficientnet_lite0, vit_small
 from torch import Tensor
 
-from mpcompile.capture import capture
-from mpcompile.layers import eligible
-from mpcompile.load import source_of
-from mpcompile.model import NM, Model
-from mpcompile.passes.coupling import couple
-from mpcompile.passes.order_search import ideal, kept, search, serpentine
-from mpcompile.passes.permute import Job, job_of, scores_by_axis
+from mpcompile.analysis.eligibility import eligible
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.passes.permute.coupling import couple
+from mpcompile.passes.permute.order_search import ideal, kept, search, serpentine
+from mpcompile.passes.permute.permute import Job, job_of, scores_by_axis
 
 SWEEPS = 10
 CHUNK = 64  # pairs of groups at once

@@ -8,10 +8,10 @@ A test holds README to what this would write, so that no number in it is older t
 import json
 import re
 
-from common import RESULTS, ROOT, markdown, rows_of
-from cpu_turns import by_processor
 from cpu_vit import cells as speeds
 from fashion_vit import COLUMNS, cells
+from lib.common import RESULTS, ROOT, markdown, rows_of
+from lib.cpu_turns import by_processor
 from one_shot import cell
 
 SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "torch", "dynamic int8")

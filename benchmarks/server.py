@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, ROOT, markdown, write
-from cpu_turns import device
+from lib.common import RESULTS, ROOT, markdown, write
+from lib.cpu_turns import device
 from numpy.typing import NDArray
 
 from mpcompile import Recipe, compile
 from mpcompile.runtimes import native
-from mpcompile.runtimes.ort import OrtEngine, session_on
+from mpcompile.runtimes.ort.session import OrtEngine, session_on
 
 EXAMPLE = ROOT / "examples" / "fashion_vit" / "model.safetensors"
 PATTERNS = ("2:4", "1:4", "2:4x4")

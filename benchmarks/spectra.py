@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, ROOT, markdown, write
-from pretrained import efficientnet_lite0, vit_small
+from lib.common import RESULTS, ROOT, markdown, write
+from lib.pretrained import efficientnet_lite0, vit_small
 from torch import nn
 
-from mpcompile.analyze import analyze
-from mpcompile.load import Request
-from mpcompile.plots import plot_layer, save
-from mpcompile.spectrum import analyse
+from mpcompile.analysis.spectrum import analyse
+from mpcompile.driver.analyze import analyze
+from mpcompile.frontend.load_model import Request
+from mpcompile.report.spectrum_plots import plot_layer, save
 
 SHOWN = "blocks.5.attn.qkv"
 QUESTION = "do the layers of real trained models follow the Marchenko–Pastur law, and their shuffled entries?"

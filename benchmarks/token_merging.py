@@ -18,20 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, markdown, write
-from pretrained import fashion_data, on_fashion
+from lib.common import RESULTS, ROOT, markdown, write
+from lib.pretrained import fashion_data, on_fashion
 
-from mpcompile.capture import capture
-from mpcompile.conventions import charged, merges
-from mpcompile.data import Data, load_data
-from mpcompile.evaluate import compare
-from mpcompile.load import Request, load
-from mpcompile.lower import lower
-from mpcompile.model import Model
+from mpcompile.analysis.block_macs import charged, merges
+from mpcompile.data.images import Data
+from mpcompile.data.load_data import load_data
+from mpcompile.export.onnx_export import lower
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.load_model import Request, load
+from mpcompile.ir.model import Model
+from mpcompile.measure.accuracy import compare
+from mpcompile.measure.timing import sample, speedup
 from mpcompile.passes import ToMe
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes import RUNTIMES, Build
-from mpcompile.timing import sample, speedup
 
 QUESTION = "what does merging tokens cost in accuracy, and how much faster is it really, without training?"
 COLUMNS = (

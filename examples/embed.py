@@ -11,7 +11,7 @@ from pathlib import Path
 from mpcompile import NM, Artifact, MpcompileError, Progress, Recipe, compile
 from mpcompile.errors import AccuracyError
 from mpcompile.passes import Certify, NMMask
-from mpcompile.recipe import Bench, DataChoice, Gates
+from mpcompile.recipe.schema import Bench, DataChoice, Gates
 
 EXAMPLE = Path(__file__).parent / "fashion_vit"
 RECIPE = Recipe(

@@ -13,7 +13,7 @@ import torch
 from mpcompile import NM, Data, Effect, Model, PassManager, Recipe, compile, tracked
 from mpcompile.errors import on_layer
 from mpcompile.passes import NMMask
-from mpcompile.recipe import Bench
+from mpcompile.recipe.schema import Bench
 from mpcompile.testing import check_contract, tiny_vit
 
 

@@ -11,18 +11,21 @@ Errors are in mpcompile.errors, passes in mpcompile.passes, runtimes in mpcompil
 your own in mpcompile.testing. Importing this loads no runtime (onnxruntime, TensorRT) and does not touch CUDA.
 """
 
-from mpcompile.artifact import Artifact
-from mpcompile.capture import capture
-from mpcompile.compile import compile
-from mpcompile.data import Data, load_data
+from mpcompile.data.images import Data
+from mpcompile.data.load_data import load_data
+from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.compile import compile
 from mpcompile.errors import MpcompileError
-from mpcompile.load import Loaded, Request, load
-from mpcompile.lower import Lowered, lower
-from mpcompile.model import NM, LayerPlan, Model, Source, Spectrum
-from mpcompile.pipeline import Effect, Pass, PassManager, PassRecord
-from mpcompile.progress import Progress, tracked
-from mpcompile.recipe import Recipe, Step, read_recipe
-from mpcompile.report import Report
+from mpcompile.export.onnx_export import Lowered, lower
+from mpcompile.frontend.capture import capture
+from mpcompile.frontend.load_model import Loaded, Request, load
+from mpcompile.ir.model import LayerPlan, Model, Source
+from mpcompile.ir.pattern import NM
+from mpcompile.ir.results import Spectrum
+from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager, PassRecord
+from mpcompile.recipe.schema import Recipe, Step, read_recipe
+from mpcompile.report.schema import Report
+from mpcompile.system.progress import Progress, tracked
 
 __all__ = [
     "NM",

@@ -1,5 +1,5 @@
 """`python -m mpcompile` is the command `mpcompile`."""
 
-from mpcompile.cli import main
+from mpcompile.cli.main import main
 
 main()

@@ -24,6 +24,7 @@ __all__ = [
     "on_layer",
 ]
 
+
 LONGEST_LINE = 1000
 
 
@@ -122,3 +123,7 @@ def cause_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from mpcompile.capture import capture
-from mpcompile.data import Data, Split
-from mpcompile.masks import pattern_violation, violation
-from mpcompile.model import NM, Model, Source
-from mpcompile.parity import relative_difference
-from mpcompile.pipeline import Effect, Pass, PassManager
+from mpcompile.data.images import Data, Split
+from mpcompile.frontend.capture import capture
+from mpcompile.ir.model import Model, Source
+from mpcompile.ir.parity import relative_difference
+from mpcompile.ir.pattern import NM
+from mpcompile.ir.weight_groups import pattern_violation, violation
+from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
 
 
 def assert_same_function(before: nn.Module, after: nn.Module, images: Tensor, tolerance: float) -> None:

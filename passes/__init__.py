@@ -8,13 +8,13 @@ if __name__ == "passes":  # from the repository root this would succeed and make
 
 from mpcompile.passes.batch_norm import BatchNorm
 from mpcompile.passes.certify import Certify
-from mpcompile.passes.distill import Distill
-from mpcompile.passes.mp_budget import MPBudget
-from mpcompile.passes.nm_mask import NMMask
-from mpcompile.passes.permute import Permute
+from mpcompile.passes.distill.distill import Distill
+from mpcompile.passes.mp_budget.mp_budget import MPBudget
+from mpcompile.passes.nm_mask.nm_mask import NMMask
+from mpcompile.passes.permute.permute import Permute
 from mpcompile.passes.restore import Restore
-from mpcompile.passes.tome import ToMe
-from mpcompile.pipeline import Pass
+from mpcompile.passes.tome.tome import ToMe
+from mpcompile.pipeline.pass_manager import Pass
 
 PASSES: Mapping[str, type[Pass]] = MappingProxyType(
     {kind.name: kind for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Distill, Certify)}

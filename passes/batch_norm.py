@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpcompile.data import Data, Split
+from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError
-from mpcompile.model import Model
-from mpcompile.passes.certify import outputs_of
-from mpcompile.pipeline import Effect
+from mpcompile.ir.model import Model
+from mpcompile.passes.dense_comparison import outputs_of
+from mpcompile.pipeline.pass_manager import Effect
 
 SMALLEST = 1e-12  # variance below which a channel counts as constant, and only its mean is moved
 

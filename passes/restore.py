@@ -8,8 +8,9 @@ Two steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P 
 2. While the loss on validation images is above the limit, the masked layer with the largest share of the logits' shift
    (first order, passes/certify.py) goes to the mildest of `patterns` that it can carry and that is milder than its own,
    masked and refitted anew from its dense weights, or back to dense. The shares are measured anew after each, since
-   they change with what was restored. Dense layers that were fitted to make up for masked ones (passes/repair.py) go
-   back with the last one before them. What this costs in multiply-accumulates is told as it goes.
+   they change with what was restored. Dense layers that were fitted to make up for masked ones
+   (passes/reconstruct/dense_layers.py) go back with the last one before them. What this costs in multiply-accumulates
+   is told as it goes.
 """
 
 import logging
@@ -21,17 +22,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, fx, nn
 
-from mpcompile.cost import cost
-from mpcompile.data import Data, Split
+from mpcompile.analysis.eligibility import fact_against, places, tied
+from mpcompile.analysis.macs import cost
+from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
-from mpcompile.layers import fact_against, places, tied
-from mpcompile.model import NM, Model
-from mpcompile.passes.certify import attribution, outputs_of, twin_of
-from mpcompile.passes.lockstep import sites_of
-from mpcompile.passes.nm_mask import NMMask, nm_mask
-from mpcompile.passes.repair import after
-from mpcompile.pipeline import Effect
-from mpcompile.progress import tracked
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.passes.dense_comparison import attribution, outputs_of, twin_of
+from mpcompile.passes.nm_mask.nm_mask import NMMask
+from mpcompile.passes.nm_mask.selection import nm_mask
+from mpcompile.passes.reconstruct.dense_layers import after
+from mpcompile.passes.reconstruct.layerwise import sites_of
+from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.system.progress import tracked
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ if __name__ == "runtimes":  # from the repository root this would succeed and ma
     raise ImportError("import mpcompile.runtimes, not runtimes")
 
 from mpcompile.runtimes.eager import Eager
-from mpcompile.runtimes.ort import OnnxRuntime
-from mpcompile.runtimes.ort_cuda import OnnxRuntimeCuda
+from mpcompile.runtimes.ort.cpu import OnnxRuntime
+from mpcompile.runtimes.ort.cuda import OnnxRuntimeCuda
 from mpcompile.runtimes.protocol import (
     Build,
     Engine,
@@ -22,8 +22,8 @@ from mpcompile.runtimes.protocol import (
     Shipping,
     Staging,
 )
-from mpcompile.runtimes.tensorrt import TensorRT
-from mpcompile.runtimes.tensorrt_rtx import TensorRTForRTX
+from mpcompile.runtimes.tensorrt.rtx import TensorRTForRTX
+from mpcompile.runtimes.tensorrt.target import TensorRT
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
     {runtime.name: runtime for runtime in (Eager(), OnnxRuntime(), OnnxRuntimeCuda(), TensorRT(), TensorRTForRTX())}

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError
-from mpcompile.lower import Exported, Lowered
-from mpcompile.model import Model
+from mpcompile.export.onnx_export import Exported, Lowered
+from mpcompile.ir.model import Model
 from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
 
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcompile.lower import Exported
-from mpcompile.model import NM
-from mpcompile.proof import ProvenMask
-from mpcompile.timing import Speedup
-from mpcompile.verdict import LayerVerdict
+from mpcompile.export.mask_check import ProvenMask
+from mpcompile.export.onnx_export import Exported
+from mpcompile.ir.pattern import NM
+from mpcompile.measure.layer_verdict import LayerVerdict
+from mpcompile.measure.timing import Speedup
 
 NO_KERNELS = "none: masked layers run as dense"
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import mpcompile
-from mpcompile.artifact import Artifact
-from mpcompile.model import Model
+from mpcompile.driver.artifact import Artifact
+from mpcompile.ir.model import Model
 from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_vit
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fashion_vit"

@@ -17,9 +17,9 @@ from unittest import mock
 
 from torch import Tensor
 
-from mpcompile.cli import main
-from mpcompile.lower import Lowered, lower
-from mpcompile.resume import Finished
+from mpcompile.cli.main import main
+from mpcompile.export.onnx_export import Lowered, lower
+from mpcompile.pipeline.partial_results import Finished
 
 
 def dies_of(number: int, count: int) -> Callable[[], None]:
@@ -66,5 +66,5 @@ if __name__ == "__main__":
     if given["after"] == "part":
         mock.patch.object(Finished, "put", keeping_parts(dies)).start()
     else:
-        mock.patch("mpcompile.engines.lower", exporting(dies)).start()
+        mock.patch("mpcompile.driver.run_plan.lower", exporting(dies)).start()
     main()

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mpcompile.fingerprint import model_key
-from mpcompile.lower import Lowered, lower
-from mpcompile.model import Model
+from mpcompile.export.onnx_export import Lowered, lower
+from mpcompile.ir.model import Model
+from mpcompile.pipeline.fingerprint import model_key
 
 Exports = dict[tuple[str, str, str], tuple[Lowered, bytes]]
 
@@ -32,4 +32,4 @@ def keep_exports(patched: pytest.MonkeyPatch, made: Exports) -> None:
         path.write_bytes(content)
         return replace(found, onnx=path, model=model)
 
-    patched.setattr("mpcompile.engines.lower", kept)
+    patched.setattr("mpcompile.driver.run_plan.lower", kept)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mpcompile.runtimes.native import choose, trial
-from mpcompile.runtimes.native.graph import Product
-from mpcompile.runtimes.native.pack import Packed
-from mpcompile.timing import Speedup, Timing
+from mpcompile.measure.timing import Speedup, Timing
+from mpcompile.runtimes.native import kernel_selection as choose
+from mpcompile.runtimes.native import microbenchmark as trial
+from mpcompile.runtimes.native.onnx_rewrite import Product
+from mpcompile.runtimes.native.packing import Packed
 
 
 def shorten_trials(patched: pytest.MonkeyPatch, interval: tuple[float, float] | None = None) -> None:

@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import mpcompile
-from mpcompile.capture import capture
-from mpcompile.compile import stages
-from mpcompile.progress import Progress
-from mpcompile.recipe import Recipe
-from mpcompile.work import work_folder
+from mpcompile.driver.compile import stages
+from mpcompile.frontend.capture import capture
+from mpcompile.pipeline.run_folder import work_folder
+from mpcompile.recipe.schema import Recipe
+from mpcompile.system.progress import Progress
 
 CHAIN = 3  # kills, each of the run that went on after the one before, until one may end
 

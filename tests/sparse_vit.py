@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from mpcompile.model import NM
-from mpcompile.passes.nm_mask import nm_mask
+from mpcompile.ir.pattern import NM
+from mpcompile.passes.nm_mask.selection import nm_mask
 
 POOL = 2048  # images to choose from
 CLASSES = tuple("abcdefghij")

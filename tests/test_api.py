@@ -15,16 +15,16 @@ from torch import nn
 
 import mpcompile
 from mpcompile import errors
-from mpcompile.analyze import STAGES, analyze
-from mpcompile.artifact import Artifact
-from mpcompile.capture import capture
-from mpcompile.data import Data
+from mpcompile.data.images import Data
+from mpcompile.driver.analyze import STAGES, analyze
+from mpcompile.driver.artifact import Artifact
 from mpcompile.errors import MpcompileError, PassError
-from mpcompile.model import NM
+from mpcompile.frontend.capture import capture
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
-from mpcompile.pipeline import PassManager
-from mpcompile.progress import Progress, listening, reported, tracked
-from mpcompile.recipe import Recipe
+from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.recipe.schema import Recipe
+from mpcompile.system.progress import Progress, listening, reported, tracked
 from mpcompile.testing import TinyMLP, tiny_data, tiny_source, tiny_vit
 
 PUBLIC = """

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mpcompile.lower import lower
-from mpcompile.model import Model
+from mpcompile.export.onnx_export import lower
+from mpcompile.ir.model import Model
 from mpcompile.passes import PASSES, NMMask
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"

@@ -16,11 +16,12 @@ from test_readme import known_options
 from typer.main import get_command
 
 from mpcompile import errors
-from mpcompile.cli import _spelt, app
+from mpcompile.cli.app import app
+from mpcompile.cli.inspect_commands import _spelt
+from mpcompile.driver.run_plan import RUNTIMES, plan_of
 from mpcompile.passes import PASSES
-from mpcompile.recipe import Recipe
-from mpcompile.resolve import RUNTIMES, plan_of
-from mpcompile.runtimes.tensorrt_rules import SPARSITY_RULES
+from mpcompile.recipe.schema import Recipe
+from mpcompile.runtimes.tensorrt.rules import SPARSITY_RULES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 from sparse_vit import write_sparse_vit
 
-from mpcompile.artifact import Artifact
-from mpcompile.recipe import read_recipe
+from mpcompile.driver.artifact import Artifact
+from mpcompile.recipe.schema import read_recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -163,7 +163,7 @@ def test_the_wheel_is_whole(site: Path) -> None:
         found = {path.relative_to(site / "mpcompile" / name) for path in (site / "mpcompile" / name).rglob("*.py")}
         assert found == kept
         assert not (site / name).exists(), f"{name} would lie in everybody's site-packages"
-    assert list((site / "mpcompile" / "templates").iterdir())
+    assert list((site / "mpcompile" / "report" / "templates").iterdir())
     code = (
         "import mpcompile.passes, mpcompile.runtimes\n"
         "print(mpcompile.__file__, mpcompile.passes.__file__, mpcompile.runtimes.RUNTIMES['ort'].name, sep='\\n')"

@@ -25,8 +25,8 @@ def _folder() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def written(_folder: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON file of a run over a model that is there and one that is not."""
-    import common
     import gpu
+    import lib.common as common
 
     folder = tmp_path_factory.mktemp("results")
     words = f"--target ort --models {MODEL} no_such_model --precisions fp32 --batches 1 2 --seconds 0.1"

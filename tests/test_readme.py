@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mpcompile.cli import app
-from mpcompile.recipe import Recipe
-from mpcompile.resolve import plan_of
+from mpcompile.cli.app import app
+from mpcompile.driver.run_plan import plan_of
+from mpcompile.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,19 +13,21 @@ import torch
 from torch import fx
 
 import mpcompile
-from mpcompile.artifact import Artifact
-from mpcompile.capture import ImageTracer, noise
-from mpcompile.conventions import Charged, charged
-from mpcompile.data import Data, Split
-from mpcompile.load import Request, source_of
-from mpcompile.model import NM, Model
+from mpcompile.analysis.block_macs import Charged, charged
+from mpcompile.data.images import Data, Split
+from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.run_plan import plan_of
+from mpcompile.export.mask_check import METADATA_KEY
+from mpcompile.frontend.capture import ImageTracer, noise
+from mpcompile.frontend.load_model import Request
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.measure.timing import ROUNDS
 from mpcompile.passes import NMMask, Permute, ToMe
-from mpcompile.proof import METADATA_KEY
-from mpcompile.recipe import Recipe, Step, read_recipe
-from mpcompile.resolve import plan_of
+from mpcompile.recipe.schema import Recipe, Step, read_recipe
 from mpcompile.runtimes import native
 from mpcompile.testing import Noise
-from mpcompile.timing import ROUNDS
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 
@@ -219,8 +221,8 @@ def test_each_compiles(name: str, tmp_path: Path) -> None:
 )
 def test_each_compiles_with_few_layers_of_each_kind(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, one CNN with images to compare on. Speed is measured in the fewest and shortest rounds."""
-    monkeypatch.setattr("mpcompile.timing.ROUNDS", (ROUNDS[0], ROUNDS[0]))
-    monkeypatch.setattr("mpcompile.runtimes.native.trial.BLOCK_MS", 0.01)
+    monkeypatch.setattr("mpcompile.measure.timing.ROUNDS", (ROUNDS[0], ROUNDS[0]))
+    monkeypatch.setattr("mpcompile.runtimes.native.microbenchmark.BLOCK_MS", 0.01)
     images = some_images(4) if name == "resnet152d_2x4" else Data()
     model = replace(request(name, **ROWS[name].small), input_size=(3, SIDE, SIDE))
     artifact = mpcompile.compile(model, runnable(read_recipe(path_of(name))), data=images, output=tmp_path / "out")

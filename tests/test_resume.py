@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import mpcompile
-from mpcompile.artifact import MASKS, WEIGHTS, Artifact
-from mpcompile.data import Data
+from mpcompile.data.images import Data
+from mpcompile.driver.artifact import MASKS, WEIGHTS, Artifact
 from mpcompile.errors import PassError, UsageError
-from mpcompile.recipe import Recipe
+from mpcompile.pipeline.run_folder import clear, note_written, work_folder, working, written_by
+from mpcompile.recipe.schema import Recipe
 from mpcompile.testing import tiny_data, tiny_vit
-from mpcompile.work import clear, note_written, work_folder, working, written_by
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 QUICK = "bench: {batches: [1], seconds: 0.05}\n"
@@ -169,7 +169,7 @@ def test_checkpoints_of_data_in_memory(tmp_path: Path) -> None:
     """Images that are no files and no arrays are told by their pixels."""
     model = tiny_vit()
     data = tiny_data(model, 16)
-    from mpcompile.fingerprint import images_key
+    from mpcompile.pipeline.fingerprint import images_key
 
     assert images_key(data.calibration) == images_key(tiny_data(model, 16).calibration)
     assert images_key(data.calibration) != images_key(data.held_out)

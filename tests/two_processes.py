@@ -5,9 +5,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from mpcompile.distributed import joined
 from mpcompile.passes import Distill, NMMask, ToMe
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.system.distributed import joined
 from mpcompile.testing import tiny_data, tiny_vit
 
 

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SOURCES = HERE / "src"
 LIBRARY = "libmpcompile_native.so"
 SYSTEMS = ("Linux", "Darwin")
-SHARED = ("strips.cpp", "work.cpp", "dispatch.cpp", "operator.cpp")
+SHARED = ("skinny_packing.cpp", "tile_scheduler.cpp", "cpu_dispatch.cpp", "ort_operator.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 # A library that a session uses must not be unloaded: memory of ONNX Runtime's threads is freed by its code.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
@@ -74,13 +75,13 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
     jobs = [
         (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_FEW=few_{name}"))
         for name, flags in kernels.items()
-        for part in ("kernel", "few")
+        for part in ("nm_gemm", "nm_gemm_skinny")
     ]
-    there = tuple(f"-DNM_HAS_{name}" for name in kernels)  # for dispatch.cpp
+    there = tuple(f"-DNM_HAS_{name}" for name in kernels)  # for cpu_dispatch.cpp
     jobs += [(source, Path(source).stem, there) for source in SHARED]
     for source, name, flags in jobs:
         target = folder / f"{name}.o"
-        run([*FLAGS, *flags, *extra, "-c", str(HERE / source), "-o", str(target)])
+        run([*FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(target)])
         made.append(target)
     return made
 

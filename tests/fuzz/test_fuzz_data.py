@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mutations import Canary, answer, damaged, share
 from PIL import Image
 
-from mpcompile.data import Data, load_data
+from mpcompile.data.images import Data
+from mpcompile.data.load_data import load_data
 from mpcompile.errors import LoadError
 from mpcompile.testing import tiny_source
 

@@ -17,10 +17,11 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save
 
 import mpcompile
-from mpcompile.artifact import Artifact
-from mpcompile.bench import Settings, bench
+from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.bench import bench
+from mpcompile.driver.compare_engines import Settings
 from mpcompile.errors import LoadError, MpcompileError
-from mpcompile.output import not_ours
+from mpcompile.system.atomic_folder import not_ours
 from mpcompile.testing import TinyCNN
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used

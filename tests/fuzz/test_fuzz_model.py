@@ -19,7 +19,7 @@ from mutations import Canary, altered, answer, damaged, deep, odd, pickled, shar
 from safetensors.torch import save
 
 from mpcompile.errors import LoadError, MpcompileError
-from mpcompile.load import Loaded, Request, load
+from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.testing import TinyMLP
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import DOCUMENTED, altered, answer, damaged, deep, odd, share, values
 
-from mpcompile import cli, options
-from mpcompile.compile import stages
+from mpcompile.cli import main, parse
+from mpcompile.driver.compile import stages
+from mpcompile.driver.run_plan import PASSES, build_pass, plan_of
 from mpcompile.errors import MpcompileError, UsageError, one_line
-from mpcompile.model import NM
-from mpcompile.passes.token_schedule import spelt
-from mpcompile.recipe import Recipe, read_recipe
-from mpcompile.resolve import PASSES, build_pass, plan_of
+from mpcompile.ir.pattern import NM
+from mpcompile.passes.tome.schedule import spelt
+from mpcompile.recipe.schema import Recipe, read_recipe
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used
 
@@ -157,7 +157,7 @@ def run(*words: str, recipe: str) -> tuple[int, str, str]:
         handlers, level = list(logger.handlers), logger.level
         try:
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-                cli.main()
+                main()
             code = 0
         except SystemExit as stopped:
             code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
@@ -174,9 +174,9 @@ def run(*words: str, recipe: str) -> tuple[int, str, str]:
     "call",
     [
         lambda: NM.parse("9" * 5000 + ":4"),
-        lambda: options.batches("9" * 5000),
-        lambda: options.size(f"1x8x{'9' * 5000}"),
-        lambda: options.patterns("auto:" + "9" * 5000, "ort", 0.5),
+        lambda: parse.batches("9" * 5000),
+        lambda: parse.size(f"1x8x{'9' * 5000}"),
+        lambda: parse.patterns("auto:" + "9" * 5000, "ort", 0.5),
         lambda: spelt(10**400, 3),
     ],
 )

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpcompile.capture import capture
-from mpcompile.data import Data
+from mpcompile.data.images import Data
 from mpcompile.errors import PassError
-from mpcompile.model import NM, Model
+from mpcompile.frontend.capture import capture
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import BatchNorm, NMMask
 from mpcompile.passes.batch_norm import match_statistics
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_data, tiny_source, tiny_vit
 
 

@@ -10,20 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from mpcompile.data import Data
+from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
-from mpcompile.model import NM, Model
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
 from mpcompile.passes import Certify, NMMask
-from mpcompile.passes.certify import (
-    attribution,
-    certificate,
-    lower_bound,
-    outputs_of,
-    reaches_of,
-    twin_of,
-    unchanged,
-)
-from mpcompile.pipeline import PassManager
+from mpcompile.passes.certify import certificate, lower_bound, reaches_of, unchanged
+from mpcompile.passes.dense_comparison import attribution, outputs_of, twin_of
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
 
 LOGITS = npst.arrays(np.float32, (6, 5), elements=st.floats(-100, 100, width=32))
@@ -137,7 +131,7 @@ def test_the_critical_amplification_is_where_the_theorem_holds() -> None:
 
 
 def test_outputs_that_are_no_logits_are_refused() -> None:
-    from mpcompile.capture import capture
+    from mpcompile.frontend.capture import capture
     from mpcompile.testing import TinyMLP, tiny_source
 
     model = capture(TinyMLP(outputs=1), tiny_source())

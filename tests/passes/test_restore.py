@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mpcompile.data import Data
+from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
-from mpcompile.masks import pattern_violation
-from mpcompile.model import NM, Model
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.passes import NMMask, Restore
 from mpcompile.passes.restore import filled
-from mpcompile.pipeline import PassManager
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import assert_follows, tiny_cnn, tiny_data, tiny_vit
 
 
@@ -68,7 +69,7 @@ def test_a_limit_of_nothing_brings_everything_back_exactly() -> None:
 
 
 def test_norms_that_took_up_a_bias_come_back_with_their_layer() -> None:
-    from mpcompile.capture import capture
+    from mpcompile.frontend.capture import capture
     from mpcompile.testing import tiny_source
 
     class Normed(torch.nn.Module):

@@ -1,0 +1,92 @@
+"""SparseGPT, to compare with: from its paper (Frantar and Alistarh, arXiv 2301.00774), and NVIDIA ModelOpt's.
+
+ModelOpt 0.47 computes SparseGPT's weights, and keeps only the mask of them: `_compute_mask` returns `weight != 0` of a
+copy. So its rows have SparseGPT's choice of places with the weights as they were. `sparsegpt` here updates the weights,
+layer by layer on what the layers before now give, as the paper has it.
+"""
+
+import copy
+import io
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile.data.images import Split
+from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.ir.weight_groups import flat, unflat
+from mpcompile.passes.nm_mask.selection import nm_mask
+from mpcompile.passes.reconstruct.layerwise import Site, rewrite_in_order
+from mpcompile.passes.reconstruct.second_moments import Moments
+
+DAMPING = 0.01  # as in the paper; ModelOpt's own default is 0.1
+
+
+def pruned(weight: Tensor, gram: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
+    """The updated weights and their mask, for inputs with this (uncentred) second moment."""
+    gram = gram.clone()
+    dead = gram.diagonal() == 0
+    gram[dead, dead] = 1
+    gram += DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    w, mask = weight.double().clone(), torch.ones(weight.shape, dtype=torch.bool)
+    w[:, dead] = 0
+    for i in range(w.shape[1]):
+        if i % pattern.of == 0:
+            at = slice(i, i + pattern.of)
+            removed = (w[:, at].square() / inverse.diagonal()[at].square()).argsort(dim=1, stable=True)
+            mask[:, at] = mask[:, at].scatter(1, removed[:, : pattern.of - pattern.keep], False)
+        error = torch.where(mask[:, i], 0, w[:, i]) / inverse[i, i]
+        w[:, i:] -= error[:, None] * inverse[i, i:]
+        w[:, i] = torch.where(mask[:, i], w[:, i], 0)
+    return torch.where(mask, w, 0), mask
+
+
+@torch.no_grad()
+def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Model:
+    """The model with these layers pruned as in the paper."""
+    model = replace(model, graph=copy.deepcopy(model.graph))
+    plans = {}
+
+    def rewrite(site: Site, moments: Moments | None) -> None:
+        assert moments is not None
+        [name] = site.names
+        layer = model.layer(name)
+        gram = moments.problem(centred=False).gram
+        rows = flat(layer.weight).reshape(len(gram), -1, gram.shape[-1])
+        done = [pruned(part, g, pattern) for part, g in zip(rows, gram, strict=True)]
+        weight, mask = (torch.cat(parts) for parts in zip(*done, strict=True))
+        layer.weight.copy_(unflat(weight, layer.weight.shape))
+        plans[name] = replace(model.plan_of(name), pattern=pattern, mask=unflat(mask, layer.weight.shape))
+
+    rewrite_in_order(model, images, names, rewrite)
+    return model.with_plan(plans)
+
+
+@torch.no_grad()
+def modelopt_sparsegpt(model: Model, module: nn.Module, images: Split, pattern: NM, names: list[str]) -> Model:
+    """The model with ModelOpt's masks; magnitude's where ModelOpt leaves out a layer. Raises ImportError."""
+    import modelopt.torch.sparsity as mts
+
+    copied = copy.deepcopy(module).eval()
+    config = {
+        "data_loader": [pixels for pixels, _ in images.batches(32)],
+        "collect_func": lambda batch: batch,
+        "pattern": f"{pattern.of - pattern.keep}:{pattern.of} sparsity",  # zeros, in its sense
+        "verbose": False,
+    }
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        found = dict(mts.sparsify(copied, "sparsegpt", config=config).named_modules())
+    model = replace(model, graph=copy.deepcopy(model.graph))
+    plans = {}
+    for name in names:
+        layer, mask = model.layer(name), getattr(found[name], "_weight_mask", None)
+        if mask is None:
+            mask = nm_mask(layer.weight.abs(), pattern)
+        layer.weight.masked_fill_(~mask, 0.0)
+        plans[name] = replace(model.plan_of(name), pattern=pattern, mask=mask)
+    return model.with_plan(plans)

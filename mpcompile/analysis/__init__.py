@@ -1,0 +1,1 @@
+"""Read-only facts of a model: spectra, multiply-accumulates, which layers can be masked, attention."""

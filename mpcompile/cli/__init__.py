@@ -1,0 +1,5 @@
+"""The command line: text -> values -> a front door -> a table. It holds no logic of its own."""
+
+from mpcompile.cli.main import main
+
+__all__ = ["main"]

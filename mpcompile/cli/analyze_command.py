@@ -1,0 +1,98 @@
+"""`mpcompile analyze`: options -> the analysis of a model as tables or JSON."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mpcompile.cli.parse as parse
+from mpcompile.cli.app import app
+from mpcompile.cli.console import configure_logging, progress, show_analysis
+from mpcompile.cli.options import (
+    AllowPickleOption,
+    ArchArgOption,
+    ArchOption,
+    BudgetOption,
+    CalibrationOption,
+    DataOption,
+    ExcludeOption,
+    IncludeOption,
+    InputSizeOption,
+    JsonOption,
+    LeafOption,
+    MacsOption,
+    MeanOption,
+    ModelArgument,
+    PatternOption,
+    PretrainedOption,
+    QuietOption,
+    SeedOption,
+    ShareRowsOption,
+    StdOption,
+    TargetOption,
+    VerboseOption,
+)
+from mpcompile.cli.parse import request_of
+
+
+@app.command("analyze")
+def analyze_command(
+    model: ModelArgument,
+    pattern: PatternOption = None,
+    share_rows: ShareRowsOption = None,
+    macs: MacsOption = None,
+    budget: BudgetOption = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write one SVG a layer and an overview there.")
+    ] = None,
+    null: Annotated[
+        bool, typer.Option(help="Fit each layer's shuffled entries too, which takes as long again.")
+    ] = True,
+    calibration: CalibrationOption = None,
+    seed: SeedOption = None,
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    pretrained: PretrainedOption = False,
+    allow_pickle: AllowPickleOption = False,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    leaf: LeafOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Show each layer's spectrum and what a budget would plan; change nothing."""
+    configure_logging(verbose, quiet)
+    from mpcompile.driver.analyze import analyze, budget_from
+    from mpcompile.recipe.schema import DataChoice
+
+    given = {
+        "patterns": parse.patterns(pattern, target or "ort", macs, share_rows),
+        "macs": macs,
+        "signal": budget,
+        "include": include,
+        "exclude": exclude,
+        "seed": seed,
+    }
+    step = budget_from({"null": null} | {k: v for k, v in given.items() if v})
+    choice = {"calibration": calibration, "seed": seed}
+    with progress(quiet or as_json) as observe:
+        found = analyze(
+            request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf),
+            step,
+            data=data,
+            choice=DataChoice.model_validate({k: v for k, v in choice.items() if v is not None}),
+            plots=plots,
+            observe=observe,
+        )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    elif not quiet:
+        show_analysis(found)
+        if plots:
+            typer.echo(f"Plots are in {plots}, overview.svg first")

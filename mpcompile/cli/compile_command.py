@@ -1,0 +1,192 @@
+"""`mpcompile compile`: options -> recipe -> output folder -> the table of its report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mpcompile.cli.parse as parse
+from mpcompile.cli.app import EXIT_CODES, app
+from mpcompile.cli.console import configure_logging, progress, show_artifact, show_preview
+from mpcompile.cli.options import (
+    AllowPickleOption,
+    ArchArgOption,
+    ArchOption,
+    BudgetOption,
+    CalibrationOption,
+    DataOption,
+    ExcludeOption,
+    IncludeOption,
+    InputSizeOption,
+    JsonOption,
+    LeafOption,
+    MacsOption,
+    MeanOption,
+    ModelArgument,
+    PatternOption,
+    PermuteOption,
+    PretrainedOption,
+    QuietOption,
+    SeedOption,
+    ShareRowsOption,
+    StdOption,
+    StrictOption,
+    TargetOption,
+    TomeOption,
+    VerboseOption,
+)
+from mpcompile.cli.parse import request_of
+from mpcompile.errors import AccuracyError, UsageError
+
+
+@app.command("compile", epilog=EXIT_CODES)
+def compile_command(
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    pattern: PatternOption = None,
+    share_rows: ShareRowsOption = None,
+    macs: MacsOption = None,
+    budget: BudgetOption = None,
+    tome: TomeOption = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    permute: PermuteOption = True,
+    strict: StrictOption = False,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="How weights are chosen: magnitude, wanda, covariance or joint. [default: joint with --data, else "
+            "magnitude]"
+        ),
+    ] = None,
+    refit: Annotated[
+        str | None,
+        typer.Option(
+            help="What kept weights are fitted to: the dense model, the layer's own outputs (layer), or none. "
+            "[default: model with --data, else none]"
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16, written into the graph. [default: fp32]")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="8: fixed; 1,8,64: free, built for and timed at these; or dynamic. [default: dynamic]"),
+    ] = None,
+    require_engine: Annotated[
+        bool, typer.Option("--require-engine", help="Fail (7) where the target cannot build an engine here.")
+    ] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23. [default: 20; 22 for bf16]")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Take layers back until top-1 falls by no more points, and fail (6) where it still does."),
+    ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Try at most N recipes, from this one to milder ones, and take the fastest that keeps --max-drop.",
+        ),
+    ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(metavar="EPOCHS", help="Train on --data against the dense model for so long, masks held."),
+    ] = None,
+    calibration: CalibrationOption = None,
+    held_out: Annotated[int | None, typer.Option(help="Images to evaluate on. [default: all]")] = None,
+    seed: SeedOption = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its choice]")] = None,
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    pretrained: PretrainedOption = False,
+    allow_pickle: AllowPickleOption = False,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    leaf: LeafOption = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe (YAML); options override it.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PASS", help="Run from this pass on, and take what those before it left."),
+    ] = None,
+    keep_passes: Annotated[
+        bool, typer.Option("--keep-passes", help="Keep what each pass changed in OUTPUT/passes, for --from.")
+    ] = False,
+    save_config: Annotated[Path | None, typer.Option(help="Write the resolved recipe here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder of mpcompile.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Compress MODEL, check every step, and write the output folder."""
+    configure_logging(verbose, quiet)
+    from mpcompile.driver.artifact import Artifact
+    from mpcompile.driver.compile import compile, follow, preview
+    from mpcompile.recipe.overrides import overridden
+    from mpcompile.recipe.schema import Recipe, read_recipe
+    from mpcompile.system.distributed import joined
+
+    given = read_recipe(config) if config else Recipe()
+    file_batch, batches = parse.batch(batch)
+    budget_macs, tome_macs = parse.shared_macs(macs, tome, pattern)
+    recipe = overridden(
+        given,
+        budget={
+            "patterns": parse.patterns(pattern, target or given.target, budget_macs, share_rows),
+            "macs": budget_macs,
+            "signal": budget,
+            "include": include,
+            "exclude": exclude,
+        },
+        permute={"strict": strict} if permute else None,
+        mask={"criterion": criterion, "refit": refit},
+        tome={"r": tome, "macs": tome_macs},
+        restore={"max_drop": max_drop} if data and max_drop is not None else {},
+        distill={"epochs": distill} if distill is not None else {},
+        evidence={"batch-norm": {}, "certify": {}} if data else {},
+        top={"target": target, "precision": precision, "batch": file_batch, "opset": opset},
+        nested={
+            "data": {"calibration": calibration, "held_out": held_out, "seed": seed},
+            "bench": {"threads": threads, "batches": batches},
+            "gates": {"max_drop": max_drop, "engine": require_engine or None},
+            "tune": {"evaluations": tune},
+        },
+    )
+    request = request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf)
+    if save_config:
+        _write_text(save_config, recipe.to_yaml())
+    if dry_run:
+        show_preview(preview(request, recipe, data), recipe, as_json)
+        return
+    if distill is not None and not data:
+        raise UsageError("--distill needs images to train on; give --data")
+    if output is None:
+        raise UsageError("--output is missing; name the folder to write, or use --dry-run")
+    failure = None
+    try:
+        with joined() as here, progress(quiet or as_json or not here.first) as observe:
+            if not here.first:
+                follow(request, recipe, data)
+                return
+            artifact = compile(
+                request, recipe, data=data, output=output, force=force, start=start, keep_passes=keep_passes,
+                observe=observe,
+            )  # fmt: skip
+    except AccuracyError as error:  # the folder is written, and is shown before the command fails
+        failure, artifact = error, Artifact.open(output)
+    if as_json:
+        typer.echo(artifact.report.model_dump_json(indent=2))
+    elif not quiet:
+        show_artifact(artifact)
+    if failure:
+        raise failure
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,8 @@
+"""Images: folders and .npz files -> calibration, validation, training and held-out splits."""
+
+from mpcompile.data.folder import FolderImages
+from mpcompile.data.images import Data, Split
+from mpcompile.data.load_data import load_data
+from mpcompile.data.npz import ArrayImages
+
+__all__ = ["ArrayImages", "Data", "FolderImages", "Split", "load_data"]

@@ -1,0 +1,95 @@
+"""A .npz file of uint8 pixels and labels -> images in memory."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpcompile.errors import LoadError
+from mpcompile.ir.model import Source
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images of an .npz file: bytes (n, h, w, c), already of the model's size, and their labels (n,)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.integer]
+    classes: int
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = torch.from_numpy(self.pixels[index]).permute(2, 0, 1).float() / 255
+        return (image - self.mean[:, None, None]) / self.std[:, None, None], int(self.labels[index])
+
+    def picture(self, index: int) -> tuple[Any, int]:
+        """The image of one or three channels as PIL has it."""
+        from PIL import Image
+
+        pixels = self.pixels[index]
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), int(self.labels[index])
+
+
+def _read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
+    """The two splits of an .npz file."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            _require_memory(arrays.zip, path)
+            splits = [_read_arrays(arrays, path, split, source) for split in ("calibration", "heldout")]
+    except LoadError:
+        raise
+    except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, pickle errors …
+        raise LoadError(f"{path} is not an .npz file that can be read: {error}") from error
+    # Labels here are indices of the model's outputs; not every output has to occur.
+    classes = max(outputs, *(split.classes for split in splits))
+    return replace(splits[0], classes=classes), replace(splits[1], classes=classes)
+
+
+def _require_memory(archive: ZipFile, path: Path) -> None:
+    """Raises where the arrays would not fit into memory, by what their headers say."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 0
+    for name in (name for name in archive.namelist() if name.endswith(".npy")):
+        with archive.open(name) as array:
+            read = np.lib.format.read_array_header_1_0
+            if np.lib.format.read_magic(array) != (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            shape, _, kind = read(array)
+            needed += math.prod(shape) * kind.itemsize
+    if needed > free:
+        raise LoadError(
+            f"{path} unpacks to {needed:,} bytes of memory, and this machine has {free:,}; give fewer images"
+        )
+
+
+def _read_arrays(arrays: Mapping[str, NDArray[Any]], path: Path, split: str, source: Source) -> ArrayImages:
+    """One split of an .npz file, its shapes checked against the model."""
+    wanted = f"{split}_images", f"{split}_labels"
+    if any(name not in arrays for name in wanted):
+        raise LoadError(f"{path} has the arrays {', '.join(arrays) or 'none'}; needed are {wanted[0]} and {wanted[1]}")
+    pixels, labels = (arrays[name] for name in wanted)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    channels, height, width = source.size
+    if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, channels):
+        raise LoadError(
+            f"{path}: {wanted[0]} is {pixels.dtype} {pixels.shape}; "
+            f"the model needs uint8 (n, {height}, {width}, {channels})"
+        )
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+        raise LoadError(f"{path}: {wanted[1]} is {labels.dtype} {labels.shape}; needed is a class index ≥ 0 an image")
+    if not len(pixels):
+        raise LoadError(f"{path}: {wanted[0]} is empty")
+    return ArrayImages(pixels, labels, int(labels.max()) + 1, torch.tensor(source.mean), torch.tensor(source.std))

@@ -1,0 +1,1 @@
+"""The front doors, a file each. They alone know both passes and runtimes."""

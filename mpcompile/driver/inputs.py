@@ -1,0 +1,41 @@
+"""What a run is given, a model and images by a path or in memory, made into a module and splits."""
+
+from pathlib import Path
+
+from torch import nn
+
+from mpcompile.data.images import Data
+from mpcompile.data.load_data import load_data
+from mpcompile.frontend.load_model import Loaded, Request, load
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.model import Model
+from mpcompile.recipe.schema import DataChoice
+from mpcompile.system.hashing import state_sha256
+
+
+def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
+    """The module, and the modules to keep whole when tracing it."""
+    if isinstance(model, nn.Module):
+        name = type(model).__name__
+        return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), ()
+    request = model if isinstance(model, Request) else Request(str(model))
+    return load(request), request.leaves
+
+
+def path_of(given: object) -> Path | None:
+    """The file or folder that a model or images were named by."""
+    name = given.model if isinstance(given, Request) else given
+    return Path(name) if isinstance(name, str | Path) else None
+
+
+def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -> Data:
+    """The images for a model: those given, or read from where they are. Raises LoadError."""
+    if data is None:
+        return Data()
+    if isinstance(data, Data):
+        return data
+    logits = dense(dense.example)
+    outputs = logits.shape[1] if logits.ndim == 2 else 0  # more axes are no classes to count hits in
+    return load_data(
+        Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed, choice.validation
+    )

@@ -1,0 +1,188 @@
+"""The proof that each planned mask is in an ONNX file, on the axis that is summed over, and that none was lost.
+
+Exporters rename, transpose and fold weights: a Linear on a 3-D input becomes a MatMul whose initializer is the
+transpose under a new name (so the groups lie along its axis 0), and a BatchNorm is multiplied into the
+convolution before it. What the file says is therefore read back and compared with the mask, weight by weight.
+"""
+
+import ast
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from mpcompile.errors import MaskError
+from mpcompile.ir.model import LayerPlan
+from mpcompile.ir.weight_groups import pattern_violation
+
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+METADATA_KEY = "mpcompile.sparsity"
+CONSTANT_STEPS = ("Cast", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear")
+
+
+@dataclass(frozen=True, slots=True)
+class FileWeight:
+    """A constant weight of a Conv, Gemm or MatMul of the file, turned to PyTorch's (out, in_, *taps).
+
+    `axis` is where the input channels, and so the groups, lie in the initializer as stored.
+    """
+
+    node: str
+    op: str
+    initializer: str
+    axis: int
+    values: NDArray[Any]
+    scopes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProvenMask:
+    """One planned mask, found in the file: the weight that holds it, and the nodes that multiply by that."""
+
+    layer: str
+    initializer: str
+    nodes: tuple[str, ...]
+    op: str
+    axis: int
+    pattern: str
+    group_size: int
+    zeros: int
+    size: int
+
+
+def file_weights(file: onnx.ModelProto) -> list[FileWeight]:
+    """Every constant weight that the file multiplies by."""
+    constants = {tensor.name: tensor for tensor in file.graph.initializer}
+    makers = {output: node for node in file.graph.node for output in node.output}
+    found = []
+    for node in file.graph.node:
+        for initializer, axis, values in _weight_of(node, constants, makers):
+            scopes = next((p.value for p in node.metadata_props if p.key == NAME_SCOPES), "[]")
+            found.append(
+                FileWeight(node.name, node.op_type, initializer, axis, values, tuple(ast.literal_eval(scopes)))
+            )
+    return found
+
+
+def _weight_of(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]
+) -> Iterator[tuple[str, int, NDArray[Any]]]:
+    """The initializer, the axis of its input channels, and its values as (out, in_, *taps); at most one."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return
+    second = _constant(node.input[1], constants, makers)
+    if second is not None:
+        name, values, axes = second
+        if node.op_type == "Conv":
+            yield name, axes[1], values
+        elif values.ndim == 2:
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            yield (name, axes[1], values) if transposed else (name, axes[0], values.T)
+    elif node.op_type == "MatMul" and (first := _constant(node.input[0], constants, makers)) is not None:
+        name, values, axes = first
+        if values.ndim == 2:
+            yield name, axes[1], values
+
+
+def _constant(
+    name: str, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]
+) -> tuple[str, NDArray[Any], tuple[int, ...]] | None:
+    """A constant input: its initializer, its values as the node sees them, and where each axis is stored."""
+    if name in constants:
+        values = numpy_helper.to_array(constants[name])
+        return name, values, tuple(range(values.ndim))
+    maker = makers.get(name)
+    if maker is None or maker.op_type not in CONSTANT_STEPS:
+        return None
+    inner = _constant(maker.input[0], constants, makers)
+    if inner is None or maker.op_type != "Transpose":
+        return inner
+    stored, values, axes = inner
+    given = next((tuple(a.ints) for a in maker.attribute if a.name == "perm"), tuple(reversed(range(values.ndim))))
+    return stored, values.transpose(given), tuple(axes[i] for i in given)
+
+
+def match(
+    file: onnx.ModelProto, plans: Mapping[str, LayerPlan], weights: Mapping[str, torch.Tensor]
+) -> dict[str, list[FileWeight]]:
+    """The weights of the file that each masked layer became.
+
+    Known by the file's own metadata where mpcompile wrote it; else by name (a convolution keeps its
+    initializer's), by scope (a Linear keeps its module's name in the node's), or by value (a weight used without
+    calling its module, as BEiT's qkv, keeps neither).
+    """
+    found = file_weights(file)
+    noted = noted_layers(file)
+    matches: dict[str, list[FileWeight]] = {}
+    for name, plan in plans.items():
+        if plan.mask is None:
+            continue
+        same_shape = [w for w in found if w.values.shape == tuple(plan.mask.shape)]
+        matches[name] = (
+            [w for w in found if name in noted.get(w.initializer, ())]
+            or [w for w in same_shape if w.initializer == f"{name}.weight"]
+            or [w for w in same_shape if name in w.scopes]
+            or [w for w in same_shape if _same_numbers(w.values, weights[f"{name}.weight"])]
+        )
+    return matches
+
+
+def noted_layers(file: onnx.ModelProto) -> dict[str, list[str]]:
+    """Which layers each initializer is, as far as the file's metadata says; several where they are tied or alike."""
+    text = next((p.value for p in file.metadata_props if p.key == METADATA_KEY), "{}")
+    return {initializer: row["layers"] for initializer, row in json.loads(text).items()}
+
+
+def _same_numbers(values: NDArray[Any], weight: torch.Tensor) -> bool:
+    """Whether a weight of the file holds the layer's numbers, in the precision of the file."""
+    stored: NDArray[Any] = weight.detach().cpu().numpy().astype(values.dtype)
+    return bool(np.array_equal(values, stored))
+
+
+def prove(
+    file: onnx.ModelProto, plans: Mapping[str, LayerPlan], weights: Mapping[str, torch.Tensor]
+) -> tuple[ProvenMask, ...]:
+    """A row for each planned mask, found where it belongs; `weights` is the state dict that was exported.
+
+    Raises MaskError for the first that is not there.
+    """
+    rows: list[ProvenMask] = []
+    for name, found in match(file, plans, weights).items():
+        if not found:
+            raise MaskError(f"{name}: its mask was lost on the way; no weight in the ONNX file is this layer's")
+        rows.extend(prove_one(name, plans[name], weight) for weight in found)
+    users: dict[str, tuple[str, ...]] = {}  # an initializer that several nodes use is one row
+    for weight in file_weights(file):
+        users[weight.initializer] = (*users.get(weight.initializer, ()), weight.node)
+    return tuple(dict.fromkeys(replace(row, nodes=users[row.initializer]) for row in rows))
+
+
+def prove_one(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
+    """The row for one weight of the file. Raises MaskError where it does not follow the plan's mask."""
+    assert plan.mask is not None
+    where = f"{weight.initializer} (axis {weight.axis}, {weight.op})"
+    if tuple(weight.values.shape) != tuple(plan.mask.shape):
+        raise MaskError(f"{name}: {where} is {weight.values.shape}, the mask {tuple(plan.mask.shape)}")
+    kept = torch.from_numpy(np.asarray(weight.values != 0))
+    filled = int((kept & ~plan.mask).sum())
+    if filled:
+        raise MaskError(f"{name}: {filled} weights that the mask zeroes are not zero in {where} of the ONNX file")
+    if plan.pattern is not None and (broken := pattern_violation(kept, plan.pattern)):
+        raise MaskError(f"{name}: {where} is not {plan.pattern}: {broken}")
+    return ProvenMask(
+        layer=name,
+        initializer=weight.initializer,
+        nodes=(weight.node,),
+        op=weight.op,
+        axis=weight.axis,
+        pattern=str(plan.pattern) if plan.pattern else "unstructured",
+        group_size=plan.pattern.of if plan.pattern else 1,
+        zeros=int(kept.numel() - kept.sum()),
+        size=kept.numel(),
+    )

@@ -1,0 +1,81 @@
+"""The module that a state dict belongs to: from timm by name, or from a factory in Python."""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpcompile.errors import LoadError, UsageError, first_line
+from mpcompile.frontend.state_dict import _stripped
+
+
+def is_factory(text: str) -> bool:
+    """Whether a text is `pkg.mod:name`."""
+    module, colon, name = text.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _build_for(
+    arch: str, arch_args: Mapping[str, Any], state: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any] | None
+) -> nn.Module:
+    """The architecture, with as many classes as the weights have where nobody said."""
+    if is_factory(arch):
+        return _call_factory(arch, arch_args)
+    name = arch.removeprefix("timm:")
+    module = _create_timm(name, arch_args, pretrained_cfg=pretrained_cfg)
+    if "num_classes" not in arch_args:
+        classifier = (getattr(module, "pretrained_cfg", None) or {}).get("classifier")
+        key = f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight"
+        own, given = module.state_dict(), _stripped(state, set(module.state_dict()))
+        if key in own and key in given and own[key].shape[0] != given[key].shape[0]:
+            args = {**arch_args, "num_classes": given[key].shape[0]}
+            module = _create_timm(name, args, pretrained_cfg=pretrained_cfg)
+    return module
+
+
+def _create_timm(
+    name: str,
+    arch_args: Mapping[str, Any],
+    *,
+    pretrained: bool = False,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise UsageError(f"timm knows no architecture {name!r}{hint}")
+    try:
+        module: nn.Module = timm.create_model(
+            name, pretrained=pretrained, pretrained_cfg=dict(pretrained_cfg) if pretrained_cfg else None, **arch_args
+        )
+    except Exception as error:
+        what = "fetched" if pretrained else "built"
+        raise LoadError(f"timm:{name} could not be {what} with {dict(arch_args)}: {first_line(error)}") from error
+    return module
+
+
+def _call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
+    """The module that `pkg.mod:factory` returns; the working folder can be imported from, as with python -m."""
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # results alone belong on standard output
+            factory = getattr(importlib.import_module(module_name), attribute)
+            module = factory(**arch_args)
+    except (Exception, SystemExit) as error:  # a script without a main guard exits when imported
+        raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    if not isinstance(module, nn.Module):
+        raise LoadError(f"{name} returned a {type(module).__name__}; needed is a torch.nn.Module")
+    return module

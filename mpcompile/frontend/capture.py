@@ -1,0 +1,218 @@
+"""nn.Module -> Model: a torch.fx trace that computes the same, or a refusal that says where and what to do.
+
+The trace is taken on a deep copy, once: tracing can leave proxies in a model's caches (timm's LeViT keeps its
+attention biases), and a second trace of the same instance would bake them in. Only the image is a placeholder;
+every optional argument of `forward` takes its default, so that none is left in the graph. nn.MultiheadAttention is
+written out (mpcompile/frontend/multihead_attention.py).
+"""
+
+import copy
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile.errors import CaptureError
+from mpcompile.frontend.multihead_attention import write_out
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.ir.model import Model, Source
+from mpcompile.ir.parity import relative_difference
+from mpcompile.ir.shapes import run_example
+
+log = logging.getLogger(__name__)
+
+# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces. Modules that other threads run
+# meanwhile are let through (ImageTracer), but a second trace would put the first one's replacement back at its end.
+TRACING = threading.Lock()
+# The graph runs the same operators on the same values; only a fused kernel that the tracer took apart can round
+# differently.
+CAPTURE_DRIFT = 1e-5
+
+
+class ImageTracer(fx.Tracer):
+    """Traces forward(image) with the leaf modules and wrapped functions that timm registers."""
+
+    def __init__(self, leaves: Sequence[str] = ()) -> None:
+        from timm.models import get_notrace_functions, get_notrace_modules
+
+        functions = [function for function in get_notrace_functions() if callable(function)]
+        super().__init__(autowrap_functions=tuple(functions))
+        self._leaf_types: tuple[type[nn.Module], ...] = tuple(get_notrace_modules())
+        self._leaf_names = frozenset(leaves)
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the traced module calls becomes a node; a module that another thread runs meanwhile just runs."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Likewise for the parameters that modules look up."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's own modules, timm's untraceable ones, and those named by the user."""
+        return (
+            isinstance(m, self._leaf_types)
+            or module_qualified_name in self._leaf_names
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The module and one placeholder: arguments with defaults keep them."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+
+def _computing_type(module: nn.Module) -> torch.dtype:
+    """The module's own floating type; float32 for half precision, in which a CPU cannot compare outputs."""
+    own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+    return torch.float64 if own == torch.float64 else torch.float32
+
+
+def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
+    """Normal noise shaped like a batch of images of that size, the same for the same seed."""
+    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def capture(
+    module: nn.Module, source: Source | None = None, example: Tensor | None = None, leaves: Sequence[str] = ()
+) -> Model:
+    """The captured model, checked against the module on the example and on a batch of another size.
+
+    Without a `source` images are as the module's `pretrained_cfg` says, or ImageNet's; without an `example` noise of
+    that size is run. The module is left as it was; one in half precision is captured in float32. `leaves` are qualified
+    names of modules to keep whole. Raises CaptureError.
+
+    Other threads may run modules meanwhile, save for those that torch.compile made, which refuse while anything is
+    traced; two captures wait for each other.
+    """
+    with TRACING:
+        return _captured(module, source, example, leaves)
+
+
+def _captured(module: nn.Module, source: Source | None, example: Tensor | None, leaves: Sequence[str]) -> Model:
+    """`capture`, for the one thread that may trace."""
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        raise CaptureError("the module is a torch.compile of another; give that one, module._orig_mod")
+    kind = type(module).__name__
+    source = source or source_of(module, name=kind, arch=kind, sha256="")
+    dtype = _computing_type(module)
+    example = (noise(source.size) if example is None else example).to(dtype)
+    _require_modules(module, leaves)
+    try:
+        reference = copy.deepcopy(module).eval().to(dtype)
+        traced = copy.deepcopy(module).eval().to(dtype)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(module).__name__} cannot be deep-copied, so it cannot be traced safely: {error}"
+        ) from error
+    expected = _run_original(reference, example)
+    tracer = ImageTracer(leaves)
+    try:
+        graph = tracer.trace(traced)
+        graph_module = fx.GraphModule(traced, graph, type(module).__name__)
+    except Exception as error:
+        raise CaptureError(_refusal(module, error)) from error
+    _keep_layer_modules(graph_module, traced)
+    write_out(graph_module)
+    model = Model(graph=graph_module.eval(), example=example, source=source)
+    _check_same(model, reference, expected)
+    return model
+
+
+def _require_modules(module: nn.Module, names: Sequence[str]) -> None:
+    """Raises where a name is not a module of the model."""
+    known = dict(module.named_modules())
+    for name in names:
+        if name not in known:
+            listed = [child for child, _ in module.named_children()]
+            shown = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
+            raise CaptureError(f"--leaf {name!r} is no module of {type(module).__name__}; it has {shown or 'none'}")
+
+
+def _run_original(module: nn.Module, example: Tensor) -> Tensor:
+    """The module's own outputs: one finite tensor, or a refusal."""
+    try:
+        with torch.no_grad():
+            outputs = module(example)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(module).__name__} does not run on a batch of shape {tuple(example.shape)} alone: {error}. "
+            "If the shape is not the one it was trained on, give that with --input-size"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise CaptureError(
+            f"{type(module).__name__} returns {type(outputs).__name__}; needed is one tensor of logits or features. "
+            "Wrap it in a module whose forward(x) returns that tensor"
+        )
+    if outputs.ndim < 2:
+        raise CaptureError(
+            f"{type(module).__name__} returns a tensor of shape {tuple(outputs.shape)} for a batch of {len(example)}; "
+            "needed is one row of outputs an image"
+        )
+    if torch.equal(outputs, outputs[:1].expand_as(outputs)):
+        log.warning(
+            "%s gives every image the same outputs, so that comparing them proves little", type(module).__name__
+        )
+    if not outputs.isfinite().all():
+        raise CaptureError(f"{type(module).__name__} returns numbers that are not finite; are its weights sound?")
+    return outputs
+
+
+def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
+    """Raises where the graph and the module differ, on the example or on a batch of another size."""
+    other = noise(model.example.shape[1:], batch=3, seed=1).to(model.example.dtype)
+    for images, wanted in ((model.example, expected), (other, _run_original(reference, other))):
+        try:
+            found = run_example(model) if images is model.example else model(images)
+        except Exception as error:
+            raise CaptureError(
+                f"the traced graph does not run on a batch of {len(images)}: {error}. Its forward probably fixes a "
+                "shape, or keeps state from an earlier trace"
+            ) from error
+        difference = (
+            relative_difference(wanted.numpy(force=True), found.numpy(force=True))
+            if found.shape == wanted.shape
+            else float("inf")
+        )
+        if difference > CAPTURE_DRIFT:
+            raise CaptureError(
+                f"the traced graph computes something else: outputs on a batch of {len(images)} differ by "
+                f"{difference:.1e} of their size, and {CAPTURE_DRIFT:.0e} is allowed. Its forward probably branches "
+                "on values or draws random numbers"
+            )
+
+
+def _keep_layer_modules(graph_module: fx.GraphModule, root: nn.Module) -> None:
+    """Puts back a Linear or Conv2d of which the graph only fetches parameters, as BEiT does with qkv.weight.
+
+    torch.fx keeps a bare namespace in its place, and then nothing tells that the weight is a layer's.
+    """
+    for node in graph_module.graph.nodes:
+        owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
+        if owner and isinstance(root.get_submodule(owner), nn.Linear | nn.Conv2d):
+            graph_module.set_submodule(owner, root.get_submodule(owner))
+
+
+def _refusal(module: nn.Module, error: BaseException) -> str:
+    """The line of model code at which tracing failed, and what to do about it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/torch/fx/" not in frame.filename and frame.filename != __file__]
+    own = [frame for frame in own if not frame.filename.endswith("torch/nn/modules/module.py")]
+    where = f"{own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else "an unknown line"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"{type(module).__name__} cannot be traced: {reason} At {where}. "
+        "Make that line independent of the values of the image, or keep the module around it whole with --leaf NAME"
+    )

@@ -1,0 +1,183 @@
+"""A trained model from a file or a name, without running pickled code.
+
+What a model may be, told by content and not by suffix:
+
+- safetensors, or a state dict saved by torch (bare, or under a training checkpoint's usual keys), with `arch`: a
+  timm name or `pkg.mod:factory`. A timm checkpoint names its architecture, as does a timm `config.json` beside
+  the file;
+- `timm:NAME`, with the weights of the hub only where `pretrained` asks for them;
+- `pkg.mod:factory`, a callable that returns the module;
+- a pickled module, only with `allow_pickle`: loading one runs whatever code it names.
+"""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpcompile.errors import LoadError, UsageError
+from mpcompile.frontend.architectures import _build_for, _call_factory, _create_timm, is_factory
+from mpcompile.frontend.preprocessing import source_of
+from mpcompile.frontend.state_dict import _fill
+from mpcompile.frontend.weights_file import read, state_dict_in
+from mpcompile.ir.model import Source
+from mpcompile.system.hashing import file_sha256, state_sha256
+
+log = logging.getLogger(__name__)
+
+
+LARGEST_SIDE = 65536
+
+
+NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which model is wanted and how it may be built."""
+
+    model: str
+    arch: str | None = None
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    allow_pickle: bool = False
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    leaves: tuple[str, ...] = ()  # modules that capture keeps whole
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A module with its weights, in evaluation mode, and where it came from."""
+
+    module: nn.Module
+    source: Source
+
+
+def load(request: Request) -> Loaded:
+    """The module that was asked for. Raises LoadError or UsageError."""
+    if request.model.startswith("timm:"):
+        name = request.model.removeprefix("timm:")
+        module = _create_timm(name, request.arch_args, pretrained=request.pretrained)
+        if not request.pretrained:
+            log.warning("timm:%s has random weights; --pretrained fetches the hub's", name)
+        return _finish(module, request, arch=name, sha256=state_sha256(module))
+    path = Path(request.model)
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
+        raise LoadError(f"{request.model} cannot be looked up: {error}") from error
+    if is_factory(request.model) and not exists:
+        module = _call_factory(request.model, request.arch_args)
+        return _finish(module, request, arch=request.model, sha256=state_sha256(module))
+    if request.pretrained:
+        raise UsageError("--pretrained goes with timm:NAME; a file brings its own weights")
+    if not exists:
+        raise LoadError(f"{path} does not exist; a model is a file, timm:NAME or pkg.mod:factory")
+    if path.is_dir():
+        raise LoadError(f"{path} is a folder; name the file in it")
+    if not path.is_file():
+        raise LoadError(f"{path} is a pipe or a device; a model is a file, timm:NAME or pkg.mod:factory")
+    return _load_file(path, request)
+
+
+def _load_file(path: Path, request: Request) -> Loaded:
+    """A model from a file of weights."""
+    content, config = read(path, request.allow_pickle), _timm_config(path)
+    sha256 = file_sha256(path)
+    if isinstance(content, nn.Module):
+        loaded = _finish(content, request, arch=type(content).__name__, sha256=sha256)
+        return replace(loaded, source=replace(loaded.source, arch_args=None))  # its class is known by name alone
+    arch, arch_args, pretrained_cfg = request.arch, dict(request.arch_args), None
+    if arch is None and config is not None:
+        arch = str(config["architecture"])
+        arch_args = {**(config.get("model_args") or {}), **arch_args}
+        arch_args.setdefault("num_classes", config.get("num_classes", 1000))
+        pretrained_cfg = config.get("pretrained_cfg") or None
+    if arch is None and isinstance(content.get("arch"), str):
+        arch = content["arch"]
+        arch_args = {**_timm_training_args(content.get("args")), **arch_args}
+    if arch is None:
+        raise UsageError(
+            f"{path} holds weights and no architecture; name it with --arch (a timm name or pkg.mod:factory)"
+        )
+    if request.arch is None:
+        _require_named_safely(arch, arch_args, path)
+    state = state_dict_in(content, path)
+    module = _build_for(arch, arch_args, state, pretrained_cfg)
+    _fill(module, state, path, arch)
+    return _finish(module, request, arch=arch, sha256=sha256, arch_args=arch_args)
+
+
+def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:
+    """Raises where a file itself names code to call or other files to open: that is only for who runs the command."""
+    if is_factory(arch):
+        raise LoadError(
+            f"{path} names the code {arch} as its architecture, which was not run; pass --arch if you trust it"
+        )
+    named = sorted(NAMING_FILES & arch_args.keys())
+    if named:
+        raise LoadError(
+            f"{path} gives its architecture {', '.join(named)}, which names other files; pass --arch yourself"
+        )
+
+
+def _timm_config(path: Path) -> dict[str, Any] | None:
+    """The timm `config.json` beside a file of weights, if there is one."""
+    beside = path.with_name("config.json")
+    if not beside.is_file():
+        return None
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{beside} is not JSON that can be read: {error}") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        return None
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise LoadError(f"{beside}: {key} is {type(config[key]).__name__}; needed is a mapping")
+    return config
+
+
+def _timm_training_args(args: object) -> dict[str, Any]:
+    """What a timm training checkpoint's command line says about building the model."""
+    options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    found = {
+        "num_classes": options.get("num_classes"),
+        "in_chans": options.get("in_chans"),
+        "img_size": options.get("img_size"),
+    }
+    more = options.get("model_kwargs")
+    return {**{k: v for k, v in found.items() if v is not None}, **(more if isinstance(more, Mapping) else {})}
+
+
+def _finish(
+    module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
+) -> Loaded:
+    args = arch_args or request.arch_args
+    source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=args)
+    source = replace(
+        source,
+        size=request.input_size or source.size,
+        mean=request.mean or source.mean,
+        std=request.std or source.std,
+    )
+    if not all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in source.size):
+        raise UsageError(
+            f"images of {source.size} (channels, height, width): each is 1 to {LARGEST_SIDE:,} (--input-size)"
+        )
+    if not all(map(math.isfinite, source.mean + source.std)) or min(source.std) <= 0:
+        raise UsageError(f"means {source.mean} and deviations {source.std} must be finite, and deviations above 0")
+    if not len(source.mean) == len(source.std) == source.size[0]:
+        raise UsageError(
+            f"images of {source.size[0]} channels need as many means and deviations; there are {len(source.mean)} and "
+            f"{len(source.std)} (--mean, --std)"
+        )
+    return Loaded(module.eval(), source)

@@ -1,0 +1,158 @@
+"""The content of a file of weights, told by its bytes and not by its suffix, without running pickled code."""
+
+import argparse
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile.errors import LoadError, first_line
+
+log = logging.getLogger(__name__)
+
+
+# Where training scripts put the weights, the averaged ones first, as timm prefers them.
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net")
+
+
+MOST_REPEATED = 2**24  # values of a buffer that repeats itself, as expand() makes them
+
+
+SAFE_WAYS = (
+    "save a state dict (torch.save(model.state_dict(), …)) or safetensors and name its --arch, or pass "
+    "--allow-pickle if you trust the file with running code on this machine"
+)
+
+
+def read(path: Path, allow_pickle: bool) -> Any:
+    """What the file holds: a mapping, or a module where pickle was allowed. Raises LoadError."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise LoadError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise LoadError(f"{path} is a Git LFS pointer, not the file; fetch it with git lfs pull")
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    if _is_zip(path):
+        return _read_torch_zip(path, allow_pickle)
+    if head.startswith(b"PK"):
+        raise LoadError(f"{path} is a torch archive that is cut short or damaged; copy it again")
+    if head[0] == 0x80:  # pickle's protocol mark: torch before 1.6
+        return _read_torch(path, allow_pickle)
+    raise LoadError(
+        f"{path} is none of safetensors, torch state dict or torch checkpoint (it begins with {head[:8]!r}); "
+        "for an ONNX model give the PyTorch model it was made from"
+    )
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a zip archive, if only by an end that says so and is damaged."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … of headers that are JSON and no header
+        raise LoadError(f"{path} is not a sound safetensors file ({first_line(error)}); is it cut short?") from error
+
+
+def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except Exception as error:  # BadZipFile, NotImplementedError, UnicodeDecodeError …
+        raise LoadError(f"{path} is a torch archive that is cut short or damaged ({first_line(error)})") from error
+    size = path.stat().st_size
+    if unpacked > size:  # torch compresses nothing, and a small file must not fill the memory
+        raise LoadError(f"{path} is compressed, from {unpacked:,} to {size:,} bytes, as torch does not; save it anew")
+    if any("/code/" in name for name in names):
+        raise LoadError(f"{path} is a TorchScript archive, which torch.fx cannot trace; {SAFE_WAYS}")
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        raise LoadError(f"{path} is a torch.export archive, which has no modules left to plan for; {SAFE_WAYS}")
+    if not any(name.endswith("data.pkl") for name in names):
+        raise LoadError(f"{path} is a zip file without torch data in it")
+    return _read_torch(path, allow_pickle)
+
+
+def _read_torch(path: Path, allow_pickle: bool) -> Any:
+    """A torch file through the loader that runs no code, unless pickle was allowed."""
+    try:
+        # timm's checkpoints carry their command line; a Namespace is a bag of values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights only" not in str(error).lower():
+            raise LoadError(f"{path} cannot be unpickled: {error}") from error
+        if not allow_pickle:
+            raise LoadError(f"{path} holds pickled code besides tensors, and was not run; {SAFE_WAYS}") from error
+        content = _read_pickle(path)
+    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError … on damaged files
+        raise LoadError(f"{path} is damaged or no torch file ({type(error).__name__}: {first_line(error)})") from error
+    if isinstance(content, Mapping):
+        inner = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), nn.Module)), None)
+        return inner if inner is not None else content
+    if isinstance(content, nn.Module):
+        return content
+    raise LoadError(f"{path} holds a {type(content).__name__}; needed is a state dict, or a module with --allow-pickle")
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise LoadError(
+            f"{path} was pickled with code that cannot be imported here ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def state_dict_in(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, wherever in it they are; NaN or infinite weights are refused."""
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), Mapping):
+            log.info("weights taken from %r of %s", key, path.name)
+            content = content[key]
+            break
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise LoadError(f"{path} holds no tensors (its keys: {keys or 'none'})")
+    for name, value in state.items():
+        if found := _unusual(value):
+            raise LoadError(f"{path}: {name} is {found}; needed are plain tensors")
+        if value.is_floating_point() and not value.float().isfinite().all():
+            bad = int((~value.float().isfinite()).sum())
+            raise LoadError(f"{path}: {name} has {bad} of {value.numel()} values that are NaN or infinite")
+    return state
+
+
+def _unusual(value: Tensor) -> str | None:
+    """What keeps a tensor from being read as plain numbers in memory, or None."""
+    if value.is_nested or value.layout is not torch.strided:
+        return "nested" if value.is_nested else f"of the layout {str(value.layout).removeprefix('torch.')}"
+    if value.is_quantized or value.device.type != "cpu":
+        return "quantised" if value.is_quantized else "without values"
+    held, claimed = value.untyped_storage().nbytes() // max(1, value.element_size()), value.numel()
+    if claimed > held + MOST_REPEATED:  # a few bytes can claim to be terabytes
+        return f"of {claimed:,} values, of which the file holds {held:,}"
+    try:
+        if value.is_floating_point():
+            value.flatten()[:1].float()
+    except (RuntimeError, NotImplementedError):  # packed types, such as float4
+        return f"of the type {str(value.dtype).removeprefix('torch.')}, which cannot be read as numbers"
+    return None

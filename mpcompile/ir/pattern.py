@@ -1,0 +1,78 @@
+"""N:M patterns: N of M consecutive weights kept, maybe one pattern for several rows."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpcompile.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+
+WIDEST_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """N kept of every M consecutive input channels (NVIDIA's sense; some other tools count the zeros).
+
+    `rows` > 1: that many neighbouring output channels share one pattern. Such a mask is still legal N:M, gives
+    a CPU kernel more to reuse, and costs more accuracy. Dense is `None`, never an NM.
+    """
+
+    keep: int
+    of: int
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep < self.of <= WIDEST_GROUP:
+            raise UsageError(
+                f"pattern {self.keep}:{self.of}: needs 1 ≤ N < M ≤ {WIDEST_GROUP} (N weights kept of every M); "
+                "for a dense layer leave it out with --exclude"
+            )
+        if self.rows < 1:
+            raise UsageError(f"pattern {self}: the number of rows that share a pattern is at least 1")
+
+    @classmethod
+    def parse(cls, text: str) -> "NM":
+        """The pattern that `2:4` or, with four rows sharing, `2:4x4` spells."""
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*(?:x\s*(\d{1,9}))?\s*", text)
+        if match is None:
+            raise UsageError(
+                f"pattern {text!r} is not N:M (N weights kept of every M), such as 2:4; 2:4x4 makes four "
+                "neighbouring output channels share one pattern"
+            )
+        keep, of, rows = match.groups(default="1")
+        return cls(int(keep), int(of), int(rows))
+
+    @property
+    def density(self) -> float:
+        """The share of weights kept, in (0, 1)."""
+        return self.keep / self.of
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}" + (f"x{self.rows}" if self.rows > 1 else "")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
+        """In recipes an NM is written as text."""
+        from pydantic_core import core_schema
+
+        def validate(value: object) -> NM:
+            if isinstance(value, NM):
+                return value
+            try:
+                return NM.parse(str(value))
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+
+        return core_schema.no_info_before_validator_function(
+            lambda value: str(validate(value)),
+            core_schema.no_info_after_validator_function(validate, core_schema.str_schema(pattern=r"^\d+:\d+(x\d+)?$")),
+            serialization=core_schema.to_string_ser_schema(),
+        )
+
+
+TWO_OF_FOUR = NM(keep=2, of=4)

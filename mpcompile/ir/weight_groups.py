@@ -1,0 +1,62 @@
+"""N:M on weight tensors: where the groups run, and whether a mask holds.
+
+Groups of M run along the input channels: axis 1 of a Linear's (out, in_) and, tap by tap, of a convolution's
+(out, in_, kh, kw). That is the reduction axis that sparse tensor cores need; grouping the flattened
+(in_, kh, kw) of a convolution, as some published code does, is another pattern and is not accelerated.
+"""
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+
+from mpcompile.ir.model import LayerPlan
+from mpcompile.ir.pattern import NM
+
+
+def flat(weight: Shaped[Tensor, "out in_ *taps"]) -> Shaped[Tensor, "out columns"]:
+    """The weight as a matrix with taps outside and input channels inside; `unflat` is the inverse."""
+    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+
+
+def unflat(matrix: Shaped[Tensor, "out columns"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
+    """The matrix put back into a weight of this shape, contiguous."""
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+def grouped(weight: Shaped[Tensor, "out in_ *taps"], of: int) -> Shaped[Tensor, "out groups of"]:
+    """The weight with its groups of `of` input channels as the last axis; `ungrouped` is the inverse."""
+    return flat(weight).reshape(weight.shape[0], -1, of)
+
+
+def ungrouped(groups: Shaped[Tensor, "out groups of"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
+    """Groups put back into a weight of this shape, contiguous."""
+    return unflat(groups.flatten(1), shape)
+
+
+def pattern_violation(mask: Bool[Tensor, "out in_ *taps"], pattern: NM) -> str | None:
+    """How a mask breaks a pattern, or None: at most `keep` kept in each group, `rows` rows alike."""
+    if mask.shape[1] % pattern.of or mask.shape[0] % pattern.rows:
+        return f"shape {tuple(mask.shape)} does not divide into {pattern}"
+    groups = grouped(mask, pattern.of)
+    too_full = int((groups.sum(-1) > pattern.keep).sum())
+    if too_full:
+        return f"{too_full} of {groups.shape[0] * groups.shape[1]} groups keep more than {pattern}"
+    shared = groups.reshape(-1, pattern.rows, *groups.shape[1:])
+    unlike = int((shared != shared[:, :1]).any(dim=(1, 2, 3)).sum())
+    if unlike:
+        return f"{unlike} blocks of {pattern.rows} rows do not share their pattern"
+    return None
+
+
+def violation(layer: nn.Linear | nn.Conv2d, plan: LayerPlan) -> str | None:
+    """How a layer breaks the mask in its plan, or None."""
+    if plan.mask is None:
+        return None
+    if plan.mask.shape != layer.weight.shape:
+        return f"the mask is {tuple(plan.mask.shape)}, the weight {tuple(layer.weight.shape)}"
+    if plan.pattern is not None:
+        broken = pattern_violation(plan.mask, plan.pattern)
+        if broken:
+            return f"the mask itself is not {plan.pattern}: {broken}"
+    filled = int((layer.weight.detach()[~plan.mask] != 0).sum())
+    return f"{filled} weights that the mask zeroes are not zero" if filled else None

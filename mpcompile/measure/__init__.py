@@ -1,0 +1,1 @@
+"""Measurements: latency side by side, accuracy on images, and what became of each layer."""

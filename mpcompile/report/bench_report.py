@@ -1,0 +1,141 @@
+"""Bench: what was timed against what, and how sure it is. JSON has every sample; Markdown and plot are its views."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpcompile.measure.layer_verdict import LayerVerdict, tally
+from mpcompile.measure.timing import Speedup, Timing
+from mpcompile.report.schema import Parity, Value
+from mpcompile.report.table import verdict_table
+from mpcompile.system.hardware import Condition
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b")
+
+
+class Arm(Value):
+    """One build that took turns with the others."""
+
+    name: str
+    what: str  # in words: which file, which kernels
+    file: str
+
+
+class Batch(Value):
+    """One batch size: a timing and every sample of each arm, and the comparisons between them."""
+
+    batch: int
+    timings: dict[str, Timing]
+    samples_ms: dict[str, tuple[float, ...]]
+    comparisons: dict[str, Speedup]
+    disturbances: tuple[str, ...]
+    before: Condition
+    after: Condition
+
+
+class Bench(Value):
+    """A whole benchmark; `meanings` says what each comparison stands for."""
+
+    schema_version: int = 1
+    version: str  # of mpcompile
+    created: str  # ISO 8601, UTC
+    model: str
+    target: str
+    precision: str
+    settings: dict[str, str]
+    environment: dict[str, str]
+    baseline: str
+    arms: tuple[Arm, ...]
+    meanings: dict[str, str]
+    parity: tuple[Parity, ...]  # each build against ONNX Runtime on the CPU
+    batches: tuple[Batch, ...]
+    verdicts: tuple[LayerVerdict, ...]
+    command: str
+
+    def write(self, folder: Path) -> None:
+        """Writes bench.json, bench.md and bench.svg."""
+        from matplotlib import rc_context
+
+        (folder / "bench.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / "bench.md").write_text(self.markdown(), encoding="utf-8")
+        with rc_context({"svg.hashsalt": "mpcompile", "svg.fonttype": "none"}):  # the same picture, the same file
+            self.plot().savefig(folder / "bench.svg", format="svg", metadata={"Date": None})
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A row a batch and arm: batch, arm, p50, p90, p99, images a second, against the baseline."""
+        found = []
+        for each in self.batches:
+            for arm in self.arms:
+                timing = each.timings[arm.name]
+                against = each.comparisons.get(f"{arm.name}/{self.arms[0].name}")
+                told = "baseline"
+                if against is not None:
+                    told = f"{against.ratio:.2f} [{against.interval[0]:.2f}, {against.interval[1]:.2f}]"
+                    told += "" if against.told else ", not told from noise"
+                milliseconds = (f"{ms:.3f}" for ms in (timing.p50_ms, timing.p90_ms, timing.p99_ms))
+                found.append((str(each.batch), arm.name, *milliseconds, f"{timing.images_per_second:,.0f}", told))
+        return found
+
+    def sentences(self) -> list[str]:
+        """What each comparison found, and what may have disturbed it."""
+        found = []
+        unchosen = bool(self.verdicts) and all(row.chosen is False for row in self.verdicts)
+        for each in self.batches:
+            for key, comparison in each.comparisons.items():
+                baseline = key.partition("/")[2]
+                told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.spelt(baseline)}."
+                if unchosen and comparison.told and baseline != self.arms[0].name:  # of two masked builds
+                    told += " No sparse kernel was chosen, so this is another choice of dense ones, or noise."
+                found.append(told)
+            found += [f"Batch {each.batch}: {told}." for told in each.disturbances]
+        if self.verdicts:
+            found.append(tally(self.verdicts))
+        return found
+
+    def markdown(self) -> str:
+        """The benchmark for people, as Markdown."""
+        table = [
+            "| batch | build | p50 ms | p90 ms | p99 ms | images/s | times as fast as the baseline |",
+            "|---|---|---|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in self.rows()),
+        ]
+        parts = [
+            f"# {self.model} on {self.target}, {self.precision}",
+            "\n".join(self.sentences()),
+            "\n".join(table),
+            "Builds, timed in turns in one process:\n\n" + "\n".join(f"- {arm.name}: {arm.what}" for arm in self.arms),
+            f"Baseline: {self.baseline}.",
+            ", ".join(f"{key} {value}" for key, value in {**self.settings, **self.environment}.items()) + ".",
+        ]
+        checked = (f"{row.what} {row.difference:.1e}, {row.tolerance:.0e} allowed" for row in self.parity)
+        parts.append(f"Largest difference of the logits, as a share of the largest: {'; '.join(checked)}.")
+        if self.verdicts:
+            parts.append(verdict_table(self.verdicts).markdown())
+        parts.append(f"Made by `{self.command}`; every sample is in bench.json. ![Latency by batch](bench.svg)")
+        return "\n\n".join(parts) + "\n"
+
+    def plot(self) -> "Figure":
+        """Median latency of each build with its interval, one panel a batch."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(3.2 * len(self.batches) + 0.8, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(self.batches), squeeze=False)[0]
+        for axes, each in zip(panels, self.batches, strict=True):
+            for place, arm in enumerate(self.arms):
+                timing = each.timings[arm.name]
+                low, high = timing.interval_ms
+                error = [[timing.p50_ms - low], [high - timing.p50_ms]]
+                axes.bar(place, timing.p50_ms, color=COLORS[place], yerr=error, capsize=5, width=0.65)
+                axes.annotate(
+                    f"{timing.p50_ms:.3g}", (place, high), xytext=(0, 3), textcoords="offset points", ha="center",
+                    fontsize=8,
+                )  # fmt: skip
+            axes.set_xticks(range(len(self.arms)), [arm.name.replace(", ", "\n") for arm in self.arms], fontsize=8)
+            axes.set_title(f"batch {each.batch}", fontsize=9)
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("ms, median and 95 % interval")
+        figure.suptitle(f"{self.model}, {self.target}, {self.precision}, {self.environment['device']}", fontsize=10)
+        return figure

@@ -1,0 +1,213 @@
+"""A short distillation: the compressed model learns from the dense one, its masks held.
+
+What is minimised is in passes/distill/loss.py, the loop in passes/distill/trainer.py. The defaults are the paper's
+recipe for ViT-B (arXiv 2606.02608, Online Resource 2): AdamW at 1e-5 with decay 0.01 on what is no bias, norm or
+embedding, three epochs in batches of 32 after 1,000 steps of warming up, RandAugment and random erasing. On few images
+or a small model a larger rate is called for.
+
+Started by torchrun, every process trains on its share of each batch and ends with the same weights.
+"""
+
+import hashlib
+import logging
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.data.images import Data, Split
+from mpcompile.errors import PassError, UsageError
+from mpcompile.ir.model import Model, Source
+from mpcompile.ir.results import Epoch
+from mpcompile.passes.distill.augmentation import Augmentation
+from mpcompile.passes.distill.loss import ElasticNet
+from mpcompile.passes.distill.trainer import Objective, Schedule, Training
+from mpcompile.pipeline.partial_results import Finished, run_key
+from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.system.distributed import Parcel, place, shared
+
+LOOKED_AT = 64  # images whose pixels tell one set of images from another, beside their number and order
+
+
+log = logging.getLogger(__name__)
+
+# Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
+OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
+
+SKIPPED = "taken from a checkpoint"  # what the first process shares in place of a Job
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to train along."""
+
+    graph: Parcel
+    dense: Parcel
+    masks: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Trains the compressed model on labels and on the dense model's answers; every masked weight stays zero.
+
+    `alpha` is the weight of the dense model's answers at temperature `tau`, 1 − alpha that of labels smoothed by
+    `smoothing`; without labels only the dense model counts. `batch` counts the images of a step in all processes
+    together, worked off in `accumulate` parts. `precision` is fp32, bf16 or fp16, by autocast. `scale`, `flip`,
+    `policy` and `erasing` are the augmentation (timm's transforms). `kept_l1` and `kept_l2` penalise kept weights,
+    `removed_l1` and `removed_l2` those removed: for the share `soft` of training these may grow again, and fade until
+    its end. A checkpoint is kept every `minutes`.
+    """
+
+    name: ClassVar[str] = "distill"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    alpha: float = 0.5
+    tau: float = 2.0
+    smoothing: float = 0.1
+    epochs: int = 3
+    batch: int = 32
+    accumulate: int = 1
+    rate: float = 1e-5
+    weight_decay: float = 0.01
+    warmup: int = 1000
+    optimizer: str = "adamw"
+    clip: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    scale: float = 0.08
+    flip: float = 0.5
+    policy: str | None = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+    kept_l1: float = 0.0
+    kept_l2: float = 0.0
+    removed_l1: float = 0.0
+    removed_l2: float = 0.0
+    soft: float = 0.0
+    seed: int = 0
+    workers: int = 0
+    minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        positive = ("tau", "epochs", "batch", "accumulate", "rate", "scale")
+        for field in positive:
+            if not 0 < getattr(self, field) < float("inf"):
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number above 0")
+        for field in (
+            "weight_decay",
+            "warmup",
+            "kept_l1",
+            "kept_l2",
+            "removed_l1",
+            "removed_l2",
+            "seed",
+            "workers",
+            "minutes",
+        ):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number of 0 or more")
+        for field in ("alpha", "smoothing", "scale", "flip", "erasing", "soft"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a share between 0 and 1")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise UsageError(f"distill: clip is {self.clip}; it is a norm above 0")
+        if not self.soft and (self.removed_l1 or self.removed_l2):
+            raise UsageError("distill: removed weights are zero, and cannot be penalised; set soft, too")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"distill: optimizer is {self.optimizer!r}; it is one of {', '.join(OPTIMIZERS)}")
+        if not self._augmentation.understood():
+            raise UsageError(f"distill: timm knows no augmentation policy {self.policy!r}; try rand-m9-mstd0.5-inc1")
+
+    @property
+    def _augmentation(self) -> Augmentation:
+        return Augmentation(self.scale, self.flip, self.policy, self.erasing)
+
+    def __call__(self, model: Model, data: Data) -> Model:
+        """The trained model, with a record of every epoch."""
+        assert model.dense is not None  # the manager keeps it before the first lossy pass
+        images = images_of(data)
+        self._require(images)
+        if len(images) <= len(data.calibration):
+            log.warning(
+                "training on the %d calibration images alone; for more, give folders train/ and val/", len(images)
+            )
+        masks = model.masks()
+        shared(Job(Parcel.of(model.graph), Parcel.of(model.dense), masks))
+        finished = Finished(lambda: self._key(model, images))
+        epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
+        return replace(model, epochs=(*model.epochs, *epochs))
+
+    def skip(self) -> None:
+        """Tells the processes beside the first that this training is taken from a checkpoint."""
+        shared(SKIPPED)
+
+    def follow(self, data: Data, source: Source) -> fx.GraphModule | None:
+        """Trains along in a process that is not the first; the trained graph, the same as there.
+
+        None where the first takes it from a checkpoint.
+        """
+        images = images_of(data)
+        self._require(images)
+        job: Job | str = shared(None)
+        if not isinstance(job, Job):
+            return None
+        graph = job.graph.opened()
+        # Only the first process keeps checkpoints, and tells the others what is in them.
+        self._trained(graph, job.dense.opened(), job.masks, images, source, Finished(lambda: ""))
+        return graph
+
+    def _require(self, images: Split) -> None:
+        """Raises PassError where the images fill no batch, or a batch cannot be shared out."""
+        size = place().size
+        if not len(images):
+            raise PassError("a distillation needs training images; give --data")
+        if len(images) < self.batch:
+            raise PassError(
+                f"{len(images)} training images fill no batch of {self.batch}; give more, or a smaller batch"
+            )
+        if self.batch % size:
+            raise PassError(f"a batch of {self.batch} cannot be shared out among {size} processes; give a multiple")
+
+    def _key(self, model: Model, images: Split) -> str:
+        """A name for this very training: what is trained, by whom, how and on what."""
+        digest = hashlib.sha256(repr(replace(self, workers=0, minutes=0.0)).encode())
+        digest.update(repr((model.source, images.labelled, images.order)).encode())
+        for node in model.graph.graph.nodes:
+            digest.update(f"{node.op} {node.name} {node.target if node.op != 'call_function' else ''} ".encode())
+            digest.update(f"{node.args} {node.kwargs}".encode())
+        assert model.dense is not None
+        for name, value in [*model.dense.state_dict().items(), *model.masks().items()]:
+            digest.update(name.encode() + value.detach().contiguous().numpy(force=True).tobytes())
+        # Labels that are known without reading an image; of others, those of the first images.
+        labels = getattr(images.images, "labels", None)
+        some = replace(images, order=images.order[:LOOKED_AT])
+        known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
+        digest.update(repr([int(label) for label in known]).encode())
+        return run_key(digest.hexdigest(), model, {}, some)
+
+    def _trained(
+        self,
+        graph: fx.GraphModule,
+        dense: fx.GraphModule,
+        masks: dict[str, Tensor],
+        images: Split,
+        source: Source,
+        finished: Finished,
+    ) -> tuple[Epoch, ...]:
+        """Trains the graph in place."""
+        net = ElasticNet(self.kept_l1, self.kept_l2, self.removed_l1, self.removed_l2)
+        training = Training(
+            graph,
+            dense,
+            masks,
+            Schedule(**{field: getattr(self, field) for field in Schedule.__dataclass_fields__}),
+            Objective(self.alpha, self.tau, self.smoothing, net),
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+        )
+        return training.run(images, source, self._augmentation, finished)
+
+
+def images_of(data: Data) -> Split:
+    """The images that a distillation trains on."""
+    return data.training if len(data.training) else data.calibration

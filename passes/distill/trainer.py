@@ -1,0 +1,289 @@
+"""The training loop of a distillation: steps, masks held, a record an epoch, and checkpoints that are gone on from.
+
+Everything that a step depends on is in a checkpoint or follows from the step's number: weights, the optimiser's
+moments and the sums of the epoch are kept; the order of images, their augmentation, the learning rate and the softness
+of masks follow. So a run that was killed ends in the same weights as one that was not.
+
+The graph is trained as it was captured, in evaluation mode: no dropout, and batch normalisation with its statistics.
+Then what one process computes on a batch is what several compute on their shares of it, up to rounding.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mpcompile.analysis.spectrum import NoFitError, analyse
+from mpcompile.data.images import Split
+from mpcompile.errors import PassError
+from mpcompile.ir.model import Source
+from mpcompile.ir.results import Epoch
+from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
+from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
+from mpcompile.pipeline.partial_results import Finished
+from mpcompile.system.distributed import place, shared, summed
+from mpcompile.system.progress import tracked
+
+if TYPE_CHECKING:
+    from timm.scheduler import CosineLRScheduler
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLDEST = 1e-6  # of the learning rate: where warming up starts
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast to train, and in what precision; see Distill."""
+
+    epochs: int
+    batch: int
+    accumulate: int
+    rate: float
+    weight_decay: float
+    warmup: int
+    optimizer: str
+    clip: float | None
+    precision: str
+    soft: float
+    seed: int
+    workers: int
+    minutes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What to minimise; see passes/distill/loss.py."""
+
+    alpha: float
+    temperature: float
+    smoothing: float
+    net: ElasticNet
+
+
+class Training:
+    """One distillation, in its middle or at its ends. The graph given is trained in place."""
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        teacher: fx.GraphModule,
+        masks: Mapping[str, Tensor],
+        schedule: Schedule,
+        objective: Objective,
+        device: torch.device,
+    ) -> None:
+        from timm.optim import create_optimizer_v2
+
+        self._device, self._schedule, self._objective = device, schedule, objective
+        self._graph, self._teacher = graph.to(device).eval(), teacher.to(device).eval()
+        self._masked = [(graph.get_parameter(f"{name}.weight"), mask.to(device)) for name, mask in masks.items()]
+        reached = reached_parameters(graph)
+        for name, parameter in graph.named_parameters():
+            parameter.requires_grad_(name in reached)
+        self._dtype = next(graph.parameters()).dtype
+        self._optimizer = create_optimizer_v2(
+            decayed_apart(graph, schedule.weight_decay), opt=schedule.optimizer, lr=schedule.rate
+        )
+        self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
+        self._step = 0
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, labels' part, teacher's part
+        self._epochs: list[Epoch] = []
+
+    def run(self, images: Split, source: Source, augmentation: Augmentation, finished: Finished) -> tuple[Epoch, ...]:
+        """Trains to the end, from where a checkpoint left off; the record of every epoch."""
+        schedule, here = self._schedule, place()
+        if kept := shared((finished.get("training") or {}) if here.first else None):
+            self._restore(kept)
+            log.info("goes on after step %d", self._step)
+        order = Batches(images.order, schedule.batch, schedule.epochs, schedule.seed, here, self._step)
+        total, saved = schedule.epochs * order.per_epoch, time.monotonic()
+        rates = cosine(self._optimizer, total, min(schedule.warmup, total // 2), schedule.rate)
+        model = self._graph if here.size == 1 else DistributedDataParallel(self._graph)
+        read = loader(TrainingImages(images, source, augmentation, schedule.seed), order, schedule.workers)
+        for (pixels, labels), step in zip(read, tracked(range(self._step, total), "step {}".format), strict=True):
+            rates.step_update(step)
+            answers = labels.to(self._device) if images.labelled else None
+            self._train(model, pixels.to(self._device, self._dtype), answers)
+            self._step = step + 1
+            self._hold_masks(total)
+            if self._step % order.per_epoch == 0:
+                self._close_epoch(order.per_epoch, images.labelled)
+            if here.first and (self._step == total or time.monotonic() - saved > 60 * schedule.minutes):
+                finished.put("training", self._state())
+                saved = time.monotonic()
+        self._require_masks()
+        for graph in (self._graph, self._teacher):
+            graph.to("cpu").requires_grad_(True)
+        return tuple(self._epochs)
+
+    def _train(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> None:
+        """One step of the optimiser on one batch, gradients accumulated over its parts."""
+        parts = pixels.tensor_split(min(self._schedule.accumulate, len(pixels)))
+        answers = [None] * len(parts) if labels is None else labels.tensor_split(len(parts))
+        self._optimizer.zero_grad()
+        for number, (piece, answer) in enumerate(zip(parts, answers, strict=True), start=1):
+            more = number < len(parts)
+            waits = model.no_sync() if more and isinstance(model, DistributedDataParallel) else nullcontext()
+            with waits:
+                losses = self._losses(model, piece, answer)
+                share = len(piece) / len(pixels)
+                self._scaler.scale(share * losses[0]).backward()
+            self._sums += share * losses.detach().double().cpu()
+        if not self._sums.isfinite().all():
+            raise PassError(f"the loss is not finite at step {self._step}; try a smaller rate, or precision fp32")
+        if self._schedule.clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._graph.parameters(), self._schedule.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+    def _losses(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss, and of it the labels' part (0 without labels) and the teacher's."""
+        objective, dtype = self._objective, DTYPES[self._schedule.precision]
+        with torch.autocast(self._device.type, dtype, enabled=dtype is not torch.float32):
+            logits = model(pixels)
+            with torch.no_grad():
+                dense = self._teacher(pixels)
+        teacher = teacher_loss(logits, dense, objective.temperature)
+        answered = teacher.new_zeros(()) if labels is None else labels_loss(logits, labels, objective.smoothing)
+        alpha = 1.0 if labels is None else objective.alpha
+        loss = (1 - alpha) * answered + alpha * teacher
+        if objective.net:
+            loss = loss + objective.net.of(self._masked)
+        return torch.stack([loss, answered, teacher])
+
+    @torch.no_grad()
+    def _hold_masks(self, total: int) -> None:
+        """Zeros where the masks are; while they are soft, what grew there is let fade in step with time."""
+        until = self._schedule.soft * total
+        for weight, mask in self._masked:
+            if self._step < until:
+                faded = (until - self._step) / (until - self._step + 1)
+                weight.mul_(torch.where(mask, 1.0, faded))
+            else:
+                weight.masked_fill_(~mask, 0.0)
+
+    def _require_masks(self) -> None:
+        """Raises PassError where a removed weight is not zero."""
+        broken = sum(int((weight[~mask] != 0).sum()) for weight, mask in self._masked)
+        if broken:
+            raise PassError(f"{broken} removed weights are not zero after training")
+
+    def _close_epoch(self, steps: int, labelled: bool) -> None:
+        """Adds the record of an epoch, its losses means over all processes."""
+        loss, answered, teacher = (summed(self._sums) / steps / place().size).tolist()
+        self._sums.zero_()
+        edge, spikes = spectra([weight for weight, _ in self._masked])
+        rate = max(group["lr"] for group in self._optimizer.param_groups)
+        epoch = Epoch(steps, loss, answered if labelled else None, teacher, rate, edge, spikes)
+        self._epochs.append(epoch)
+        log.info(
+            "epoch %d: loss %.4f, to the teacher %.4f, mean edge %s, %s spikes",
+            len(self._epochs),
+            loss,
+            teacher,
+            edge,
+            spikes,
+        )
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that a checkpoint needs."""
+        moments = {
+            f"moment.{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for index, values in self._optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+        scaler = self._scaler.state_dict()
+        rest = json.dumps({"step": self._step, "epochs": [asdict(e) for e in self._epochs], "scaler": scaler})
+        return {
+            **{f"weight.{name}": value for name, value in self._graph.state_dict().items()},
+            **moments,
+            "sums": self._sums,
+            "rest": torch.from_numpy(np.frombuffer(rest.encode(), np.uint8).copy()),
+        }
+
+    def _restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Goes back to what a checkpoint has."""
+        self._graph.load_state_dict(_under("weight.", kept))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under("moment.", kept).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+        rest = json.loads(bytes(kept["rest"].numpy()))
+        self._scaler.load_state_dict(rest["scaler"])
+        self._step, self._sums = rest["step"], kept["sums"].clone()
+        self._epochs = [Epoch(**epoch) for epoch in rest["epochs"]]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose name starts so, without that."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def reached_parameters(graph: fx.GraphModule) -> set[str]:
+    """The parameters that the graph computes with; a module may own others."""
+    used: list[str] = []
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            used.append(str(node.target))
+        elif node.op == "call_module":
+            used += [f"{node.target}.{name}" for name, _ in graph.get_submodule(str(node.target)).named_parameters()]
+    values = {id(value) for name, value in graph.named_parameters(remove_duplicate=False) if name in used}
+    return {name for name, value in graph.named_parameters() if id(value) in values}
+
+
+def decayed_apart(graph: fx.GraphModule, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that are trained, in a group with weight decay and one without.
+
+    Only matrices and filters of layers are decayed: no bias, no norm, and nothing that the graph fetches by itself, as
+    it does class tokens and position embeddings.
+    """
+    fetched = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    layers = {
+        f"{name}.weight" for name, m in graph.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+    }
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in graph.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and (name in layers or name not in fetched)
+            groups[decayed].append(parameter)
+    found = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    return [group for group in found if group["params"]]
+
+
+def cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: float) -> "CosineLRScheduler":
+    """The learning rate by step: up from almost nothing, then down along a cosine."""
+    from timm.scheduler import CosineLRScheduler
+
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        warmup_t=warmup,
+        warmup_lr_init=COLDEST * rate,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+
+
+def spectra(weights: Sequence[Tensor]) -> tuple[float | None, int | None]:
+    """Mean σ₊ and number of spikes of these weights, of those that a Marchenko–Pastur law can be fitted to."""
+    fits = []
+    for weight in weights:
+        try:
+            fits.append(analyse(weight.numpy(force=True), null=False).fit)
+        except NoFitError:
+            continue
+    if not fits:
+        return None, None
+    return float(np.mean([fit.bulk_edge for fit in fits])), sum(fit.spikes for fit in fits)

@@ -1,0 +1,184 @@
+"""Fit the Marchenko–Pastur law to every layer, and turn a budget signal into a pattern for each.
+
+The law, its fit and its null are in mpcompile.analysis.spectrum, the signals in passes/mp_budget/scores.py, the integer
+program in passes/mp_budget/allocate.py. With a signal's scores s, and a target for the multiply-accumulates of the
+whole model, each eligible layer gets one of the patterns or stays dense, so that the summed s² of the removed weights
+is least. Without a target every eligible layer gets the sparsest pattern that it can carry (of several, the one that
+costs least).
+
+The signal `mp` depends on the sparsity aimed at; that is taken over the eligible layers: the share of their
+multiply-accumulates that has to go, or without a target that of the sparsest pattern.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mpcompile.analysis.activation_stats import input_scales, per_weight
+from mpcompile.analysis.eligibility import default_against, eligible, is_depthwise, places, tied
+from mpcompile.analysis.macs import Cost, cost
+from mpcompile.analysis.spectrum import Analysis, NoFitError, analyse
+from mpcompile.data.images import Data
+from mpcompile.errors import PassError, UsageError
+from mpcompile.ir.model import LayerPlan, Model
+from mpcompile.ir.pattern import NM, TWO_OF_FOUR
+from mpcompile.passes.mp_budget import scores as signals
+from mpcompile.passes.mp_budget.allocate import InfeasibleError, Option, damage, least_damage
+from mpcompile.passes.mp_budget.attention_layers import attention_layers
+from mpcompile.passes.mp_budget.sensitivity import amplification
+from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.system.progress import tracked
+
+Signal = Literal["mp", "magnitude", "std", "uniform", "lamp", "owl", "sensitivity"]
+NEED_IMAGES = ("owl", "sensitivity")
+
+
+def fit_layers(model: Model, *, null: bool, level: float, seed: int) -> dict[str, Analysis | str]:
+    """For each Linear and Conv2d its fit, or why it has none, as a sentence."""
+    where = places(model)
+    found: dict[str, Analysis | str] = {}
+    for name, layer in tracked(list(model.layers()), lambda pair: pair[0]):
+        place = where.get(name)
+        if place and place.sees_image and not place.layers_before:
+            found[name] = str(default_against(place))
+        elif is_depthwise(layer):
+            found[name] = "depthwise: each filter is a matrix of one row"
+        else:
+            try:
+                found[name] = analyse(layer.weight.detach().numpy(force=True), null=null, level=level, seed=seed)
+            except NoFitError as reason:
+                found[name] = str(reason)
+    return found
+
+
+def scores_of(
+    signal: Signal, model: Model, names: Sequence[str], fits: Mapping[str, Analysis | str], sparsity: float, data: Data
+) -> signals.Scores:
+    """The scores of a signal for these layers, at a sparsity of all their weights together. Raises PassError."""
+    weights = {name: model.layer(name).weight.detach() for name in names}
+    if signal == "mp":
+        known = {name: found.fit for name, found in fits.items() if isinstance(found, Analysis)}
+        return signals.spectral_edge(weights, known, attention_layers(model), sparsity)
+    if signal == "std":
+        return signals.deviation_edge(weights, attention_layers(model), sparsity)
+    if signal in NEED_IMAGES and not len(data.calibration):
+        raise PassError(f"the signal {signal} needs calibration images; give --data, or another signal")
+    if signal == "owl":
+        seen = input_scales(model, data.calibration)
+        return signals.owl(weights, {name: per_weight(model.layer(name), seen[name]) for name in names})
+    if signal == "sensitivity":
+        return signals.sensitivity(weights, amplification(model, data.calibration, names))
+    of_weight: Callable[[Tensor], Tensor] = {"uniform": signals.rank, "lamp": signals.lamp}.get(signal, torch.abs)
+    return {name: of_weight(weight) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class MPBudget:
+    """Fits the Marchenko–Pastur law to each layer and plans a pattern for each that is eligible.
+
+    `patterns` are what a layer may get, `macs` the share of the model's multiply-accumulates that may be left (left
+    out: every eligible layer gets a pattern), `signal` what decides which layers stay dense. `include` and `exclude`
+    are shell patterns over qualified names. `null` repeats each fit on the layer's entries shuffled by `seed`; `level`
+    is the probability at which noise passes the edge.
+    """
+
+    name: ClassVar[str] = "mp-budget"
+    effect: ClassVar[Effect] = Effect.ANALYSIS
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    patterns: tuple[NM, ...] = (TWO_OF_FOUR,)
+    macs: float | None = None
+    signal: Signal = "mp"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    null: bool = True
+    level: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant."""
+        if not self.patterns:
+            raise UsageError("the budget has no patterns to choose from; give at least one, such as 2:4")
+        if self.macs is not None and not 0 < self.macs < 1:
+            raise UsageError(f"macs is {self.macs}; it is the share of multiply-accumulates left, between 0 and 1")
+        if not 0 < self.level < 1:
+            raise UsageError(f"level is {self.level}; it is a probability between 0 and 1")
+
+    def __call__(self, model: Model, data: Data) -> Model:
+        """The same model with spectrum and pattern, or the reason for none, in each layer's plan."""
+        return self.planned(model, data, fit_layers(model, null=self.null, level=self.level, seed=self.seed))
+
+    def planned(self, model: Model, data: Data, fits: Mapping[str, Analysis | str]) -> Model:
+        """The same, with fits that were made before."""
+        if any(plan.mask is not None for plan in model.plan.values()):
+            raise PassError("some layers are masked already; the budget stands before the masks")
+        verdicts = {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
+        # Layers that share one weight are decided on together.
+        able = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
+        units = tied(model, able)
+        chosen = self._chosen(model, data, fits, verdicts, units)
+        plans = {}
+        for name in dict.fromkeys(name for verdict in verdicts.values() for name in verdict):
+            pattern = chosen.get(name)
+            reason = None if pattern else verdicts[self.patterns[0]][name] or "the budget keeps it dense"
+            plans[name] = self._plan(model.plan_of(name), pattern, reason, fits.get(name))
+        return model.with_plan(plans)
+
+    def _plan(self, plan: LayerPlan, pattern: NM | None, reason: str | None, found: Analysis | str | None) -> LayerPlan:
+        return replace(
+            plan,
+            pattern=pattern,
+            skipped=reason,
+            spectrum=found.summary if isinstance(found, Analysis) else None,
+            unfitted=found if isinstance(found, str) else None,
+        )
+
+    def _chosen(
+        self,
+        model: Model,
+        data: Data,
+        fits: Mapping[str, Analysis | str],
+        verdicts: Mapping[NM, Mapping[str, str | None]],
+        units: Sequence[tuple[str, ...]],
+    ) -> dict[str, NM]:
+        """The pattern of each layer that gets one. Raises PassError."""
+        able = {unit: [p for p in self.patterns if not any(verdicts[p][name] for name in unit)] for unit in units}
+        able = {unit: patterns for unit, patterns in able.items() if patterns}
+        if not able:
+            shown = "; ".join(f"{name}: {reason}" for name, reason in list(verdicts[self.patterns[0]].items())[:3])
+            raise PassError(
+                f"no layer takes {', '.join(map(str, self.patterns))} ({shown or 'the model has no layers'})"
+            )
+        if self.macs is None:
+            sparsest = {unit: min(p.density for p in patterns) for unit, patterns in able.items()}
+            able = {unit: [p for p in able[unit] if p.density == sparsest[unit]] for unit in able}
+            if all(len(patterns) == 1 for patterns in able.values()):
+                return {name: patterns[0] for unit, patterns in able.items() for name in unit}
+        counted = cost(model)
+        names = [name for unit in able for name in unit]
+        saving = self._saving(counted, able)
+        sparsity = saving / sum(counted.layers[name] for name in names)
+        scores = scores_of(self.signal, model, names, fits, sparsity, data)
+        options = [
+            Option(unit, p, damage(scores[unit[0]], p), sum(counted.layers[n] for n in unit) * (1 - p.density))
+            for unit, patterns in able.items()
+            for p in patterns
+        ]
+        try:
+            taken = least_damage(options, saving)
+        except InfeasibleError as error:
+            least = 1 - error.most / counted.macs
+            raise PassError(
+                f"{self.macs:g} of the multiply-accumulates cannot be reached: with the sparsest pattern on every "
+                f"eligible layer {least:.4g} are left; raise macs, or add sparser patterns"
+            ) from error
+        return {name: option.pattern for option in taken for name in option.layers}
+
+    def _saving(self, counted: Cost, able: Mapping[tuple[str, ...], Sequence[NM]]) -> float:
+        """The multiply-accumulates that have to go."""
+        if self.macs is not None:
+            return counted.macs * (1 - self.macs)
+        return sum(counted.layers[name] * (1 - patterns[0].density) for unit, patterns in able.items() for name in unit)

@@ -1,0 +1,48 @@
+"""How much the logits amplify what a layer loses, from their derivatives on calibration images.
+
+Removing a set R of weights from layer ℓ moves the logits z, to first order, by Σ_R w ∂z/∂w. With the signs of the
+derivatives taken as independent, the mean square of that over images is Σ_R w² g², g² = E ‖∂z/∂w‖². For a whole layer
+the amplification is the mean of g² over its weights, weighted by w²:
+
+    a(ℓ)² = Σ w² g² / Σ w².
+
+‖∂z/∂w‖², a sum over outputs and over the images of a batch, is the mean of (∂(v·z)/∂w)² over random signs v, so one
+backward pass a batch estimates it without bias (Hutchinson 1989). It is the diagonal of the Gauss–Newton matrix of
+half the squared logit shift, as in Optimal Brain Damage (LeCun, Denker and Solla 1989) with the logits for the loss.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from mpcompile.data.images import Split
+from mpcompile.ir.model import Model
+
+BATCH = 32
+
+
+def amplification(model: Model, images: Split, names: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """a(ℓ) for each layer; 0 for one that is all zero or whose weight the logits do not depend on."""
+    weights = [model.layer(name).weight for name in names]
+    needed = [weight.requires_grad for weight in weights]
+    rng = torch.Generator().manual_seed(seed)
+    sums = [0.0] * len(names)
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for pixels, _ in images.announced(BATCH):
+            with torch.enable_grad():
+                logits = model.graph(pixels.to(model.example.dtype))
+                signs = torch.randint(0, 2, logits.shape, generator=rng).to(logits.dtype) * 2 - 1
+                slopes = torch.autograd.grad((logits * signs).sum(), weights, allow_unused=True)
+            for index, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
+                if slope is not None:
+                    sums[index] += float((weight.detach().double() * slope.double()).square().sum())
+    finally:
+        for weight, was in zip(weights, needed, strict=True):
+            weight.requires_grad_(was)
+    sizes = [float(weight.detach().double().square().sum()) for weight in weights]
+    return {
+        name: (total / (size * len(images))) ** 0.5 if size else 0.0
+        for name, total, size in zip(names, sums, sizes, strict=True)
+    }

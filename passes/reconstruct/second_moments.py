@@ -1,0 +1,194 @@
+"""Moments: the second moments of what a layer sums over, streamed image by image.
+
+For a layer W with inputs x (one row a position or token, in the order of `columns`) and wanted outputs y, a
+least-squares problem in W needs only
+
+    C = E[x xᵀ],  G = E[y xᵀ],  E[x],  E[y],  E[y²],
+
+whose size does not grow with the number of images. Products of one chunk are float32, of values less the first
+chunk's mean so that a large mean costs no digits; sums over chunks are float64.
+
+`columns` lays a convolution out as a Linear on unfolded inputs, taps outside and input channels inside: the order of
+mpcompile.ir.weight_groups.flat, in which groups of M run along the input channels of one tap.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mpcompile.errors import PassError
+from mpcompile.ir.weight_groups import flat
+
+CHUNK_BYTES = 128 << 20  # of unfolded inputs at once
+
+
+def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups rows columns"]:
+    """What each output of the layer sums over: a row an output position, a column a weight."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, layer.in_features)
+    groups, taps = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
+    if taps == 1 and layer.stride == (1, 1) and not any(_padding(layer, x)):
+        rows = x.movedim(1, -1).reshape(-1, groups, x.shape[1] // groups)
+        return rows.movedim(1, 0)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, _padding(layer, x), mode=mode)
+    unfolded = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # b, in·taps, places
+    by_channel = unfolded.reshape(len(x), groups, x.shape[1] // groups, taps, -1)
+    return by_channel.permute(1, 0, 4, 3, 2).reshape(groups, -1, taps * (x.shape[1] // groups))
+
+
+def _padding(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    """Left, right, top and bottom, as the layer pads this input."""
+    if type(layer).__name__ == "Conv2dSame" or layer.padding == "same":
+        sides: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        ):
+            total = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            sides = [total // 2, total - total // 2, *sides]
+        return (sides[0], sides[1], sides[2], sides[3])
+    if isinstance(layer.padding, str):  # "valid"
+        return (0, 0, 0, 0)
+    top, left = layer.padding
+    return (left, left, top, top)
+
+
+def rows_of(layer: nn.Linear | nn.Conv2d, y: Tensor) -> Float[Tensor, "rows out"]:
+    """The layer's outputs with a row for each row of `columns`."""
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
+
+
+def applied(layer: nn.Linear | nn.Conv2d, matrix: Float[Tensor, "out columns"], x: Tensor) -> Float[Tensor, "rows out"]:
+    """What a matrix in place of the layer's flat weight makes of its inputs, without bias; rows as in `columns`."""
+    rows = columns(layer, x)
+    by_group = rows @ matrix.reshape(len(rows), -1, matrix.shape[1]).mT
+    return by_group.movedim(0, 1).reshape(rows.shape[1], -1)
+
+
+def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"]:
+    """The layer's outputs without its bias, a row for each row of `columns`."""
+    return applied(layer, flat(layer.weight.detach()), x)
+
+
+@dataclass
+class Moments:
+    """Sums over rows of inputs x and one or several wanted outputs y, all less a fixed shift; float64."""
+
+    count: int = 0
+    shift_x: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns
+    shift_y: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, out
+    sum_x: Tensor = field(default_factory=lambda: torch.empty(0))
+    sum_y: Tensor = field(default_factory=lambda: torch.empty(0))
+    sum_xx: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns, columns
+    sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, out, columns
+    sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, wanted, out
+
+    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, *wanted: Float[Tensor, "rows out"]) -> None:
+        """Takes in inputs of the layer and the outputs wanted for them (`rows_of` or `product`)."""
+        y = torch.stack(wanted)
+        places = y.shape[1] // len(x)
+        images = max(1, CHUNK_BYTES // (places * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
+        for start in range(0, len(x), images):
+            self._add_rows(columns(layer, x[start : start + images]), y[:, start * places : (start + images) * places])
+
+    @property
+    def finite(self) -> bool:
+        """Whether every sum is finite."""
+        return bool(self.sum_xx.isfinite().all() and self.sum_yx.isfinite().all())
+
+    def _add_rows(self, x: Float[Tensor, "groups rows columns"], y: Float[Tensor, "wanted rows out"]) -> None:
+        if x.shape[1] != y.shape[1]:
+            raise PassError(f"its inputs unfold to {x.shape[1]} rows and it has {y.shape[1]} outputs")
+        groups, rows, width = x.shape
+        wanted, _, out = y.shape
+        if not self.count:
+            self.shift_x, self.shift_y = x.mean(1), y.mean(1)
+            self.sum_x = torch.zeros(groups, width, dtype=torch.float64)
+            self.sum_y = torch.zeros(wanted, out, dtype=torch.float64)
+            self.sum_xx = torch.zeros(groups, width, width, dtype=torch.float64)
+            self.sum_yx = torch.zeros(wanted, out, width, dtype=torch.float64)
+            self.sum_yy = torch.zeros(wanted, wanted, out, dtype=torch.float64)
+        x, y = x - self.shift_x[:, None], y - self.shift_y[:, None]
+        by_group = y.reshape(wanted, rows, groups, -1).movedim(2, 1)
+        self.count += rows
+        self.sum_x += x.sum(1, dtype=torch.float64)
+        self.sum_y += y.sum(1, dtype=torch.float64)
+        self.sum_xx += x.mT @ x
+        self.sum_yx += (by_group.mT @ x).reshape(self.sum_yx.shape)
+        for i in range(wanted):
+            self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The sums over the rows of both."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        n, per = other.count, self.sum_y.shape[1] // len(self.sum_x)
+        dx, dy = (other.shift_x - self.shift_x).double(), (other.shift_y - self.shift_y).double()
+        of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, other.sum_x))
+        # Those of the other about our shift: (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ, summed.
+        x, y = other.sum_x, other.sum_y
+        xx = other.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
+        yx = other.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
+        yy = other.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
+        return Moments(
+            self.count + n, self.shift_x, self.shift_y, self.sum_x + x + n * dx, self.sum_y + y + n * dy,
+            self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
+        )  # fmt: skip
+
+    def combined(self, share: Float[Tensor, "wanted out"]) -> "Moments":
+        """With one wanted output for each input: the sum of these shares of those that there are."""
+        w = share.to(torch.float64).expand(self.sum_y.shape)
+        return Moments(
+            self.count, self.shift_x, (w * self.shift_y).sum(0, keepdim=True), self.sum_x,
+            (w * self.sum_y).sum(0, keepdim=True), self.sum_xx, (w[..., None] * self.sum_yx).sum(0, keepdim=True),
+            (w[:, None] * w * self.sum_yy).sum((0, 1), keepdim=True),
+        )  # fmt: skip
+
+    def problem(self, centred: bool) -> "Problem":
+        """The expectations of the one wanted output: about the means where the bias is free to follow, else about 0."""
+        n, groups = self.count, len(self.sum_x)
+        [sum_y], [shift_y], [sum_yx], [[sum_yy]] = self.sum_y, self.shift_y, self.sum_yx, self.sum_yy
+        dx, dy = self.sum_x / n, sum_y / n
+        mean_x, mean_y = dx + self.shift_x, dy + shift_y
+        per_row = len(mean_y) // groups
+        gram = self.sum_xx / n - dx[:, :, None] * dx[:, None]
+        cross = sum_yx / n - dy[:, None] * dx.repeat_interleave(per_row, 0)
+        power = sum_yy / n - dy.square()
+        if not centred:
+            gram = gram + mean_x[:, :, None] * mean_x[:, None]
+            cross = cross + mean_y[:, None] * mean_x.repeat_interleave(per_row, 0)
+            power = power + mean_y.square()
+        return Problem(gram, cross, power, mean_x, mean_y, n)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Which W′ makes E‖y − W′x‖² least: its moments, in float64. Groups are those of a grouped convolution."""
+
+    gram: Float[Tensor, "groups columns columns"]  # C
+    cross: Float[Tensor, "out columns"]  # G
+    power: Float[Tensor, " out"]  # E[y²]
+    mean_x: Float[Tensor, "groups columns"]
+    mean_y: Float[Tensor, " out"]
+    count: int
+
+    def by_group(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, "groups rows columns"]:
+        """A matrix's rows by the group whose inputs they sum over, in float64."""
+        return matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
+
+    def mean_of(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
+        """E[Wx]."""
+        return (self.by_group(matrix) @ self.mean_x[..., None]).flatten()
+
+    def error(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
+        """E(y − W′x)² for each output."""
+        w = self.by_group(matrix)
+        quadratic = ((w @ self.gram) * w).sum(-1).flatten()
+        return self.power - 2 * (self.cross * matrix.double()).sum(-1) + quadratic
+
+    def bias(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
+        """What has to be added to W′x for the mean of y."""
+        return self.mean_y - self.mean_of(matrix)

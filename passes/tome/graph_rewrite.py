@@ -1,0 +1,216 @@
+"""Token merging written into a graph, and what the graph has to be for that.
+
+The rewrite puts a merge behind the sum of stream and attention of a block, gives every later attention the sizes of its
+tokens as a bias, and lets a mean over tokens count each as often as its size says.
+
+Merging makes sense where the model, from the first merge on, takes its tokens for a weighted set:
+
+1. in another order they give the same outputs (no positions inside attention, no windows, no grid);
+2. two equal tokens of size one give what one of size two gives (sizes reach every attention and every pooling).
+
+Both are run on the example, with a reordering and a repetition in the place of the first merge.
+"""
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mpcompile.analysis.attention import Attention, attentions, shape_of
+from mpcompile.errors import PassError
+from mpcompile.ir.model import Model
+from mpcompile.ir.parity import relative_difference
+from mpcompile.ir.token_merging import each_one, log_size, mean_by_size, merge_tokens, merges_tokens
+
+# Float32 sums over some hundred tokens in another order, in each of some ten blocks; a position or a window that is
+# there moves outputs by per cents.
+LAW_TOLERANCE = 1e-3
+MEANS = frozenset({torch.mean, "mean"})
+
+Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def merging_sites(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Attention]:
+    """The attentions after which tokens may merge, in order, or PassError with the reason why they may not.
+
+    One that only reads the tokens, as a pooling does, is none of them; of parallel ones that share a sum, the last is.
+    """
+    if merges_tokens(graph):
+        raise PassError("tokens are merged in this graph already; give the whole schedule to one tome")
+    found = attentions(graph, modules)
+    unfit = next((site for site in found if site.unfit), None)
+    if unfit:
+        raise PassError(f"tokens cannot be merged around {unfit.name}: {unfit.unfit}; leave tome out")
+    sites = list({site.total: site for site in found if site.total}.values())
+    if not sites:
+        raise PassError(
+            "the graph has no self-attention that is added to its tokens (scaled_dot_product_attention "
+            "or softmax(q·kᵀ)), so there are no tokens to merge; leave tome out"
+        )
+    other = next((site for site in found if site.tokens != sites[0].tokens), None)
+    if other:
+        raise PassError(
+            f"{sites[0].name} attends to {sites[0].tokens} tokens and {other.name} to {other.tokens}; merging needs a "
+            "model that keeps its tokens to the end; leave tome out"
+        )
+    return sites
+
+
+def protected_tokens(model: Model, first: Attention) -> int:
+    """How many tokens in front are the same for every image where they reach the first attention."""
+    assert first.stream is not None
+    image = model.example[:1]
+    with torch.no_grad():
+        tokens = fx.GraphModule(model.graph, _until(first.stream))(torch.cat([image, 1 - image.flip(-1)]))
+    same = (tokens[0] == tokens[1]).all(-1)
+    count = int(same.long().cumprod(0).sum())
+    if int(same.sum()) != count:
+        raise PassError(
+            f"of the {len(same)} tokens at {first.name}, {int(same.sum())} do not depend on the image and only {count} "
+            "of them stand in front; only tokens in front can be protected from merging"
+        )
+    return count
+
+
+def _until(last: fx.Node) -> fx.Graph:
+    """A copy of the node's graph that ends with it."""
+    copied = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in last.graph.nodes:
+        values[node] = copied.node_copy(node, values.__getitem__)
+        if node is last:
+            break
+    copied.output(values[last])
+    return copied
+
+
+def check_laws(model: Model, sites: Sequence[Attention], protected: int) -> None:
+    """Raises PassError where what follows the first attention does not take its tokens for a weighted set."""
+    tokens = sites[0].tokens
+    backwards = torch.cat([torch.arange(protected), torch.arange(tokens - 1, protected - 1, -1)])
+
+    def apart(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+        return x, size
+
+    def reordered(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+        return x[:, backwards.to(x.device)], size
+
+    def doubled(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+        return x, torch.cat([size[:, :-1], 2 * size[:, -1:]], 1)
+
+    def repeated(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+        return torch.cat([x, x[:, -1:]], 1), torch.cat([size, size[:, -1:]], 1)
+
+    def outputs(merge: Merge) -> Tensor:
+        schedule = [1] + [0] * (len(sites) - 1)
+        with torch.no_grad():
+            # Not called: a call that fails prints its traceback.
+            result: Tensor = fx.Interpreter(merged(model.graph, schedule, protected, merge)).run(model.example)
+        return result
+
+    laws = (
+        (apart, reordered, "the outputs depend on the order of tokens (positions inside attention, windows, a grid)"),
+        (doubled, repeated, "a token of size two does not count as two (something does not weigh its tokens)"),
+    )
+    for one, other, broken in laws:
+        try:
+            difference = relative_difference(outputs(one).numpy(force=True), outputs(other).numpy(force=True))
+        except Exception as error:
+            raise PassError(
+                f"after {sites[0].name} the graph does not run on another number of tokens "
+                f"({(str(error).splitlines() or [type(error).__name__])[0]}); leave tome out"
+            ) from error
+        if not difference <= LAW_TOLERANCE:
+            raise PassError(
+                f"after {sites[0].name} {broken}: two forms that should agree differ by {difference:.1e} of the "
+                "outputs' size, so merged tokens would compute something else; leave tome out"
+            )
+
+
+# ---- the rewrite
+
+
+def merged(
+    graph: fx.GraphModule, schedule: Sequence[int], protected: int, merge: Merge = merge_tokens
+) -> fx.GraphModule:
+    """A graph on the same modules, with that many tokens merged after each site of `merging_sites`."""
+    return fx.GraphModule(graph, merged_nodes(graph, schedule, protected, merge), graph._get_name())
+
+
+def merged_nodes(
+    graph: fx.GraphModule, schedule: Sequence[int], protected: int, merge: Merge = merge_tokens
+) -> fx.Graph:
+    """The nodes of `merged`; those given are left as they were, and where nothing merges nothing is changed."""
+    nodes = copy.deepcopy(graph.graph)
+    if not any(schedule):
+        return nodes
+    modules = dict(graph.named_modules())
+    due = {site.total: r for site, r in zip(merging_sites(nodes, modules), schedule, strict=True)}
+    sites = {site.node: site for site in attentions(nodes, modules)}
+    tokens = next(iter(sites.values())).tokens
+    keys: dict[fx.Node, fx.Node] = {}  # of the attention that was added last to a sum
+    size: fx.Node | None = None
+    bias: fx.Node | None = None
+    for node in list(nodes.nodes):
+        if node in sites:
+            site = sites[node]
+            if site.total is not None:
+                keys[site.total] = site.keys
+            if size is not None:
+                bias = bias or _after(size, log_size, size)
+                _add_bias(site, bias)
+        elif size is not None and _is_token_mean(node, tokens, protected):
+            _weigh(node, size)
+        r = due.get(node, 0)
+        if r:
+            size, bias = _merge_after(node, size, keys[node], r, protected, merge), None
+    return nodes
+
+
+def _merge_after(total: fx.Node, size: fx.Node | None, keys: fx.Node, r: int, protected: int, merge: Merge) -> fx.Node:
+    """Puts a merge between a sum and its readers; the node of the sizes after it."""
+    size = size or _after(total, each_one, total)
+    both = _after(max(total, size), merge, total, size, keys, r, protected)
+    both.meta["nn_module_stack"] = total.meta.get("nn_module_stack", {})
+    tokens, sizes = _after(both, operator.getitem, both, 0), _after(both, operator.getitem, both, 1)
+    total.replace_all_uses_with(tokens, delete_user_cb=lambda user: user not in (both, size))
+    return sizes
+
+
+def _add_bias(site: Attention, bias: fx.Node) -> None:
+    """Adds sizes to the logits of an attention."""
+    node = site.node
+    if node.target is F.scaled_dot_product_attention:
+        if len(node.args) > 3:
+            node.args = (*node.args[:3], bias, *node.args[4:])
+        else:
+            node.kwargs = {**node.kwargs, "attn_mask": bias}
+        return
+    with node.graph.inserting_before(node):
+        logits = node.graph.call_function(torch.add, (node.args[0], bias))
+    node.args = (logits, *node.args[1:])
+
+
+def _is_token_mean(node: fx.Node, tokens: int, protected: int) -> bool:
+    """Whether a node takes the mean over all tokens, or over all that are not protected."""
+    if node.target not in MEANS or not node.args or len(shape_of(node.args[0])) != 3:
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    over = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    return over in (1, -2) and shape_of(node.args[0])[1] in (tokens, tokens - protected)
+
+
+def _weigh(node: fx.Node, size: fx.Node) -> None:
+    """Lets a mean over tokens count each as often as its size says."""
+    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    node.replace_all_uses_with(_after(node, mean_by_size, node.args[0], size, keepdim))
+    node.graph.erase_node(node)
+
+
+def _after(place: fx.Node, function: Callable[..., object], *args: fx.node.Argument) -> fx.Node:
+    """A new call behind a node."""
+    with place.graph.inserting_after(place):
+        return place.graph.call_function(function, args)

@@ -1,0 +1,183 @@
+"""One product as a model of its own, dense and native, timed in turns; and the shapes that products get in a file."""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from mpcompile.errors import BuildError, cause_of
+from mpcompile.measure.timing import Call, Speedup, Timing, sample, speedup, timing
+from mpcompile.runtimes.native.custom_op import CONV, OLDEST_OPSET
+from mpcompile.runtimes.native.onnx_rewrite import Product, replace
+from mpcompile.runtimes.native.packing import Packed
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDER = "CPUExecutionProvider"
+DEVICE = "cpu"
+BASELINE = "ONNX Runtime's dense kernel"
+BLOCK_MS = 2.0
+CALLS = 3  # to see how long one takes
+
+
+def measure(
+    product: Product,
+    made: Packed,
+    x: tuple[int, ...],
+    library: Path,
+    threads: int | None,
+    seconds: float,
+) -> tuple[Timing, Timing, Speedup]:
+    """The dense node's time, the operator's, and the speedup, in turns of as many calls as take BLOCK_MS.
+
+    Where the speedup's interval includes 1, as many rounds again are added, once: a busy moment is no verdict.
+    """
+    runs = {
+        "dense": one_node(dense_node(product), product, x, None, threads),
+        "native": one_node(native_node(product, made), product, x, library, threads),
+    }
+    repeats = _repeats(runs["dense"])
+    turns = {name: partial(_repeated, run, repeats) for name, run in runs.items()}
+    samples = sample(turns, seconds)
+    ratio = speedup(samples["dense"], samples["native"], BASELINE)
+    if ratio.interval[0] <= 1 <= ratio.interval[1]:
+        more = sample(turns, seconds)
+        samples = {name: np.concatenate([found, more[name]]) for name, found in samples.items()}
+        ratio = speedup(samples["dense"], samples["native"], BASELINE)
+    dense, sparse = (timing(samples[name] / repeats, x[0], DEVICE) for name in runs)
+    return dense, sparse, ratio
+
+
+def _repeats(run: Call) -> int:
+    """How many calls take BLOCK_MS: alone, a call of microseconds measures what else the machine does."""
+    run()
+    calls_ns = []
+    for _ in range(CALLS):  # one alone may have been stalled
+        started = time.perf_counter_ns()
+        run()
+        calls_ns.append(time.perf_counter_ns() - started)
+    return max(1, math.ceil(BLOCK_MS * 1e6 / max(min(calls_ns), 1)))
+
+
+def _repeated(run: Call, count: int) -> None:
+    for _ in range(count):
+        run()
+
+
+def dense_node(product: Product) -> onnx.ModelProto:
+    """The product as ONNX Runtime's own operators, as a model of x -> y."""
+    weight = product.weight
+    if product.op == CONV:
+        nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], kernel_shape=[1, 1])]
+        weight = weight[:, :, None, None]
+    else:
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["xw"]), helper.make_node("Add", ["xw", "b"], ["y"])]
+        weight = np.ascontiguousarray(weight.T)
+    stored = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(product.bias, "b")]
+    graph = helper.make_graph(nodes, "dense", [_float("x")], [_float("y")], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
+
+
+def native_node(product: Product, made: Packed) -> onnx.ModelProto:
+    """The product as the native operator, as a model of x -> y."""
+    whole = dense_node(product)
+    nodes = tuple(node.output[0] for node in whole.graph.node)
+    whole.graph.node[0].name = "product"
+    inner = Product(
+        product.layers, "product", product.op, "x", "y", nodes, product.initializer, product.pattern,
+        product.weight, product.bias,
+    )  # fmt: skip
+    return replace(whole, [inner], {inner.prefix: made})
+
+
+def _float(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+
+def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -> "onnxruntime.InferenceSession":
+    """A session on a model in memory."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
+
+
+class OneNode:
+    """A model of x -> y on one input, with its output's memory kept: only the node is timed."""
+
+    def __init__(self, model: onnx.ModelProto, library: Path | None, threads: int | None) -> None:
+        self._session = session(model, library, threads)
+        self._binding = self._session.io_binding()
+
+    def bind(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+        """Fixes the arrays that calls read and write."""
+        self._arrays = (x, y)
+        self._binding.bind_cpu_input("x", x)
+        self._binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+
+    def __call__(self) -> None:
+        """One run; the input was bound before."""
+        self._session.run_with_iobinding(self._binding)
+
+
+def one_node(
+    model: onnx.ModelProto, product: Product, x: tuple[int, ...], library: Path | None, threads: int | None
+) -> OneNode:
+    """A session on one node, bound to random input of shape x. Raises BuildError."""
+    try:
+        made = OneNode(model, library, threads)
+    except Exception as error:
+        raise BuildError(f"{product.name}: ONNX Runtime cannot load it as a model of its own: {error}") from error
+    axis = 1 if product.op == CONV else len(x) - 1
+    y = (*x[:axis], len(product.weight), *x[axis + 1 :])
+    made.bind(np.random.default_rng(0).standard_normal(x, dtype=np.float32), np.empty(y, np.float32))
+    return made
+
+
+def input_shapes(
+    file: onnx.ModelProto, products: Sequence[Product], images: NDArray[np.float32]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each product's input for such images: as the file says, or from a run where it leaves that open.
+
+    Raises BuildError where the file cannot be run.
+    """
+    known: dict[str, tuple[int, ...]] = {}
+    for value in (*file.graph.input, *file.graph.value_info):
+        sizes = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in sizes):
+            known[value.name] = tuple(size.dim_value for size in sizes)
+    wanted = {product.x for product in products}
+    if missing := sorted(wanted - set(known)):
+        known |= _shapes_of_a_run(file, missing, images)
+    return {name: known[name] for name in wanted}
+
+
+def _shapes_of_a_run(
+    file: onnx.ModelProto, names: Sequence[str], images: NDArray[np.float32]
+) -> dict[str, tuple[int, ...]]:
+    model = onnx.ModelProto()
+    model.CopyFrom(file)
+    inputs, outputs = {value.name for value in file.graph.input}, {value.name for value in file.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in inputs | outputs)
+    asked = [name for name in names if name not in inputs]
+    try:
+        found = session(model, None, None).run(asked, {file.graph.input[0].name: images})
+    except Exception as error:  # its own kinds, for which a file can give any reason
+        raise BuildError(
+            f"ONNX Runtime cannot run the file on images of shape {images.shape}: {cause_of(error)}"
+        ) from error
+    shapes = {name: tuple(array.shape) for name, array in zip(asked, found, strict=True)}
+    return {**shapes, **{name: tuple(images.shape) for name in names if name in inputs}}

@@ -1,0 +1,289 @@
+// mpcompile::NMGemm and NMConv for ONNX Runtime: y = x W^T + bias, where W is N:M and comes as streams (nm_gemm.h).
+//
+// Inputs: x, and as constants values, places, common, order, bias. Attributes: rows, columns, share, block, chunk.
+// NMGemm takes x as (..., columns), NMConv, a 1x1 convolution, as (images, columns, ...).
+// Zero weights are not in the streams, so nothing is multiplied by them: 0 * inf and 0 * NaN are not formed, where a
+// dense product would spread NaN.
+#include <atomic>
+#include <cstdio>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <new>
+
+#include "ort_c_api.h"
+#include "tile_scheduler.h"
+
+namespace mpcompile {
+namespace {
+
+using Api = const void* const*;
+constexpr size_t INPUTS = 6, MOST_DIMENSIONS = 8;
+constexpr int INPUT_TYPES[INPUTS] = {ort::FLOAT, ort::FLOAT, ort::UINT16, ort::UINT16, ort::INT32, ort::FLOAT};
+const char* const INPUT_NAMES[INPUTS] = {"x", "values", "places", "common", "order", "bias"};
+
+struct Shape {
+    int64_t sizes[MOST_DIMENSIONS];
+    size_t count;
+
+    int64_t product(size_t begin, size_t end) const {
+        int64_t result = 1;
+        for (size_t i = begin; i < end; i++) result *= sizes[i];
+        return result;
+    }
+};
+
+struct Operator {
+    Api api;
+    const Kernel* kernel;
+    Weights weights;  // its pointers are those of a call
+    bool channels_first;
+    std::once_flag few;
+    Strips* strips = nullptr;
+
+    ~Operator() { free_strips(strips); }
+};
+
+// The weights in the layout for few tokens, made where they first come; null where the other layout is as good, and
+// where there is no memory for a second one.
+const Strips* strips_for(Operator& op, const Weights& w, int64_t tokens) {
+    const Few& few = *op.kernel->few;
+    if (tokens > few.most[w.share]) return nullptr;
+    std::call_once(op.few, [&] { op.strips = make_strips(w, few.permutes); });
+    return op.strips;
+}
+
+extern const OrtCustomOp NM_GEMM, NM_CONV;
+
+OrtStatus* shape_of(Api api, const OrtValue* value, Shape& shape) {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    if (OrtStatus* failed = ort::GetTensorTypeAndShape::call(api, value, &info)) return failed;
+    OrtStatus* failed = ort::GetDimensionsCount::call(api, info, &shape.count);
+    if (!failed && shape.count > MOST_DIMENSIONS)
+        failed = ort::CreateStatus::call(api, ort::INVALID_ARGUMENT, "NMGemm: x has more than 8 dimensions");
+    if (!failed) failed = ort::GetDimensions::call(api, info, shape.sizes, shape.count);
+    ort::ReleaseTensorTypeAndShapeInfo::call(api, info);
+    return failed;
+}
+
+template <typename T>
+OrtStatus* data_of(Api api, const OrtValue* value, const T*& data) {
+    void* found = nullptr;
+    OrtStatus* failed = ort::GetTensorMutableData::call(api, const_cast<OrtValue*>(value), &found);
+    data = static_cast<const T*>(found);
+    return failed;
+}
+
+OrtStatus* refuse(Api api, const char* what, size_t input) {
+    char text[160];
+    snprintf(text, sizeof text, "NMGemm: input %s %s", INPUT_NAMES[input], what);
+    return ort::CreateStatus::call(api, ort::INVALID_GRAPH, text);
+}
+
+// Why the sizes cannot be, or null. Everything that the kernel computes addresses from is bounded here or in `checked`.
+const char* impossible(const Weights& w) {
+    if (w.share != 1 && w.share != 2 && w.share != 4) return "NMGemm: share is 1, 2 or 4";
+    if (w.rows < 1 || w.rows > INT32_MAX - 64) return "NMGemm: rows";
+    if (w.columns < 1 || w.columns > INT32_MAX) return "NMGemm: columns";
+    if (w.block < 1 || w.block >= UINT16_MAX) return "NMGemm: block";
+    if (w.chunk < 4 || w.chunk % 4 || w.chunk > INT32_MAX - 64) return "NMGemm: chunk is a multiple of 4";
+    return nullptr;
+}
+
+bool is_shape(const Shape& shape, const int64_t* wanted, size_t count) {
+    if (shape.count != count) return false;
+    for (size_t i = 0; i < count; i++)
+        if (shape.sizes[i] != wanted[i]) return false;
+    return true;
+}
+
+// Whether each block names every row once: a row that none computes would be what the memory last held.
+bool names_each_row_once(const Weights& w, const int32_t* order) {
+    const std::unique_ptr<int64_t[]> named(new (std::nothrow) int64_t[size_t(w.rows)]());
+    if (!named) return false;
+    const int64_t size = w.units * w.unit_rows();
+    int64_t none = 0;
+    for (int64_t i = 0; i < w.blocks * size; i++) {
+        const int64_t row = order[i], block = i / size + 1;
+        if (row == w.rows) {
+            none++;
+            continue;
+        }
+        if (named[size_t(row)] == block) return false;
+        named[size_t(row)] = block;
+    }
+    return none == w.blocks * (size - w.rows);
+}
+
+// Whether every place and every row that the streams name exists.
+bool in_bounds(const Weights& w, size_t input, const void* data, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        if (input == 2 && static_cast<const uint16_t*>(data)[i] > w.block) return false;
+        if (input == 3 && static_cast<const uint16_t*>(data)[i] > w.steps) return false;
+        if (input == 4) {
+            const int64_t row = static_cast<const int32_t*>(data)[i], place = i % (w.units * w.unit_rows());
+            const int64_t first = place / w.chunk * w.chunk, last = first + w.chunk < w.rows ? first + w.chunk : w.rows;
+            const bool none = row == w.rows && w.rows - first <= w.chunk;  // a unit's last row may be missing
+            if (!none && (row < first || row >= last)) return false;
+        }
+    }
+    return true;
+}
+
+// The weights, looked through once when the session is made.
+OrtStatus* checked(Operator& op, const OrtKernelInfo* info) {
+    Weights& w = op.weights;
+    if (const char* why = impossible(w)) return ort::CreateStatus::call(op.api, ort::INVALID_GRAPH, why);
+    w.blocks = (w.columns + w.block - 1) / w.block;
+    w.units = (w.rows + w.unit_rows() - 1) / w.unit_rows();
+    for (size_t input = 1; input < INPUTS; input++) {
+        int constant = 0;
+        const OrtValue* value = nullptr;
+        if (OrtStatus* failed = ort::GetConstantInput::call(op.api, info, input, &constant, &value)) return failed;
+        if (!constant || !value) return refuse(op.api, "is not a constant", input);
+        Shape shape{};
+        if (OrtStatus* failed = shape_of(op.api, value, shape)) return failed;
+        if (input == 1) w.steps = shape.count == 4 ? shape.sizes[2] : -1;
+        const int64_t sizes[INPUTS][4] = {{},
+                                          {w.blocks, w.units, w.steps, w.unit_rows()},
+                                          {w.blocks, w.units, w.steps, w.unit_places()},
+                                          {w.blocks, w.units},
+                                          {w.blocks, w.units, w.unit_rows()},
+                                          {w.rows}};
+        const size_t dimensions[INPUTS] = {0, 4, 4, 2, 3, 1};
+        if (!is_shape(shape, sizes[input], dimensions[input])) return refuse(op.api, "has another shape", input);
+        const void* data = nullptr;
+        if (OrtStatus* failed = data_of(op.api, value, data)) return failed;
+        if (!in_bounds(w, input, data, shape.product(0, shape.count))) return refuse(op.api, "is out of bounds", input);
+        if (input == 4 && !names_each_row_once(w, static_cast<const int32_t*>(data)))
+            return refuse(op.api, "does not name each row once", input);
+    }
+    return nullptr;
+}
+
+OrtStatus* create(const OrtCustomOp* self, Api api, const OrtKernelInfo* info, void** made) {
+    const Kernel* kernels[4];
+    supported_kernels(kernels);
+    Operator* op = new (std::nothrow) Operator{api, kernels[0], {}, self == &NM_CONV, {}};
+    if (!op) return ort::CreateStatus::call(api, ort::FAIL, "NMGemm: out of memory");
+    const struct {
+        const char* name;
+        int64_t* value;
+    } attributes[] = {{"rows", &op->weights.rows},   {"columns", &op->weights.columns}, {"share", &op->weights.share},
+                      {"block", &op->weights.block},   {"chunk", &op->weights.chunk}};
+    OrtStatus* failed = nullptr;
+    for (const auto& attribute : attributes)
+        if (!failed) failed = ort::GetAttributeInt::call(api, info, attribute.name, attribute.value);
+    if (!failed) failed = checked(*op, info);
+    if (failed) {
+        delete op;
+        return failed;
+    }
+    *made = op;
+    return nullptr;
+}
+
+// What the threads of ONNX Runtime's pool share in one call.
+struct Call {
+    const Work& work;
+    std::atomic<bool> failed{false};
+};
+
+void run_item(void* call, size_t item) {
+    Call& mine = *static_cast<Call*>(call);
+    if (!mine.work.run(int64_t(item))) mine.failed = true;
+}
+
+OrtStatus* compute(void* kernel, OrtKernelContext* context) {
+    Operator& op = *static_cast<Operator*>(kernel);
+    Weights w = op.weights;
+    const OrtValue* inputs[INPUTS];
+    for (size_t i = 0; i < INPUTS; i++)
+        if (OrtStatus* failed = ort::GetInput::call(op.api, context, i, &inputs[i])) return failed;
+    Activations a{};
+    if (OrtStatus* failed = data_of(op.api, inputs[0], a.x)) return failed;
+    if (OrtStatus* failed = data_of(op.api, inputs[1], w.values)) return failed;
+    if (OrtStatus* failed = data_of(op.api, inputs[2], w.places)) return failed;
+    if (OrtStatus* failed = data_of(op.api, inputs[3], w.common)) return failed;
+    if (OrtStatus* failed = data_of(op.api, inputs[4], w.order)) return failed;
+    if (OrtStatus* failed = data_of(op.api, inputs[5], w.bias)) return failed;
+    Shape shape{};
+    if (OrtStatus* failed = shape_of(op.api, inputs[0], shape)) return failed;
+    const size_t axis = op.channels_first ? 1 : shape.count - 1;
+    if (shape.count < (op.channels_first ? 3 : 1) || shape.sizes[axis] != w.columns)
+        return refuse(op.api, "has another number of input channels than the weights", 0);
+    a.pixels = op.channels_first ? shape.product(2, shape.count) : 0;
+    a.tokens = shape.product(0, axis) * (op.channels_first ? a.pixels : 1);
+    shape.sizes[axis] = w.rows;
+    OrtValue* output = nullptr;
+    if (OrtStatus* failed = ort::GetOutput::call(op.api, context, 0, shape.sizes, shape.count, &output)) return failed;
+    const float* y = nullptr;
+    if (OrtStatus* failed = data_of(op.api, output, y)) return failed;
+    a.y = const_cast<float*>(y);
+    if (a.tokens == 0) return nullptr;
+    const Work work(*op.kernel, w, a, strips_for(op, w, a.tokens));
+    Call call{work};
+    OrtStatus* failed = ort::ParallelFor::call(op.api, context, run_item, size_t(work.items()), 0, &call);
+    if (failed) return failed;
+    return call.failed ? ort::CreateStatus::call(op.api, ort::FAIL, "NMGemm: out of memory") : nullptr;
+}
+
+constexpr OrtCustomOp named(const char* (*name)(const OrtCustomOp*)) {
+    return {
+        ort::CUSTOM_OP_VERSION,
+        nullptr,
+        name,
+        [](const OrtCustomOp*) { return "CPUExecutionProvider"; },
+        [](const OrtCustomOp*, size_t input) { return INPUT_TYPES[input]; },
+        [](const OrtCustomOp*) { return INPUTS; },
+        [](const OrtCustomOp*, size_t) { return int(ort::FLOAT); },
+        [](const OrtCustomOp*) { return size_t(1); },
+        nullptr,
+        [](void* kernel) { delete static_cast<Operator*>(kernel); },
+        [](const OrtCustomOp*, size_t) { return 0; },
+        [](const OrtCustomOp*, size_t) { return 0; },
+        [](const OrtCustomOp*, size_t) { return 0; },
+        [](const OrtCustomOp*) { return 0; },
+        [](const OrtCustomOp*) { return 1; },
+        [](const OrtCustomOp*) { return 0; },
+        [](const OrtCustomOp*) { return 1; },
+        create,
+        compute,
+        {},
+    };
+}
+
+const OrtCustomOp NM_GEMM = named([](const OrtCustomOp*) { return "NMGemm"; });
+const OrtCustomOp NM_CONV = named([](const OrtCustomOp*) { return "NMConv"; });
+
+// One domain for the life of the process: sessions keep pointing at it. The library is linked so that it stays loaded.
+struct Domain {
+    OrtCustomOpDomain* made = nullptr;
+    OrtStatus* failed = nullptr;
+
+    explicit Domain(Api api) {
+        failed = ort::CreateCustomOpDomain::call(api, "mpcompile", &made);
+        for (const OrtCustomOp* op : {&NM_GEMM, &NM_CONV})
+            if (!failed) failed = ort::CustomOpDomainAdd::call(api, made, op);
+    }
+};
+
+}  // namespace
+}  // namespace mpcompile
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                              const OrtApiBase* base) {
+    using namespace mpcompile;
+    const void* const* api = base->GetApi(ort::API_VERSION);
+    if (!api) return nullptr;  // older than 1.17: no status can be made; the session then finds no such operator
+    static const Domain domain(api);
+    if (domain.failed) return ort::CreateStatus::call(api, ort::FAIL, "mpcompile: the operator cannot be registered");
+    return ort::AddCustomOpDomain::call(api, options, domain.made);
+}
+
+// The instruction set that calls will use, for reports.
+extern "C" __attribute__((visibility("default"))) const char* mpcompile_kernel() {
+    const mpcompile::Kernel* kernels[4];
+    mpcompile::supported_kernels(kernels);
+    return kernels[0]->name;
+}

@@ -1,0 +1,6 @@
+"""ONNX Runtime on the CPU and on an NVIDIA GPU."""
+
+from mpcompile.runtimes.ort.cpu import OnnxRuntime
+from mpcompile.runtimes.ort.cuda import OnnxRuntimeCuda
+
+__all__ = ["OnnxRuntime", "OnnxRuntimeCuda"]

@@ -1,0 +1,83 @@
+"""ONNX Runtime on the CPU with the project's N:M kernel where that was measured to be faster.
+
+The file that runs is the model's own with native operators in place of some products. It is written beside it as
+`….native.onnx`: any ONNX Runtime runs it, since each operator has a body of plain ONNX, and one that has the kernel's
+library registered runs it fast.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mpcompile.export.mask_check import ProvenMask
+from mpcompile.export.onnx_export import INLINE_LIMIT_BYTES, Exported
+from mpcompile.measure.layer_verdict import LayerVerdict
+from mpcompile.runtimes import native
+from mpcompile.runtimes.native.kernel_selection import Choice, accelerate
+from mpcompile.runtimes.ort.session import OrtEngine, native_file, session_on
+from mpcompile.runtimes.protocol import Build
+
+
+@dataclass(frozen=True)
+class NMEngine(OrtEngine):
+    """One session, and what was measured for each masked product."""
+
+    choices: tuple[Choice, ...]
+
+    def judged(
+        self,
+        verdicts: Sequence[LayerVerdict],
+        masks: Sequence[ProvenMask],
+        images: NDArray[np.float32],
+        unused: object = None,
+    ) -> tuple[LayerVerdict, ...]:
+        """A row a masked layer, from what was measured when the engine was built."""
+        stored = {mask.layer: mask for mask in masks}
+        kernel = f"NMGemm, {native.instruction_set()}"
+        rows = []
+        for choice in self.choices:
+            for layer in choice.layers:
+                mask = stored[layer]
+                rows.append(
+                    LayerVerdict(
+                        layer=layer,
+                        initializer=mask.initializer,
+                        op=mask.op,
+                        pattern=mask.pattern,
+                        eligible=choice.dense is not None,
+                        rule="measured" if choice.dense is not None else "kernel",
+                        reason=choice.reason,
+                        chosen=choice.native,
+                        kernel=kernel if choice.native else None,
+                        dense_ms=choice.dense.p50_ms if choice.dense else None,
+                        sparse_ms=choice.sparse.p50_ms if choice.sparse else None,
+                    )
+                )
+        return tuple(rows)
+
+
+def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
+    """The engine, choosing for the smallest batch that it will run, convolutions for the largest too.
+
+    Raises BuildError.
+    """
+    rng = np.random.default_rng(0)
+    sizes = [exported.batch] if exported.batch else sorted({min(build.batches), max(build.batches)})
+    smallest, *also = (rng.standard_normal((size, *exported.image_shape)).astype(np.float32) for size in sizes)
+    made = accelerate(onnx.load(exported.onnx), exported.masks, library, smallest, build.threads, also=also)
+    if not made.count:
+        return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, made.choices)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = native_file((build.folder or Path(temporary)) / exported.onnx.name)
+        onnx.save_model(
+            made.file,
+            path,
+            save_as_external_data=made.file.ByteSize() > INLINE_LIMIT_BYTES,
+            location=f"{path.name}.data",
+        )
+        return NMEngine(session_on(path, build.threads, library).session, path, made.choices)

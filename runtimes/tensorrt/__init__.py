@@ -1,0 +1,6 @@
+"""TensorRT 10 and 11, and TensorRT for RTX."""
+
+from mpcompile.runtimes.tensorrt.rtx import TensorRTForRTX
+from mpcompile.runtimes.tensorrt.target import TensorRT
+
+__all__ = ["TensorRT", "TensorRTForRTX"]

@@ -1,0 +1,188 @@
+"""TensorRT for RTX: NVIDIA's parser and compiler, which make real plans without a GPU. Target `rtx`.
+
+Its plans are not TensorRT plans: the application that ships with TensorRT for RTX loads them, for the compute
+capabilities that they were compiled for. What it is used for here is to prove, on any machine, that NVIDIA's software
+takes the graph, what it fuses, and that the masked weights are in what it makes. No sparse speedup is claimed from it:
+its plans are the same, byte by byte, with the sparsity flag and without.
+
+The layers come out of the compiler's log, since nothing can be deserialised without a driver.
+"""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from mpcompile.errors import BuildError, RuntimeMissing
+from mpcompile.export.mask_check import file_weights
+from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.runtimes.protocol import Build, Engine, Prepared, WithoutKernels
+from mpcompile.runtimes.tensorrt.logs import EngineLayer, dumped, kept_logger
+from mpcompile.runtimes.tensorrt.rules import refusals
+from mpcompile.system.hashing import file_sha256
+
+log = logging.getLogger(__name__)
+
+CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")  # A100, A40 and RTX 30, RTX 40, RTX 50; there is no SM90
+NO_RUN = (
+    "A plan of TensorRT for RTX was compiled and cannot run here: the application that ships the runtime loads it. "
+    "It is no TensorRT plan, and no speed is claimed from it"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled plan, its fused layers, and the initializers whose numbers are all in it."""
+
+    data: bytes = field(repr=False)
+    capabilities: tuple[str, ...]
+    layers: tuple[EngineLayer, ...]
+    found: frozenset[str]
+
+    @property
+    def attentions(self) -> int:
+        """How many attentions run as one kernel."""
+        return sum(layer.attention for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class TensorRTForRTX(WithoutKernels):
+    """Target `rtx`. `capabilities` are those that a plan is compiled for."""
+
+    name: ClassVar[str] = "rtx"
+    offline: ClassVar[bool] = False
+
+    capabilities: tuple[str, ...] = CAPABILITIES
+
+    def missing(self) -> str | None:
+        """What to install, or None. No GPU is needed."""
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            return "tensorrt-rtx is not installed: pip install 'mpcompile[rtx]' (NVIDIA's licence, 340 MB)"
+        return None
+
+    def idle(self) -> str | None:
+        """Plans are compiled and not run."""
+        return NO_RUN
+
+    def refuses(self, precision: str, threads: int | None) -> str | None:
+        """It compiles any precision; threads are nothing that a plan has."""
+        return None if threads is None else "threads are those of a CPU; leave --threads out"
+
+    def versions(self) -> Mapping[str, str]:
+        """The compiler's own word."""
+        return {"tensorrt-rtx": _bindings().__version__}
+
+    def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
+        """The plan, written into `folder` with what is known of it beside it. Raises RuntimeMissing or BuildError."""
+        file = onnx.load(exported.onnx)
+        try:
+            plan = compiled(exported.onnx, self.capabilities, build.profile(exported))
+        except BuildError as error:
+            reasons = [str(refusal) for refusal in refusals(file)]
+            raise BuildError("; ".join([str(error), *reasons])) from error
+        version = self.versions()["tensorrt-rtx"]
+        targets = "+".join(name.removeprefix("SM") for name in plan.capabilities)
+        stem = f"{build.spelt(exported)}-rtx{version}-sm{targets}"
+        path = folder / f"{stem}.engine"
+        path.write_bytes(plan.data)
+        masked = {mask.initializer for mask in exported.masks}
+        sidecar = {
+            "onnx": exported.onnx.name,
+            "onnx_sha256": file_sha256(exported.onnx),
+            "sha256": file_sha256(path),
+            "tensorrt-rtx": version,
+            "compute_capabilities": plan.capabilities,
+            "attentions_in_one_kernel": plan.attentions,
+            "masked_weights_found": sorted(masked & plan.found),
+            "masked_weights_not_found": sorted(masked - plan.found),
+            "layers": [asdict(layer) for layer in plan.layers],
+        }
+        (folder / f"{stem}.json").write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+        notes = [
+            f"{exported.onnx.name} compiles for {', '.join(plan.capabilities)}: {len(plan.layers)} layers, "
+            f"{plan.attentions} attentions in one kernel each"
+        ]
+        if masked:
+            notes.append(
+                f"{len(masked & plan.found)} of its {len(masked)} masked weights are in the plan, every number, as "
+                "stored or with their axes reordered" + ("; the others were not found" if masked - plan.found else "")
+            )
+        return Prepared(notes=tuple(notes))
+
+    def build(self, exported: Exported, build: Build) -> Engine:
+        """Nothing: see `idle`. Raises BuildError."""
+        raise BuildError(NO_RUN)
+
+
+def compiled(file: Path, capabilities: Sequence[str], profile: tuple[tuple[int, ...], ...] | None = None) -> Plan:
+    """The plan of an ONNX file for these compute capabilities. `profile` are the smallest, usual and largest shape of
+    the images where the batch is free. Raises RuntimeMissing or BuildError.
+    """
+    trt = _bindings()
+    logger = kept_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        told = "; ".join(f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors)
+        raise BuildError(f"TensorRT for RTX {trt.__version__} does not take {file.name}: {told}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = len(capabilities)
+    for place, name in enumerate(capabilities):
+        known = getattr(trt.ComputeCapability, name, None)
+        if known is None:
+            raise BuildError(f"TensorRT for RTX {trt.__version__} does not compile for {name}")
+        config.set_compute_capability(known, place)
+    if profile is not None:
+        shapes = builder.create_optimization_profile()
+        shapes.set_shape(INPUT, *profile)
+        config.add_optimization_profile(shapes)
+    # No timing cache: asking for one makes it look for a GPU.
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(
+            f"TensorRT for RTX {trt.__version__} cannot compile {file.name} for {', '.join(capabilities)}: "
+            f"{logger.errors() or 'it does not say why'}"
+        )
+    data = bytes(plan)
+    return Plan(data, tuple(capabilities), tuple(dumped(logger.text())), found_in(data, onnx.load(file)))
+
+
+def found_in(plan: bytes, file: onnx.ModelProto) -> frozenset[str]:
+    """The constant weights of a file whose bytes are in a plan, as stored or in one of the orders of `_orders`."""
+    stored = {tensor.name: tensor for tensor in file.graph.initializer}
+    names = {weight.initializer for weight in file_weights(file)}
+    return frozenset(
+        name for name in names if any(order.tobytes() in plan for order in _orders(numpy_helper.to_array(stored[name])))
+    )
+
+
+def _orders(values: NDArray[Any]) -> Iterable[NDArray[Any]]:
+    """A weight as stored, turned, and with the input channels last, as tensor cores read them."""
+    yield values
+    if values.ndim == 2:
+        yield np.ascontiguousarray(values.T)
+    if values.ndim == 4:
+        yield np.ascontiguousarray(values.transpose(0, 2, 3, 1))
+        yield np.ascontiguousarray(values.transpose(2, 3, 1, 0))
+
+
+def _bindings() -> Any:
+    """The module tensorrt_rtx. Raises RuntimeMissing."""
+    try:
+        import tensorrt_rtx
+    except ImportError as error:
+        raise RuntimeMissing(
+            TensorRTForRTX().missing() or f"tensorrt_rtx is installed and does not import: {error}"
+        ) from error
+    return tensorrt_rtx

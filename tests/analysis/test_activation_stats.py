@@ -1,0 +1,113 @@
+"""Scales of inputs: against the layer's inputs taken by hand, and the layout on weights of grouped convolutions."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpcompile.analysis.activation_stats import input_scales, per_weight, unexplained_scales
+from mpcompile.analysis.layer_interpreter import Watcher
+from mpcompile.data.images import Split
+from mpcompile.data.npz import ArrayImages
+from mpcompile.frontend.capture import capture
+from mpcompile.ir.model import Model
+from mpcompile.system.progress import listening
+from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_source
+
+
+def images(count: int = 40) -> Split:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, 8, 8, 1), np.uint8)
+    data = ArrayImages(pixels, np.zeros(count, np.int64), 10, torch.tensor([0.5]), torch.tensor([0.5]))
+    return Split(data, tuple(range(count)), labelled=True)
+
+
+def test_scales_are_root_mean_squares_over_every_image() -> None:
+    model, split = tiny_mlp(), images()
+    found = input_scales(model, split)
+    x = torch.cat([batch for batch, _ in split.batches()])
+    stem, hidden = model.layer("stem"), model.layer("hidden")
+    assert isinstance(stem, nn.Linear)
+    first = F.gelu(stem(x.flatten(1)))
+    # float32 forward passes in other batch sizes.
+    torch.testing.assert_close(found["hidden"], first.double().square().mean(0).sqrt(), rtol=1e-5, atol=0)
+    assert found["hidden"].dtype == torch.float64
+    second = F.gelu(hidden(first))
+    torch.testing.assert_close(found["head"], second.double().square().mean(0).sqrt(), rtol=1e-5, atol=0)
+
+
+def test_convolutions_have_a_scale_a_channel_and_groups_their_own() -> None:
+    model = tiny_cnn()
+    found = input_scales(model, images())
+    layer = model.layer("grouped")
+    assert found["grouped"].shape == (16,)
+    laid = per_weight(layer, found["grouped"])
+    assert laid.shape == layer.weight.shape
+    assert torch.equal(laid[0, :, 0, 0], found["grouped"][:8])
+    assert torch.equal(laid[-1, :, 0, 0], found["grouped"][8:])
+
+
+@pytest.mark.parametrize(("make", "name", "groups"), [(tiny_mlp, "hidden", 1), (tiny_cnn, "grouped", 2)])
+def test_what_others_do_not_tell_is_the_residual_of_a_regression(
+    make: Callable[[], Model], name: str, groups: int
+) -> None:
+    model, split = make(), images()
+    seen: list[torch.Tensor] = []
+    Watcher(model.graph, lambda n, layer, x, y: seen.append(x.detach()) if n == name else None).run(split.first(40))
+    x = seen[0].double()
+    rows = (x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)).numpy()
+    # As many rows as are taken in before there are enough: whole batches of 32 images.
+    per = rows.shape[1] // groups
+    rows = rows[: len(rows) * 32 // 40] if len(rows) * 32 // 40 >= 16 * per else rows
+    found = unexplained_scales(model, split)[name].numpy()
+    for group in range(groups):
+        own = rows[:, group * per : (group + 1) * per] - rows[:, group * per : (group + 1) * per].mean(0)
+        pull = 0.02 * np.square(own).mean() * len(own)
+        for channel in range(per):
+            others = np.delete(own, channel, axis=1)
+            told = np.linalg.solve(others.T @ others + pull * np.eye(per - 1), others.T @ own[:, channel])
+            # The ridge residual with its pull: 1 / [(C + λI)⁻¹]_cc by block inversion.
+            left = own[:, channel] @ own[:, channel] + pull - own[:, channel] @ others @ told
+            assert found[group * per + channel] == pytest.approx(np.sqrt(left / len(own)), rel=1e-4)  # float32
+
+
+def test_a_channel_that_never_varies_and_a_layer_whose_inputs_never_do() -> None:
+    class Still(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            with torch.no_grad():
+                self.stem.weight[:4] = 0
+                self.body.weight.zero_()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(self.stem(x.flatten(1))))  # type: ignore[no-any-return]
+
+    found = unexplained_scales(capture(Still().eval(), tiny_source()), images())
+    assert all(bool(value.isfinite().all()) for value in found.values())
+    assert float(found["body"][:4].max()) < float(found["body"][4:].min())
+
+
+def test_fetched_weights_are_seen() -> None:
+    class Fetched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(64, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(F.linear(x.flatten(1), self.stem.weight))  # type: ignore[no-any-return]
+
+    found = input_scales(capture(Fetched(), tiny_source()), images())
+    assert found["stem"].shape == (64,)
+
+
+def test_progress_is_told_to_the_one_who_listens() -> None:
+    heard: list[tuple[str, int, int]] = []
+    with listening(lambda what, done, total: heard.append((what, done, total))):
+        input_scales(tiny_mlp(), images(40))
+    assert heard == [("image 0", 0, 2), ("image 32", 1, 2)]
+    input_scales(tiny_mlp(), images(40))
+    assert len(heard) == 2

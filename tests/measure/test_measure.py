@@ -1,0 +1,159 @@
+"""Timing, evaluation and parity: the figures against plain NumPy, and what they refuse."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mpcompile.data.images import Split
+from mpcompile.errors import ParityError
+from mpcompile.ir.parity import relative_difference, require_parity
+from mpcompile.measure.accuracy import Turned, accuracy, compare
+from mpcompile.measure.timing import ROUNDS, WARM_UP, Speedup, median_interval, sample, speedup, timing
+
+
+class Listed:
+    """Images in a list."""
+
+    def __init__(self, count: int, classes: int = 4) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(count, 1, 2, 2, generator=rng)
+        self.labels = torch.randint(0, classes, (count,), generator=rng)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pixels[index], int(self.labels[index])
+
+
+def test_engines_take_turns_and_the_turn_is_reversed() -> None:
+    calls: list[str] = []
+    runs = {name: partial(calls.append, name) for name in ("a", "b")}
+    samples = sample(runs, seconds=0.0)
+    assert {len(values) for values in samples.values()} == {ROUNDS[0]}
+    assert calls[2 * WARM_UP :][:8] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert calls.count("a") == calls.count("b") == WARM_UP + ROUNDS[0]
+
+
+class Clock:
+    """A clock that only calls advance; it stands for `time` in mpcompile.measure.timing."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now_ns
+
+    def perf_counter(self) -> float:
+        return self.now_ns / 1e9
+
+    def advance(self, ms: int) -> None:
+        """A call that takes so long."""
+        self.now_ns += ms * 1_000_000
+
+
+def test_a_slower_engine_is_told_from_a_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("mpcompile.measure.timing.time", clock)
+    samples = sample({"fast": partial(clock.advance, 1), "slow": partial(clock.advance, 4)}, seconds=0.1)
+    assert {name: set(values) for name, values in samples.items()} == {"fast": {1.0}, "slow": {4.0}}
+    assert len(samples["fast"]) == 20  # rounds of 5 ms in 0.1 s
+    found = speedup(samples["slow"], samples["fast"], "slow")
+    assert found == Speedup(4.0, (4.0, 4.0), 20, "slow")
+    assert found.told
+    assert not speedup(samples["slow"], samples["slow"], "slow").told
+
+
+def test_summary_is_percentiles_in_milliseconds() -> None:
+    values = np.arange(1.0, 101.0)
+    found = timing(values, batch=8, device="cpu")
+    assert (found.p50_ms, found.count, found.batch) == (50.5, 100, 8)
+    assert found.p50_ms < found.p90_ms < found.p99_ms
+    assert found.interval_ms[0] < 50.5 < found.interval_ms[1]
+
+
+def test_interval_covers_the_median_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered = sum(low <= 0 <= high for low, high in (median_interval(rng.standard_normal(40), s) for s in range(200)))
+    # 95 % nominal; 200 draws have a standard deviation of 1.5 points, and the bootstrap is a little narrow at n = 40.
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_accuracy_against_counting_by_hand() -> None:
+    logits = np.array([[0, 1, 2, 3, 4, 5.0], [5, 4, 3, 2, 1, 0], [1, 1, 0, 0, 0, 0]], np.float32)
+    found = accuracy(logits, np.array([5, 5, 1]))
+    assert (found.top1, found.top5, found.count) == (1 / 3, 2 / 3, 3)  # in the tie, index 0 is first
+    assert accuracy(logits[:, :5], np.array([4, 0, 0])).top5 is None
+
+
+def test_comparison_counts_every_image_once() -> None:
+    images = Listed(150)
+    weight = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+
+    def dense(pixels: np.ndarray) -> np.ndarray:
+        return pixels.reshape(len(pixels), -1) @ weight
+
+    def other(pixels: np.ndarray) -> np.ndarray:
+        return dense(pixels) + np.array([0.5, 0, 0, 0], np.float32)
+
+    found = compare(dense, other, Split(images, tuple(range(150)), labelled=True))
+    logits = dense(images.pixels.numpy())
+    assert found.count == 150
+    assert found.dense is not None
+    assert found.dense.top1 == float((logits.argmax(1) == images.labels.numpy()).mean())
+    assert found.agreement == float((logits.argmax(1) == other(images.pixels.numpy()).argmax(1)).mean())
+    # A constant shift of half a logit, to float32 rounding.
+    assert found.logit_shift_mean == pytest.approx(0.5, abs=1e-6)
+    assert found.logit_shift_max == pytest.approx(0.5, abs=1e-6)
+    assert found.logit_range == pytest.approx(float(np.ptp(logits, axis=1).mean()), rel=1e-6)
+    sides = [(side(images.pixels.numpy()).argmax(1) == images.labels.numpy()).tolist() for side in (dense, other)]
+    turned = [after - before for before, after in zip(*sides, strict=True)]
+    assert found.turned is not None
+    assert (found.turned.right, found.turned.wrong) == (turned.count(1), turned.count(-1))
+    assert found.turned.right + found.turned.wrong > 0
+
+
+@pytest.mark.parametrize(("right", "wrong"), [(0, 0), (1, 0), (0, 5), (0, 6), (3, 14), (20, 33), (31, 30)])
+def test_chance_turns_answers_either_way(right: int, wrong: int) -> None:
+    one = np.array([False] * right + [True] * wrong + [True, False])
+    other = np.array([True] * right + [False] * wrong + [True, False])
+    found = Turned.between(one, other)
+    assert (found.right, found.wrong) == (right, wrong)
+    tail = sum(math.comb(right + wrong, k) for k in range(min(right, wrong) + 1)) / 2 ** (right + wrong)
+    assert found.chance == pytest.approx(min(1, 2 * tail), rel=1e-12)
+    assert ("seldom makes" in str(found)) == (found.chance < 0.05)
+
+
+def test_without_labels_there_is_agreement_and_no_accuracy() -> None:
+    found = compare(
+        lambda x: x.reshape(len(x), -1), lambda x: x.reshape(len(x), -1), Split(Listed(3), (0, 1, 2), False)
+    )
+    assert (found.dense, found.compressed, found.agreement) == (None, None, 1.0)
+
+
+def test_outputs_that_are_not_finite_stop_an_evaluation() -> None:
+    with pytest.raises(ParityError, match="the compressed model returns numbers that are not finite"):
+        compare(
+            lambda x: x.reshape(len(x), -1),
+            lambda x: x.reshape(len(x), -1) * np.float32(np.inf),
+            Split(Listed(3), (0,), False),
+        )
+
+
+def test_parity_is_relative_to_the_largest_output() -> None:
+    expected = np.array([[100.0, -200.0]])
+    assert relative_difference(expected, expected + 0.2) == pytest.approx(1e-3)
+    assert relative_difference(np.zeros((1, 2)), np.zeros((1, 2))) == 0
+    assert relative_difference(expected, np.full((1, 2), np.nan)) == float("inf")
+    assert require_parity(expected, expected + 0.2, "fp16", "x") == pytest.approx(1e-3)
+    with pytest.raises(
+        ParityError, match=r"x: the outputs differ by 1.0e-03 of their size, and 1e-04 is allowed in fp32"
+    ):
+        require_parity(expected, expected + 0.2, "fp32", "x")
+    with pytest.raises(ParityError, match=r"the outputs are \(2, 1\), and \(1, 2\) was expected"):
+        require_parity(expected, expected.T, "fp32", "x")

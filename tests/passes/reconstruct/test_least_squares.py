@@ -1,0 +1,283 @@
+"""Least squares on a support: against independent float64 solves, and what a refit may never do."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mpcompile.ir.pattern import NM
+from mpcompile.ir.weight_groups import flat, unflat
+from mpcompile.passes.nm_mask.selection import nm_mask
+from mpcompile.passes.reconstruct.least_squares import damped, of_layer, proven_share, refit, unconstrained
+from mpcompile.passes.reconstruct.second_moments import Moments, Problem, columns, product, rows_of
+
+LAYERS = (
+    nn.Linear(12, 8),
+    nn.Conv2d(8, 8, 1),
+    nn.Conv2d(8, 4, 3, padding=1, stride=2),
+    nn.Conv2d(8, 8, (1, 3), padding=(0, 1), dilation=(1, 1), groups=2, bias=False),
+    nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular"),
+)
+
+
+def inputs_of(layer: nn.Linear | nn.Conv2d, seed: int = 0, images: int = 6) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    if isinstance(layer, nn.Linear):
+        return torch.randn(images, 5, layer.in_features, generator=rng) + 3
+    return torch.randn(images, layer.in_channels, 6, 6, generator=rng) + 3
+
+
+def moments_of(layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> Moments:
+    moments = Moments()
+    for start in range(0, len(x), 2):  # in batches
+        moments.add(layer, x[start : start + 2], rows_of(layer, y[start : start + 2]))
+    return moments
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@torch.no_grad()
+def test_columns_times_weights_are_the_layers_outputs(layer: nn.Linear | nn.Conv2d) -> None:
+    x = inputs_of(layer)
+    bias = 0 if layer.bias is None else layer.bias
+    # float32 sums of some 70 products in another order.
+    torch.testing.assert_close(product(layer, x) + bias, rows_of(layer, layer(x)), rtol=1e-5, atol=1e-5)
+    assert torch.equal(unflat(flat(layer.weight), layer.weight.shape), layer.weight)
+
+
+@torch.no_grad()
+def test_columns_pad_as_timms_same_convolutions_do() -> None:
+    from timm.layers.conv2d_same import Conv2dSame
+
+    layer = Conv2dSame(4, 4, 3, stride=2)
+    x = torch.randn(2, 4, 7, 8)
+    torch.testing.assert_close(product(layer, x) + layer.bias, rows_of(layer, layer(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+@torch.no_grad()
+def test_moments_are_those_of_all_rows_in_float64(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+    x = inputs_of(layer)
+    y = layer(x) + 1
+    problem = moments_of(layer, x, y).problem(centred)
+    rows, wanted = columns(layer, x).double(), rows_of(layer, y).double()
+    assert problem.count == len(wanted)
+    if centred:
+        rows, wanted = rows - rows.mean(1, keepdim=True), wanted - wanted.mean(0)
+    by_group = wanted.reshape(len(wanted), len(rows), -1).movedim(1, 0)
+    # Each product is float32 of centred values, so seven digits of the largest entry.
+    size = float(rows.square().mean())
+    torch.testing.assert_close(problem.gram, rows.mT @ rows / rows.shape[1], rtol=1e-5, atol=1e-5 * size)
+    torch.testing.assert_close(
+        problem.cross, (by_group.mT @ rows / rows.shape[1]).flatten(0, 1), rtol=1e-5, atol=1e-5 * size
+    )
+    torch.testing.assert_close(problem.power, wanted.square().mean(0), rtol=1e-5, atol=1e-5 * size)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
+    """A Linear, inputs of any rank with constant channels among them, other wanted outputs, and a mask."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    of = draw(st.sampled_from((2, 4, 8)))
+    rows = draw(st.sampled_from((1, 2)))
+    width, out = of * draw(st.integers(1, 4)), rows * draw(st.integers(1, 6))
+    count = draw(st.integers(1, 40))
+    layer = nn.Linear(width, out)
+    x = torch.randn(count, width, generator=rng) @ torch.randn(width, width, generator=rng)
+    x[:, : draw(st.integers(0, 2))] = draw(st.sampled_from((0.0, 2.0)))
+    y = F.linear(x, layer.weight.detach(), layer.bias.detach()) + 0.3 * torch.randn(count, out, generator=rng)
+    pattern = NM(draw(st.integers(1, of - 1)), of, rows)
+    mask = nm_mask(torch.rand(out, width, generator=rng), pattern)
+    return layer, x, y, mask
+
+
+def damped_problem(layer: nn.Linear, x: Tensor, y: Tensor, damping: float = 1e-2) -> Problem:
+    """Of these inputs and wanted outputs, about their means, pulled towards the layer's own weights."""
+    moments = Moments()
+    moments.add(layer, x, y)
+    return damped(moments.problem(centred=True), layer.weight.detach(), damping)
+
+
+@given(problems(), st.sampled_from((1e-3, 1e-2, 1.0)))
+@settings(max_examples=60)
+def test_refit_equals_a_dense_float64_solve(case: tuple[nn.Linear, Tensor, Tensor, Tensor], damping: float) -> None:
+    layer, x, y, mask = case
+    problem = damped_problem(layer, x, y, damping)
+    found = refit(problem, mask)
+    gram, cross = problem.gram[0].numpy(), problem.cross.numpy()
+    for row, kept in enumerate(mask.numpy()):
+        wanted = np.zeros(len(kept))
+        if kept.any():
+            wanted[kept] = np.linalg.solve(gram[np.ix_(kept, kept)], cross[row, kept])
+        # Refined until the residual is 1e-10 of what is wanted; the condition is at most some 1e4 here.
+        np.testing.assert_allclose(found[row].numpy(), wanted, rtol=1e-6, atol=1e-6 * max(abs(wanted).max(), 1e-9))
+    assert not bool(found[~mask].any())
+
+
+@given(problems())
+@settings(max_examples=60)
+def test_refit_never_misses_more_than_the_weights_as_they_are(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
+    layer, x, y, mask = case
+    weight, problem = layer.weight.detach(), damped_problem(layer, x, y)
+    before, after = problem.error(torch.where(mask, weight, 0)), problem.error(refit(problem, mask))
+    assert bool((after <= before + 1e-6 * problem.power).all())
+
+
+@given(problems())
+@settings(max_examples=30)
+def test_with_everything_kept_the_layers_own_weights_come_back(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
+    layer, x, y, mask = case
+    moments = Moments()
+    moments.add(layer, x, y)
+    weight = layer.weight.detach()
+    own = of_layer(moments.problem(centred=True), weight, layer.bias.detach())
+    problem = damped(own, weight, 1e-2)
+    for found in (refit(problem, torch.ones_like(mask)), unconstrained(problem)):
+        torch.testing.assert_close(found.float(), weight, rtol=1e-4, atol=1e-5)
+    # The moments are of float32 products, and so is the mean that the bias is made of.
+    torch.testing.assert_close(own.bias(weight), layer.bias.detach().double(), rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_that_never_vary_leave_the_weights_as_they_were() -> None:
+    layer = nn.Linear(8, 4)
+    mask = nm_mask(layer.weight.detach().abs(), NM(2, 4))
+    found = refit(damped_problem(layer, torch.zeros(5, 8), torch.zeros(5, 4)), mask)
+    torch.testing.assert_close(found.float(), torch.where(mask, layer.weight.detach(), 0))
+
+
+def test_an_ill_conditioned_second_moment_is_solved_in_float64() -> None:
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(400, 8, generator=rng)
+    x = torch.cat([base, base + 1e-3 * torch.randn(400, 8, generator=rng)], 1)
+    layer = nn.Linear(16, 3)
+    moments = Moments()
+    moments.add(layer, x, F.linear(x, layer.weight.detach()))
+    problem = damped(moments.problem(centred=False), layer.weight.detach(), 1e-11)
+    mask = torch.ones(3, 16, dtype=torch.bool)
+    wanted = torch.linalg.solve(problem.gram[0], problem.cross.mT).mT
+    # The condition is about 1e7, more than float32 factors carry.
+    torch.testing.assert_close(refit(problem, mask), wanted, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_convolution_is_the_linear_layer_on_its_unfolded_inputs() -> None:
+    conv = nn.Conv2d(8, 4, 3, padding=1, bias=False)
+    linear = nn.Linear(72, 4, bias=False)
+    linear.weight.copy_(flat(conv.weight))
+    x = inputs_of(conv)
+    y = conv(x) + torch.randn(6, 4, 6, 6)
+    mask = nm_mask(conv.weight.abs(), NM(2, 4))
+    assert torch.equal(flat(mask), nm_mask(linear.weight.abs(), NM(2, 4)))
+    of_conv = damped(moments_of(conv, x, y).problem(True), flat(conv.weight), 1e-2)
+    moments = Moments()
+    moments.add(linear, columns(conv, x)[0], rows_of(conv, y))
+    of_linear = damped(moments.problem(True), linear.weight, 1e-2)
+    # The same products in chunks of another size: float32 rounding, times the condition.
+    torch.testing.assert_close(refit(of_conv, flat(mask)), refit(of_linear, flat(mask)), rtol=1e-3, atol=1e-4)
+
+
+def problem_values(problem: Problem) -> list[Tensor]:
+    return [problem.gram, problem.cross, problem.power, problem.mean_x, problem.mean_y]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+@torch.no_grad()
+def test_parts_add_up_to_the_whole(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+    x = inputs_of(layer)
+    y = torch.randn_like(layer(x)) + 2
+    whole, parts = moments_of(layer, x, y), moments_of(layer, x[:2], y[:2]) + moments_of(layer, x[2:], y[2:])
+    for one, other in zip(problem_values(whole.problem(centred)), problem_values(parts.problem(centred)), strict=True):
+        # Products of a batch are float32, of values less a shift that differs.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert (Moments() + whole) is whole
+    assert (whole + Moments()) is whole
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("centred", [True, False])
+@torch.no_grad()
+def test_shares_of_several_wanted_outputs_are_those_of_their_sum(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+    x = inputs_of(layer)
+    y, more = rows_of(layer, torch.randn_like(layer(x)) + 2), rows_of(layer, torch.randn_like(layer(x)) - 1)
+    share = torch.rand(2, y.shape[1])
+    both, sum_of_both = Moments(), Moments()
+    both.add(layer, x, y, more)
+    sum_of_both.add(layer, x, share[0] * y + share[1] * more)
+    found, wanted = both.combined(share).problem(centred), sum_of_both.problem(centred)
+    for one, other in zip(problem_values(found), problem_values(wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # float32, as above
+
+
+def halves(x: Tensor, y: Tensor, more: Tensor, layer: nn.Linear) -> tuple[Moments, Moments]:
+    found = Moments(), Moments()
+    for index, half in enumerate(found):
+        half.add(layer, x[index::2], y[index::2], more[index::2])
+    return found
+
+
+@torch.no_grad()
+def test_what_the_inputs_tell_is_taken_up_and_what_they_do_not_is_left() -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = nn.Linear(8, 3)
+    x = torch.randn(400, 8, generator=rng)
+    y = layer(x)
+    told = x @ torch.randn(8, generator=rng)
+    # Output 0 lacks what the inputs tell, 1 what they do not, 2 half and half of the same size, on few rows.
+    chance = torch.randn(400, generator=rng) * told.std()
+    more = torch.stack([told, chance, (told + chance) / 2], 1)
+    share = proven_share(halves(x, y, more, layer), layer.weight, centred=True, damping=1e-6)
+    assert share[0] == pytest.approx(1, abs=1e-4)  # there is no noise in it
+    assert share[1] < 0.6  # of 200 rows and 8 inputs: D is chance, and on the other half of the rows worth nothing
+    assert 0.8 < share[2] <= 1
+    few = proven_share(halves(x[:24], y[:24], chance[:24, None].expand(-1, 3), layer), layer.weight, True, 1e-6)
+    assert float(few.max()) < 0.3
+
+
+@given(problems(), st.booleans(), st.floats(0, 2))
+@settings(max_examples=40)
+def test_the_share_is_the_best_on_the_other_half(
+    case: tuple[nn.Linear, Tensor, Tensor, Tensor], centred: bool, scale: float
+) -> None:
+    layer, x, y, _ = case
+    assume(len(x) > 1)
+    weight, damping = layer.weight.detach(), 0.02
+    more = scale * y.flip(0)
+    parts = halves(x, y, more, layer)
+    share = proven_share(parts, weight, centred, damping)
+    assert bool(((share >= 0) & (share <= 1)).all())
+
+    def off(eta: float) -> np.ndarray:
+        """E(y + Δ − (V + ηD)x)² on each half, with weights of the other, in plain NumPy."""
+        total = np.zeros(len(weight))
+        for here, there in ((0, 1), (1, 0)):
+            fit, check = slice(here, None, 2), slice(there, None, 2)
+            a, b, c = (t[fit].double().numpy() for t in (x, y, more))
+            rows, target = x[check].double().numpy(), (y + more)[check].double().numpy()
+            if centred:
+                a, b, c = (t - t.mean(0) for t in (a, b, c))
+                rows, target = rows - rows.mean(0), target - target.mean(0)
+            gram = a.T @ a / len(a)
+            strength = damping * gram.trace() / len(gram) if gram.trace() > 0 else 1.0
+            gram = gram + strength * np.eye(len(gram))
+            own = weight.double().numpy()
+            v = np.linalg.solve(gram, (b.T @ a / len(a) + strength * own).T).T
+            d = np.linalg.solve(gram, (c.T @ a / len(a)).T).T
+            total += np.square(target - rows @ (v + eta * d).T).mean(0)
+        return total
+
+    best = np.array([off(float(eta))[row] for row, eta in enumerate(share)])
+    power = float((y + more).square().mean()) + 1e-9
+    for other in (0.0, 0.25, 0.5, 0.75, 1.0):
+        # Moments are sums of float32 products.
+        assert (best <= off(other) + 1e-4 * power).all()
+
+
+def test_without_two_halves_nothing_is_proven() -> None:
+    layer = nn.Linear(8, 3)
+    half = Moments()
+    half.add(layer, torch.randn(9, 8), torch.randn(9, 3), torch.randn(9, 3))
+    assert proven_share((half, Moments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [0, 0, 0]

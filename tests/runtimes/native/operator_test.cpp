@@ -1,0 +1,332 @@
+// The operator without ONNX Runtime, for the sanitizers: a stand-in for the functions that it calls, real threads for
+// the pool, and every one of its calls failing once. Prints what is wrong and returns 1, or returns 0.
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "ort_c_api.h"
+#include "streams.h"
+
+using namespace mpcompile;
+
+struct OrtStatus {
+    ort::ErrorCode code;
+    std::string text;
+};
+
+struct OrtValue {
+    std::vector<int64_t> shape;
+    void* data;
+};
+
+struct OrtTensorTypeAndShapeInfo {
+    std::vector<int64_t> shape;
+};
+
+struct OrtKernelInfo {
+    std::map<std::string, int64_t> attributes;
+    std::map<size_t, OrtValue> constants;
+};
+
+struct OrtKernelContext {
+    std::vector<OrtValue> inputs;
+    OrtValue output;
+    std::vector<float> memory;
+};
+
+struct OrtCustomOpDomain {
+    std::vector<const OrtCustomOp*> operators;
+};
+
+struct OrtSessionOptions {
+    OrtCustomOpDomain* domain = nullptr;
+};
+
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*);
+
+namespace {
+
+constexpr int64_t NEVER = -1;
+std::atomic<int64_t> calls_left{NEVER};  // until one fails
+
+OrtStatus* status(const char* text) { return new OrtStatus{ort::FAIL, text}; }
+
+// The status of a call: "injected" where it is its turn to fail.
+OrtStatus* injected() {
+    if (calls_left == NEVER) return nullptr;
+    return calls_left-- == 0 ? status("injected") : nullptr;
+}
+
+using Table = std::array<const void*, 300>;
+
+Table made_table() {
+    Table table{};
+    const auto set = [&](size_t place, auto* function) { table[place] = reinterpret_cast<const void*>(function); };
+    set(0, +[](ort::ErrorCode code, const char* text) { return new OrtStatus{code, text}; });
+    set(26, +[](const char*, OrtCustomOpDomain** made) -> OrtStatus* {
+        static OrtCustomOpDomain domain;
+        *made = &domain;
+        return nullptr;
+    });
+    set(27, +[](OrtCustomOpDomain* domain, const OrtCustomOp* op) -> OrtStatus* {
+        domain->operators.push_back(op);
+        return nullptr;
+    });
+    set(28, +[](OrtSessionOptions* options, OrtCustomOpDomain* domain) -> OrtStatus* {
+        options->domain = domain;
+        return nullptr;
+    });
+    set(51, +[](OrtValue* value, void** data) {
+        OrtStatus* failed = injected();
+        if (!failed) *data = value->data;
+        return failed;
+    });
+    set(61, +[](const OrtTensorTypeAndShapeInfo* info, size_t* count) {
+        OrtStatus* failed = injected();
+        if (!failed) *count = info->shape.size();
+        return failed;
+    });
+    set(62, +[](const OrtTensorTypeAndShapeInfo* info, int64_t* sizes, size_t count) {
+        OrtStatus* failed = injected();
+        if (!failed) std::copy_n(info->shape.begin(), count, sizes);
+        return failed;
+    });
+    set(65, +[](const OrtValue* value, OrtTensorTypeAndShapeInfo** info) {
+        OrtStatus* failed = injected();
+        if (!failed) *info = new OrtTensorTypeAndShapeInfo{value->shape};
+        return failed;
+    });
+    set(86, +[](const OrtKernelInfo* info, const char* name, int64_t* value) {
+        OrtStatus* failed = injected();
+        if (!failed) *value = info->attributes.at(name);
+        return failed;
+    });
+    set(90, +[](const OrtKernelContext* context, size_t index, const OrtValue** value) {
+        OrtStatus* failed = injected();
+        if (!failed) *value = &context->inputs.at(index);
+        return failed;
+    });
+    set(91, +[](OrtKernelContext* context, size_t, const int64_t* sizes, size_t count, OrtValue** value) {
+        OrtStatus* failed = injected();
+        if (failed) return failed;
+        size_t floats = 1;
+        for (size_t i = 0; i < count; i++) floats *= size_t(sizes[i]);
+        context->memory.assign(floats, -7.0f);
+        context->output = {{sizes, sizes + count}, context->memory.data()};
+        *value = &context->output;
+        return failed;
+    });
+    set(93, +[](OrtStatus* failed) { delete failed; });
+    set(99, +[](OrtTensorTypeAndShapeInfo* info) { delete info; });
+    set(249, +[](const OrtKernelInfo* info, size_t index, int* constant, const OrtValue** value) {
+        OrtStatus* failed = injected();
+        if (failed) return failed;
+        const auto found = info->constants.find(index);
+        *constant = found != info->constants.end();
+        *value = *constant ? &found->second : nullptr;
+        return failed;
+    });
+    set(274, +[](const OrtKernelContext*, void (*run)(void*, size_t), size_t total, size_t, void* data) {
+        OrtStatus* failed = injected();
+        if (failed) return failed;
+        std::atomic<size_t> next{0};
+        const auto take = [&] {
+            for (size_t item; (item = next++) < total;) run(data, item);
+        };
+        std::vector<std::thread> others;
+        for (int i = 0; i < 2; i++) others.emplace_back(take);
+        take();
+        for (auto& other : others) other.join();
+        return failed;
+    });
+    return table;
+}
+
+const void* const* api() {
+    static const Table table = made_table();
+    return table.data();
+}
+
+// The text of a status, which is released; "" where there is none.
+std::string text_of(OrtStatus* failed) {
+    const std::unique_ptr<OrtStatus> mine(failed);
+    return mine ? mine->text : "";
+}
+
+bool expect(bool right, const std::string& what) {
+    if (!right) std::printf("%s\n", what.c_str());
+    return right;
+}
+
+// An operator on its weights: what a session holds.
+struct Session {
+    const OrtCustomOp* op;
+    OrtKernelInfo info;
+    void* kernel = nullptr;
+
+    Session(const OrtCustomOp* op, Streams& streams) : op(op) {
+        const Weights& w = streams.weights;
+        info.attributes = {
+            {"rows", w.rows}, {"columns", w.columns}, {"share", w.share}, {"block", w.block}, {"chunk", w.chunk}};
+        info.constants = {{1, {{w.blocks, w.units, w.steps, w.unit_rows()}, streams.values.data()}},
+                          {2, {{w.blocks, w.units, w.steps, w.unit_places()}, streams.places.data()}},
+                          {3, {{w.blocks, w.units}, streams.common.data()}},
+                          {4, {{w.blocks, w.units, w.unit_rows()}, streams.order.data()}},
+                          {5, {{w.rows}, streams.bias.data()}}};
+    }
+    Session(const Session&) = delete;
+    ~Session() { close(); }
+
+    std::string open() { return text_of(op->CreateKernelV2(op, api(), &info, &kernel)); }
+
+    void close() {
+        if (kernel) op->KernelDestroy(kernel);
+        kernel = nullptr;
+    }
+
+    std::string run(std::vector<float>& x, const std::vector<int64_t>& shape, OrtKernelContext& context) const {
+        context.inputs = {{shape, x.data()}};
+        for (const auto& constant : info.constants) context.inputs.push_back(constant.second);
+        return text_of(op->KernelComputeV2(kernel, &context));
+    }
+};
+
+std::vector<float> random_floats(int64_t count) {
+    std::vector<float> made(size_t(count), 0.0f);
+    for (float& value : made) value = normal();
+    return made;
+}
+
+// `pixels` 0: tokens outside.
+bool is_product(const Streams& streams, const std::vector<float>& x, const std::vector<float>& y, int64_t images,
+                int64_t pixels) {
+    const Weights& w = streams.weights;
+    const int64_t each = pixels ? pixels : 1;
+    if (y.size() != size_t(images * each * w.rows)) return false;
+    for (int64_t image = 0; image < images; image++)
+        for (int64_t row = 0; row < w.rows; row++)
+            for (int64_t pixel = 0; pixel < each; pixel++) {
+                double sum = streams.bias[row], size = std::fabs(sum);
+                for (int64_t k = 0; k < w.columns; k++) {
+                    const double term = double(streams.at(row, k)) * x[(image * w.columns + k) * each + pixel];
+                    sum += term;
+                    size += std::fabs(term);
+                }
+                // Each of at most `columns` additions rounds by 2^-24 of at most `size`.
+                if (std::fabs(y[(image * w.rows + row) * each + pixel] - sum) > (w.columns + 1) * 0x1p-24 * size)
+                    return false;
+            }
+    return true;
+}
+
+// Calls of every size from several threads on one session, the first ones of few tokens at the same time.
+bool computes(const OrtCustomOp* op, int64_t share, bool channels) {
+    Streams streams({36, 72, share, 2, 4, 24, 16, 0, 0});
+    Session session(op, streams);
+    if (!expect(session.open().empty(), "a good file is refused")) return false;
+    std::vector<std::vector<float>> inputs;
+    const std::vector<int64_t> sizes = {1, 5, 16, 40};
+    for (int64_t size : sizes) inputs.push_back(random_floats(size * 72));
+    std::atomic<bool> right{true};
+    const auto life = [&] {
+        OrtKernelContext context;
+        for (int round = 0; round < 3; round++)
+            for (size_t i = 0; i < sizes.size(); i++) {
+                const int64_t images = channels ? 1 : sizes[i], pixels = channels ? sizes[i] : 0;
+                const std::vector<int64_t> shape =
+                    channels ? std::vector<int64_t>{1, 72, 1, pixels} : std::vector<int64_t>{1, images, 72};
+                if (!session.run(inputs[i], shape, context).empty() ||
+                    !is_product(streams, inputs[i], context.memory, images, pixels))
+                    right = false;
+            }
+    };
+    std::vector<std::thread> lives;
+    for (int i = 0; i < 3; i++) lives.emplace_back(life);
+    for (auto& one : lives) one.join();
+    OrtKernelContext context;
+    std::vector<float> none;
+    const std::vector<int64_t> shape = channels ? std::vector<int64_t>{1, 72, 0} : std::vector<int64_t>{0, 72};
+    return expect(right, "wrong results for share " + std::to_string(share)) &&
+           expect(session.run(none, shape, context).empty() && context.memory.empty(), "no tokens are refused");
+}
+
+// Every call into ONNX Runtime fails once; each time the operator says so and loses nothing.
+bool survives_failures(const OrtCustomOp* op) {
+    Streams streams({36, 72, 1, 2, 4, 24, 16, 0, 0});
+    std::vector<float> x = random_floats(2 * 72);
+    OrtKernelContext context;
+    int64_t failures = 0;
+    for (bool failed = true; failed; failures += failed) {
+        Session session(op, streams);
+        calls_left = failures;
+        std::string text = session.open();
+        if (text.empty()) text = session.run(x, {2, 72}, context);
+        failed = calls_left < 0;
+        calls_left = NEVER;
+        if (!expect(text == (failed ? "injected" : ""), "call " + std::to_string(failures) + " says: " + text))
+            return false;
+    }
+    return expect(failures > 30, "only " + std::to_string(failures) + " calls were made to fail");
+}
+
+// A file or an input that cannot be, and what is said of it.
+bool refuses(const OrtCustomOp* op) {
+    using Spoil = std::function<void(Session&, Streams&)>;
+    const std::vector<std::pair<std::string, Spoil>> files = {
+        {"share is 1, 2 or 4", [](Session& s, Streams&) { s.info.attributes["share"] = 3; }},
+        {"NMGemm: rows", [](Session& s, Streams&) { s.info.attributes["rows"] = 0; }},
+        {"NMGemm: columns", [](Session& s, Streams&) { s.info.attributes["columns"] = int64_t(1) << 40; }},
+        {"NMGemm: block", [](Session& s, Streams&) { s.info.attributes["block"] = 65535; }},
+        {"chunk is a multiple of 4", [](Session& s, Streams&) { s.info.attributes["chunk"] = 18; }},
+        {"input bias is not a constant", [](Session& s, Streams&) { s.info.constants.erase(5); }},
+        {"input values has another shape", [](Session& s, Streams&) { s.info.constants[1].shape.pop_back(); }},
+        {"input common has another shape", [](Session& s, Streams&) { s.info.constants[3].shape[0]++; }},
+        {"more than 8 dimensions", [](Session& s, Streams&) { s.info.constants[2].shape.assign(9, 1); }},
+        {"input places is out of bounds", [](Session&, Streams& streams) { streams.places.back() = 25; }},
+        {"input common is out of bounds", [](Session&, Streams& streams) { streams.common.back() = 99; }},
+        {"input order is out of bounds", [](Session&, Streams& streams) { streams.order.front() = -1; }},
+        {"input order is out of bounds", [](Session&, Streams& streams) { streams.order.front() = 35; }},
+        {"input order does not name each row once",
+         [](Session&, Streams& streams) { streams.order[0] = streams.order[1]; }},
+    };
+    for (const auto& [text, spoil] : files) {
+        Streams streams({36, 72, 1, 2, 4, 24, 16, 0, 0});
+        Session session(op, streams);
+        spoil(session, streams);
+        const std::string found = session.open();
+        if (!expect(found.find(text) != std::string::npos, "expected '" + text + "', found '" + found + "'"))
+            return false;
+    }
+    Streams streams({36, 72, 1, 2, 4, 24, 16, 0, 0});
+    Session session(op, streams);
+    if (!expect(session.open().empty(), "a good file is refused")) return false;
+    std::vector<float> x = random_floats(72);
+    OrtKernelContext context;
+    for (const std::vector<int64_t>& shape : {std::vector<int64_t>{}, {1, 36}, std::vector<int64_t>(9, 1)})
+        if (!expect(!session.run(x, shape, context).empty(), "an input of another shape is taken")) return false;
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    const OrtApiBase base = {[](uint32_t) { return api(); }, [] { return "a stand-in"; }};
+    OrtSessionOptions options;
+    if (!expect(text_of(RegisterCustomOps(&options, &base)).empty() && options.domain, "not registered")) return 1;
+    const std::vector<const OrtCustomOp*>& operators = options.domain->operators;
+    if (!expect(operators.size() == 2, "not two operators")) return 1;
+    for (const OrtCustomOp* op : operators) {
+        const bool channels = std::string(op->GetName(op)) == "NMConv";
+        for (int64_t share : {1, 2, 4})
+            if (!computes(op, share, channels)) return 1;
+        if (!channels && !(survives_failures(op) && refuses(op))) return 1;
+    }
+    return 0;
+}
