@@ -13,8 +13,6 @@ from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 
 HELD_OUT_FOLDERS = ("val", "validation", "test")
-
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 

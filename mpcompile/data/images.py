@@ -1,16 +1,4 @@
-"""Images for calibration, training and evaluation, from a folder or an .npz file.
-
-What `--data` may be:
-
-- a folder with `train/` and one of `val/`, `validation/` or `test/`, each with a folder per class;
-- a folder with a folder per class: shuffled by the seed, calibration images first, held-out images after them;
-- a folder of images without classes: the same, without labels, so agreement is measured and not accuracy;
-- an .npz file with `calibration_images`, `calibration_labels`, `heldout_images`, `heldout_labels`: bytes of shape
-  (n, h, w) or (n, h, w, c), and integers.
-
-Folders are read by timm's reader and transforms with the preprocessing of the model. Unlike timm's own dataset,
-an image that cannot be read is an error here and not a skipped sample.
-"""
+"""Splits of images and labels, and the four that a run has: calibration, validation, training and held-out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,8 +10,6 @@ from torch import Tensor
 from mpcompile.system.progress import tracked
 
 MODES = {1: "L", 3: "RGB"}
-
-
 BATCH = 64
 
 

@@ -44,8 +44,6 @@ RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, PASSES = (
 
 
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 # The forms in which a model is loaded, and which arguments each takes.
 FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

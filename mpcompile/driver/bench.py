@@ -37,8 +37,6 @@ DENSE, UNUSED, COMPRESSED, SHIPPED = "dense", "masked, kernels off", "compressed
 
 
 FOLDER = "bench"
-
-
 PARITY_IMAGES = 8
 
 

@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 
 LARGEST_SIDE = 65536
-
-
 NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model
 
 

@@ -18,11 +18,7 @@ log = logging.getLogger(__name__)
 
 # Where training scripts put the weights, the averaged ones first, as timm prefers them.
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net")
-
-
 MOST_REPEATED = 2**24  # values of a buffer that repeats itself, as expand() makes them
-
-
 SAFE_WAYS = (
     "save a state dict (torch.save(model.state_dict(), …)) or safetensors and name its --arch, or pass "
     "--allow-pickle if you trust the file with running code on this machine"

@@ -19,11 +19,7 @@ from mpcompile.ir.model import Model
 from mpcompile.system.hashing import sha256, sha256_of
 
 LOOKED_AT = 64  # images whose pixels stand for a set that is too large to read and has no files to ask
-
-
 COMPUTES = ("torch", "numpy", "scipy", "timm")  # what results depend on beside mpcompile
-
-
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 

@@ -20,14 +20,8 @@ from mpcompile.errors import UsageError
 from mpcompile.recipe.strict_yaml import _DECIMAL, _Dumper, _Loader
 
 LONGEST_BYTES = 1_000_000
-
-
 LARGEST_BATCH = 65536  # what a free batch is exported for
-
-
 MOST_THREADS = 4096
-
-
 MOST_SHOWN = 5  # mistakes in one line
 
 

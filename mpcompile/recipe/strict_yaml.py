@@ -7,8 +7,6 @@ from typing import Any
 import yaml
 
 MOST_VALUES = 100_000  # a recipe has some fifty
-
-
 _DECIMAL = {
     "tag:yaml.org,2002:int": (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
     "tag:yaml.org,2002:float": (

@@ -30,11 +30,7 @@ def _processor() -> str:
 
 
 BUSY = 0.5  # of the cores, before the first call
-
-
 SLOWED = 0.9  # of the clock at the start
-
-
 # Names of NVML's bits for what holds a GPU's clocks back, but for idling and settings that the user made.
 THROTTLES = (
     "SwPowerCap",

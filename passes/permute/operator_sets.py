@@ -22,8 +22,6 @@ MOVES = frozenset(
 
 
 REDUCTIONS = frozenset(["mean", "sum", "norm", "amax", "amin", "vector_norm", "var", "std"])
-
-
 SPATIAL = frozenset(
     ["max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate", "boolean_dispatch"]
 )
@@ -36,6 +34,4 @@ UNARY_MODULES = (
 
 
 SPATIAL_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
-
-
 MOVING_MODULES = (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)

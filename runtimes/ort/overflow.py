@@ -12,11 +12,7 @@ from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.runtimes.ort.session import PROVIDER, cpu_engine
 
 SOURCES = ("Constant", "ConstantOfShape")
-
-
 SCANNED_IMAGES = 32
-
-
 SCANNED_AT_ONCE = 4  # every result of the network is in memory at once
 
 

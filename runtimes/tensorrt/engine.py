@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 
 PROFILED_CALLS = 20
-
-
 TIMING_CACHE = "timing.cache"
 
 
