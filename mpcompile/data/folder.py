@@ -51,7 +51,7 @@ class FolderImages:
             raise LoadError(f"{path} is not an image that can be read ({error}); mend or remove it") from error
 
 
-def _read_folders(root: Path, source: Source, notes: list[str]) -> tuple[FolderImages, FolderImages | None]:
+def read_folders(root: Path, source: Source, notes: list[str]) -> tuple[FolderImages, FolderImages | None]:
     """The images of `train/` and a held-out folder beside it, or of one folder; adds what is to be known of them."""
     train = root / "train"
     if not train.is_dir():

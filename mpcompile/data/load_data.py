@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpcompile.data.folder import _read_folders
+from mpcompile.data.folder import read_folders
 from mpcompile.data.images import Data, Images, Split
-from mpcompile.data.npz import _read_npz
+from mpcompile.data.npz import read_npz
 from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 
@@ -46,7 +46,7 @@ def load_data(
     if not path.is_file() and not path.is_dir():
         raise LoadError(f"{path} is a pipe or a device; --data takes a folder of images or an .npz file")
     notes: list[str] = []
-    train, test = _read_npz(path, source, outputs) if path.is_file() else _read_folders(path, source, notes)
+    train, test = read_npz(path, source, outputs) if path.is_file() else read_folders(path, source, notes)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(train))
     chosen, left = order[:calibration], order[calibration:]

@@ -42,7 +42,7 @@ class ArrayImages:
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels), int(self.labels[index])
 
 
-def _read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
+def read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
     """The two splits of an .npz file."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:

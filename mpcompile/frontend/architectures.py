@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError, UsageError, first_line
-from mpcompile.frontend.state_dict import _stripped
+from mpcompile.frontend.state_dict import stripped
 
 
 def is_factory(text: str) -> bool:
@@ -19,25 +19,25 @@ def is_factory(text: str) -> bool:
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def _build_for(
+def build_for(
     arch: str, arch_args: Mapping[str, Any], state: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any] | None
 ) -> nn.Module:
     """The architecture, with as many classes as the weights have where nobody said."""
     if is_factory(arch):
-        return _call_factory(arch, arch_args)
+        return call_factory(arch, arch_args)
     name = arch.removeprefix("timm:")
-    module = _create_timm(name, arch_args, pretrained_cfg=pretrained_cfg)
+    module = create_timm(name, arch_args, pretrained_cfg=pretrained_cfg)
     if "num_classes" not in arch_args:
         classifier = (getattr(module, "pretrained_cfg", None) or {}).get("classifier")
         key = f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight"
-        own, given = module.state_dict(), _stripped(state, set(module.state_dict()))
+        own, given = module.state_dict(), stripped(state, set(module.state_dict()))
         if key in own and key in given and own[key].shape[0] != given[key].shape[0]:
             args = {**arch_args, "num_classes": given[key].shape[0]}
-            module = _create_timm(name, args, pretrained_cfg=pretrained_cfg)
+            module = create_timm(name, args, pretrained_cfg=pretrained_cfg)
     return module
 
 
-def _create_timm(
+def create_timm(
     name: str,
     arch_args: Mapping[str, Any],
     *,
@@ -60,7 +60,7 @@ def _create_timm(
     return module
 
 
-def _call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
+def call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
     """The module that `pkg.mod:factory` returns; the working folder can be imported from, as with python -m."""
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())

@@ -22,9 +22,9 @@ from typing import Any
 from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.frontend.architectures import _build_for, _call_factory, _create_timm, is_factory
+from mpcompile.frontend.architectures import build_for, call_factory, create_timm, is_factory
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.frontend.state_dict import _fill
+from mpcompile.frontend.state_dict import fill
 from mpcompile.frontend.weights_file import read, state_dict_in
 from mpcompile.ir.model import Source
 from mpcompile.system.hashing import file_sha256, state_sha256
@@ -63,7 +63,7 @@ def load(request: Request) -> Loaded:
     """The module that was asked for. Raises LoadError or UsageError."""
     if request.model.startswith("timm:"):
         name = request.model.removeprefix("timm:")
-        module = _create_timm(name, request.arch_args, pretrained=request.pretrained)
+        module = create_timm(name, request.arch_args, pretrained=request.pretrained)
         if not request.pretrained:
             log.warning("timm:%s has random weights; --pretrained fetches the hub's", name)
         return _finish(module, request, arch=name, sha256=state_sha256(module))
@@ -73,7 +73,7 @@ def load(request: Request) -> Loaded:
     except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
         raise LoadError(f"{request.model} cannot be looked up: {error}") from error
     if is_factory(request.model) and not exists:
-        module = _call_factory(request.model, request.arch_args)
+        module = call_factory(request.model, request.arch_args)
         return _finish(module, request, arch=request.model, sha256=state_sha256(module))
     if request.pretrained:
         raise UsageError("--pretrained goes with timm:NAME; a file brings its own weights")
@@ -109,8 +109,8 @@ def _load_file(path: Path, request: Request) -> Loaded:
     if request.arch is None:
         _require_named_safely(arch, arch_args, path)
     state = state_dict_in(content, path)
-    module = _build_for(arch, arch_args, state, pretrained_cfg)
-    _fill(module, state, path, arch)
+    module = build_for(arch, arch_args, state, pretrained_cfg)
+    fill(module, state, path, arch)
     return _finish(module, request, arch=arch, sha256=sha256, arch_args=arch_args)
 
 

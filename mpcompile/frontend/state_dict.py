@@ -10,7 +10,7 @@ from mpcompile.errors import LoadError
 PREFIXES = ("module.", "model.", "_orig_mod.")
 
 
-def _stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+def stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
     """The state dict without wrapper prefixes that all keys share, as far as that helps to match."""
     best = dict(state)
     while (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in best)), None)) is not None:
@@ -21,9 +21,9 @@ def _stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor
     return best
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
+def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
     """Loads the weights; a mismatch lists the first few keys of each kind."""
-    state = _stripped(state, set(module.state_dict()))
+    state = stripped(state, set(module.state_dict()))
     if listed := misfit(module, state):
         raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
     module.load_state_dict(state)

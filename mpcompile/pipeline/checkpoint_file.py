@@ -73,7 +73,7 @@ def read_entry(path: Path) -> Entry | None:
         return None
 
 
-def _rest(model: Model) -> dict[str, Any]:
+def rest_of(model: Model) -> dict[str, Any]:
     """What a model is beside its graph and its tensors, as JSON has it."""
     rest = {
         "plan": {name: _plan_rest(plan) for name, plan in model.plan.items()},
@@ -94,7 +94,7 @@ def _plan_rest(plan: LayerPlan) -> dict[str, Any]:
     }
 
 
-def _restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
+def restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     """The model with these tensors, written into its graph, and the rest."""
     own = tensors_of(model)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
-from mpcompile.pipeline.checkpoint_file import KEY, Entry, State, _rest, _restored, link, read_entry
+from mpcompile.pipeline.checkpoint_file import KEY, Entry, State, link, read_entry, rest_of, restored
 from mpcompile.pipeline.fingerprint import changes, tensors_of
 from mpcompile.pipeline.pass_manager import Pass, PassRecord
 from mpcompile.pipeline.run_folder import note_rewound, was_rewound
@@ -121,7 +121,7 @@ class Checkpoints:
             log.warning("the checkpoint of %s is damaged; it and what comes after it is run anew", step.name)
             self._drop(index)
             return None
-        result = _restored(model, entry.rest, tensors)
+        result = restored(model, entry.rest, tensors)
         if State.of(result) != state:
             raise PassError(f"the checkpoint of {step.name} cannot be put back; remove {self._folder} and start again")
         self._state = state
@@ -134,7 +134,7 @@ class Checkpoints:
             return record
         before, self._state = self._state, State.of(model)
         try:
-            rest = _rest(model)
+            rest = rest_of(model)
             result = self._state.result(rest)
             if index < len(self._entries):
                 entry = self._entries[index]

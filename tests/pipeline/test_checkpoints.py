@@ -18,7 +18,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import BatchNorm, Certify, Distill, MPBudget, NMMask, Permute, Restore, ToMe
 from mpcompile.pipeline import fingerprint
-from mpcompile.pipeline.checkpoint_file import KEY, State, _rest
+from mpcompile.pipeline.checkpoint_file import KEY, State, rest_of
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of, structure_of
 from mpcompile.pipeline.partial_results import keeping
@@ -91,7 +91,7 @@ def run(
 def same(one: Model, other: Model) -> None:
     """Every tensor, the plan, the certificate, the epochs and the graph are the same; so is the dense graph."""
     assert State.of(one) == State.of(other)
-    assert _rest(one) == _rest(other)
+    assert rest_of(one) == _rest(other)
     assert (one.dense is None) == (other.dense is None)
     if one.dense is not None and other.dense is not None:
         assert State.of(replace(one, graph=one.dense)) == State.of(replace(other, graph=other.dense))
