@@ -91,7 +91,7 @@ def run(
 def same(one: Model, other: Model) -> None:
     """Every tensor, the plan, the certificate, the epochs and the graph are the same; so is the dense graph."""
     assert State.of(one) == State.of(other)
-    assert rest_of(one) == _rest(other)
+    assert rest_of(one) == rest_of(other)
     assert (one.dense is None) == (other.dense is None)
     if one.dense is not None and other.dense is not None:
         assert State.of(replace(one, graph=one.dense)) == State.of(replace(other, graph=other.dense))

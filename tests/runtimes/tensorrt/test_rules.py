@@ -168,8 +168,9 @@ SMALL: dict[str, dict[str, Any]] = {
         ("tiny_vit", "fp16"),
         ("tiny_vit", "fp32"),
         ("tiny_cnn", "fp16"),
-        pytest.param("vit_tiny_patch16_224", "fp32", marks=pytest.mark.slow),  # tiny_vit has its kinds of layers
-        ("resnet18", "fp32"),
+        # The tiny models have the kinds of layers of these two.
+        pytest.param("vit_tiny_patch16_224", "fp32", marks=pytest.mark.slow),
+        pytest.param("resnet18", "fp32", marks=pytest.mark.slow),
         ("convnextv2_atto", "fp32"),
     ],
 )
