@@ -10,7 +10,7 @@ Two questions, on 2,000 held-out images of Fashion-MNIST that no signal sees:
   the mask pass masks them by magnitude.
 
 The ViT is the trained example. The CNN is EfficientNet-Lite0 with its ImageNet weights and a linear head
-(benchmarks/pretrained.py). Signals that look at images get 256, chosen by each of three seeds.
+(benchmarks/lib/pretrained.py). Signals that look at images get 256, chosen by each of three seeds.
 """
 
 from collections.abc import Iterator

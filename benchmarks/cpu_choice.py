@@ -2,11 +2,11 @@
 
     make bench-models; python benchmarks/cpu_choice.py [--models …] [--patterns …]
 
-What `mpcompile MODEL --pattern N:M --data …` does, without training: budget, permutation, joint masks with their
-refit, batch statistics. The ViT is the trained example; the CNN is EfficientNet-Lite0 with a linear head for
-Fashion-MNIST at 96 pixels (benchmarks/pretrained.py). Speed is that of target ort on one thread, on the kernel where
-that is measured to be faster, against the dense file in ONNX Runtime in the same run. Rows stand in order of speed, so
-that patterns of equal speed are neighbours.
+What `mpcompile MODEL --pattern N:M --data …` does, without training: budget, permutation, joint masks with their refit,
+batch statistics. The ViT is the trained example; the CNN is EfficientNet-Lite0 with a linear head for Fashion-MNIST at
+96 pixels (benchmarks/lib/pretrained.py). Speed is that of target ort on one thread, on the kernel where that is
+measured to be faster, against the dense file in ONNX Runtime in the same run. Rows stand in order of speed, so that
+patterns of equal speed are neighbours.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python benchmarks/one_shot.py --again ours --models efficientnet_lite0     # these rows anew, the others stay
 
 Two models at 2:4, 8:16 and 1:4, every eligible layer masked, evaluated on 2,000 held-out images of Fashion-MNIST. The
-ViT is the trained example, the CNN EfficientNet-Lite0 with a linear head (benchmarks/pretrained.py). Methods that look
-at images get 256, chosen by each of three seeds; magnitude looks at none, and its rows differ by seed only in batch
-statistics. Two ways with batch statistics stand beside the methods that leave them alone: re-estimated from the
+ViT is the trained example, the CNN EfficientNet-Lite0 with a linear head (benchmarks/lib/pretrained.py). Methods that
+look at images get 256, chosen by each of three seeds; magnitude looks at none, and its rows differ by seed only in
+batch statistics. Two ways with batch statistics stand beside the methods that leave them alone: re-estimated from the
 calibration images, as is usual (at 2:4 alone: these images are not like those that the CNN was trained on, and it does
 badly), and moved by as much as pruning moved them (passes/batch_norm.py). The same settings are used for both models
 and all patterns. The damping of the refit was set between three trials on calibration images that were not calibrated

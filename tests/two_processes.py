@@ -1,4 +1,6 @@
-"""Started by torchrun in tests/test_distill.py: distils a tiny model, and writes each process's weights to a folder."""
+"""Started by torchrun in tests/passes/distill/test_distill.py: distils a tiny model, and writes each process's weights
+to a folder.
+"""
 
 import sys
 from pathlib import Path

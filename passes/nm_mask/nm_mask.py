@@ -10,13 +10,14 @@ No other choice of N keeps a larger total score, since groups do not interact. T
 - `magnitude`: s = |W|, so the kept sum of |W| is the largest possible (as in NVIDIA's ASP); needs no images;
 - `wanda`: s = u² E[x²], what removing a weight alone costs in squared output (Sun et al., arXiv 2306.11695);
 - `covariance`: from there, swaps within each group while they lower what removing costs together
-  (passes/covariance.py);
-- `joint`: the support is found together with the weights on it (passes/joint.py).
+  (passes/nm_mask/pair_swaps.py);
+- `joint`: the support is found together with the weights on it (passes/nm_mask/admm.py).
 
-The kept weights are then refitted by exact least squares (passes/refit.py), layer by layer on what the layers before
-now give (passes/lockstep.py), and with them the layers between that stay dense (passes/repair.py); before a residual
-sum to what the sum was, not to the layer's output alone (passes/joins.py). With a refit, u is the best dense weight for
-these inputs, and x is taken about its mean where the bias is free to follow; without, u is the layer's own weight.
+The kept weights are then refitted by exact least squares (passes/reconstruct/least_squares.py), layer by layer on what
+the layers before now give (passes/reconstruct/layerwise.py), and with them the layers between that stay dense
+(passes/reconstruct/dense_layers.py); before a residual sum to what the sum was, not to the layer's output alone
+(passes/reconstruct/residual.py). With a refit, u is the best dense weight for these inputs, and x is taken about its
+mean where the bias is free to follow; without, u is the layer's own weight.
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ integer tensors of t's shape that hold, for each number, the atom it belongs to.
 - A reduction, a norm, a product within a head only make sense if a set of atoms stays together.
 - Anything else fixes the atoms it meets where they are, and says why.
 
-What is learnt goes into a Ledger; passes/coupling.py makes groups of it.
+What is learnt goes into a Ledger; passes/permute/coupling.py makes groups of it.
 """
 
 import operator

@@ -1,6 +1,6 @@
 // What the operator asks of a kernel: plain structs, shared by every instruction set's build of nm_gemm.cpp.
 //
-// The weights, in the order in which the kernel reads them (runtimes/native/pack.py writes them):
+// The weights, in the order in which the kernel reads them (runtimes/native/packing.py writes them):
 //   a block   `block` neighbouring input channels, so that a tile of activations stays in the L1 cache
 //   a unit    output rows that are computed together: two rows of their own patterns (share 1), or the two or
 //             four rows that share one (share 2, 4)
