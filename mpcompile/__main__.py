@@ -1,5 +1,5 @@
 """`python -m mpcompile` is the command `mpcompile`."""
 
-from mpcompile.cli.main import main
+from mpcompile.cli.entry_point import main
 
 main()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from mpcompile.cli.main import main
+from mpcompile.cli.entry_point import main
 
 
 def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from mpcompile.cli.main import main
+from mpcompile.cli.entry_point import main
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.pipeline.partial_results import Finished
 

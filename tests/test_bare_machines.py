@@ -88,7 +88,7 @@ def test_a_wheel_is_built_without_a_compiler(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith(".so")]
-    assert "mpcompile/runtimes/native/kernel.cpp" in names
+    assert "mpcompile/runtimes/native/src/nm_gemm.cpp" in names
 
 
 def test_every_file_is_of_the_oldest_python() -> None:

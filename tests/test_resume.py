@@ -139,7 +139,7 @@ def test_a_kill_after_the_output_took_its_name(tmp_path: Path) -> None:
         seen.update(facts)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys.modules["mpcompile.compile"], "note_written", remember)
+        patched.setattr(sys.modules["mpcompile.driver.compile"], "note_written", remember)
         compiled(output, force=True)
     work.mkdir()
     note_written(work, output, seen)

@@ -1,5 +1,5 @@
 """The command line: text -> values -> a front door -> a table. It holds no logic of its own."""
 
-from mpcompile.cli.main import main
+from mpcompile.cli.entry_point import main
 
 __all__ = ["main"]

@@ -404,8 +404,8 @@ def test_the_unforeseen_is_one_line_too(example: Path, tmp_path: Path) -> None:
     # What no check of ours foresees: a part of the program itself is broken.
     words = ["mpcompile", str(example / "model.safetensors"), "--pattern", "2:4", "-o", str(tmp_path / "out")]
     code = (
-        "import sys, mpcompile.cli.main as cli\n"
-        "sys.modules['mpcompile.compile'].capture = None\n"
+        "import sys, mpcompile.cli.entry_point as cli\n"
+        "sys.modules['mpcompile.driver.compile'].capture = None\n"
         f"sys.argv = {words!r}\n"
         "cli.main()\n"
     )

@@ -311,7 +311,7 @@ def exported_before(dense: Path) -> str:
     lower(capture(TinyMLP(pixels=784, width=1024).eval(), source), dense)
     return (
         "import shutil, mpcompile.driver.run_plan\n"
-        "from mpcompile.lower import Lowered\n"
+        "from mpcompile.export.onnx_export import Lowered\n"
         "def copied(model, path, **options):\n"
         f"    shutil.copy({str(dense)!r}, path)\n"
         "    about = {'arch': '', 'image_shape': tuple(model.example.shape[1:]), 'precision': 'fp32', 'batch': None}\n"
@@ -344,7 +344,7 @@ def test_a_process_that_may_not_grow_is_one_line(
     ]  # fmt: skip
     code = "" if model == "example" else exported_before(tmp_path_factory.mktemp("dense") / "dense.onnx")
     code += (
-        "import resource, sys, mpcompile.cli.main as cli\n"
+        "import resource, sys, mpcompile.cli.entry_point as cli\n"
         "from mpcompile.passes import NMMask\n"
         "whole = NMMask.__call__\n"
         "def limited(self, model, data):\n"
@@ -358,6 +358,7 @@ def test_a_process_that_may_not_grow_is_one_line(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment_with(large))
     assert done.returncode in (1, 4), done.stderr
+
     [line] = done.stderr.splitlines()
     assert line.startswith("mpcompile: ")
     assert "memory ran out during nm-mask" in line or "calibration on 256 images holds" in line

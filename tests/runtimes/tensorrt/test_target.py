@@ -46,7 +46,7 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for name in LIBRARIES:
         library = f"{name}.so.{request.param}"
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(folder / library)]
-        subprocess.run([compiler, str(ROOT / "tests" / "api_surface.c"), *flags], check=True)
+        subprocess.run([compiler, str(Path(__file__).with_name("api_surface.c")), *flags], check=True)
     # The wheel calls itself tensorrt_bindings; the package tensorrt hands that on.
     (folder / "tensorrt.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
     return {
