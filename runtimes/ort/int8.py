@@ -9,7 +9,8 @@ its u8 × s8 kernels add two products in 16 bits (`vpmaddubsw`) and saturate sil
 cannot saturate there, since 2 · 255 · 64 < 2^15, and cost one bit of resolution. So where products saturate, both are
 made, and the file whose logits lie nearer to those of the dense model on the calibration images is taken.
 
-Source: "Quantize ONNX models", ONNX Runtime documentation, section "When and why do I need to try U8U8?".
+Source: "Quantize ONNX models" in ONNX Runtime's documentation; OpenVINO's describes the same as "Saturation (overflow)
+issue workaround".
 """
 
 import functools
