@@ -17,10 +17,10 @@ from commandline import in_a_process, mpcompile
 from dying_run import exporting
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
+from sparse_vit import write_sparse_vit
 
 from mpcompile.driver.artifact import Artifact
 from mpcompile.pipeline.partial_results import Finished
-from mpcompile.testing import tiny_vit
 
 QUICK = "bench: {batches: [1], seconds: 0.05, threads: 1}\ndata: {held_out: 64}\n"
 
@@ -43,19 +43,9 @@ def quick(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def right_files(tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The tiny ViT, and images whose labels are what it answers: whatever it loses by compression is an error."""
-    model, images = tiny_files
-    with np.load(images) as stored:
-        arrays = dict(stored)
-    dense = tiny_vit()
-    for split in ("calibration", "heldout"):
-        pixels = torch.from_numpy(arrays[f"{split}_images"]).float()[:, None]
-        arrays[f"{split}_labels"] = dense((pixels / 255 - 0.5) / 0.5).argmax(1).numpy()
-    assert len(np.unique(arrays["heldout_labels"])) > 3
-    path = tmp_path_factory.mktemp("right") / "images.npz"
-    np.savez(path, **arrays)
-    return model, path
+def right_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small ViT, and images that it classifies by a wide margin: whatever it loses by compression is an error."""
+    return write_sparse_vit(tmp_path_factory.mktemp("right"), depth=2)
 
 
 def dying(moment: dict[str, object], *words: object) -> subprocess.CompletedProcess[str]:
@@ -131,8 +121,9 @@ def test_max_drop_takes_layers_back_and_is_asked_of_held_out_images(
     right_files: tuple[Path, Path], quick: Path, tmp_path: Path
 ) -> None:
     (model, images), output = right_files, tmp_path / "out"
+    # Six of eight layers go back; with the other two the drop is 22 points, and was above 40 before the sixth went.
     done = mpcompile(
-        model, "--pattern", "1:8", "--data", images, "-o", output, "--config", quick, "--max-drop", 60,
+        model, "--pattern", "1:4", "--data", images, "-o", output, "--config", quick, "--max-drop", 40,
         "--refit", "none", "-v",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
