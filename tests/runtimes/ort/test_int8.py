@@ -162,7 +162,7 @@ def test_without_vnni_the_files_are_nearer_to_dense_than_with_8_bit_weights(tmp_
     exported, images = exported_of(tiny_vit(), tmp_path)
     labels = np.zeros(len(images), np.int64)
     np.savez(tmp_path / "images.npz", calibration=images, held_out=images, labels=labels)
-    worker = Path(__file__).parents[3] / "benchmarks" / "int8_worker.py"
+    worker = Path(__file__).parents[3] / "benchmarks" / "lib" / "int8_worker.py"
     command = [*EMULATOR, sys.executable, str(worker), str(exported.onnx.parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
