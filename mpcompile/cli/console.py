@@ -89,7 +89,7 @@ def show_analysis(found: Analysis) -> None:
             told = f"has kernels for {patterns}: at most {forecast.speedup_bound:.2f} times as fast, by counting"
             if forecast.speedup is not None:
                 ratios = forecast.layers.values()
-                unsure = sum(found.interval[0] <= 1 for found in forecast.measured.values())
+                unsure = sum(not found.faster for found in forecast.measured.values())
                 told += (
                     f"; products like its {len(ratios)} Linear layers, tried here, are {min(ratios):.2f} to "
                     f"{max(ratios):.2f} times as fast, which comes to {forecast.speedup:.2f}"

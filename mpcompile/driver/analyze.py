@@ -169,7 +169,7 @@ def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, N
     fast = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
     macs = counted.executed_macs(fast)
     measured = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, Predicting) else {}
-    layers = {name: found.ratio if found.interval[0] > 1 else 1.0 for name, found in measured.items()}
+    layers = {name: found.ratio if found.faster else 1.0 for name, found in measured.items()}
     executed = counted.macs - sum(counted.layers[name] * (1 - 1 / ratio) for name, ratio in layers.items())
     return Forecast(
         target=target,

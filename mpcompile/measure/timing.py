@@ -58,6 +58,16 @@ class Speedup:
         """Whether the interval supports a difference."""
         return self.interval[0] > 1 + INDISTINCT or self.interval[1] < 1 - INDISTINCT
 
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval lies above 1."""
+        return self.interval[0] > 1
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the interval includes 1."""
+        return self.interval[0] <= 1 <= self.interval[1]
+
     def with_interval(self) -> str:
         """The ratio and its interval in figures."""
         return f"{self.ratio:.2f} ({self.interval[0]:.2f}–{self.interval[1]:.2f})"

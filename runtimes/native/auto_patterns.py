@@ -50,8 +50,8 @@ def worth_having(found: Mapping[NM, Speedup]) -> tuple[NM, ...]:
 
     What was measured is logged: as a warning where an interval includes 1, since another run may then choose otherwise.
     """
-    faster = tuple(pattern for pattern, speedup in found.items() if speedup.interval[0] > 1)
-    undecided = [pattern for pattern, speedup in found.items() if speedup.interval[0] <= 1 <= speedup.interval[1]]
+    faster = tuple(pattern for pattern, speedup in found.items() if speedup.faster)
+    undecided = [pattern for pattern, speedup in found.items() if speedup.undecided]
     told = ", ".join(f"{pattern} {speedup.with_interval()}" for pattern, speedup in found.items())
     if not faster:
         raise UsageError(

@@ -102,7 +102,7 @@ def accelerate(
         before, after = (session(model, library, threads) for model in (without, with_them))
         for batch in (images, *also):
             ratio = compare_whole(before, after, batch, seconds)
-            if ratio.interval[0] <= 1:
+            if not ratio.faster:
                 left = (_blocked(one, ratio, len(batch)) if one.name in convolutions else one for one in choices)
                 return Accelerated(without, tuple(left))
         return Accelerated(with_them, tuple(choices))
@@ -135,7 +135,7 @@ def _left_dense(row: Refused) -> Choice:
 def _choice(
     product: Product, made: Packed, x: tuple[int, ...], dense: Timing, sparse: Timing, ratio: Speedup
 ) -> Choice:
-    native, measured = ratio.interval[0] > 1, ratio.with_interval()
+    native, measured = ratio.faster, ratio.with_interval()
     reason = (
         f"the native kernel is {measured} times as fast as the dense one"
         if native

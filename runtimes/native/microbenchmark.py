@@ -48,7 +48,7 @@ def measure(
     turns = {name: partial(_repeated, run, repeats) for name, run in runs.items()}
     samples = sample(turns, seconds)
     ratio = speedup(samples["dense"], samples["native"], BASELINE)
-    if ratio.interval[0] <= 1 <= ratio.interval[1]:
+    if ratio.undecided:
         more = sample(turns, seconds)
         samples = {name: np.concatenate([found, more[name]]) for name, found in samples.items()}
         ratio = speedup(samples["dense"], samples["native"], BASELINE)
