@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from mpcompile.analysis.eligibility import eligible
-from mpcompile.analysis.spectrum import Analysis
+from mpcompile.analysis.spectrum import SpectrumFit
 from mpcompile.data.images import Data
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load
@@ -112,7 +112,7 @@ def why(name: str, model: Model) -> dict[str, Any]:
     """Rank correlations over layers of what the logits amplify with what `mp` and `std` prune more by."""
     names = [layer for layer, reason in eligible(model, NM(2, 4)).items() if reason is None]
     fits = fit_layers(model, null=False, level=0.05, seed=0)
-    known = {layer: found.fit for layer in names if isinstance(found := fits[layer], Analysis)}
+    known = {layer: found.fit for layer in names if isinstance(found := fits[layer], SpectrumFit)}
     amplified = amplification(model, fashion_data(model.source).calibration, list(known))
     values = list(amplified.values())
     row = {"model": name, "kind": "rank correlation with amplification", "layers": len(known)}

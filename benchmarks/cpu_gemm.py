@@ -20,7 +20,7 @@ from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native.custom_op import GEMM
 from mpcompile.runtimes.native.microbenchmark import dense_node, native_node, one_node
-from mpcompile.runtimes.native.onnx_rewrite import Product
+from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm
 from mpcompile.runtimes.native.packing import pack
 
 QUESTION = "for which shapes and patterns is the native N:M kernel faster than ONNX Runtime's dense one, on one thread?"
@@ -31,12 +31,12 @@ COLUMNS = ("tokens", "in → out", "dense GFLOP/s", *PATTERNS)
 BLOCK_MS = 8.0
 
 
-def product(rows: int, columns: int, pattern: NM, rng: np.random.Generator) -> Product:
+def product(rows: int, columns: int, pattern: NM, rng: np.random.Generator) -> MaskedGemm:
     """A random weight that follows the pattern, as one node of a file."""
     weight = rng.standard_normal((rows, columns), dtype=np.float32)
     weight *= nm_mask(torch.from_numpy(np.abs(weight)), pattern).numpy()
     bias = rng.standard_normal(rows, dtype=np.float32)
-    return Product(("layer",), "product", GEMM, "x", "y", ("y",), "w", pattern, weight, bias)
+    return MaskedGemm(("layer",), "product", GEMM, "x", "y", ("y",), "w", pattern, weight, bias)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.permute.coupling import couple
 from mpcompile.passes.permute.order_search import ideal, kept, search, serpentine
-from mpcompile.passes.permute.permute import Job, job_of, scores_by_axis
+from mpcompile.passes.permute.permute import OrderingProblem, job_of, scores_by_axis
 
 SWEEPS = 10
 CHUNK = 64  # pairs of groups at once
@@ -66,7 +66,7 @@ def models() -> Iterator[tuple[str, Model]]:
         yield arch, capture(module, source_of(module, name=arch, arch=arch, sha256=""))
 
 
-def jobs(model: Model, pattern: NM, layer: str) -> list[Job]:
+def jobs(model: Model, pattern: NM, layer: str) -> list[OrderingProblem]:
     """The searches for the cells that a layer reads."""
     patterns = {name: pattern for name, reason in eligible(model, pattern).items() if reason is None}
     scores = scores_by_axis(model, patterns, {})

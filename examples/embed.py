@@ -11,14 +11,14 @@ from pathlib import Path
 from mpcompile import NM, Artifact, MpcompileError, Progress, Recipe, compile
 from mpcompile.errors import AccuracyError
 from mpcompile.passes import Certify, NMMask
-from mpcompile.recipe.schema import Bench, DataChoice, Gates
+from mpcompile.recipe.schema import BenchOptions, DataChoice, Gates
 
 EXAMPLE = Path(__file__).parent / "fashion_vit"
 RECIPE = Recipe(
     target="ort",
     gates=Gates(max_drop=1.0),  # points of top-1 on held-out images
     data=DataChoice(calibration=64, held_out=500),
-    bench=Bench(batches=(1,), seconds=0.2),
+    bench=BenchOptions(batches=(1,), seconds=0.2),
 )
 
 

@@ -13,7 +13,7 @@ import torch
 from mpcompile import NM, Data, Effect, Model, PassManager, Recipe, compile, tracked
 from mpcompile.errors import on_layer
 from mpcompile.passes import NMMask
-from mpcompile.recipe.schema import Bench
+from mpcompile.recipe.schema import BenchOptions
 from mpcompile.testing import check_contract, tiny_vit
 
 
@@ -48,7 +48,7 @@ def main(output: Path) -> None:
 
     artifact = compile(
         Path(__file__).parent / "fashion_vit" / "model.safetensors",
-        Recipe(target="eager", bench=Bench(batches=(1,), seconds=0.2)),
+        Recipe(target="eager", bench=BenchOptions(batches=(1,), seconds=0.2)),
         passes=[ClipOutliers(), NMMask(NM(2, 4))],
         output=output,
     )

@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mpcompile.analysis.layer_interpreter import Watcher
+from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
@@ -148,7 +148,7 @@ def reaches_of(model: Model, images: Split) -> dict[str, Tensor]:
         reach = (applied(layer, matrix, x) + bias).abs().reshape(len(x), -1).amax(1)
         seen[name] = torch.maximum(seen[name], reach) if name in seen else reach  # applied at several places
 
-    watcher = Watcher(model.graph, see)
+    watcher = LayerInterpreter(model.graph, see)
     for pixels, _ in images.announced(BATCH):
         seen.clear()
         watcher.run(pixels.to(model.example.dtype))

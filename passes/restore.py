@@ -141,9 +141,14 @@ class Restore:
                 # Where tokens were merged, the dense graph has no place for place the same outputs to be fitted to.
                 reference = model.dense if model.dense and _same_nodes(model.graph, model.dense) else None
                 found = NMMask().mask_layers(model, data, dict.fromkeys(alike, able[0]), reference)
-                plans = {t: replace(model.plan_of(t), pattern=able[0], mask=m, missed=e) for t, (m, e) in found.items()}
+                plans = {
+                    t: replace(model.plan_of(t), pattern=able[0], mask=m, relative_error=e)
+                    for t, (m, e) in found.items()
+                }
                 return model.with_plan(plans)
-        back = model.with_plan({t: replace(model.plan_of(t), mask=None, missed=None, skipped=reason) for t in alike})
+        back = model.with_plan(
+            {t: replace(model.plan_of(t), mask=None, relative_error=None, skipped=reason) for t in alike}
+        )
         return _unrepaired(back)
 
 
@@ -160,11 +165,11 @@ def _as_dense(model: Model, names: Sequence[str]) -> None:
 def _unrepaired(model: Model) -> Model:
     """The model without what was done to dense layers for masked ones before them, where there are none any more."""
     reading = after(model, model.patterns())
-    fitted = [name for name, plan in model.plan.items() if plan.mask is None and plan.missed is not None]
+    fitted = [name for name, plan in model.plan.items() if plan.mask is None and plan.relative_error is not None]
     alone = [name for name in fitted if name not in reading]
     with torch.no_grad():
         _as_dense(model, alone)
-    return model.with_plan({name: replace(model.plan_of(name), missed=None) for name in alone})
+    return model.with_plan({name: replace(model.plan_of(name), relative_error=None) for name in alone})
 
 
 def _copy(old: nn.Module, new: nn.Module) -> None:

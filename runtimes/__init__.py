@@ -10,20 +10,22 @@ from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort.cpu import OnnxRuntime
 from mpcompile.runtimes.ort.cuda import OnnxRuntimeCuda
 from mpcompile.runtimes.protocol import (
+    RENAMED,
     Build,
     Engine,
-    Judging,
-    Predicting,
+    GemmShape,
+    HasQuantizedBaselines,
+    PredictsSpeed,
     Prepared,
-    Product,
     QuantizedBaseline,
-    Referring,
+    ReportsKernels,
     Runtime,
-    Shipping,
-    Staging,
+    ShipsFile,
+    TimesDevice,
 )
 from mpcompile.runtimes.tensorrt.rtx import TensorRTForRTX
 from mpcompile.runtimes.tensorrt.target import TensorRT
+from mpcompile.system.moved_modules import renamed_names
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
     {runtime.name: runtime for runtime in (Eager(), OnnxRuntime(), OnnxRuntimeCuda(), TensorRT(), TensorRTForRTX())}
@@ -34,17 +36,19 @@ __all__ = [
     "Build",
     "Eager",
     "Engine",
-    "Judging",
+    "GemmShape",
+    "HasQuantizedBaselines",
     "OnnxRuntime",
     "OnnxRuntimeCuda",
-    "Predicting",
+    "PredictsSpeed",
     "Prepared",
-    "Product",
     "QuantizedBaseline",
-    "Referring",
+    "ReportsKernels",
     "Runtime",
-    "Shipping",
-    "Staging",
+    "ShipsFile",
     "TensorRT",
     "TensorRTForRTX",
+    "TimesDevice",
 ]
+
+__getattr__ = renamed_names(__name__, RENAMED)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +15,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup
+from mpcompile.system.moved_modules import renamed_names
 
 NO_KERNELS = "none: masked layers run as dense"
 
@@ -54,7 +56,7 @@ class Build:
         sizes = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
         return tuple((size, *exported.image_shape) for size in sizes)
 
-    def spelt(self, exported: Exported) -> str:
+    def file_stem(self, exported: Exported) -> str:
         """What tells the engines of a model apart, for the names of files: model, pattern, precision, batches."""
         patterns = sorted({mask.pattern for mask in exported.masks})
         pattern = "mixed" if len(patterns) > 1 else patterns[0].replace(":", "x") if patterns else exported.onnx.stem
@@ -78,7 +80,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class GemmShape:
     """A product of `tokens` rows with a weight (out, in_) of a pattern."""
 
     out: int
@@ -88,16 +90,16 @@ class Product:
 
 
 @runtime_checkable
-class Predicting(Protocol):
+class PredictsSpeed(Protocol):
     """A runtime that can say beforehand how fast a masked product will be, by trying one like it."""
 
-    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, Speedup]:
+    def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
         """The measured speedup of each over dense, by name; those that it cannot try are left out."""
         ...
 
 
 @runtime_checkable
-class Referring(Protocol):
+class HasQuantizedBaselines(Protocol):
     """A runtime that can run the dense model quantised, as a user would try it instead of pruning."""
 
     def references(
@@ -108,7 +110,7 @@ class Referring(Protocol):
 
 
 @runtime_checkable
-class Shipping(Protocol):
+class ShipsFile(Protocol):
     """A runtime whose output holds a file of its own, made when the model was compiled."""
 
     def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, Engine] | None":
@@ -143,7 +145,7 @@ class QuantizedBaseline:
 
 
 @runtime_checkable
-class Staging(Protocol):
+class TimesDevice(Protocol):
     """An engine on a device of its own, whose work can be timed apart from transfers."""
 
     def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
@@ -154,7 +156,7 @@ class Staging(Protocol):
 
 
 @runtime_checkable
-class Judging(Protocol):
+class ReportsKernels(Protocol):
     """An engine that tells what it chose for each masked layer."""
 
     def judged(
@@ -210,3 +212,17 @@ class Runtime(Protocol):
     def build(self, exported: Exported, build: Build) -> Engine:
         """An engine for a model. Raises RuntimeMissing or BuildError."""
         ...
+
+
+# Names of version 0.1.
+RENAMED: Mapping[str, str] = MappingProxyType(
+    {
+        "Judging": "ReportsKernels",
+        "Predicting": "PredictsSpeed",
+        "Product": "GemmShape",
+        "Referring": "HasQuantizedBaselines",
+        "Shipping": "ShipsFile",
+        "Staging": "TimesDevice",
+    }
+)
+__getattr__ = renamed_names(__name__, RENAMED)

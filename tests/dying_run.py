@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpcompile.cli.entry_point import main
 from mpcompile.export.onnx_export import Lowered, lower
-from mpcompile.pipeline.partial_results import Finished
+from mpcompile.pipeline.partial_results import PartialResults
 
 
 def dies_of(number: int, count: int) -> Callable[[], None]:
@@ -36,10 +36,10 @@ def dies_of(number: int, count: int) -> Callable[[], None]:
 
 
 def keeping_parts(called: Callable[[], None]) -> Callable[..., None]:
-    """`Finished.put`, which calls back after each part that is kept."""
-    put = Finished.put
+    """`PartialResults.put`, which calls back after each part that is kept."""
+    put = PartialResults.put
 
-    def kept(self: Finished, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def kept(self: PartialResults, name: str, tensors: Mapping[str, Tensor]) -> None:
         put(self, name, tensors)
         called()
 
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     given = json.loads(sys.argv.pop(1))
     dies = dies_of(given["signal"], given["count"])
     if given["after"] == "part":
-        mock.patch.object(Finished, "put", keeping_parts(dies)).start()
+        mock.patch.object(PartialResults, "put", keeping_parts(dies)).start()
     else:
         mock.patch("mpcompile.driver.run_plan.lower", exporting(dies)).start()
     main()

@@ -8,7 +8,7 @@ import pytest
 from mpcompile.measure.timing import Speedup, Timing
 from mpcompile.runtimes.native import kernel_selection as choose
 from mpcompile.runtimes.native import microbenchmark as trial
-from mpcompile.runtimes.native.onnx_rewrite import Product
+from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm
 from mpcompile.runtimes.native.packing import Packed
 
 
@@ -19,7 +19,7 @@ def shorten_trials(patched: pytest.MonkeyPatch, interval: tuple[float, float] | 
     """
 
     def shortened(
-        product: Product, made: Packed, x: tuple[int, ...], library: Path, threads: int | None, seconds: float
+        product: MaskedGemm, made: Packed, x: tuple[int, ...], library: Path, threads: int | None, seconds: float
     ) -> tuple[Timing, Timing, Speedup]:
         dense, sparse, ratio = trial.measure(product, made, x, library, threads, 0.0)
         return dense, sparse, ratio if interval is None else replace(ratio, interval=interval)

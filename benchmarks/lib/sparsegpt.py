@@ -19,8 +19,8 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
-from mpcompile.passes.reconstruct.layerwise import Site, rewrite_in_order
-from mpcompile.passes.reconstruct.second_moments import Moments
+from mpcompile.passes.reconstruct.layerwise import TiedWeight, rewrite_in_order
+from mpcompile.passes.reconstruct.second_moments import SecondMoments
 
 DAMPING = 0.01  # as in the paper; ModelOpt's own default is 0.1
 
@@ -51,7 +51,7 @@ def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Mod
     model = replace(model, graph=copy.deepcopy(model.graph))
     plans = {}
 
-    def rewrite(site: Site, moments: Moments | None) -> None:
+    def rewrite(site: TiedWeight, moments: SecondMoments | None) -> None:
         assert moments is not None
         [name] = site.names
         layer = model.layer(name)

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mpcompile.analysis.layer_interpreter import See, Watcher
+from mpcompile.analysis.layer_interpreter import LayerHook, LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.ir.model import Model
 
 BATCH = 32
-ENOUGH = 16  # rows a channel, after which a covariance is known well enough
+MIN_ROWS_PER_CHANNEL = 16  # rows a channel, after which a covariance is known well enough
 DAMPING = 0.02  # of the mean variance; also what a refit adds unless it is told otherwise
 
 
@@ -51,7 +51,7 @@ def unexplained_scales(model: Model, images: Split) -> dict[str, Float[Tensor, "
     def add(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
         groups = getattr(layer, "groups", 1)
         by_group = (rows := _rows(layer, x)).reshape(len(rows), groups, -1).movedim(1, 0)
-        if counts.get(name, 0) >= ENOUGH * by_group.shape[-1]:
+        if counts.get(name, 0) >= MIN_ROWS_PER_CHANNEL * by_group.shape[-1]:
             return
         # Less the first mean, so that a large one costs float32 no digits.
         shift = shifts.setdefault(name, by_group.mean(1, keepdim=True))
@@ -80,9 +80,9 @@ def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows channe
     return channels_last.reshape(-1, channels_last.shape[-1])
 
 
-def _watched(model: Model, images: Split, see: See) -> None:
+def _watched(model: Model, images: Split, see: LayerHook) -> None:
     """Runs the model on the images; `see` is told of every layer's inputs."""
-    watcher = Watcher(model.graph, see)
+    watcher = LayerInterpreter(model.graph, see)
     with torch.no_grad():
         for pixels, _ in images.announced(BATCH):
             watcher.run(pixels.to(model.example.dtype))

@@ -39,7 +39,7 @@ EXCLUDED = "excluded by"  # how the reason of a layer begins that was named to b
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class GraphPosition:
     """Where a layer stands in the flow from the image to the output."""
 
     sees_image: bool
@@ -48,7 +48,7 @@ class Place:
     weight_as_stored: bool  # by a linear or a convolution and by nothing else
 
 
-def places(model: Model) -> dict[str, Place]:
+def places(model: Model) -> dict[str, GraphPosition]:
     """Where each Linear and Conv2d of the graph stands, from one walk forwards and one backwards."""
     nodes: Sequence[fx.Node] = list(model.graph.graph.nodes)
     sites, altered = weight_sites(model.graph)
@@ -68,7 +68,7 @@ def places(model: Model) -> dict[str, Place]:
             layers_after.add(node)
 
     return {
-        name: Place(
+        name: GraphPosition(
             sees_image=any(site in sees_image for site in found),
             layers_before=any(site in layers_before for site in found),
             layers_after=any(site in layers_after for site in found),
@@ -102,7 +102,7 @@ def _multiplies(user: fx.Node, weight: fx.Node) -> bool:
     return user.target in WEIGHT_FUNCTIONS and weight in (*user.args[1:2], user.kwargs.get("weight"))
 
 
-def fact_against(layer: nn.Linear | nn.Conv2d, place: Place | None, pattern: NM) -> str | None:
+def fact_against(layer: nn.Linear | nn.Conv2d, place: GraphPosition | None, pattern: NM) -> str | None:
     """Why this layer cannot carry the pattern at all, or None where it can."""
     if reason := fact_against_any(layer, place):
         return reason
@@ -117,7 +117,7 @@ def fact_against(layer: nn.Linear | nn.Conv2d, place: Place | None, pattern: NM)
     return None
 
 
-def fact_against_any(layer: nn.Linear | nn.Conv2d, place: Place | None) -> str | None:
+def fact_against_any(layer: nn.Linear | nn.Conv2d, place: GraphPosition | None) -> str | None:
     """Why what is written into this layer's weight might not be what the graph multiplies by, or None."""
     kind = type(layer)
     if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN_CLASSES:
@@ -136,7 +136,7 @@ def is_depthwise(layer: nn.Linear | nn.Conv2d) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.shape[1] == 1
 
 
-def default_against(place: Place) -> str | None:
+def default_against(place: GraphPosition) -> str | None:
     """Why this layer is left dense unless it is included by name, or None where it is not."""
     if not place.sees_image:
         return "the image does not reach it: it computes a constant"

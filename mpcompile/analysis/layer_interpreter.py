@@ -1,4 +1,4 @@
-"""Watcher: runs a captured graph and shows the input and output of each Linear and Conv2d, however it is applied.
+"""LayerInterpreter: runs a captured graph and reports the input and output of each layer, however it is applied.
 
 A graph may call a layer, call it inside a module that was kept whole, or fetch its weight and multiply by that (as
 BEiT does). Hooks see the first two, the interpreter the third.
@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 
 from mpcompile.analysis.eligibility import weight_sites
 
-See = Callable[[str, nn.Linear | nn.Conv2d, Tensor, Tensor], None]  # name, layer, input, output
+LayerHook = Callable[[str, nn.Linear | nn.Conv2d, Tensor, Tensor], None]  # name, layer, input, output
 
 
-class Watcher(fx.Interpreter):
+class LayerInterpreter(fx.Interpreter):
     """Runs the graph, telling `see` of every application of a layer's weight, in order of execution."""
 
-    def __init__(self, graph: fx.GraphModule, see: See) -> None:
+    def __init__(self, graph: fx.GraphModule, see: LayerHook) -> None:
         super().__init__(graph)
         self._see = see
         self._layers = {n: m for n, m in graph.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from mpcompile.analysis.layer_interpreter import Watcher
+from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.token_merging import merge_tokens
@@ -104,7 +104,7 @@ def cost(model: Model) -> Cost:
     )
 
 
-class _Counter(Watcher):
+class _Counter(LayerInterpreter):
     """Runs a graph and counts, node by node and layer by layer."""
 
     def __init__(self, graph: fx.GraphModule) -> None:

@@ -194,7 +194,7 @@ class NoFitError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Analysis:
+class SpectrumFit:
     """The fit to a weight, and the same fit to its own entries shuffled (None where it was not asked for).
 
     `values` are the eigenvalues that were fitted, of W Wᵀ / n in ascending order; `null_values` those of the null.
@@ -226,7 +226,7 @@ def unfolded(weight: Float[ndarray, "out in_ *taps"]) -> Float[ndarray, "out inp
 
 def analyse(
     weight: Float[ndarray, "out in_ *taps"], *, null: bool = True, level: float = 0.05, seed: int = 0
-) -> Analysis:
+) -> SpectrumFit:
     """The fit to a layer's weight and to its null.
 
     Raises NoFitError for weights that are not finite, all zero or of vanishing rank, with a side under
@@ -253,6 +253,6 @@ def analyse(
             f"{fit.spikes}), so that a spike need not be structure"
         )
     if not null:
-        return Analysis(fit, None, values)
+        return SpectrumFit(fit, None, values)
     shuffled = eigenvalues(np.random.default_rng(seed).permuted(matrix.ravel()).reshape(matrix.shape))
-    return Analysis(fit, fit_spectrum(shuffled, n, level), values, shuffled)
+    return SpectrumFit(fit, fit_spectrum(shuffled, n, level), values, shuffled)

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from mpcompile.driver.analyze import Analysis
+from mpcompile.driver.analyze import ModelAnalysis
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
 from mpcompile.recipe.schema import Recipe
-from mpcompile.report.bench_report import Bench
+from mpcompile.report.bench_report import BenchReport
 from mpcompile.report.schema import Report
 from mpcompile.system.progress import Progress
 
@@ -39,7 +39,7 @@ def show_artifact(artifact: Artifact) -> None:
     console.print(f"Written to {artifact.folder}: {files}, report.json, report.md, report.html", soft_wrap=True)
 
 
-def show_bench(found: Bench, folder: Path) -> None:
+def show_bench(found: BenchReport, folder: Path) -> None:
     """Prints a row a batch and build, what that says, and where the files are."""
     console = _console()
     table = Table(title=f"{found.model} on {found.target}, {found.precision}", title_justify="left")
@@ -53,7 +53,7 @@ def show_bench(found: Bench, folder: Path) -> None:
     console.print(f"Written to {folder}: bench.json, bench.md, bench.svg", soft_wrap=True)
 
 
-def show_analysis(found: Analysis) -> None:
+def show_analysis(found: ModelAnalysis) -> None:
     """Prints a row a layer, what the plan comes to, and what each target would make of it."""
     console = _console()
     table = Table(title=f"{found.model.arch}, budget by {found.signal}", title_justify="left")

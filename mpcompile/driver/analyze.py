@@ -1,4 +1,4 @@
-"""The other front door: model -> Analysis of its layers and what a budget would plan. It changes nothing."""
+"""The other front door: model -> ModelAnalysis of its layers and what a budget would plan. It changes nothing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from mpcompile.analysis.macs import Cost, cost
-from mpcompile.analysis.spectrum import Analysis as LayerFit
-from mpcompile.analysis.spectrum import Fit
+from mpcompile.analysis.spectrum import Fit, SpectrumFit
 from mpcompile.data.images import Data
 from mpcompile.driver.inputs import data_for, loaded_from
 from mpcompile.driver.run_plan import build_pass
@@ -23,7 +22,7 @@ from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import DataChoice, Step
 from mpcompile.report.schema import Value
 from mpcompile.report.spectrum_plots import make_folder, write_plots
-from mpcompile.runtimes import RUNTIMES, Predicting, Product
+from mpcompile.runtimes import RUNTIMES, GemmShape, PredictsSpeed
 from mpcompile.system.hardware import environment
 from mpcompile.system.progress import Progress, reported
 
@@ -65,7 +64,7 @@ class Forecast(Value):
     speedup: float | None
 
 
-class Analysis(Value):
+class ModelAnalysis(Value):
     """The spectra of a model's layers, a plan by the budget, and what that plan comes to."""
 
     schema_version: int = 1
@@ -89,7 +88,7 @@ def analyze(
     choice: DataChoice | None = None,
     plots: str | Path | None = None,
     observe: Callable[[Progress], None] | None = None,
-) -> Analysis:
+) -> ModelAnalysis:
     """The analysis; the model is left as it was.
 
     `budget` says what to plan (by default 2:4 on every eligible layer). `data` is needed for the signals that look at
@@ -108,7 +107,7 @@ def _analysis(
     choice: DataChoice,
     plots: str | Path | None,
     observe: Observer,
-) -> Analysis:
+) -> ModelAnalysis:
     """`analyze`, with every default filled in."""
     observe("load")
     loaded, leaves = loaded_from(model)
@@ -121,9 +120,9 @@ def _analysis(
     observe("budget")
     planned = budget.planned(dense, images.for_passes(), fits)
     if plots is not None:
-        write_plots({name: found for name, found in fits.items() if isinstance(found, LayerFit)}, Path(plots))
+        write_plots({name: found for name, found in fits.items() if isinstance(found, SpectrumFit)}, Path(plots))
     patterns = {name: plan.pattern for name, plan in planned.plan.items() if plan.pattern is not None}
-    return Analysis(
+    return ModelAnalysis(
         version=version("mpcompile"),
         model=loaded.source,
         environment=environment({name: version(name) for name in ("torch", "numpy", "scipy")}, "cpu"),
@@ -144,11 +143,11 @@ def budget_from(params: Mapping[str, Any]) -> MPBudget:
     return step
 
 
-def _rows(planned: Model, counted: Cost, fits: Mapping[str, LayerFit | str]) -> Iterator[LayerAnalysis]:
+def _rows(planned: Model, counted: Cost, fits: Mapping[str, SpectrumFit | str]) -> Iterator[LayerAnalysis]:
     """A row for each layer that multiplies by weights, in order of definition."""
     for name, layer in planned.layers():
         found, plan = fits[name], planned.plan_of(name)
-        fitted = found if isinstance(found, LayerFit) else None
+        fitted = found if isinstance(found, SpectrumFit) else None
         yield LayerAnalysis(
             name=name,
             kind=type(layer).__name__,
@@ -168,7 +167,7 @@ def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, N
     runtime = RUNTIMES[target]
     fast = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
     macs = counted.executed_macs(fast)
-    measured = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, Predicting) else {}
+    measured = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, PredictsSpeed) else {}
     layers = {name: found.ratio if found.faster else 1.0 for name, found in measured.items()}
     executed = counted.macs - sum(counted.layers[name] * (1 - 1 / ratio) for name, ratio in layers.items())
     return Forecast(
@@ -183,12 +182,12 @@ def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, N
     )
 
 
-def _products(model: Model, counted: Cost, patterns: Mapping[str, NM]) -> dict[str, Product]:
+def _products(model: Model, counted: Cost, patterns: Mapping[str, NM]) -> dict[str, GemmShape]:
     """The Linear layers with these patterns as products; what a convolution costs depends on its neighbours."""
     found = {}
     for name, pattern in patterns.items():
         layer = model.layer(name)
         if isinstance(layer, nn.Linear):
             out, in_ = layer.weight.shape
-            found[name] = Product(out, in_, max(1, round(counted.layers[name] / (out * in_))), pattern)
+            found[name] = GemmShape(out, in_, max(1, round(counted.layers[name] / (out * in_))), pattern)
     return found

@@ -27,9 +27,9 @@ from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import sample, speedup, timing
 from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import Recipe
-from mpcompile.report.bench_report import Arm, Batch, Bench
+from mpcompile.report.bench_report import BatchTimings, BenchReport, TimedEngine
 from mpcompile.report.schema import Parity
-from mpcompile.runtimes import Build, Engine, Judging, Runtime, Shipping, Staging
+from mpcompile.runtimes import Build, Engine, ReportsKernels, Runtime, ShipsFile, TimesDevice
 from mpcompile.system.hardware import condition, disturbances, environment
 from mpcompile.system.progress import Progress, reported
 
@@ -40,14 +40,14 @@ FOLDER = "bench"
 PARITY_IMAGES = 8
 
 
-def bench(folder: Path, settings: Settings, observe: Callable[[Progress], None] | None = None) -> Bench:
+def bench(folder: Path, settings: Settings, observe: Callable[[Progress], None] | None = None) -> BenchReport:
     """The benchmark of an output folder, written into its folder `bench/TARGET`. Raises a MpcompileError."""
     artifact = Artifact.open(folder)
     with reported(observe, steps(artifact.recipe, settings)) as tell:
         return _benched(artifact, settings, tell)
 
 
-def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench:
+def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> BenchReport:
     """`bench`, of a folder that was opened."""
     recipe = artifact.recipe
     target = settings.target or recipe.target
@@ -65,9 +65,9 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
         partial_output = Path(temporary) / target
         partial_output.mkdir()
         build = Build(settings.threads, batches=batches, folder=partial_output)
-        shipped = runtime.shipped(after, settings.threads) if isinstance(runtime, Shipping) else None
+        shipped = runtime.shipped(after, settings.threads) if isinstance(runtime, ShipsFile) else None
         found = compared(runtime, before, after, build, settings, observe, shipped)
-        result = Bench(
+        result = BenchReport(
             version=version("mpcompile"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             model=artifact.report.model.arch,
@@ -99,10 +99,10 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
 class Compared:
     """What was built and timed; `meanings` says what each comparison stands for."""
 
-    arms: tuple[Arm, ...]
+    arms: tuple[TimedEngine, ...]
     meanings: dict[str, str]
     parity: tuple[Parity, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[BatchTimings, ...]
     verdicts: tuple[LayerVerdict, ...]
     device: str
 
@@ -124,7 +124,7 @@ def compared(
     arms, engines = _built(runtime, before, after, build)
     if shipped is not None:
         what = "the file for this target as it lies in the folder, with the kernels that were chosen when it was made"
-        arms = (*arms, Arm(name=SHIPPED, what=what, file=shipped[0].name))
+        arms = (*arms, TimedEngine(name=SHIPPED, what=what, file=shipped[0].name))
         engines[SHIPPED] = shipped[1]
     images = _images(after, max(PARITY_IMAGES, min(build.batches)))
     parity = tuple(
@@ -138,7 +138,7 @@ def compared(
     with tempfile.TemporaryDirectory() as folder:
         verdicts = runtime.prepare(after, Path(folder), build).verdicts
     judge = engines[COMPRESSED]
-    if isinstance(judge, Judging):
+    if isinstance(judge, ReportsKernels):
         verdicts = judge.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(UNUSED))
     return Compared(arms, _meanings(engines), parity, tuple(rows), verdicts, engines[DENSE].device)
 
@@ -178,19 +178,21 @@ def _spelt(runtime: Runtime) -> str:
 
 def _built(
     runtime: Runtime, before: Exported, after: Exported, build: Build
-) -> tuple[tuple[Arm, ...], dict[str, Engine]]:
+) -> tuple[tuple[TimedEngine, ...], dict[str, Engine]]:
     """The builds and their engines: two where the runtime has no sparse kernels, three where it has."""
     off = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
     engines: dict[str, Engine] = {DENSE: runtime.build(before, off)}
-    arms = [Arm(name=DENSE, what="the dense model", file=before.onnx.name)]
+    arms = [TimedEngine(name=DENSE, what="the dense model", file=before.onnx.name)]
     if any(runtime.has_kernel(NM.parse(mask.pattern)) for mask in after.masks if ":" in mask.pattern):
         engines[UNUSED] = runtime.build(after, off)
-        arms.append(Arm(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name))
+        arms.append(
+            TimedEngine(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name)
+        )
     engines[COMPRESSED] = runtime.build(after, build)
     what = "the compressed model"
     if after.masks:
         what += ", sparse kernels allowed" if UNUSED in engines else ", whose masked layers this target runs as dense"
-    arms.append(Arm(name=COMPRESSED, what=what, file=after.onnx.name))
+    arms.append(TimedEngine(name=COMPRESSED, what=what, file=after.onnx.name))
     return tuple(arms), engines
 
 
@@ -210,16 +212,16 @@ def _images(exported: Exported, batch: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((batch, *exported.image_shape)).astype(np.float32)
 
 
-def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> Batch:
+def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> BatchTimings:
     """One batch size, all builds in turns."""
     calls = {name: call_of(engine, images, settings) for name, engine in engines.items()}
-    on_gpu = any(isinstance(engine, Staging) for engine in engines.values())
+    on_gpu = any(isinstance(engine, TimesDevice) for engine in engines.values())
     seen = [condition(on_gpu)]
     samples = sample(calls, settings.seconds, lambda: seen.append(condition(on_gpu)))
     cold, before, after = seen
     before = replace(before, load=cold.load)  # before the first call; the clocks are those of a machine at work
     size = len(images)
-    return Batch(
+    return BatchTimings(
         batch=size,
         timings={name: timing(found, size, engines[name].device) for name, found in samples.items()},
         samples_ms={name: tuple(found.tolist()) for name, found in samples.items()},

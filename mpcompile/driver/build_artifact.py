@@ -17,7 +17,7 @@ from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
 from mpcompile.driver.bench import command as bench_command
 from mpcompile.driver.compare_engines import engine_parity, images_for, in_turns, parity_of
-from mpcompile.driver.run_plan import Plan, build_of, engine_of, lowered
+from mpcompile.driver.run_plan import RunPlan, build_of, engine_of, lowered
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
 from mpcompile.ir.model import Model, Source
@@ -33,7 +33,7 @@ from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.schema import DataUsed, Gate, Latency, LayerRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
 from mpcompile.report.sentences import verdict_on
-from mpcompile.runtimes import Engine, Judging, Runtime
+from mpcompile.runtimes import Engine, ReportsKernels, Runtime
 from mpcompile.runtimes.ort.overflow import require_finite
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine
 from mpcompile.system.hardware import environment
@@ -44,7 +44,7 @@ PARITY_IMAGES = 32
 def produced(
     loaded: Loaded,
     dense: Model,
-    plan: Plan,
+    plan: RunPlan,
     data: Data,
     folder: Path,
     observe: Observer,
@@ -134,7 +134,7 @@ class Built:
     commands: tuple[str, ...]
 
 
-def _built(plan: Plan, before: Lowered, after: Lowered, folder: Path, check: NDArray[np.float32]) -> Built:
+def _built(plan: RunPlan, before: Lowered, after: Lowered, folder: Path, check: NDArray[np.float32]) -> Built:
     """The engines, held against ONNX Runtime on the CPU. Raises BuildError or ParityError."""
     recipe = plan.recipe
     build = build_of(recipe, folder)
@@ -166,13 +166,13 @@ def _exported(source: Source, recipe: Recipe, folder: Path, model: Model, name: 
 
 def _judged(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:
     """What became of each masked layer, as the engine tells it where it can."""
-    if not isinstance(built.compressed, Judging):
+    if not isinstance(built.compressed, ReportsKernels):
         return built.verdicts
     images = images_for(data.held_out, model.example.numpy(), recipe.timed_batches[-1])
     return built.compressed.judged(built.verdicts, after.masks, images)
 
 
-def _accelerated(plan: Plan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:
+def _accelerated(plan: RunPlan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:
     """Whether masked layers run on sparse kernels: as seen of each, or else by what kernels the target has."""
     if not plan.idle and verdicts:
         return any(row.chosen for row in verdicts)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from mpcompile.data.images import Split
 from mpcompile.errors import UsageError
 from mpcompile.export.onnx_export import Exported
-from mpcompile.ir.parity import ALIKE, TOLERANCE, relative_difference, require_parity
+from mpcompile.ir.parity import PARITY_QUANTILE, TOLERANCE, relative_difference, require_parity
 from mpcompile.measure.timing import Call, sample
 from mpcompile.report.schema import Parity
-from mpcompile.runtimes import Engine, Staging
+from mpcompile.runtimes import Engine, TimesDevice
 from mpcompile.runtimes.ort.session import cpu_engine
 
 SECONDS = 4.0  # for each batch
@@ -43,7 +43,8 @@ def parity_of(expected: NDArray[np.float32], found: NDArray[np.float32], exporte
     difference = require_parity(expected, found, exported.precision, what, exported.merges)
     if exported.merges:
         largest = relative_difference(expected, found)
-        what += f", {ALIKE:.0%} of the images (rounding can merge other tokens; the largest is {largest:.1e})"
+        what += f", {PARITY_QUANTILE:.0%} of the images"
+        what += f" (rounding can merge other tokens; the largest is {largest:.1e})"
     return Parity(what=what, difference=difference, tolerance=TOLERANCE[exported.precision], images=len(expected))
 
 
@@ -56,7 +57,7 @@ def _reference(exported: Exported) -> str:
 
 def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
     """One call as it is timed. Raises UsageError where there is nothing to leave out."""
-    if isinstance(engine, Staging):
+    if isinstance(engine, TimesDevice):
         return engine.staged(images, transfers=settings.transfers, graph=settings.graph)
     if settings.graph or not settings.transfers:
         raise UsageError("a CPU has no CUDA graph and no transfers; leave --cuda-graph and --no-transfers out")

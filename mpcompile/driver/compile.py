@@ -14,7 +14,7 @@ from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import produced
 from mpcompile.driver.inputs import data_for, loaded_from, path_of
 from mpcompile.driver.plugins import GIVEN
-from mpcompile.driver.run_plan import Plan, plan_of
+from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import tuned
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.frontend.capture import capture
@@ -71,7 +71,7 @@ def compile(
 
 def _compiled(
     model: str | Path | nn.Module | Request,
-    plan: Plan,
+    plan: RunPlan,
     data: str | Path | Data | None,
     output: Path,
     force: bool,
@@ -136,7 +136,7 @@ def _compiled(
     return artifact
 
 
-def _require_tunable(plan: Plan) -> None:
+def _require_tunable(plan: RunPlan) -> None:
     """Raises UsageError where the recipe asks for a search that cannot be made."""
     if plan.recipe.tune is None:
         return

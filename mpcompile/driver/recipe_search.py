@@ -34,7 +34,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Path:
+class StrengthPath:
     """Recipes by strength: `at` a number of eighths, from 1 to STEPS."""
 
     name: str
@@ -47,7 +47,7 @@ def held(drop: float, error: float, limit: float) -> bool:
 
 
 def search(
-    paths: Sequence[Path], evaluate: Callable[[Candidate], Point], allowed: int, first: Sequence[Candidate] = ()
+    paths: Sequence[StrengthPath], evaluate: Callable[[Candidate], Point], allowed: int, first: Sequence[Candidate] = ()
 ) -> tuple[tuple[Candidate, Point], ...]:
     """Every candidate tried, with what was found, at most `allowed` of them; those of `first` before the paths."""
     tried: dict[str, tuple[Candidate, Point]] = {}
@@ -69,7 +69,7 @@ def search(
     return tuple(tried.values())
 
 
-def _halving(path: Path, ask: Callable[[Candidate], Point | None]) -> Iterator[bool]:
+def _halving(path: StrengthPath, ask: Callable[[Candidate], Point | None]) -> Iterator[bool]:
     """Finds the strongest recipe of a path that holds, one evaluation at a time."""
     low, high = 0, STEPS + 1  # low holds (or is the dense model), high does not
     place = STEPS
@@ -94,7 +94,7 @@ def fastest(tried: Sequence[tuple[Candidate, Point]]) -> tuple[Candidate, Point]
     return min(measured, key=lambda pair: pair[1].drop or 0.0)
 
 
-def paths_of(recipe: Recipe, least: Callable[[Recipe], float]) -> tuple[Path, ...]:
+def paths_of(recipe: Recipe, least: Callable[[Recipe], float]) -> tuple[StrengthPath, ...]:
     """Every path that a recipe's freedom allows. `least` tells which share of multiply-accumulates a recipe leaves.
 
     Raises UsageError where there is no freedom.
@@ -105,13 +105,13 @@ def paths_of(recipe: Recipe, least: Callable[[Recipe], float]) -> tuple[Path, ..
             "tune: the recipe has nothing to search over; give it a budget (mp-budget, as --pattern does) or token "
             "merging (--tome)"
         )
-    paths: list[Path] = []
+    paths: list[StrengthPath] = []
     for name, base in _by_pattern(recipe):
         floor = None if budget is None else least(base)
         ways = [(budget is not None, False), (False, tome is not None), (budget is not None, tome is not None)]
         for masks, tokens in dict.fromkeys(way for way in ways if any(way)):
             what = " and ".join(word for word, given in (("masks", masks), ("tokens", tokens)) if given)
-            paths.append(Path(f"{name}{what}", _along(base, name, floor if masks else None, tokens)))
+            paths.append(StrengthPath(f"{name}{what}", _along(base, name, floor if masks else None, tokens)))
     return tuple(paths)
 
 

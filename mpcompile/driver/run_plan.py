@@ -33,7 +33,7 @@ __all__ = [
     "PASSES",
     "RUNTIMES",
     "Known",
-    "Plan",
+    "RunPlan",
     "auto_patterns",
     "build_pass",
     "known",
@@ -45,7 +45,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a recipe comes to, checked before anything is computed.
 
     `recipe` is the one to record: passes and runtime given in Python stand in it. `origins` says of each that is not
@@ -85,7 +85,7 @@ def known() -> Known:
     )
 
 
-def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runtime | None = None) -> Plan:
+def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runtime | None = None) -> RunPlan:
     """The passes and the runtime of a recipe, or those given in their place. Raises UsageError or RuntimeMissing."""
     origins: dict[str, str] = {}
     if passes is not None:
@@ -114,7 +114,7 @@ def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runti
         offered = {step.name: installed_pass(step.name) for step in recipe.passes if step.name not in PASSES}
         origins |= {f"pass {name}": foreign.origin for name, foreign in offered.items() if foreign}
     PassManager(passes)  # refuses an order that cannot work
-    return Plan(recipe, tuple(passes), runtime, missing or runtime.idle(), origins)
+    return RunPlan(recipe, tuple(passes), runtime, missing or runtime.idle(), origins)
 
 
 def _with_passes(recipe: Recipe, passes: Sequence[Pass]) -> Recipe:
@@ -224,6 +224,6 @@ def build_of(recipe: Recipe, folder: Path) -> Build:
     return Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)
 
 
-def engine_of(plan: Plan, exported: Lowered, build: Build) -> Engine:
+def engine_of(plan: RunPlan, exported: Lowered, build: Build) -> Engine:
     """The target's engine; what runs nowhere here is judged by what runs the same file. Raises BuildError."""
     return cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)

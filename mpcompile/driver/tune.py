@@ -18,7 +18,7 @@ from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
 from mpcompile.driver.compare_engines import in_turns
 from mpcompile.driver.recipe_search import Candidate, fastest, held, paths_of, search
-from mpcompile.driver.run_plan import Plan, build_of, engine_of, lowered, plan_of
+from mpcompile.driver.run_plan import RunPlan, build_of, engine_of, lowered, plan_of
 from mpcompile.errors import MpcompileError, UsageError
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.ir.model import Model
@@ -26,7 +26,7 @@ from mpcompile.measure.timing import Speedup, speedup
 from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.search_schema import Point, Tuning
-from mpcompile.runtimes import Build, Engine, Referring
+from mpcompile.runtimes import Build, Engine, HasQuantizedBaselines
 from mpcompile.system.progress import tracked
 
 QUANTISED_ON = 64  # calibration images that a quantised reference gets
@@ -47,7 +47,7 @@ class Trial:
     """Carries recipes out on one model and measures them; files go into the folder of `build`."""
 
     recipe: Recipe
-    plan: Plan
+    plan: RunPlan
     limit: float  # points of top-1
     dense: Model
     data: Data
@@ -68,7 +68,7 @@ class Trial:
     def references(self) -> tuple[Point, ...]:
         """The dense model as the runtime would quantise it, where it can."""
         runtime, calibration = self.plan.runtime, self.data.calibration
-        if self.plan.idle or not isinstance(runtime, Referring):
+        if self.plan.idle or not isinstance(runtime, HasQuantizedBaselines):
             return ()
         images = calibration.first(min(QUANTISED_ON, len(calibration))).numpy()
         made = runtime.references(self.reference.exported, self.build, images, self.folder)

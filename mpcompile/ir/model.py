@@ -23,7 +23,7 @@ class LayerPlan:
     permutation: Int[Tensor, " in_"] | None = None  # the permutation; place i holds the channel permutation[i] had
     unpermuted: str | None = None  # the permutation; why the input channels kept their order, as a sentence
     mask: Bool[Tensor, "..."] | None = None  # the mask pass; shaped like the weight, True where kept
-    missed: float | None = None  # the mask pass; E‖y − W′x‖² / E‖y‖² on calibration images, y what it is fitted to
+    relative_error: float | None = None  # the mask pass; E‖y − W′x‖² / E‖y‖² on calibration images, y the refit target
     skipped: str | None = None  # why the layer stays dense, as a sentence
 
 

@@ -11,7 +11,7 @@ Tolerances are on max |Δ| / max |expected| over the outputs of a batch:
 
 Where tokens merge, rounding decides between pairs that are equally alike, and an image on which another pair merges has
 other outputs (measured in float16, 3 of 256 by up to 1e-1, the same answers on nearly all). There the tolerance holds
-for ALIKE of the images: a graph that is wrong is wrong on all.
+for PARITY_QUANTILE of the images: a graph that is wrong is wrong on all.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import ParityError
 
-ALIKE = 0.9
+PARITY_QUANTILE = 0.9
 TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2})
 
 
@@ -39,7 +39,7 @@ def require_parity(
 ) -> float:
     """The relative difference, or a ParityError where it is past the tolerance of the precision.
 
-    Where `merging`, it is that of the share ALIKE of the images which differ least.
+    Where `merging`, it is that of the share PARITY_QUANTILE of the images which differ least.
     """
     if expected.shape != found.shape:
         raise ParityError(f"{what}: the outputs are {found.shape}, and {expected.shape} was expected")
@@ -47,7 +47,7 @@ def require_parity(
     if merging and np.isfinite(difference):
         scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
         each = np.abs(found - expected).reshape(len(found), -1).max(1) / scale
-        difference = float(np.quantile(each, ALIKE, method="higher"))
+        difference = float(np.quantile(each, PARITY_QUANTILE, method="higher"))
     if difference > TOLERANCE[precision]:
         raise ParityError(
             f"{what}: the outputs differ by {difference:.1e} of their size, and {TOLERANCE[precision]:.0e} is allowed "

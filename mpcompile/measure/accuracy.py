@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mpcompile.data.images import Split
 from mpcompile.errors import ParityError
 
-SURE = 0.05  # a difference in top-1 that chance makes less often is called one
+SIGNIFICANCE = 0.05  # a difference in top-1 that chance makes less often is called one
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -42,7 +42,7 @@ class Turned:
 
     def __str__(self) -> str:
         counts = f"{self.right:,} answers put right and {self.wrong:,} put wrong"
-        made = "seldom makes" if self.chance < SURE else "can make"
+        made = "seldom makes" if self.chance < SIGNIFICANCE else "can make"
         return f"{counts}, a difference that chance alone {made}: p = {self.chance:.2g} (exact McNemar test)"
 
 

@@ -11,6 +11,7 @@ cent from memory layout alone.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -54,9 +55,15 @@ class Speedup:
     baseline: str
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval supports a difference."""
         return self.interval[0] > 1 + INDISTINCT or self.interval[1] < 1 - INDISTINCT
+
+    @property
+    def told(self) -> bool:
+        """The name of `significant` in version 0.1."""
+        warnings.warn("told is now called significant; it goes with the next release", DeprecationWarning, stacklevel=2)
+        return self.significant
 
     @property
     def faster(self) -> bool:
@@ -72,10 +79,10 @@ class Speedup:
         """The ratio and its interval in figures."""
         return f"{self.ratio:.2f} ({self.interval[0]:.2f}–{self.interval[1]:.2f})"
 
-    def spelt(self, baseline: str) -> str:
+    def describe(self, baseline: str) -> str:
         """The comparison in words, with its interval."""
         interval = f"interval {self.interval[0]:.2f} to {self.interval[1]:.2f}, {self.count} rounds"
-        if not self.told:
+        if not self.significant:
             return f"no difference from {baseline} can be told from noise ({interval})"
         return f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
 

@@ -18,7 +18,7 @@ from mpcompile.data.npz import ArrayImages
 from mpcompile.ir.model import Model
 from mpcompile.system.hashing import sha256, sha256_of
 
-LOOKED_AT = 64  # images whose pixels stand for a set that is too large to read and has no files to ask
+SAMPLED_IMAGES = 64  # images whose pixels stand for a set that is too large to read and has no files to ask
 COMPUTES = ("torch", "numpy", "scipy", "timm")  # what results depend on beside mpcompile
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -85,7 +85,7 @@ def images_key(split: Split) -> str:
             seen = (status.st_size, status.st_mtime_ns) if status else None
             parts += [f"{path.parent.name}/{path.name} {images.labels[index]} {seen}"]
     else:
-        parts += [repr(order), _pixels_key(replace(split, order=order[:LOOKED_AT]))]
+        parts += [repr(order), _pixels_key(replace(split, order=order[:SAMPLED_IMAGES]))]
     return sha256(*parts)
 
 

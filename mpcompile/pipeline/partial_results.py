@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ResultStore:
     """Where work is kept, and how much of the disk has to stay free for the output."""
 
     folder: Path
     reserve_bytes: int
 
 
-_place: ContextVar[Place | None] = ContextVar("place", default=None)
+_place: ContextVar[ResultStore | None] = ContextVar("place", default=None)
 
 
 @contextmanager
 def keeping(folder: Path, reserve_bytes: int = 0) -> Iterator[None]:
     """Inside, finished work is kept in the folder, as far as that leaves so much of the disk free."""
-    token = _place.set(Place(folder, reserve_bytes))
+    token = _place.set(ResultStore(folder, reserve_bytes))
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def run_key(what: str, model: Model, plan: Mapping[str, object], images: Split) 
     return digest.hexdigest()[:32]
 
 
-class Finished:
+class PartialResults:
     """The tensors that a run has finished, by name; `key` is asked for only where work is kept."""
 
     def __init__(self, key: Callable[[], str]) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mpcompile.errors import UsageError
 from mpcompile.recipe.strict_yaml import _DECIMAL, _Dumper, _Loader
+from mpcompile.system.moved_modules import renamed_names
 
 LONGEST_BYTES = 1_000_000
 LARGEST_BATCH = 65536  # what a free batch is exported for
@@ -65,7 +66,7 @@ class DataChoice(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class Bench(Strict):
+class BenchOptions(Strict):
     """How latency is measured, once for each batch size."""
 
     batches: tuple[Annotated[int, Field(ge=1, le=LARGEST_BATCH)], ...] = (1, 8)
@@ -98,7 +99,7 @@ class Recipe(Strict):
     batch: Annotated[Annotated[int, Field(ge=1, le=LARGEST_BATCH)] | None, BeforeValidator(_batch)] = None
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # 20; 22 for bf16
     data: DataChoice = DataChoice()
-    bench: Bench = Bench()
+    bench: BenchOptions = BenchOptions()
     gates: Gates = Gates()
     tune: Tune | None = None
 
@@ -190,3 +191,6 @@ def read_recipe(path: Path) -> Recipe:
 for _tag, (_pattern, _first) in _DECIMAL.items():
     _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+
+
+__getattr__ = renamed_names(__name__, {"Bench": "BenchOptions"})

@@ -1,4 +1,4 @@
-"""Bench: what was timed against what, and how sure it is. JSON has every sample; Markdown and plot are its views."""
+"""BenchReport: the samples of every engine, their medians and confidence intervals. Markdown and plot are its views."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b")
 
 
-class Arm(Value):
+class TimedEngine(Value):
     """One build that took turns with the others."""
 
     name: str
@@ -23,7 +23,7 @@ class Arm(Value):
     file: str
 
 
-class Batch(Value):
+class BatchTimings(Value):
     """One batch size: a timing and every sample of each arm, and the comparisons between them."""
 
     batch: int
@@ -35,7 +35,7 @@ class Batch(Value):
     after: Condition
 
 
-class Bench(Value):
+class BenchReport(Value):
     """A whole benchmark; `meanings` says what each comparison stands for."""
 
     schema_version: int = 1
@@ -47,10 +47,10 @@ class Bench(Value):
     settings: dict[str, str]
     environment: dict[str, str]
     baseline: str
-    arms: tuple[Arm, ...]
+    arms: tuple[TimedEngine, ...]
     meanings: dict[str, str]
     parity: tuple[Parity, ...]  # each build against ONNX Runtime on the CPU
-    batches: tuple[Batch, ...]
+    batches: tuple[BatchTimings, ...]
     verdicts: tuple[LayerVerdict, ...]
     command: str
 
@@ -73,7 +73,7 @@ class Bench(Value):
                 told = "baseline"
                 if against is not None:
                     told = f"{against.ratio:.2f} [{against.interval[0]:.2f}, {against.interval[1]:.2f}]"
-                    told += "" if against.told else ", not told from noise"
+                    told += "" if against.significant else ", not told from noise"
                 milliseconds = (f"{ms:.3f}" for ms in (timing.p50_ms, timing.p90_ms, timing.p99_ms))
                 found.append((str(each.batch), arm.name, *milliseconds, f"{timing.images_per_second:,.0f}", told))
         return found
@@ -85,8 +85,8 @@ class Bench(Value):
         for each in self.batches:
             for key, comparison in each.comparisons.items():
                 baseline = key.partition("/")[2]
-                told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.spelt(baseline)}."
-                if unchosen and comparison.told and baseline != self.arms[0].name:  # of two masked builds
+                told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.describe(baseline)}."
+                if unchosen and comparison.significant and baseline != self.arms[0].name:  # of two masked builds
                     told += " No sparse kernel was chosen, so this is another choice of dense ones, or noise."
                 found.append(told)
             found += [f"Batch {each.batch}: {told}." for told in each.disturbances]

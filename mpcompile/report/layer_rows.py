@@ -35,7 +35,7 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
                 axis=found.axis if found else None,
                 spectrum=plan.spectrum,
                 unfitted=plan.unfitted,
-                missed=plan.missed,
+                missed=plan.relative_error,
                 permuted=plan.permutation is not None,
                 unpermuted=plan.unpermuted,
             )
@@ -46,4 +46,4 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
 def _reason(plan: LayerPlan) -> str:
     """Why a layer is dense, and whether its weights are its own."""
     reason = plan.skipped or "no pass planned anything for it"
-    return reason if plan.missed is None else f"{reason}; fitted anew to what the dense model gives"
+    return reason if plan.relative_error is None else f"{reason}; fitted anew to what the dense model gives"

@@ -53,9 +53,9 @@ def speedup(report: Report) -> Chart | None:
         y = 36.0 + 28 * row
         told = f"{s.ratio:.2f}× [{s.interval[0]:.2f}, {s.interval[1]:.2f}]"
         lines += _interval(scale, *s.interval, y, told)
-        dots.append(Dot(scale(s.ratio), y, "compressed" if s.told else "dense", told, 4.5))
+        dots.append(Dot(scale(s.ratio), y, "compressed" if s.significant else "dense", told, 4.5))
         labels += [Label(84, y + 4, f"batch {batch}", "end"), Label(NARROW - 112, y + 4, told)]
-        words.append(f"batch {batch}: {told}" + ("" if s.told else ", not told from noise"))
+        words.append(f"batch {batch}: {told}" + ("" if s.significant else ", not told from noise"))
     labels.append(Label(scale(1), 10, "as fast as dense", "middle", "tick"))
     title = "Times as fast as the dense model, with 95 % intervals"
     words.append(f"the band is {1 - INDISTINCT:.2f} to {1 + INDISTINCT:.2f}, where no difference is told")

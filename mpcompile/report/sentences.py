@@ -77,8 +77,8 @@ def _speed(pair: Latency, first: bool) -> str:
     baseline = "the dense model"
     if first:
         baseline += f" in the same precision on the same target ({pair.dense.device})"
-    subject = "the compressed model is " if pair.speedup.told else ""
-    return f"At batch {pair.dense.batch} {subject}{pair.speedup.spelt(baseline)}."
+    subject = "the compressed model is " if pair.speedup.significant else ""
+    return f"At batch {pair.dense.batch} {subject}{pair.speedup.describe(baseline)}."
 
 
 def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:

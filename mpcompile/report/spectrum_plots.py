@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpcompile.analysis.spectrum import Analysis, density, support
+from mpcompile.analysis.spectrum import SpectrumFit, density, support
 from mpcompile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ SHOWN = 1.6  # the axis ends where the bulk does, times this; spikes beyond are 
 BINS = 60
 
 
-def plot_layer(name: str, found: Analysis) -> "Figure":
+def plot_layer(name: str, found: SpectrumFit) -> "Figure":
     """The spectrum of one layer as a histogram of singular values, with the fitted law, the edge and the spikes."""
     from matplotlib.figure import Figure
 
@@ -81,7 +81,7 @@ def _mark(axes: "Axes", spikes: np.ndarray, end: float) -> None:
         )
 
 
-def plot_overview(fits: Mapping[str, Analysis]) -> "Figure":
+def plot_overview(fits: Mapping[str, SpectrumFit]) -> "Figure":
     """A row a layer: distance from the law beside that of the null, spikes, and the edge σ₊."""
     from matplotlib.figure import Figure
 
@@ -124,7 +124,7 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def write_plots(fits: Mapping[str, Analysis], folder: Path) -> list[Path]:
+def write_plots(fits: Mapping[str, SpectrumFit], folder: Path) -> list[Path]:
     """Writes one SVG a layer and overview.svg; returns the files."""
     make_folder(folder)
     figures = {re.sub(r"[^\w.-]", "_", name): plot_layer(name, found) for name, found in fits.items()}

@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 from mpcompile.errors import UsageError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=2)  # the others wait while the first compresses
+BROADCAST_TIMEOUT = timedelta(days=2)  # the others wait while the first compresses
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ProcessRank:
     """This process among `size` that work together; `rank` counts from 0."""
 
     rank: int
@@ -36,19 +36,19 @@ class Place:
         return self.rank == 0
 
 
-def place() -> Place:
+def place() -> ProcessRank:
     """Where this process stands: alone, unless `joined`."""
     if not dist.is_available() or not dist.is_initialized():
-        return Place(0, 1)
-    return Place(dist.get_rank(), dist.get_world_size())
+        return ProcessRank(0, 1)
+    return ProcessRank(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager
-def joined() -> Iterator[Place]:
+def joined() -> Iterator[ProcessRank]:
     """Inside, the processes that torchrun started together know each other. Raises UsageError."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
-        yield Place(0, 1)
+        yield ProcessRank(0, 1)
         return
     if not size.isdecimal():
         raise UsageError(f"WORLD_SIZE is {size!r}; it is a number of processes, as torchrun sets it")
@@ -57,7 +57,7 @@ def joined() -> Iterator[Place]:
         raise UsageError(f"WORLD_SIZE is {size}, and {', '.join(missing)} are not set; start it with torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=BROADCAST_TIMEOUT)
     try:
         yield place()
     finally:

@@ -1,12 +1,13 @@
-"""Import paths of before version 0.2, each with a DeprecationWarning that names the new one. For one release.
+"""Import paths and class names of version 0.1, each with a DeprecationWarning that gives the new one. For one release.
 
-`from mpcompile.lower import Exported` still works, and says that `mpcompile.export.onnx_export` has it now.
+`from mpcompile.lower import Exported` still works, and warns that `Exported` is now in `mpcompile.export.onnx_export`.
+`from mpcompile.runtimes import Judging` still works, and warns that the class is now called `ReportsKernels`.
 """
 
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -42,6 +43,24 @@ MOVED: Mapping[str, tuple[str, ...]] = {
 }
 # Modules that are functions of mpcompile, too: an import of the module must not hide the function.
 FUNCTIONS = ("mpcompile.capture", "mpcompile.compile", "mpcompile.load", "mpcompile.lower")
+
+
+def renamed_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that returns the value under the new name for each old name, with a warning.
+
+    Args:
+        module: the full name of the module that defines or re-exports the values.
+        renamed: old name -> new name.
+    """
+
+    def getattr_of_module(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        text = f"{module}.{name} is now called {renamed[name]}; the old name goes with the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], renamed[name])
+
+    return getattr_of_module
 
 
 class MovedModule(ModuleType):

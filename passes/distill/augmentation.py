@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mpcompile.data.images import MODES, Split
 from mpcompile.ir.model import Source
-from mpcompile.system.distributed import Place
+from mpcompile.system.distributed import ProcessRank
 
 Key = tuple[int, int]  # epoch, and index of the image among the split's images
 
@@ -114,7 +114,9 @@ class Batches(Sampler[list[Key]]):
     An epoch leaves out the images that fill no whole batch.
     """
 
-    def __init__(self, order: tuple[int, ...], batch: int, epochs: int, seed: int, place: Place, start: int) -> None:
+    def __init__(
+        self, order: tuple[int, ...], batch: int, epochs: int, seed: int, place: ProcessRank, start: int
+    ) -> None:
         self._order, self._batch, self._epochs, self._seed = np.array(order), batch, epochs, seed
         self._place, self._start = place, start
         self.per_epoch = len(order) // batch

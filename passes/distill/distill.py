@@ -23,11 +23,11 @@ from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation
 from mpcompile.passes.distill.loss import ElasticNet
 from mpcompile.passes.distill.trainer import Objective, Schedule, Training
-from mpcompile.pipeline.partial_results import Finished, run_key
+from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.distributed import Parcel, place, shared
 
-LOOKED_AT = 64  # images whose pixels tell one set of images from another, beside their number and order
+SAMPLED_IMAGES = 64  # images whose pixels tell one set of images from another, beside their number and order
 
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 # Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
 OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
 
-SKIPPED = "taken from a checkpoint"  # what the first process shares in place of a Job
+SKIPPED = "taken from a checkpoint"  # what the first process shares in place of a TrainingJob
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What a process needs to train along."""
 
     graph: Parcel
@@ -133,8 +133,8 @@ class Distill:
                 "training on the %d calibration images alone; for more, give folders train/ and val/", len(images)
             )
         masks = model.masks()
-        shared(Job(Parcel.of(model.graph), Parcel.of(model.dense), masks))
-        finished = Finished(lambda: self._key(model, images))
+        shared(TrainingJob(Parcel.of(model.graph), Parcel.of(model.dense), masks))
+        finished = PartialResults(lambda: self._key(model, images))
         epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
 
@@ -149,12 +149,12 @@ class Distill:
         """
         images = images_of(data)
         self._require(images)
-        job: Job | str = shared(None)
-        if not isinstance(job, Job):
+        job: TrainingJob | str = shared(None)
+        if not isinstance(job, TrainingJob):
             return None
         graph = job.graph.opened()
         # Only the first process keeps checkpoints, and tells the others what is in them.
-        self._trained(graph, job.dense.opened(), job.masks, images, source, Finished(lambda: ""))
+        self._trained(graph, job.dense.opened(), job.masks, images, source, PartialResults(lambda: ""))
         return graph
 
     def _require(self, images: Split) -> None:
@@ -181,7 +181,7 @@ class Distill:
             digest.update(name.encode() + value.detach().contiguous().numpy(force=True).tobytes())
         # Labels that are known without reading an image; of others, those of the first images.
         labels = getattr(images.images, "labels", None)
-        some = replace(images, order=images.order[:LOOKED_AT])
+        some = replace(images, order=images.order[:SAMPLED_IMAGES])
         known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
         digest.update(repr([int(label) for label in known]).encode())
         return run_key(digest.hexdigest(), model, {}, some)
@@ -193,7 +193,7 @@ class Distill:
         masks: dict[str, Tensor],
         images: Split,
         source: Source,
-        finished: Finished,
+        finished: PartialResults,
     ) -> tuple[Epoch, ...]:
         """Trains the graph in place."""
         net = ElasticNet(self.kept_l1, self.kept_l2, self.removed_l1, self.removed_l2)

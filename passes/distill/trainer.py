@@ -28,7 +28,7 @@ from mpcompile.ir.model import Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
-from mpcompile.pipeline.partial_results import Finished
+from mpcompile.pipeline.partial_results import PartialResults
 from mpcompile.system.distributed import place, shared, summed
 from mpcompile.system.progress import tracked
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLDEST = 1e-6  # of the learning rate: where warming up starts
+WARMUP_START_LR = 1e-6  # of the learning rate: where warming up starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,9 @@ class Training:
         self._sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, labels' part, teacher's part
         self._epochs: list[Epoch] = []
 
-    def run(self, images: Split, source: Source, augmentation: Augmentation, finished: Finished) -> tuple[Epoch, ...]:
+    def run(
+        self, images: Split, source: Source, augmentation: Augmentation, finished: PartialResults
+    ) -> tuple[Epoch, ...]:
         """Trains to the end, from where a checkpoint left off; the record of every epoch."""
         schedule, here = self._schedule, place()
         if kept := shared((finished.get("training") or {}) if here.first else None):
@@ -270,7 +272,7 @@ def cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: floa
         optimizer,
         t_initial=total,
         warmup_t=warmup,
-        warmup_lr_init=COLDEST * rate,
+        warmup_lr_init=WARMUP_START_LR * rate,
         warmup_prefix=False,
         t_in_epochs=False,
     )

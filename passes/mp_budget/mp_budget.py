@@ -20,7 +20,7 @@ from torch import Tensor
 from mpcompile.analysis.activation_stats import input_scales, per_weight
 from mpcompile.analysis.eligibility import default_against, eligible, is_depthwise, places, tied
 from mpcompile.analysis.macs import Cost, cost
-from mpcompile.analysis.spectrum import Analysis, NoFitError, analyse
+from mpcompile.analysis.spectrum import NoFitError, SpectrumFit, analyse
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import LayerPlan, Model
@@ -36,10 +36,10 @@ Signal = Literal["mp", "magnitude", "std", "uniform", "lamp", "owl", "sensitivit
 NEED_IMAGES = ("owl", "sensitivity")
 
 
-def fit_layers(model: Model, *, null: bool, level: float, seed: int) -> dict[str, Analysis | str]:
+def fit_layers(model: Model, *, null: bool, level: float, seed: int) -> dict[str, SpectrumFit | str]:
     """For each Linear and Conv2d its fit, or why it has none, as a sentence."""
     where = places(model)
-    found: dict[str, Analysis | str] = {}
+    found: dict[str, SpectrumFit | str] = {}
     for name, layer in tracked(list(model.layers()), lambda pair: pair[0]):
         place = where.get(name)
         if place and place.sees_image and not place.layers_before:
@@ -55,12 +55,17 @@ def fit_layers(model: Model, *, null: bool, level: float, seed: int) -> dict[str
 
 
 def scores_of(
-    signal: Signal, model: Model, names: Sequence[str], fits: Mapping[str, Analysis | str], sparsity: float, data: Data
+    signal: Signal,
+    model: Model,
+    names: Sequence[str],
+    fits: Mapping[str, SpectrumFit | str],
+    sparsity: float,
+    data: Data,
 ) -> signals.Scores:
     """The scores of a signal for these layers, at a sparsity of all their weights together. Raises PassError."""
     weights = {name: model.layer(name).weight.detach() for name in names}
     if signal == "mp":
-        known = {name: found.fit for name, found in fits.items() if isinstance(found, Analysis)}
+        known = {name: found.fit for name, found in fits.items() if isinstance(found, SpectrumFit)}
         return signals.spectral_edge(weights, known, attention_layers(model), sparsity)
     if signal == "std":
         return signals.deviation_edge(weights, attention_layers(model), sparsity)
@@ -111,7 +116,7 @@ class MPBudget:
         """The same model with spectrum and pattern, or the reason for none, in each layer's plan."""
         return self.planned(model, data, fit_layers(model, null=self.null, level=self.level, seed=self.seed))
 
-    def planned(self, model: Model, data: Data, fits: Mapping[str, Analysis | str]) -> Model:
+    def planned(self, model: Model, data: Data, fits: Mapping[str, SpectrumFit | str]) -> Model:
         """The same, with fits that were made before."""
         if any(plan.mask is not None for plan in model.plan.values()):
             raise PassError("some layers are masked already; the budget stands before the masks")
@@ -127,12 +132,14 @@ class MPBudget:
             plans[name] = self._plan(model.plan_of(name), pattern, reason, fits.get(name))
         return model.with_plan(plans)
 
-    def _plan(self, plan: LayerPlan, pattern: NM | None, reason: str | None, found: Analysis | str | None) -> LayerPlan:
+    def _plan(
+        self, plan: LayerPlan, pattern: NM | None, reason: str | None, found: SpectrumFit | str | None
+    ) -> LayerPlan:
         return replace(
             plan,
             pattern=pattern,
             skipped=reason,
-            spectrum=found.summary if isinstance(found, Analysis) else None,
+            spectrum=found.summary if isinstance(found, SpectrumFit) else None,
             unfitted=found if isinstance(found, str) else None,
         )
 
@@ -140,7 +147,7 @@ class MPBudget:
         self,
         model: Model,
         data: Data,
-        fits: Mapping[str, Analysis | str],
+        fits: Mapping[str, SpectrumFit | str],
         verdicts: Mapping[NM, Mapping[str, str | None]],
         units: Sequence[tuple[str, ...]],
     ) -> dict[str, NM]:

@@ -26,7 +26,7 @@ Project = Callable[[Float[Tensor, "out columns"]], Bool[Tensor, "out columns"]]
 RHO = 0.01
 RAISE = 1.2  # slower finds supports whose refit misses 2 % less, in twice the time
 ROUNDS = 36
-REST = 6  # rounds without a change in any place
+STABLE_ROUNDS = 6  # rounds without a change in any place
 
 
 def joint_support(
@@ -48,7 +48,7 @@ def joint_support(
         u = w - z
         rested = rested + 1 if torch.equal(now, kept) else 0
         kept = now
-        if rested == REST:
+        if rested == STABLE_ROUNDS:
             break
         rho *= RAISE
     return kept

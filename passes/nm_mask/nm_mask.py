@@ -39,10 +39,10 @@ from mpcompile.passes.nm_mask.admm import joint_support
 from mpcompile.passes.nm_mask.pair_swaps import swapped
 from mpcompile.passes.nm_mask.selection import largest, masked, nm_mask
 from mpcompile.passes.reconstruct.dense_layers import repairable
-from mpcompile.passes.reconstruct.layerwise import Layer, Site, rewrite_in_order
+from mpcompile.passes.reconstruct.layerwise import Layer, TiedWeight, rewrite_in_order
 from mpcompile.passes.reconstruct.least_squares import damped, of_layer, proven_share, put, refit, unconstrained
-from mpcompile.passes.reconstruct.second_moments import Moments, Problem
-from mpcompile.pipeline.partial_results import Finished, run_key
+from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
+from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
 
 Criterion = Literal["magnitude", "wanda", "covariance", "joint"]
@@ -124,11 +124,13 @@ class NMMask:
         if due and self.repair and self.sequential and self._target(data) == "model":
             reasons = {name: choice for name, choice in choices.items() if isinstance(choice, str)}
             due |= dict.fromkeys(repairable(model, due, reasons))
-        for name, (mask, missed) in self.mask_layers(model, data, due).items():
+        for name, (mask, relative_error) in self.mask_layers(model, data, due).items():
             if due[name] is None:
-                plans[name] = replace(plans.get(name, model.plan_of(name)), missed=missed)
+                plans[name] = replace(plans.get(name, model.plan_of(name)), relative_error=relative_error)
             else:
-                plans[name] = replace(model.plan_of(name), pattern=due[name], mask=mask, missed=missed, skipped=None)
+                plans[name] = replace(
+                    model.plan_of(name), pattern=due[name], mask=mask, relative_error=relative_error, skipped=None
+                )
         return model.with_plan(plans)
 
     def _target(self, data: Data) -> Target:
@@ -159,9 +161,9 @@ class NMMask:
             what = f"the criterion {criterion}" if criterion != "magnitude" else f"the refit to the {target}"
             raise PassError(f"{what} needs calibration images; give --data, or the criterion magnitude and no refit")
         found: dict[str, tuple[Tensor, float | None]] = {}
-        finished = Finished(lambda: run_key(repr(self), model, due, data.calibration))
+        finished = PartialResults(lambda: run_key(repr(self), model, due, data.calibration))
 
-        def rewrite(site: Site, moments: Moments | None) -> None:
+        def rewrite(site: TiedWeight, moments: SecondMoments | None) -> None:
             layers = [model.layer(name) for name in site.names]
             result = finished.get(site.names[0])
             if result is None:
@@ -170,9 +172,9 @@ class NMMask:
                 finished.put(site.names[0], result)
             put(site, layers[0], result)
             for name, layer in zip(site.names, layers, strict=True):
-                found[name] = (result["mask"].reshape(layer.weight.shape), float(result["missed"]))
+                found[name] = (result["mask"].reshape(layer.weight.shape), float(result["relative_error"]))
 
-        def share(site: Site, parts: Sequence[Moments]) -> Tensor:
+        def share(site: TiedWeight, parts: Sequence[SecondMoments]) -> Tensor:
             return proven_share(parts, flat(model.layer(site.names[0]).weight), site.centred, self.damping)
 
         residual = share if self.residual and target == "model" else None
@@ -181,9 +183,15 @@ class NMMask:
         return found
 
     def _fitted(
-        self, site: Site, layer: Layer, pattern: NM | None, moments: Moments, criterion: Criterion, target: Target
+        self,
+        site: TiedWeight,
+        layer: Layer,
+        pattern: NM | None,
+        moments: SecondMoments,
+        criterion: Criterion,
+        target: Target,
     ) -> dict[str, Tensor]:
-        """What is to be put into a layer: `mask` and `weight`, `bias` where the mean output is free, and `missed`."""
+        """The tensors to write into a layer: `mask`, `weight`, `relative_error`; `bias` if the mean output is free."""
         own = flat(layer.weight)
         centred = site.centred and target != "none"
         problem = moments.problem(centred)
@@ -203,14 +211,14 @@ class NMMask:
         result = {
             "mask": unflat(mask, layer.weight.shape),
             "weight": unflat(weight, layer.weight.shape).to(layer.weight.dtype),
-            "missed": problem.error(weight).sum() / wanted if wanted > 0 else torch.zeros(()),
+            "relative_error": problem.error(weight).sum() / wanted if wanted > 0 else torch.zeros(()),
         }
         if centred:
             result["bias"] = problem.bias(weight)
         return result
 
     def _support(
-        self, best: Tensor, problem: Problem, own: Tensor, pattern: NM, criterion: Criterion
+        self, best: Tensor, problem: LeastSquares, own: Tensor, pattern: NM, criterion: Criterion
     ) -> Bool[Tensor, "out columns"]:
         """The places that the criterion keeps."""
         if criterion == "magnitude":

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @dataclass(frozen=True)
-class Flow:
+class LabelledTensor:
     """A tensor with the planes that tell its channels.
 
     `parameter` is its name where it is one, just fetched; `lost` says what lost its channels, where something did.
@@ -52,30 +52,30 @@ def columns(plane: Tensor, dim: int) -> "np.ndarray":
     return found
 
 
-def flows(value: Any) -> list[Flow]:
+def flows(value: Any) -> list[LabelledTensor]:
     """Every Flow in nested arguments."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Flow)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, LabelledTensor)]
 
 
 def plain(value: Any) -> Any:
     """Arguments with tensors for Flows."""
-    return tree_map_only(Flow, lambda flow: flow.tensor, value)
+    return tree_map_only(LabelledTensor, lambda flow: flow.tensor, value)
 
 
-def with_plane(value: Any, flow: Flow, plane: Tensor) -> Any:
+def with_plane(value: Any, flow: LabelledTensor, plane: Tensor) -> Any:
     """Arguments with a plane for one Flow."""
-    return tree_map_only(Flow, lambda other: plane if other is flow else other, value)
+    return tree_map_only(LabelledTensor, lambda other: plane if other is flow else other, value)
 
 
 def wrapped(result: Any, lost: str | None = None) -> Any:
     """A result with Flows of unknown channels for tensors."""
-    return tree_map_only(Tensor, lambda tensor: Flow(tensor, lost=lost), result)
+    return tree_map_only(Tensor, lambda tensor: LabelledTensor(tensor, lost=lost), result)
 
 
 def paired(result: Any, moved: list[Any]) -> Any:
     """A result, or a tuple of results, with its planes."""
     if isinstance(result, Tensor):
-        return Flow(result, tuple(compressed(plane).expand(result.shape) for plane in moved))
+        return LabelledTensor(result, tuple(compressed(plane).expand(result.shape) for plane in moved))
     return tuple(paired(part, [m[index] for m in moved]) for index, part in enumerate(result))
 
 
@@ -111,4 +111,4 @@ def moves_only(call: Callable[..., Any], args: Any, kwargs: Any, tensor: Tensor)
 
 def with_flow(value: Any, tensor: Tensor) -> Any:
     """Arguments with one tensor for every Flow."""
-    return tree_map_only(Flow, lambda _: tensor, value)
+    return tree_map_only(LabelledTensor, lambda _: tensor, value)

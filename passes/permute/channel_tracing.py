@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from mpcompile.passes.permute.channel_labels import (
-    Flow,
+    LabelledTensor,
     along,
     columns,
     compressed,
@@ -39,7 +39,7 @@ from mpcompile.passes.permute.channel_labels import (
     with_plane,
     wrapped,
 )
-from mpcompile.passes.permute.constraints import CONSTANT, UNKNOWN, Axis, Ledger
+from mpcompile.passes.permute.constraints import CONSTANT, UNKNOWN, Axis, ChannelConstraints
 from mpcompile.passes.permute.operator_sets import (
     ELEMENTWISE,
     MOVES,
@@ -51,12 +51,12 @@ from mpcompile.passes.permute.operator_sets import (
 )
 
 
-class Tracker(fx.Interpreter):
+class ChannelTracer(fx.Interpreter):
     """Runs a graph on Flows and fills a ledger."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.ledger = Ledger()
+        self.ledger = ChannelConstraints()
         self._names: dict[int, str] = {}
         for owned in (graph.named_parameters(), graph.named_buffers()):
             for name, value in owned:
@@ -71,7 +71,7 @@ class Tracker(fx.Interpreter):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The image: no channels of ours."""
-        return Flow(super().placeholder(target, args, kwargs))
+        return LabelledTensor(super().placeholder(target, args, kwargs))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A parameter or buffer: atoms of its own along its last axis that has any."""
@@ -81,12 +81,12 @@ class Tracker(fx.Interpreter):
         name = self._names.get(id(value))
         dims = [dim for dim, size in enumerate(value.shape) if size > 1]
         if name is None or not dims or not value.is_floating_point():
-            return Flow(value)
+            return LabelledTensor(value)
         if name not in self._parameters:
             atoms = self.ledger.fresh(value.shape[dims[-1]])
             self.ledger.bind(Axis(name, dims[-1]), atoms, self._what)
             self._parameters[name] = along(self.ledger.axes[Axis(name, dims[-1])], value.shape, dims[-1])
-        return Flow(value, (self._parameters[name],), name)
+        return LabelledTensor(value, (self._parameters[name],), name)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The order of the outputs is the model's interface."""
@@ -143,7 +143,7 @@ class Tracker(fx.Interpreter):
 
     def _operation(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The result of a function or method by its name."""
-        if call is operator.getitem and not isinstance(args[0], Flow):  # one of several results
+        if call is operator.getitem and not isinstance(args[0], LabelledTensor):  # one of several results
             return args[0][args[1]]
         given = flows((args, kwargs))
         if not any(flow.planes for flow in given):
@@ -184,7 +184,7 @@ class Tracker(fx.Interpreter):
                 self.ledger.fix(plane.numpy(), f"{self._what} is not understood")
         return wrapped(call(*plain(args), **plain(kwargs)), f"{self._what} is not understood")
 
-    def _elementwise(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Flow:
+    def _elementwise(self, call: Callable[..., Any], args: Any, kwargs: Any) -> LabelledTensor:
         """Numbers at the same place belong to one channel."""
         result = call(*plain(args), **plain(kwargs))
         planes: list[Tensor] = []
@@ -208,10 +208,10 @@ class Tracker(fx.Interpreter):
             for flow in given:
                 if not self._accounts_for(flow, plane):
                     self.ledger.fix(plane.numpy(), f"{self._what} pairs it with what is no channel")
-        return Flow(result, tuple(planes), lost=next((flow.lost for flow in given if flow.lost), None))
+        return LabelledTensor(result, tuple(planes), lost=next((flow.lost for flow in given if flow.lost), None))
 
     @staticmethod
-    def _accounts_for(flow: Flow, plane: Tensor) -> bool:
+    def _accounts_for(flow: LabelledTensor, plane: Tensor) -> bool:
         """Whether a factor is alike for all channels of a plane, or has channels of its own wherever it is not."""
         offset = plane.ndim - flow.tensor.ndim
         dims = varying(plane)
@@ -229,7 +229,7 @@ class Tracker(fx.Interpreter):
 
         return paired(result, [moved(plane) for plane in flow.planes])
 
-    def _pad(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Flow:
+    def _pad(self, call: Callable[..., Any], args: Any, kwargs: Any) -> LabelledTensor:
         """Padding with a constant is alike for all channels."""
         flow, pad = args[0], kwargs.get("pad", args[1] if len(args) > 1 else None)
         mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant")
@@ -238,20 +238,20 @@ class Tracker(fx.Interpreter):
             padded = [F.pad(p.double(), pad, mode=mode).long() for p in flow.planes]
         else:
             padded = [F.pad(p, pad, value=CONSTANT) for p in flow.planes]
-        return Flow(result, tuple(padded))
+        return LabelledTensor(result, tuple(padded))
 
-    def _cat(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Flow:
+    def _cat(self, call: Callable[..., Any], args: Any, kwargs: Any) -> LabelledTensor:
         """Concatenation: what has no channels is marked so."""
         given = flows((args, kwargs))
         if any(len(flow.planes) > 1 for flow in given):
-            flow: Flow = self._unknown(call, args, kwargs)
+            flow: LabelledTensor = self._unknown(call, args, kwargs)
             return flow
 
-        def atoms(value: Flow) -> Tensor:
+        def atoms(value: LabelledTensor) -> Tensor:
             return value.planes[0] if value.planes else torch.full(value.tensor.shape, UNKNOWN)
 
-        plane = call(*tree_map_only(Flow, atoms, args), **tree_map_only(Flow, atoms, kwargs))
-        return Flow(call(*plain(args), **plain(kwargs)), (plane,))
+        plane = call(*tree_map_only(LabelledTensor, atoms, args), **tree_map_only(LabelledTensor, atoms, kwargs))
+        return LabelledTensor(call(*plain(args), **plain(kwargs)), (plane,))
 
     def _reduce(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A symmetric function along some axes: the atoms along them have to stay among themselves."""
@@ -271,7 +271,7 @@ class Tracker(fx.Interpreter):
                 self.ledger.keep_together(compressed(plane).reshape(1, -1).numpy())
             else:
                 self.ledger.fix(plane.numpy(), f"{self._what} sums over some of its channels")
-        return Flow(result, tuple(planes))
+        return LabelledTensor(result, tuple(planes))
 
     def _spatial(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Pooling and resizing, which treat every channel alike along the last two axes."""
@@ -285,15 +285,15 @@ class Tracker(fx.Interpreter):
                 self.ledger.fix(plane.numpy(), f"{self._what} pools over its channels")
             else:
                 planes.append(plane[..., :1, :1].expand(result.shape))
-        return Flow(result, tuple(planes))
+        return LabelledTensor(result, tuple(planes))
 
-    def _softmax(self, call: Callable[..., Any], args: Any, kwargs: Any, dim: int | None) -> Flow:
+    def _softmax(self, call: Callable[..., Any], args: Any, kwargs: Any, dim: int | None) -> LabelledTensor:
         """Symmetric along one axis, and elementwise otherwise."""
         flow = flows((args, kwargs))[0]
         for plane in flow.planes:
             if dim is None or dim % plane.ndim in varying(plane):
                 self.ledger.fix(plane.numpy(), f"{self._what} normalises over its channels")
-        return Flow(call(*plain(args), **plain(kwargs)), flow.planes)
+        return LabelledTensor(call(*plain(args), **plain(kwargs)), flow.planes)
 
     def _product(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A matrix product of two activations."""
@@ -302,18 +302,18 @@ class Tracker(fx.Interpreter):
         a, b = args[0], args[1]
         result = call(*plain(args), **plain(kwargs))
         planes = [*self._carried(a, -1, -2, result.shape), *self._carried(b, -2, -1, result.shape)]
-        return Flow(result, tuple(planes))
+        return LabelledTensor(result, tuple(planes))
 
-    def _attention(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Flow:
+    def _attention(self, call: Callable[..., Any], args: Any, kwargs: Any) -> LabelledTensor:
         """softmax(q kᵀ) v, head by head: the channels of v come out where they went in."""
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         result = call(*plain(args), **plain(kwargs))
         for name in ("query", "key"):
             for plane in named[name].planes:
                 self.ledger.fix(plane.numpy(), "queries and keys are multiplied with each other, channel by channel")
-        return Flow(result, tuple(self._carried(named["value"], -2, -1, result.shape)))
+        return LabelledTensor(result, tuple(self._carried(named["value"], -2, -1, result.shape)))
 
-    def _carried(self, flow: Flow, summed: int, carried: int, shape: torch.Size) -> Iterator[Tensor]:
+    def _carried(self, flow: LabelledTensor, summed: int, carried: int, shape: torch.Size) -> Iterator[Tensor]:
         """The planes of a factor that live on in a product; those along the axis that is summed over do not."""
         for plane in flow.planes:
             dims = varying(plane)
@@ -327,26 +327,26 @@ class Tracker(fx.Interpreter):
 
     # ---- layers and norms
 
-    def _layer(self, module: nn.Linear | nn.Conv2d, target: str, flow: Flow, dim: int) -> Flow:
+    def _layer(self, module: nn.Linear | nn.Conv2d, target: str, flow: LabelledTensor, dim: int) -> LabelledTensor:
         """A layer that is called."""
         weight, bias = self._names[id(module.weight)], self._name(module, target, "bias")
         result = module(flow.tensor)
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         return self._applied(flow, result, weight, module.weight.shape, bias, groups, dim)
 
-    def _functional_layer(self, target: Any, args: Any, kwargs: Any) -> Flow:
+    def _functional_layer(self, target: Any, args: Any, kwargs: Any) -> LabelledTensor:
         """A layer whose weight the graph fetches."""
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         flow, weight, bias = named["input"], named["weight"], named.get("bias")
         groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
-        if not isinstance(weight, Flow) or weight.parameter is None or not isinstance(flow, Flow):
-            result: Flow = self._unknown(target, args, kwargs)
+        if not isinstance(weight, LabelledTensor) or weight.parameter is None or not isinstance(flow, LabelledTensor):
+            result: LabelledTensor = self._unknown(target, args, kwargs)
             return result
         dim = -1 if target is F.linear else 1
         computed = target(*plain(args), **plain(kwargs))
-        name = bias.parameter if isinstance(bias, Flow) else None
+        name = bias.parameter if isinstance(bias, LabelledTensor) else None
         applied = self._applied(flow, computed, weight.parameter, weight.tensor.shape, name, groups, dim)
-        if isinstance(bias, Flow) and name is None:  # put together of several, as BEiT does
+        if isinstance(bias, LabelledTensor) and name is None:  # put together of several, as BEiT does
             outputs = self.ledger.axes[Axis(weight.parameter, 0)]
             made = bias.planes[0].numpy() if bias.planes else np.full(len(outputs), UNKNOWN)
             self.ledger.unify(outputs, made, self._what)
@@ -354,14 +354,14 @@ class Tracker(fx.Interpreter):
 
     def _applied(
         self,
-        flow: Flow,
+        flow: LabelledTensor,
         result: Tensor,
         weight: str,
         shape: torch.Size,
         bias: str | None,
         groups: int,
         dim: int,
-    ) -> Flow:
+    ) -> LabelledTensor:
         """Ends the atoms along `dim` at the weight's input axis and begins those of its rows."""
         place = dim % result.ndim
         consumed = [plane for plane in flow.planes if dim % plane.ndim in varying(plane)]
@@ -398,13 +398,13 @@ class Tracker(fx.Interpreter):
             self.ledger.bind(Axis(bias, 0), outputs, self._what)
         # A plane along other axes lives on: the layer does the same for each of its channels.
         living = tuple(plane.narrow(dim, 0, 1).expand(result.shape) for plane in carried)
-        return Flow(result, (along(outputs, result.shape, place), *living))
+        return LabelledTensor(result, (along(outputs, result.shape, place), *living))
 
-    def _norm(self, module: nn.Module, target: str, flow: Flow, dim: int) -> Flow:
+    def _norm(self, module: nn.Module, target: str, flow: LabelledTensor, dim: int) -> LabelledTensor:
         """BatchNorm along axis 1, or LayerNorm along the last: parameters a channel."""
         result = module(flow.tensor)
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
-            unknown: Flow = self._unknown(module, (flow,), {})
+            unknown: LabelledTensor = self._unknown(module, (flow,), {})
             return unknown
         for plane in flow.planes:
             if dim % plane.ndim not in varying(plane):
@@ -416,7 +416,7 @@ class Tracker(fx.Interpreter):
                     self.ledger.bind(Axis(name, 0), row, self._what)
             if not isinstance(module, _BatchNorm):
                 self.ledger.keep_together(rows)
-        return Flow(result, flow.planes)
+        return LabelledTensor(result, flow.planes)
 
     def _functional_norm(self, target: Any, args: Any, kwargs: Any, dim: int) -> Any:
         """A norm whose parameters the graph fetches."""
@@ -432,7 +432,7 @@ class Tracker(fx.Interpreter):
                         self.ledger.unify(row, parameter.planes[0].numpy(), self._what)
                 if target is not F.batch_norm:
                     self.ledger.keep_together(rows)
-        return Flow(target(*plain(args), **plain(kwargs)), flow.planes)
+        return LabelledTensor(target(*plain(args), **plain(kwargs)), flow.planes)
 
     def _name(self, module: nn.Module, target: str, part: str) -> str | None:
         """The one name that a module's parameter or buffer goes by, however many it has."""

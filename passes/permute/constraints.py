@@ -17,7 +17,7 @@ class Axis:
 
 
 @dataclass
-class Ledger:
+class ChannelConstraints:
     """What a run through the graph learnt about atoms.
 
     `axes` holds the atoms along each parameter's axis, `equal` pairs of atoms that are one, `fixed` atoms that stay

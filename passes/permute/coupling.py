@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from mpcompile.ir.model import Model
-from mpcompile.passes.permute.channel_tracing import Tracker
+from mpcompile.passes.permute.channel_tracing import ChannelTracer
 from mpcompile.passes.permute.constraints import Axis
 
 
 @dataclass(frozen=True)
-class Cell:
+class ExchangeableSet:
     """Classes that may be exchanged for each other: for each axis their slots, in one common order of the classes."""
 
     slots: Mapping[Axis, "np.ndarray"]
@@ -35,7 +35,7 @@ class Cell:
 class Group:
     """Cells that share an axis; `blocked` are reasons for which some of the classes on these axes stay."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[ExchangeableSet, ...]
     axes: tuple[Axis, ...]
     readers: tuple[Axis, ...]  # those that a layer sums over
     blocked: tuple[str, ...]
@@ -69,7 +69,7 @@ def _listed(axes: Sequence[Axis]) -> str:
 
 def couple(model: Model) -> Coupling:
     """The coupling of a model's channels, found by following them through its graph on the example."""
-    tracker = Tracker(model.graph)
+    tracker = ChannelTracer(model.graph)
     with torch.no_grad():
         tracker.run(model.example[:1])
     ledger = tracker.ledger
@@ -106,7 +106,7 @@ def _classes(count: int, equal: Sequence["np.ndarray"]) -> "np.ndarray":
 
 def _cells(
     axes: Mapping[Axis, "np.ndarray"], together: Sequence["np.ndarray"], fixed: Mapping[int, str]
-) -> Iterator[Cell]:
+) -> Iterator[ExchangeableSet]:
     """Sets of classes, two or more, with the same axes and the same sets, none of them fixed."""
     marks: dict[int, list[int]] = {}
     for index, members in enumerate([*axes.values(), *together]):
@@ -123,7 +123,7 @@ def _cells(
             continue
         first = {value: slot for slot, value in enumerate(axes[own[0]].tolist())}
         ordered = np.array(sorted(values, key=first.__getitem__))
-        yield Cell({axis: _slots_of(axes[axis], ordered) for axis in own})
+        yield ExchangeableSet({axis: _slots_of(axes[axis], ordered) for axis in own})
 
 
 def _slots_of(axis: "np.ndarray", values: "np.ndarray") -> "np.ndarray":
@@ -134,7 +134,7 @@ def _slots_of(axis: "np.ndarray", values: "np.ndarray") -> "np.ndarray":
 
 
 def _groups(
-    cells: Sequence[Cell], axes: Mapping[Axis, "np.ndarray"], inputs: set[Axis], fixed: Mapping[int, str]
+    cells: Sequence[ExchangeableSet], axes: Mapping[Axis, "np.ndarray"], inputs: set[Axis], fixed: Mapping[int, str]
 ) -> Iterator[Group]:
     """Cells joined where one layer sums over both; those that no layer sums over have nothing to gain."""
     of_layer: dict[str, list[int]] = {}
@@ -151,7 +151,7 @@ def _groups(
         yield Group(tuple(own), met, tuple(axis for axis in met if axis in inputs), tuple(blocked))
 
 
-def apply_order(model: Model, cell: Cell, order: "np.ndarray") -> None:
+def apply_order(model: Model, cell: ExchangeableSet, order: "np.ndarray") -> None:
     """Moves the channels of a cell in place: the class at place i becomes the one that was at place order[i]."""
     tensors = {**dict(model.graph.named_parameters()), **dict(model.graph.named_buffers())}
     for axis, slots in cell.slots.items():

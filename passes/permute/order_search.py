@@ -29,11 +29,11 @@ from mpcompile.ir.pattern import NM
 
 WIDEST_EXCHANGE = 8192  # columns; the gains of all pairs are held at once
 CALL = 5e5  # differences that could be taken in the time of a call that takes none
-SHAKEN = 0.1  # the share of columns exchanged at random where nothing helps any more
+PERTURBED_SHARE = 0.1  # the share of columns exchanged at random where nothing helps any more
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class OrderFound:
     """An order of columns (place i holds the column order[i]), and the kept score with it and without it."""
 
     order: Int[Tensor, " columns"]
@@ -61,14 +61,14 @@ def serpentine(score: Float[Tensor, "rows columns"], of: int) -> Int[Tensor, " c
     return torch.stack(rounds, 1).reshape(-1)
 
 
-def search(score: Float[Tensor, "rows columns"], pattern: NM, differences: float, seed: int = 0) -> Found:
+def search(score: Float[Tensor, "rows columns"], pattern: NM, differences: float, seed: int = 0) -> OrderFound:
     """The best order found with about as many differences taken. Never worse than the order given."""
     score = score.contiguous()
     columns = score.shape[1]
     before = kept(score, pattern)
     identity = torch.arange(columns)
     if columns <= pattern.of:
-        return Found(identity, before, before, 0.0)
+        return OrderFound(identity, before, before, 0.0)
     start = serpentine(score, pattern.of)
     starts = [(before, identity), (kept(score[:, start], pattern), start)]
     best, best_order = max(starts, key=lambda pair: pair[0])
@@ -85,7 +85,11 @@ def search(score: Float[Tensor, "rows columns"], pattern: NM, differences: float
             state.groups = best_order.reshape(-1, pattern.of).clone()
             state.shake(rng)
     # Rounding of float32 distances cannot make it worse than it was.
-    return Found(best_order, before, best, state.work) if best > before else Found(identity, before, before, state.work)
+    return (
+        OrderFound(best_order, before, best, state.work)
+        if best > before
+        else OrderFound(identity, before, before, state.work)
+    )
 
 
 class _State:
@@ -165,7 +169,7 @@ class _State:
     def shake(self, rng: np.random.Generator) -> None:
         """Exchanges some columns at random, to leave a local optimum."""
         flat = self.order.clone()
-        count = max(4, int(SHAKEN * len(flat)))
+        count = max(4, int(PERTURBED_SHARE * len(flat)))
         places = torch.from_numpy(rng.choice(len(flat), min(count, len(flat)), replace=False))
         flat[places] = flat[places[torch.from_numpy(rng.permutation(len(places)))]]
         self.groups = flat.reshape(self.groups.shape)

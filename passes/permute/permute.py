@@ -27,8 +27,8 @@ from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.passes.permute.constraints import Axis
-from mpcompile.passes.permute.coupling import Cell, Coupling, Group, apply_order, couple
-from mpcompile.passes.permute.order_search import Found, kept, search
+from mpcompile.passes.permute.coupling import Coupling, ExchangeableSet, Group, apply_order, couple
+from mpcompile.passes.permute.order_search import OrderFound, kept, search
 from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.progress import tracked
 
@@ -39,10 +39,10 @@ SMALLEST_SWEEP = 4e7  # differences: a few hundredths of a second
 
 
 @dataclass(frozen=True)
-class Job:
+class OrderingProblem:
     """A cell to be ordered: the columns of its readers' scores, of whole groups of M alone."""
 
-    cell: Cell
+    cell: ExchangeableSet
     places: "np.ndarray"  # which of the cell's channels; the others lie in groups that are not all its own
     score: Tensor  # (rows, columns)
     pattern: NM
@@ -83,7 +83,7 @@ def kept_by(scores: Mapping[Axis, tuple[Tensor, NM]]) -> float:
     return sum(kept(rows, pattern) for rows, pattern in scores.values())
 
 
-def job_of(cell: Cell, scores: Mapping[Axis, tuple[Tensor, NM]]) -> Job | None:
+def job_of(cell: ExchangeableSet, scores: Mapping[Axis, tuple[Tensor, NM]]) -> OrderingProblem | None:
     """The cell's search, or None where no masked layer reads two whole groups of it.
 
     Readers whose M or whose places differ from those of the reader with most weights are moved along and not scored.
@@ -105,7 +105,7 @@ def job_of(cell: Cell, scores: Mapping[Axis, tuple[Tensor, NM]]) -> Job | None:
         together = at.reshape(-1, pattern.of) // pattern.of
         if (own.keep, own.of) == (pattern.keep, pattern.of) and (together == together[:, :1]).all():
             stack.append(rows[:, torch.from_numpy(at)])
-    return Job(cell, places, torch.cat(stack), pattern)
+    return OrderingProblem(cell, places, torch.cat(stack), pattern)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,8 @@ class Permute:
     def _move(
         self,
         model: Model,
-        job: Job,
-        found: Found,
+        job: OrderingProblem,
+        found: OrderFound,
         orders: dict[Axis, "np.ndarray"],
         patterns: Mapping[str, NM],
         scales: Mapping[str, Tensor],
@@ -235,7 +235,7 @@ class Permute:
         return plans
 
 
-def _reorder_scales(model: Model, cell: Cell, order: "np.ndarray", scales: Mapping[str, Tensor]) -> None:
+def _reorder_scales(model: Model, cell: ExchangeableSet, order: "np.ndarray", scales: Mapping[str, Tensor]) -> None:
     """Moves the scales of inputs with the inputs, in place."""
     for axis, slots in cell.slots.items():
         name = axis.owner.removesuffix(".weight")
@@ -246,5 +246,5 @@ def _reorder_scales(model: Model, cell: Cell, order: "np.ndarray", scales: Mappi
             scales[name][torch.from_numpy(first + slots)] = scales[name][torch.from_numpy(first + slots[order])]
 
 
-def _label(pair: tuple[Group, Cell]) -> str:
+def _label(pair: tuple[Group, ExchangeableSet]) -> str:
     return pair[0].readers[0].owner.removesuffix(".weight")

@@ -20,12 +20,12 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.analysis.eligibility import tied, weight_sites
-from mpcompile.analysis.layer_interpreter import Watcher
+from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.errors import LoadError, PassError, on_layer
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.residual import join_after
-from mpcompile.passes.reconstruct.second_moments import Moments, product, rows_of
+from mpcompile.passes.reconstruct.second_moments import SecondMoments, product, rows_of
 from mpcompile.system.progress import tracked
 from mpcompile.system.resource_errors import available_bytes
 
@@ -34,7 +34,7 @@ PARTS = 4  # of the images, where what is missing at a residual sum has to be mo
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class TiedWeight:
     """A weight that is due: the layers that have it, and what can take up a shift of their mean output.
 
     That is the layer's own bias (`biased`), or the batch normalisation that alone reads a convolution without bias.
@@ -51,10 +51,10 @@ class Site:
 
 
 Layer = nn.Linear | nn.Conv2d
-Rewrite = Callable[[Site, Moments | None], None]
+Rewrite = Callable[[TiedWeight, SecondMoments | None], None]
 # Of what is missing at a residual sum how much each output is to make up for, from the moments of parts of the images;
 # wanted are the layer's own dense output and what is missing.
-Share = Callable[[Site, Sequence[Moments]], Tensor]
+Share = Callable[[TiedWeight, Sequence[SecondMoments]], Tensor]
 Seen = list[tuple[str, Tensor, Tensor]]  # layer, input, output
 
 
@@ -63,7 +63,7 @@ class _Side:
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor]) -> None:
         self.seen: Seen = []
-        self.watcher = Watcher(graph, lambda name, layer, x, y: self.seen.append((name, x, y)))
+        self.watcher = LayerInterpreter(graph, lambda name, layer, x, y: self.seen.append((name, x, y)))
         [image] = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self.values: list[dict[fx.Node, Any]] = [{image: pixels.clone()} for pixels in batches]
 
@@ -116,7 +116,7 @@ def rewrite_in_order(
     dense = copy.deepcopy(model.graph) if dense is None else dense
     due = _due(model, names)
     waiting = [(nodes, site) for nodes, site in due if not known(site.names[0])]
-    several = {site: Moments() for nodes, site in waiting if len(nodes) > 1 or len(site.names) > 1}
+    several = {site: SecondMoments() for nodes, site in waiting if len(nodes) > 1 or len(site.names) > 1}
     _require_memory(model, len(images), sides=2 if sequential else 1)
     batches = _read(images, model)
     twins = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
@@ -133,7 +133,7 @@ def rewrite_in_order(
                 collecting = [site for _, site in waiting if site in here and site not in several]
                 alone = [site for site in collecting if site.names == (node.target,)]
                 join = join_after(model, node) if residual and sequential and alone else None
-                parts = {site: tuple(Moments() for _ in range(PARTS if join else 1)) for site in collecting}
+                parts = {site: tuple(SecondMoments() for _ in range(PARTS if join else 1)) for site in collecting}
                 for batch in range(len(batches)):
                     expected = before.execute(twin, batch)
                     found = now.peek(node, batch) if sequential and collecting else expected
@@ -146,7 +146,7 @@ def rewrite_in_order(
                         )
                 for site in here:
                     with on_layer(site.names[0]):
-                        moments = sum(parts[site], Moments()) if site in parts else several.get(site)
+                        moments = sum(parts[site], SecondMoments()) if site in parts else several.get(site)
                         if moments is not None and not moments.finite:
                             raise PassError("its inputs on the calibration images are not finite")
                         if moments is not None and join is not None and residual is not None:
@@ -203,12 +203,12 @@ def _read(images: Split, model: Model) -> list[Tensor]:
     return batches
 
 
-def sites_of(model: Model, names: Sequence[str]) -> list[Site]:
+def sites_of(model: Model, names: Sequence[str]) -> list[TiedWeight]:
     """Where the weights of these layers are applied, in order of execution; layers without a place are left out."""
     return [site for _, site in _due(model, names)]
 
 
-def _due(model: Model, names: Sequence[str]) -> list[tuple[list[fx.Node], Site]]:
+def _due(model: Model, names: Sequence[str]) -> list[tuple[list[fx.Node], TiedWeight]]:
     """The weights to rewrite, each with the nodes that apply it, by the first of them."""
     sites, _ = weight_sites(model.graph)
     place = {node: index for index, node in enumerate(model.graph.graph.nodes)}
@@ -220,7 +220,7 @@ def _due(model: Model, names: Sequence[str]) -> list[tuple[list[fx.Node], Site]]
             alone = len(nodes) == 1 and len(group) == 1 and nodes[0].op == "call_module"
             biased = alone and model.layer(group[0]).bias is not None
             norm = _norm_after(model, nodes[0], group[0]) if alone and not biased else None
-            due.append((nodes, Site(group, biased, norm)))
+            due.append((nodes, TiedWeight(group, biased, norm)))
     return sorted(due, key=lambda item: place[item[0][0]])
 
 
@@ -236,7 +236,7 @@ def _norm_after(model: Model, node: fx.Node, name: str) -> _BatchNorm | None:
     return module if len(readers) == 1 else None
 
 
-def _of_dense(dense: fx.GraphModule, batches: Sequence[Tensor], several: dict[Site, Moments]) -> None:
+def _of_dense(dense: fx.GraphModule, batches: Sequence[Tensor], several: dict[TiedWeight, SecondMoments]) -> None:
     """Takes in the moments of weights that are applied at several places."""
     of = {name: moments for site, moments in several.items() for name in site.names}
 
@@ -244,14 +244,14 @@ def _of_dense(dense: fx.GraphModule, batches: Sequence[Tensor], several: dict[Si
         if name in of:
             of[name].add(layer, x, product(layer, x))
 
-    watcher = Watcher(dense, see)
+    watcher = LayerInterpreter(dense, see)
     for pixels in batches:
         watcher.run(pixels.clone())
 
 
 def _collect(
-    moments: Moments,
-    site: Site,
+    moments: SecondMoments,
+    site: TiedWeight,
     model: Model,
     dense: fx.GraphModule,
     node: fx.Node,

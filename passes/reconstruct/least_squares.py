@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mpcompile.passes.reconstruct.layerwise import Layer, Site
-from mpcompile.passes.reconstruct.second_moments import Moments, Problem
+from mpcompile.passes.reconstruct.layerwise import Layer, TiedWeight
+from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
 
 CHUNK_BYTES = 512 << 20  # of gathered matrices at once
 REFINEMENTS = 8
@@ -29,7 +29,7 @@ REFINEMENTS = 8
 CONVERGED = 1e-8
 
 
-def of_layer(problem: Problem, weight: Float[Tensor, "out columns"], bias: Tensor | None) -> Problem:
+def of_layer(problem: LeastSquares, weight: Float[Tensor, "out columns"], bias: Tensor | None) -> LeastSquares:
     """The problem whose wanted outputs are the layer's own, y = Wx + b, on the same inputs."""
     w, mean = problem.by_group(weight), problem.mean_of(weight)
     cross = w @ problem.gram
@@ -41,7 +41,7 @@ def of_layer(problem: Problem, weight: Float[Tensor, "out columns"], bias: Tenso
     )
 
 
-def damped(problem: Problem, weight: Float[Tensor, "out columns"], damping: float) -> Problem:
+def damped(problem: LeastSquares, weight: Float[Tensor, "out columns"], damping: float) -> LeastSquares:
     """The problem with the pull towards `weight`; where no input varies at all, that pull alone."""
     scale = problem.gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # groups
     strength = torch.where(scale > 0, damping * scale, 1.0)
@@ -56,7 +56,7 @@ def damped(problem: Problem, weight: Float[Tensor, "out columns"], damping: floa
     )
 
 
-def unconstrained(problem: Problem) -> Float[Tensor, "out columns"]:
+def unconstrained(problem: LeastSquares) -> Float[Tensor, "out columns"]:
     """The best weights with every place kept, V. Raises torch.linalg.LinAlgError where C is singular."""
     return _solved(torch.linalg.cholesky(problem.gram), problem.cross)
 
@@ -67,7 +67,7 @@ def _solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor
     return torch.cholesky_solve(by_group.mT, factor).mT.reshape(cross.shape)
 
 
-def refit(problem: Problem, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
+def refit(problem: LeastSquares, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
     """The best weights with only the masked-in places kept; float64.
 
     Neighbouring rows with one support are solved together. Raises torch.linalg.LinAlgError where C is singular there.
@@ -146,7 +146,7 @@ class _System:
 
 
 def proven_share(
-    parts: Sequence[Moments], weight: Float[Tensor, "out columns"], centred: bool, damping: float
+    parts: Sequence[SecondMoments], weight: Float[Tensor, "out columns"], centred: bool, damping: float
 ) -> Float[Tensor, " out"]:
     """For each output the share η in [0, 1] of a second wanted output Δ that is worth fitting beside the first, y.
 
@@ -159,7 +159,7 @@ def proven_share(
         return gain
     y, delta = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
     for index, left_out in enumerate(parts):
-        fitted = sum(parts[:index] + parts[index + 1 :], Moments())
+        fitted = sum(parts[:index] + parts[index + 1 :], SecondMoments())
         own = damped(fitted.combined(y).problem(centred), weight, damping)
         factor = torch.linalg.cholesky(own.gram)
         v, d = _solved(factor, own.cross), _solved(factor, fitted.combined(delta).problem(centred).cross)
@@ -170,7 +170,7 @@ def proven_share(
     return torch.where(size > 0, gain / size.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(0, 1)
 
 
-def put(site: Site, layer: Layer, fitted: Mapping[str, Tensor]) -> None:
+def put(site: TiedWeight, layer: Layer, fitted: Mapping[str, Tensor]) -> None:
     """Writes `weight`, and `bias` where there is one: to the layer, or to the batch normalisation that reads it."""
     layer.weight.copy_(fitted["weight"])
     if "bias" not in fitted:

@@ -36,7 +36,7 @@ Undo = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class ResidualAdd:
     """The node that gives s, and what takes a change of the sum to one of the layer's outputs, last operation first."""
 
     other: fx.Node
@@ -50,7 +50,7 @@ class Join:
         return lost
 
 
-def join_after(model: Model, node: fx.Node) -> Join | None:
+def join_after(model: Model, node: fx.Node) -> ResidualAdd | None:
     """The sum that alone reads a layer's output, where the value that it is added to is known before the layer runs."""
     place = {other: index for index, other in enumerate(model.graph.graph.nodes)}
     at, undo = node, list[Undo]()
@@ -62,7 +62,9 @@ def join_after(model: Model, node: fx.Node) -> Join | None:
                 return None
             while other is not None and place[other] > place[node] and _unchanged(model, other):
                 [other] = other.all_input_nodes
-            return Join(other, tuple(reversed(undo))) if other is not None and place[other] < place[node] else None
+            return (
+                ResidualAdd(other, tuple(reversed(undo))) if other is not None and place[other] < place[node] else None
+            )
         if not _unchanged(model, user):
             step = _normalised(model, user) or _scaled(model, user, at) or _permuted(user)
             if step is None:

@@ -1,4 +1,4 @@
-"""Moments: the second moments of what a layer sums over, streamed image by image.
+"""SecondMoments: the second moments of what a layer sums over, streamed image by image.
 
 For a layer W with inputs x (one row a position or token, in the order of `columns`) and wanted outputs y, a
 least-squares problem in W needs only
@@ -74,7 +74,7 @@ def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"
 
 
 @dataclass
-class Moments:
+class SecondMoments:
     """Sums over rows of inputs x and one or several wanted outputs y, all less a fixed shift; float64."""
 
     count: int = 0
@@ -121,7 +121,7 @@ class Moments:
         for i in range(wanted):
             self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)
 
-    def __add__(self, other: "Moments") -> "Moments":
+    def __add__(self, other: "SecondMoments") -> "SecondMoments":
         """The sums over the rows of both."""
         if not self.count or not other.count:
             return self if self.count else other
@@ -133,21 +133,21 @@ class Moments:
         xx = other.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
         yx = other.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
         yy = other.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
-        return Moments(
+        return SecondMoments(
             self.count + n, self.shift_x, self.shift_y, self.sum_x + x + n * dx, self.sum_y + y + n * dy,
             self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
         )  # fmt: skip
 
-    def combined(self, share: Float[Tensor, "wanted out"]) -> "Moments":
+    def combined(self, share: Float[Tensor, "wanted out"]) -> "SecondMoments":
         """With one wanted output for each input: the sum of these shares of those that there are."""
         w = share.to(torch.float64).expand(self.sum_y.shape)
-        return Moments(
+        return SecondMoments(
             self.count, self.shift_x, (w * self.shift_y).sum(0, keepdim=True), self.sum_x,
             (w * self.sum_y).sum(0, keepdim=True), self.sum_xx, (w[..., None] * self.sum_yx).sum(0, keepdim=True),
             (w[:, None] * w * self.sum_yy).sum((0, 1), keepdim=True),
         )  # fmt: skip
 
-    def problem(self, centred: bool) -> "Problem":
+    def problem(self, centred: bool) -> "LeastSquares":
         """The expectations of the one wanted output: about the means where the bias is free to follow, else about 0."""
         n, groups = self.count, len(self.sum_x)
         [sum_y], [shift_y], [sum_yx], [[sum_yy]] = self.sum_y, self.shift_y, self.sum_yx, self.sum_yy
@@ -161,11 +161,11 @@ class Moments:
             gram = gram + mean_x[:, :, None] * mean_x[:, None]
             cross = cross + mean_y[:, None] * mean_x.repeat_interleave(per_row, 0)
             power = power + mean_y.square()
-        return Problem(gram, cross, power, mean_x, mean_y, n)
+        return LeastSquares(gram, cross, power, mean_x, mean_y, n)
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class LeastSquares:
     """Which W′ makes E‖y − W′x‖² least: its moments, in float64. Groups are those of a grouped convolution."""
 
     gram: Float[Tensor, "groups columns columns"]  # C

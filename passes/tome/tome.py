@@ -22,7 +22,7 @@ from mpcompile.ir.shapes import run_example
 from mpcompile.passes.tome.graph_rewrite import check_laws, merged_nodes, merging_sites, protected_tokens
 from mpcompile.passes.tome.schedule import spelt, within_limits
 from mpcompile.passes.tome.schedule_search import auto
-from mpcompile.pipeline.partial_results import Finished, run_key
+from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
 
 
@@ -80,7 +80,7 @@ class ToMe:
         self, model: Model, data: Data, sites: Sequence[Attention], protected: int, macs: float
     ) -> tuple[int, ...]:
         """The schedule for that share; what was found is kept, since the pass is run again when a run goes on."""
-        finished = Finished(lambda: run_key(repr(self), model, model.patterns(), data.calibration))
+        finished = PartialResults(lambda: run_key(repr(self), model, model.patterns(), data.calibration))
         found = finished.get("schedule")
         if found is None:
             schedule = auto(model, data.calibration, sites, protected, macs, self.images)

@@ -15,7 +15,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes.native.custom_op import GEMM
 from mpcompile.runtimes.native.microbenchmark import measure
-from mpcompile.runtimes.native.onnx_rewrite import Product
+from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm
 from mpcompile.runtimes.native.packing import pack
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def speedup_of(
     kept = np.zeros(groups.shape, bool)
     np.put_along_axis(kept, order, True, axis=-1)
     weight *= np.repeat(kept.reshape(len(groups), in_), pattern.rows, axis=0)
-    product = Product(("random",), "random", GEMM, "x", "y", ("y",), "w", pattern, weight, np.zeros(out, np.float32))
+    product = MaskedGemm(("random",), "random", GEMM, "x", "y", ("y",), "w", pattern, weight, np.zeros(out, np.float32))
     return measure(product, pack(weight, pattern.of), (1, tokens, in_), library, threads, seconds)[2]
 
 

@@ -24,7 +24,7 @@ from mpcompile.export.mask_check import ProvenMask
 from mpcompile.measure.timing import Speedup, Timing, sample, speedup
 from mpcompile.runtimes.native.custom_op import CONV
 from mpcompile.runtimes.native.microbenchmark import input_shapes, measure, session
-from mpcompile.runtimes.native.onnx_rewrite import Product, Refused, find, packed, replace
+from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, Refused, find, packed, replace
 from mpcompile.runtimes.native.packing import Packed
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _left_dense(row: Refused) -> Choice:
 
 
 def _choice(
-    product: Product, made: Packed, x: tuple[int, ...], dense: Timing, sparse: Timing, ratio: Speedup
+    product: MaskedGemm, made: Packed, x: tuple[int, ...], dense: Timing, sparse: Timing, ratio: Speedup
 ) -> Choice:
     native, measured = ratio.faster, ratio.with_interval()
     reason = (

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mpcompile.errors import BuildError, cause_of
 from mpcompile.measure.timing import Call, Speedup, Timing, sample, speedup, timing
 from mpcompile.runtimes.native.custom_op import CONV, OLDEST_OPSET
-from mpcompile.runtimes.native.onnx_rewrite import Product, replace
+from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, replace
 from mpcompile.runtimes.native.packing import Packed
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ CALLS = 3  # to see how long one takes
 
 
 def measure(
-    product: Product,
+    product: MaskedGemm,
     made: Packed,
     x: tuple[int, ...],
     library: Path,
@@ -72,7 +72,7 @@ def _repeated(run: Call, count: int) -> None:
         run()
 
 
-def dense_node(product: Product) -> onnx.ModelProto:
+def dense_node(product: MaskedGemm) -> onnx.ModelProto:
     """The product as ONNX Runtime's own operators, as a model of x -> y."""
     weight = product.weight
     if product.op == CONV:
@@ -86,12 +86,12 @@ def dense_node(product: Product) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
 
 
-def native_node(product: Product, made: Packed) -> onnx.ModelProto:
+def native_node(product: MaskedGemm, made: Packed) -> onnx.ModelProto:
     """The product as the native operator, as a model of x -> y."""
     whole = dense_node(product)
     nodes = tuple(node.output[0] for node in whole.graph.node)
     whole.graph.node[0].name = "product"
-    inner = Product(
+    inner = MaskedGemm(
         product.layers, "product", product.op, "x", "y", nodes, product.initializer, product.pattern,
         product.weight, product.bias,
     )  # fmt: skip
@@ -134,7 +134,7 @@ class OneNode:
 
 
 def one_node(
-    model: onnx.ModelProto, product: Product, x: tuple[int, ...], library: Path | None, threads: int | None
+    model: onnx.ModelProto, product: MaskedGemm, x: tuple[int, ...], library: Path | None, threads: int | None
 ) -> OneNode:
     """A session on one node, bound to random input of shape x. Raises BuildError."""
     try:
@@ -148,7 +148,7 @@ def one_node(
 
 
 def input_shapes(
-    file: onnx.ModelProto, products: Sequence[Product], images: NDArray[np.float32]
+    file: onnx.ModelProto, products: Sequence[MaskedGemm], images: NDArray[np.float32]
 ) -> dict[str, tuple[int, ...]]:
     """The shape of each product's input for such images: as the file says, or from a run where it leaves that open.
 

@@ -31,7 +31,7 @@ from mpcompile.runtimes.native.packing import Packed, pack, unpack
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class MaskedGemm:
     """y = x · weightᵀ + bias in a file: one node, or a MatMul and its Add."""
 
     layers: tuple[str, ...]  # several where they are tied
@@ -60,7 +60,7 @@ class Refused:
     reason: str
 
 
-def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[Product], list[Refused]]:
+def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[MaskedGemm], list[Refused]]:
     """Every product with a proven mask, in the order of the file, and those that the operator cannot compute."""
     rows: dict[str, list[ProvenMask]] = {}
     for mask in masks:
@@ -69,7 +69,7 @@ def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[Produ
     weights = {weight.node: weight for weight in file_weights(file)}
     uses = _uses(file.graph)
     constants = {tensor.name: tensor for tensor in file.graph.initializer}
-    products: list[Product] = []
+    products: list[MaskedGemm] = []
     refused: list[Refused] = []
     for node in file.graph.node:
         weight = weights.get(node.name)
@@ -121,7 +121,7 @@ def _product(
     pattern: NM,
     constants: Mapping[str, onnx.TensorProto],
     uses: Mapping[str, Sequence[onnx.NodeProto | None]],
-) -> Product:
+) -> MaskedGemm:
     """The product that a node is, with the Add of its bias where that follows a MatMul."""
     matrix = weight.values.reshape(weight.values.shape[:2])
     nodes: tuple[str, ...] = (node.output[0],)
@@ -136,7 +136,7 @@ def _product(
         bias = node.input[2]
     added = np.zeros(len(matrix), np.float32) if bias is None else numpy_helper.to_array(constants[bias]).reshape(-1)
     op = CONV if node.op_type == "Conv" else GEMM
-    return Product(
+    return MaskedGemm(
         layers, node.name, op, node.input[0], nodes[-1], nodes, weight.initializer, pattern,
         np.ascontiguousarray(matrix), added,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _uses(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto | None]]:
     return uses
 
 
-def packed(products: Iterable[Product]) -> dict[str, Packed]:
+def packed(products: Iterable[MaskedGemm]) -> dict[str, Packed]:
     """The streams of each weight, by prefix; read back and compared. Raises BuildError where they differ."""
     made: dict[str, Packed] = {}
     for product in products:
@@ -167,7 +167,7 @@ def packed(products: Iterable[Product]) -> dict[str, Packed]:
 
 
 def replace(
-    file: onnx.ModelProto, products: Sequence[Product], streams: Mapping[str, Packed] | None = None
+    file: onnx.ModelProto, products: Sequence[MaskedGemm], streams: Mapping[str, Packed] | None = None
 ) -> onnx.ModelProto:
     """The file with the native operator in the place of these products; the one given is not changed.
 

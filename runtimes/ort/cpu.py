@@ -18,7 +18,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes import native
 from mpcompile.runtimes.ort.session import OrtEngine, missing_reason, native_file, session_on
-from mpcompile.runtimes.protocol import Build, Prepared, Product, QuantizedBaseline
+from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class OnnxRuntime:
         library = native.library()
         return auto.worth_having(auto.measured(library)) if library else ()
 
-    def predicted(self, products: Mapping[str, Product]) -> Mapping[str, Speedup]:
+    def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
         """How many times as fast as dense each product is here: measured on random weights, one of each shape."""
         from mpcompile.runtimes.native.auto_patterns import speedup_of
 

@@ -36,14 +36,14 @@ TIMING_CACHE = "timing.cache"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SerializedEngine:
     """A serialised engine and the log of its build."""
 
     data: bytes = field(repr=False)
     log: str = field(repr=False)
 
 
-def planned(file: Path, shapes: Sequence[tuple[int, ...]], sparse: bool, cache: Path | None = None) -> Plan:
+def planned(file: Path, shapes: Sequence[tuple[int, ...]], sparse: bool, cache: Path | None = None) -> SerializedEngine:
     """The engine of an ONNX file, serialised. `shapes` are those of the images that will be run, where the batch is
     free: each has a profile of its own, so that kernels are chosen for it. `cache` is a file of timings, read where it
     is there and written anew, its hash beside it. Raises BuildError.
@@ -80,7 +80,7 @@ def planned(file: Path, shapes: Sequence[tuple[int, ...]], sparse: bool, cache: 
     if cache is not None:
         cache.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
         cache.with_name(f"{cache.name}.sha256").write_text(f"{file_sha256(cache)}  {cache.name}\n", encoding="utf-8")
-    return Plan(bytes(memoryview(built)), logger.text())
+    return SerializedEngine(bytes(memoryview(built)), logger.text())
 
 
 def engine_from(exported: Exported, build: Build, gpu: Gpu) -> "TensorRTEngine":
@@ -129,7 +129,7 @@ class TensorRTEngine:
     sparsity: SparsityLog
 
     @classmethod
-    def loaded(cls, plan: Plan, exported: Exported, batches: tuple[int, ...], gpu: Gpu) -> "TensorRTEngine":
+    def loaded(cls, plan: SerializedEngine, exported: Exported, batches: tuple[int, ...], gpu: Gpu) -> "TensorRTEngine":
         """The engine of a plan. Raises BuildError where it does not load, or is not in the precision of the file."""
         import tensorrt as trt
 
@@ -319,4 +319,4 @@ def in_float32(layers: Sequence[EngineLayer], exported: Exported) -> list[str]:
 
 def engine_name(exported: Exported, build: Build, version: str, gpu: Gpu) -> str:
     """Such as vit_base-2x4-fp16-bs8-trt10.16.1-sm80; one whose masks are not used says so."""
-    return f"{build.spelt(exported)}-trt{version}-{gpu.sm}"
+    return f"{build.file_stem(exported)}-trt{version}-{gpu.sm}"

@@ -39,7 +39,7 @@ NO_RUN = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class SerializedPlan:
     """A compiled plan, its fused layers, and the initializers whose numbers are all in it."""
 
     data: bytes = field(repr=False)
@@ -90,7 +90,7 @@ class TensorRTForRTX(WithoutKernels):
             raise BuildError("; ".join([str(error), *reasons])) from error
         version = self.versions()["tensorrt-rtx"]
         targets = "+".join(name.removeprefix("SM") for name in plan.capabilities)
-        stem = f"{build.spelt(exported)}-rtx{version}-sm{targets}"
+        stem = f"{build.file_stem(exported)}-rtx{version}-sm{targets}"
         path = folder / f"{stem}.engine"
         path.write_bytes(plan.data)
         masked = {mask.initializer for mask in exported.masks}
@@ -122,7 +122,9 @@ class TensorRTForRTX(WithoutKernels):
         raise BuildError(NO_RUN)
 
 
-def compiled(file: Path, capabilities: Sequence[str], profile: tuple[tuple[int, ...], ...] | None = None) -> Plan:
+def compiled(
+    file: Path, capabilities: Sequence[str], profile: tuple[tuple[int, ...], ...] | None = None
+) -> SerializedPlan:
     """The plan of an ONNX file for these compute capabilities. `profile` are the smallest, usual and largest shape of
     the images where the batch is free. Raises RuntimeMissing or BuildError.
     """
@@ -155,7 +157,7 @@ def compiled(file: Path, capabilities: Sequence[str], profile: tuple[tuple[int, 
             f"{logger.errors() or 'it does not say why'}"
         )
     data = bytes(plan)
-    return Plan(data, tuple(capabilities), tuple(dumped(logger.text())), found_in(data, onnx.load(file)))
+    return SerializedPlan(data, tuple(capabilities), tuple(dumped(logger.text())), found_in(data, onnx.load(file)))
 
 
 def found_in(plan: bytes, file: onnx.ModelProto) -> frozenset[str]:

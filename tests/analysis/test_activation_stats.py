@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpcompile.analysis.activation_stats import input_scales, per_weight, unexplained_scales
-from mpcompile.analysis.layer_interpreter import Watcher
+from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.data.npz import ArrayImages
 from mpcompile.frontend.capture import capture
@@ -56,7 +56,9 @@ def test_what_others_do_not_tell_is_the_residual_of_a_regression(
 ) -> None:
     model, split = make(), images()
     seen: list[torch.Tensor] = []
-    Watcher(model.graph, lambda n, layer, x, y: seen.append(x.detach()) if n == name else None).run(split.first(40))
+    LayerInterpreter(model.graph, lambda n, layer, x, y: seen.append(x.detach()) if n == name else None).run(
+        split.first(40)
+    )
     x = seen[0].double()
     rows = (x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)).numpy()
     # As many rows as are taken in before there are enough: whole batches of 32 images.

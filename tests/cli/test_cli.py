@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sparse_vit import write_sparse_vit
 
 from mpcompile.driver.artifact import Artifact
-from mpcompile.pipeline.partial_results import Finished
+from mpcompile.pipeline.partial_results import PartialResults
 
 QUICK = "bench: {batches: [1], seconds: 0.05, threads: 1}\ndata: {held_out: 64}\n"
 
@@ -148,13 +148,13 @@ def test_a_kill_loses_no_finished_layer(
     kept = {path.stem for path in (tmp_path / ".out.work").glob("run-*/*.safetensors")}
     assert len(kept) == 3
     computed: list[str] = []
-    put = Finished.put
+    put = PartialResults.put
 
-    def remember(self: Finished, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    def remember(self: PartialResults, name: str, tensors: dict[str, torch.Tensor]) -> None:
         computed.append(name)
         put(self, name, tensors)
 
-    monkeypatch.setattr(Finished, "put", remember)
+    monkeypatch.setattr(PartialResults, "put", remember)
     done = mpcompile(*words)
     assert done.returncode == 0, done.stderr
     assert len(computed) == 8 - 3  # of 8 layers

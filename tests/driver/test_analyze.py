@@ -12,14 +12,14 @@ from commandline import mpcompile
 from torch import nn
 
 from mpcompile.analysis.spectrum import analyse
-from mpcompile.driver.analyze import Analysis, analyze, budget_from
+from mpcompile.driver.analyze import ModelAnalysis, analyze, budget_from
 from mpcompile.errors import UsageError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Speedup
 from mpcompile.passes import MPBudget
 from mpcompile.report.spectrum_plots import plot_layer, write_plots
-from mpcompile.runtimes import RUNTIMES, Product, native
+from mpcompile.runtimes import RUNTIMES, GemmShape, native
 from mpcompile.runtimes.native import auto_patterns as auto
 
 
@@ -37,7 +37,7 @@ def test_every_layer_has_a_fit_with_its_null_or_a_reason(module: nn.Module) -> N
         assert (row.null is None) == (row.fit is None)
         assert (row.pattern is None) == (row.reason is not None)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
-    assert Analysis.model_validate_json(found.model_dump_json()) == found
+    assert ModelAnalysis.model_validate_json(found.model_dump_json()) == found
 
 
 def test_shares_add_up_and_the_plan_is_counted(module: nn.Module) -> None:
@@ -58,7 +58,7 @@ def test_no_speedup_is_forecast_without_kernels(module: nn.Module, monkeypatch: 
     tried = {}
     sure, doubtful = Speedup(1.5, (1.4, 1.6), 20, "dense"), Speedup(1.1, (0.9, 1.2), 20, "dense")
 
-    def predicted(self: object, products: dict[str, Product]) -> dict[str, Speedup]:
+    def predicted(self: object, products: dict[str, GemmShape]) -> dict[str, Speedup]:
         tried.update(products)
         return {name: doubtful if name == "blocks.0.mlp.fc1" else sure for name in products}
 
@@ -70,7 +70,7 @@ def test_no_speedup_is_forecast_without_kernels(module: nn.Module, monkeypatch: 
     assert ort.speedup_bound == pytest.approx(found.dense_macs / found.planned_macs)
     planned = {row.name: row for row in found.layers if row.pattern}
     assert tried == {  # the example has 49 tokens
-        name: Product(row.shape[0], row.shape[1], 49, NM(2, 4)) for name, row in planned.items()
+        name: GemmShape(row.shape[0], row.shape[1], 49, NM(2, 4)) for name, row in planned.items()
     }
     assert ort.measured == {name: doubtful if name == "blocks.0.mlp.fc1" else sure for name in planned}
     assert {name for name, ratio in ort.layers.items() if ratio == 1} == {"blocks.0.mlp.fc1"}

@@ -27,7 +27,7 @@ from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.ir.pattern import NM
 from mpcompile.measure import timing
 from mpcompile.measure.timing import Speedup
-from mpcompile.report.bench_report import Bench
+from mpcompile.report.bench_report import BenchReport
 from mpcompile.runtimes import Build, Engine, TensorRTForRTX, native
 from mpcompile.runtimes.ort.cpu import OnnxRuntime
 from mpcompile.system.hardware import Condition, condition, disturbances
@@ -87,7 +87,7 @@ def speedups(seeds: int, costs_ms: dict[str, float], own: float, kept: float) ->
 
 def test_of_two_equal_models_no_difference_is_told_more_often_than_intervals_err() -> None:
     found = speedups(100, {"first": 1.0, "second": 1.0}, own=0.2, kept=0.5)
-    assert sum(each.told for each in found) <= 5  # of 100, with intervals of 95 %; in 500 other runs 1.6 % are
+    assert sum(each.significant for each in found) <= 5  # of 100, with intervals of 95 %; in 500 other runs 1.6 % are
     # In 500 runs 90.6 % of the intervals hold the true ratio: a block bootstrap is a little narrow. Of 100 runs 82 are
     # three standard errors below. A bootstrap round by round, which takes correlated rounds for independent, has 75.
     assert sum(each.interval[0] <= 1 <= each.interval[1] for each in found) >= 82
@@ -95,10 +95,10 @@ def test_of_two_equal_models_no_difference_is_told_more_often_than_intervals_err
 
 def test_a_model_with_a_tenth_more_to_do_is_found() -> None:
     found = speedups(40, {"first": 1.0, "second": 1.1}, own=0.05, kept=0.0)
-    assert all(each.told and each.interval[1] < 1 for each in found)  # the truth is 1 / 1.1 = 0.91
+    assert all(each.significant and each.interval[1] < 1 for each in found)  # the truth is 1 / 1.1 = 0.91
     # On a machine as noisy as that of the test above the difference may be missed, and is never told the wrong way.
     found = speedups(40, {"first": 1.0, "second": 1.1}, own=0.2, kept=0.5)
-    assert not [each for each in found if each.told and each.ratio > 1]
+    assert not [each for each in found if each.significant and each.ratio > 1]
 
 
 def mlp(path: Path) -> Path:
@@ -158,15 +158,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> mpcompile.Artifact:
 
 
 @pytest.fixture(scope="module")
-def found(compiled: mpcompile.Artifact) -> Bench:
+def found(compiled: mpcompile.Artifact) -> BenchReport:
     return bench(compiled.folder, Settings(batches=(1, 4), seconds=0.2, threads=1))
 
 
-def test_a_folder_is_timed_and_the_files_say_the_same(found: Bench, compiled: mpcompile.Artifact) -> None:
+def test_a_folder_is_timed_and_the_files_say_the_same(found: BenchReport, compiled: mpcompile.Artifact) -> None:
     folder = compiled.folder / "bench" / "ort"
     names = {path.name for path in folder.iterdir()} - {"model.native.onnx"}  # where the CPU's kernel is faster
     assert names == {"bench.json", "bench.md", "bench.svg"}
-    assert Bench.model_validate_json((folder / "bench.json").read_text()) == found
+    assert BenchReport.model_validate_json((folder / "bench.json").read_text()) == found
     text = (folder / "bench.md").read_text()
     for row in found.rows():
         assert f"| {' | '.join(row)} |" in text
@@ -177,7 +177,7 @@ def test_a_folder_is_timed_and_the_files_say_the_same(found: Bench, compiled: mp
     compiled.verify()  # the folder is still the one that was proven
 
 
-def test_every_figure_follows_from_the_samples(found: Bench) -> None:
+def test_every_figure_follows_from_the_samples(found: BenchReport) -> None:
     for each in found.batches:
         dense, compressed = (np.array(each.samples_ms[name]) for name in ("dense", "compressed"))
         told = each.timings["compressed"]
@@ -189,7 +189,7 @@ def test_every_figure_follows_from_the_samples(found: Bench) -> None:
         assert against.interval[0] <= against.ratio <= against.interval[1]
 
 
-def test_the_plot_is_well_formed_and_names_what_it_shows(compiled: mpcompile.Artifact, found: Bench) -> None:
+def test_the_plot_is_well_formed_and_names_what_it_shows(compiled: mpcompile.Artifact, found: BenchReport) -> None:
     root = ET.parse(compiled.folder / "bench" / "ort" / "bench.svg").getroot()
     words = " ".join("".join(node.itertext()) for node in root.iter() if node.tag.endswith("text"))
     for word in ("batch 1", "batch 4", "dense", "compressed", "95 % interval", "Perceptron"):
@@ -220,7 +220,7 @@ def test_a_runtime_with_sparse_kernels_gets_a_third_build(compiled: mpcompile.Ar
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-def test_the_file_that_was_shipped_is_timed_beside_them(compiled: mpcompile.Artifact, found: Bench) -> None:
+def test_the_file_that_was_shipped_is_timed_beside_them(compiled: mpcompile.Artifact, found: BenchReport) -> None:
     shipped = compiled.folder / "model.native.onnx"
     assert sum(node.domain == "mpcompile" for node in onnx.load(shipped).graph.node) == 1
     assert [arm.name for arm in found.arms] == ["dense", "masked, kernels off", "compressed", "as shipped"]

@@ -25,16 +25,16 @@ from mpcompile.report.sentences import searched
 from mpcompile.runtimes import Engine
 
 from mpcompile.report.search_schema import Point, Tuning  # isort: skip
-from mpcompile.driver.recipe_search import Path as SearchPath
+from mpcompile.driver.recipe_search import StrengthPath
 
 
 def recipe_of(passes: Sequence[object], **more: object) -> Recipe:
     return Recipe.checked({"passes": list(passes), **more})
 
 
-def numbered(name: str = "path") -> SearchPath:
+def numbered(name: str = "path") -> StrengthPath:
     """A path whose recipes differ in a parameter that nothing reads."""
-    return SearchPath(name, lambda place: Candidate(f"{name} {place}", recipe_of([{"x": {name: place}}])))
+    return StrengthPath(name, lambda place: Candidate(f"{name} {place}", recipe_of([{"x": {name: place}}])))
 
 
 # ---- the search

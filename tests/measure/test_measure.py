@@ -65,8 +65,10 @@ def test_a_slower_engine_is_told_from_a_faster(monkeypatch: pytest.MonkeyPatch) 
     assert len(samples["fast"]) == 20  # rounds of 5 ms in 0.1 s
     found = speedup(samples["slow"], samples["fast"], "slow")
     assert found == Speedup(4.0, (4.0, 4.0), 20, "slow")
-    assert found.told
-    assert not speedup(samples["slow"], samples["slow"], "slow").told
+    assert found.significant
+    assert not speedup(samples["slow"], samples["slow"], "slow").significant
+    with pytest.warns(DeprecationWarning, match="told is now called significant"):
+        assert found.told
 
 
 def test_summary_is_percentiles_in_milliseconds() -> None:

@@ -54,7 +54,7 @@ def test_reaches_are_the_largest_change_of_an_output_on_the_inputs_it_now_gets(m
     with torch.no_grad():
         reaches = reaches_of(result, data.held_out)
         # Masked layers, and the dense ones that were fitted to make up for them.
-        assert set(reaches) == {name for name, plan in result.plan.items() if plan.missed is not None}
+        assert set(reaches) == {name for name, plan in result.plan.items() if plan.relative_error is not None}
         assert set(result.masks()) <= set(reaches)
         for name, reach in reaches.items():
             found: dict[str, torch.Tensor] = {}

@@ -27,6 +27,24 @@ def test_a_name_is_found_where_it_was(old: str, name: str, new: str) -> None:
     assert found is getattr(importlib.import_module(new), name)
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("mpcompile.runtimes", "Judging", "ReportsKernels"),
+        ("mpcompile.runtimes.protocol", "Staging", "TimesDevice"),
+        ("mpcompile.recipe", "Bench", "BenchOptions"),
+        ("mpcompile.recipe.schema", "Bench", "BenchOptions"),
+    ],
+)
+def test_a_renamed_class_is_found_under_its_old_name(module: str, old: str, new: str) -> None:
+    home = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now called {new}; the old name goes with the next"):
+        found = getattr(home, old)
+    assert found is getattr(home, new)
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Never'"):
+        getattr(home, "Never")  # noqa: B009
+
+
 def test_every_old_path_leads_to_modules_that_there_are() -> None:
     for homes in MOVED.values():
         for home in homes:

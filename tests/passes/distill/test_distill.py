@@ -27,7 +27,7 @@ from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
 from mpcompile.passes.distill.trainer import decayed_apart, reached_parameters
 from mpcompile.pipeline.partial_results import keeping
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.system.distributed import Place, joined, place, shared
+from mpcompile.system.distributed import ProcessRank, joined, place, shared
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
 QUICK = Distill(epochs=2, batch=16, rate=1e-3, warmup=2)
@@ -249,12 +249,12 @@ def test_images_follow_from_seed_epoch_and_index() -> None:
 
 def test_processes_share_each_batch_and_a_resumed_run_goes_on() -> None:
     order = tuple(range(100, 137))
-    alone = list(Batches(order, 8, 3, 0, Place(0, 1), 0))
+    alone = list(Batches(order, 8, 3, 0, ProcessRank(0, 1), 0))
     assert len(alone) == 12
     assert all(len({index for _, index in epoch}) == 8 for epoch in alone)
-    halves = [list(Batches(order, 8, 3, 0, Place(rank, 2), 0)) for rank in (0, 1)]
+    halves = [list(Batches(order, 8, 3, 0, ProcessRank(rank, 2), 0)) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in alone]
-    assert list(Batches(order, 8, 3, 0, Place(0, 1), 6)) == alone[6:]
+    assert list(Batches(order, 8, 3, 0, ProcessRank(0, 1), 6)) == alone[6:]
     assert alone[0] != alone[4]  # another order in another epoch
     assert {epoch for epoch, _ in alone[4]} == {1}
 
@@ -416,7 +416,7 @@ def test_the_command_under_torchrun_writes_what_one_process_writes(
 
 
 def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place() == Place(0, 1)
+    assert place() == ProcessRank(0, 1)
     assert shared({"a": 1}) == {"a": 1}
     with joined() as here:
         assert here.first
@@ -441,6 +441,6 @@ def test_a_training_from_a_checkpoint_is_told_to_the_others(monkeypatch: pytest.
 
 
 def test_a_batch_has_to_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpcompile.passes.distill.distill.place", lambda: Place(0, 3))
+    monkeypatch.setattr("mpcompile.passes.distill.distill.place", lambda: ProcessRank(0, 3))
     with pytest.raises(PassError, match="a batch of 16 cannot be shared out among 3 processes"):
         run(tiny_vit(), MASKS, ToMe(r=2), QUICK)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.analysis.macs import cost
-from mpcompile.analysis.spectrum import Analysis, analyse
+from mpcompile.analysis.spectrum import SpectrumFit, analyse
 from mpcompile.data.images import Data, Split
 from mpcompile.data.load_data import load_data
 from mpcompile.errors import PassError, UsageError
@@ -112,7 +112,7 @@ def test_fits_are_those_of_the_weights(vit: tuple[Model, Data]) -> None:
     model, _ = vit
     found = fit_layers(model, null=True, level=0.05, seed=3)
     layer = found["blocks.2.mlp.fc2"]
-    assert isinstance(layer, Analysis)
+    assert isinstance(layer, SpectrumFit)
     assert layer == analyse(model.layer("blocks.2.mlp.fc2").weight.detach().numpy(), seed=3)
     assert found["patch_embed.proj"] == "stem: it reads the image itself"
     spectrum = plan_by(model, MPBudget(seed=3)).plan["blocks.2.mlp.fc2"].spectrum

@@ -14,7 +14,7 @@ from mpcompile.passes.nm_mask.admm import joint_support
 from mpcompile.passes.nm_mask.pair_swaps import removal_cost, swapped
 from mpcompile.passes.nm_mask.selection import largest, nm_mask
 from mpcompile.passes.reconstruct.least_squares import refit
-from mpcompile.passes.reconstruct.second_moments import Problem
+from mpcompile.passes.reconstruct.second_moments import LeastSquares
 
 
 @st.composite
@@ -103,7 +103,7 @@ def test_joint_supports_miss_less_after_the_refit() -> None:
     gram = (x.mT @ x / 500)[None]
     weight = torch.randn(96, 64, generator=rng, dtype=torch.float64)
     cross = weight @ gram[0]
-    problem = Problem(gram, cross, (cross * weight).sum(1), torch.zeros(1, 64), torch.zeros(96), 500)
+    problem = LeastSquares(gram, cross, (cross * weight).sum(1), torch.zeros(1, 64), torch.zeros(96), 500)
     pattern = NM(2, 4)
     masks = {
         "wanda": wanda(weight, gram, pattern),

@@ -48,14 +48,14 @@ def test_only_what_is_fitted_changes(step: NMMask) -> None:
     model = tiny_cnn()
     data, dense = tiny_data(model), copy.deepcopy(model.graph.state_dict())
     result = run(step, model, data)
-    fitted = {name for name, plan in result.plan.items() if plan.missed is not None}
+    fitted = {name for name, plan in result.plan.items() if plan.relative_error is not None}
     masked = set(result.patterns())
     assert fitted - masked == {"depthwise", "widen"}  # what is excluded by name stays as it is
     for name, value in result.graph.state_dict().items():
         layer = name.rpartition(".")[0]
         assert torch.equal(value, dense[name]) is (layer not in fitted), name
     without, _ = PassManager([NMMask(NM(2, 4), exclude=step.exclude, repair=False)]).run(model, data)
-    assert {name for name, plan in without.plan.items() if plan.missed is not None} == masked
+    assert {name for name, plan in without.plan.items() if plan.relative_error is not None} == masked
 
 
 def test_the_fit_is_the_least_squares_solution() -> None:
@@ -110,6 +110,6 @@ def test_what_was_fitted_goes_back_with_what_it_was_fitted_for() -> None:
     data = tiny_data(model)
     result, _ = PassManager([NMMask(NM(2, 4), include=("odd",)), Restore(max_shift=0.0)]).run(model, data)
     assert not result.patterns()
-    assert all(plan.missed is None for plan in result.plan.values())
+    assert all(plan.relative_error is None for plan in result.plan.values())
     for name, value in result.graph.state_dict().items():
         assert torch.equal(value, model.graph.state_dict()[name]), name

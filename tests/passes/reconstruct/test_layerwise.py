@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpcompile.analysis.eligibility import eligible
-from mpcompile.analysis.layer_interpreter import Watcher
+from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import LoadError, PassError
 from mpcompile.frontend.capture import capture
@@ -23,8 +23,8 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
 from mpcompile.passes.reconstruct import layerwise as lockstep
-from mpcompile.passes.reconstruct.layerwise import Site, peak_bytes, rewrite_in_order
-from mpcompile.passes.reconstruct.second_moments import Moments, columns
+from mpcompile.passes.reconstruct.layerwise import TiedWeight, peak_bytes, rewrite_in_order
+from mpcompile.passes.reconstruct.second_moments import SecondMoments, columns
 from mpcompile.pipeline.partial_results import keeping
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.system.progress import listening
@@ -45,15 +45,15 @@ def test_every_layer_sees_what_the_rewritten_layers_before_it_give(make: object)
     names = due(model)
     order = []
 
-    def rewrite(site: Site, moments: Moments | None) -> None:
+    def rewrite(site: TiedWeight, moments: SecondMoments | None) -> None:
         assert moments is not None
         [name] = site.names
         order.append(name)
         seen: list[Tensor] = []
         with torch.no_grad():  # an independent pass over the model as it now is
-            Watcher(model.graph, lambda n, layer, x, y: seen.append(columns(layer, x)) if n == name else None).run(
-                pixels
-            )
+            LayerInterpreter(
+                model.graph, lambda n, layer, x, y: seen.append(columns(layer, x)) if n == name else None
+            ).run(pixels)
             rows = torch.cat(seen, 1).double()
             found = moments.problem(centred=False)
             wanted = rows.mT @ rows / rows.shape[1]
@@ -138,7 +138,7 @@ def test_beit_which_fetches_its_weights_is_calibrated_too() -> None:
     plain, _ = PassManager([NMMask(HALF, "magnitude", "none")]).run(model, data)
     wanted = model(data.calibration.first(32))
     off = [float((m(data.calibration.first(32)) - wanted).square().mean()) for m in (result, plain)]
-    assert result.plan["blocks.0.attn.qkv"].missed is not None
+    assert result.plan["blocks.0.attn.qkv"].relative_error is not None
     assert off[0] < off[1]
 
 

@@ -12,7 +12,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.reconstruct.least_squares import damped, of_layer, proven_share, refit, unconstrained
-from mpcompile.passes.reconstruct.second_moments import Moments, Problem, columns, product, rows_of
+from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments, columns, product, rows_of
 
 LAYERS = (
     nn.Linear(12, 8),
@@ -30,8 +30,8 @@ def inputs_of(layer: nn.Linear | nn.Conv2d, seed: int = 0, images: int = 6) -> T
     return torch.randn(images, layer.in_channels, 6, 6, generator=rng) + 3
 
 
-def moments_of(layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> Moments:
-    moments = Moments()
+def moments_of(layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> SecondMoments:
+    moments = SecondMoments()
     for start in range(0, len(x), 2):  # in batches
         moments.add(layer, x[start : start + 2], rows_of(layer, y[start : start + 2]))
     return moments
@@ -94,9 +94,9 @@ def problems(draw: st.DrawFn) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
     return layer, x, y, mask
 
 
-def damped_problem(layer: nn.Linear, x: Tensor, y: Tensor, damping: float = 1e-2) -> Problem:
+def damped_problem(layer: nn.Linear, x: Tensor, y: Tensor, damping: float = 1e-2) -> LeastSquares:
     """Of these inputs and wanted outputs, about their means, pulled towards the layer's own weights."""
-    moments = Moments()
+    moments = SecondMoments()
     moments.add(layer, x, y)
     return damped(moments.problem(centred=True), layer.weight.detach(), damping)
 
@@ -130,7 +130,7 @@ def test_refit_never_misses_more_than_the_weights_as_they_are(case: tuple[nn.Lin
 @settings(max_examples=30)
 def test_with_everything_kept_the_layers_own_weights_come_back(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
     layer, x, y, mask = case
-    moments = Moments()
+    moments = SecondMoments()
     moments.add(layer, x, y)
     weight = layer.weight.detach()
     own = of_layer(moments.problem(centred=True), weight, layer.bias.detach())
@@ -153,7 +153,7 @@ def test_an_ill_conditioned_second_moment_is_solved_in_float64() -> None:
     base = torch.randn(400, 8, generator=rng)
     x = torch.cat([base, base + 1e-3 * torch.randn(400, 8, generator=rng)], 1)
     layer = nn.Linear(16, 3)
-    moments = Moments()
+    moments = SecondMoments()
     moments.add(layer, x, F.linear(x, layer.weight.detach()))
     problem = damped(moments.problem(centred=False), layer.weight.detach(), 1e-11)
     mask = torch.ones(3, 16, dtype=torch.bool)
@@ -172,14 +172,14 @@ def test_a_convolution_is_the_linear_layer_on_its_unfolded_inputs() -> None:
     mask = nm_mask(conv.weight.abs(), NM(2, 4))
     assert torch.equal(flat(mask), nm_mask(linear.weight.abs(), NM(2, 4)))
     of_conv = damped(moments_of(conv, x, y).problem(True), flat(conv.weight), 1e-2)
-    moments = Moments()
+    moments = SecondMoments()
     moments.add(linear, columns(conv, x)[0], rows_of(conv, y))
     of_linear = damped(moments.problem(True), linear.weight, 1e-2)
     # The same products in chunks of another size: float32 rounding, times the condition.
     torch.testing.assert_close(refit(of_conv, flat(mask)), refit(of_linear, flat(mask)), rtol=1e-3, atol=1e-4)
 
 
-def problem_values(problem: Problem) -> list[Tensor]:
+def problem_values(problem: LeastSquares) -> list[Tensor]:
     return [problem.gram, problem.cross, problem.power, problem.mean_x, problem.mean_y]
 
 
@@ -193,8 +193,8 @@ def test_parts_add_up_to_the_whole(layer: nn.Linear | nn.Conv2d, centred: bool) 
     for one, other in zip(problem_values(whole.problem(centred)), problem_values(parts.problem(centred)), strict=True):
         # Products of a batch are float32, of values less a shift that differs.
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert (Moments() + whole) is whole
-    assert (whole + Moments()) is whole
+    assert (SecondMoments() + whole) is whole
+    assert (whole + SecondMoments()) is whole
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -204,7 +204,7 @@ def test_shares_of_several_wanted_outputs_are_those_of_their_sum(layer: nn.Linea
     x = inputs_of(layer)
     y, more = rows_of(layer, torch.randn_like(layer(x)) + 2), rows_of(layer, torch.randn_like(layer(x)) - 1)
     share = torch.rand(2, y.shape[1])
-    both, sum_of_both = Moments(), Moments()
+    both, sum_of_both = SecondMoments(), SecondMoments()
     both.add(layer, x, y, more)
     sum_of_both.add(layer, x, share[0] * y + share[1] * more)
     found, wanted = both.combined(share).problem(centred), sum_of_both.problem(centred)
@@ -212,8 +212,8 @@ def test_shares_of_several_wanted_outputs_are_those_of_their_sum(layer: nn.Linea
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # float32, as above
 
 
-def halves(x: Tensor, y: Tensor, more: Tensor, layer: nn.Linear) -> tuple[Moments, Moments]:
-    found = Moments(), Moments()
+def halves(x: Tensor, y: Tensor, more: Tensor, layer: nn.Linear) -> tuple[SecondMoments, SecondMoments]:
+    found = SecondMoments(), SecondMoments()
     for index, half in enumerate(found):
         half.add(layer, x[index::2], y[index::2], more[index::2])
     return found
@@ -278,6 +278,10 @@ def test_the_share_is_the_best_on_the_other_half(
 
 def test_without_two_halves_nothing_is_proven() -> None:
     layer = nn.Linear(8, 3)
-    half = Moments()
+    half = SecondMoments()
     half.add(layer, torch.randn(9, 8), torch.randn(9, 3), torch.randn(9, 3))
-    assert proven_share((half, Moments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [0, 0, 0]
+    assert proven_share((half, SecondMoments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [
+        0,
+        0,
+        0,
+    ]

@@ -25,7 +25,7 @@ from mpcompile.runtimes.native import kernel_selection as choose
 from mpcompile.runtimes.native import microbenchmark as trial
 from mpcompile.runtimes.native.kernel_selection import accelerate
 from mpcompile.runtimes.native.microbenchmark import input_shapes
-from mpcompile.runtimes.native.onnx_rewrite import Product, find, replace
+from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, find, replace
 from mpcompile.runtimes.native.packing import pack
 from mpcompile.testing import tiny_cnn, tiny_vit
 
@@ -317,6 +317,6 @@ def test_a_file_that_does_not_run_is_an_error_of_building() -> None:
     free = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (INPUT, "y")]
     file = helper.make_model(helper.make_graph(nodes, "g", free[:1], free[1:], stored), ir_version=8)
     rows = np.zeros((4, 8), np.float32), np.zeros(4, np.float32)
-    product = Product(("layer",), "product", "MatMul", "h", "y", ("y",), "v", NM(2, 4), *rows)
+    product = MaskedGemm(("layer",), "product", "MatMul", "h", "y", ("y",), "v", NM(2, 4), *rows)
     with pytest.raises(BuildError, match=r"ONNX Runtime cannot run the file on images of shape \(1, 1, 8, 8\): "):
         input_shapes(file, [product], np.zeros((1, 1, 8, 8), np.float32))
