@@ -36,6 +36,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
 	$(BIN)/pytest -q tests/test_imports.py
 
 # On two processes of one thread each, a file's tests on one of them.
