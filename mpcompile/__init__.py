@@ -25,10 +25,10 @@ from mpcompile.ir.results import Spectrum
 from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager, PassRecord
 from mpcompile.recipe.schema import Recipe, Step, read_recipe
 from mpcompile.report.schema import Report
-from mpcompile.system.moved_modules import keep_moved_modules
+from mpcompile.system.moved_modules import install_moved_modules
 from mpcompile.system.progress import Progress, tracked
 
-keep_moved_modules()
+install_moved_modules()
 
 __all__ = [
     "NM",

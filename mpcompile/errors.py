@@ -1,9 +1,9 @@
-"""The errors that a user can meet, each with the exit code of the command line: all are MpcompileErrors.
+"""The errors that users meet. Each is an MpcompileError with an exit code for the command line.
 
-Only Recipe(…) raises pydantic's ValidationError; Recipe.checked and read_recipe make a UsageError of that.
+`Recipe(…)` alone raises pydantic's ValidationError; `Recipe.checked` and `read_recipe` turn that into a UsageError.
 
-A message says what was found, what was needed, and what to do. Deep code states the fact; the front door and
-the pass manager add the caller's context once.
+A message says what was found, what was needed, and what to do. Low-level code states the fact; the driver and the pass
+manager add the context of the call once.
 """
 
 from collections.abc import Iterator
@@ -24,24 +24,23 @@ __all__ = [
     "on_layer",
 ]
 
-
-LONGEST_LINE = 1000
+LONGEST_LINE = 1000  # characters of an error that are shown in a terminal
 
 
 class MpcompileError(Exception):
-    """Any failure that mpcompile explains; `exit_code` is what the command line returns for it."""
+    """Any failure that mpcompile explains. `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class UsageError(MpcompileError):
-    """An option or a recipe that cannot be followed."""
+    """An invalid option or recipe."""
 
     exit_code = 2
 
 
 class LoadError(MpcompileError):
-    """A model or images that cannot be read."""
+    """A model file or images that cannot be read."""
 
     exit_code = 3
 
@@ -53,7 +52,7 @@ class CaptureError(MpcompileError):
 
 
 class PassError(MpcompileError):
-    """A pass that failed or broke its promise."""
+    """A pass that failed, or that changed more than its declared effect allows."""
 
     exit_code = 4
 
@@ -65,35 +64,35 @@ class ParityError(MpcompileError):
 
 
 class MaskError(MpcompileError):
-    """A mask that does not hold, or that was lost on the way to the file."""
+    """A weight that is non-zero where its mask is zero, or a mask that is missing in the ONNX file."""
 
     exit_code = 5
 
 
 class AccuracyError(MpcompileError):
-    """A compressed model that lost more than the recipe's gate allows; its folder is written all the same."""
+    """A compressed model that lost more accuracy than the recipe's gate allows. Its output folder is still written."""
 
     exit_code = 6
 
 
 class RuntimeMissing(MpcompileError):
-    """A runtime that is not installed here; the text says what to install."""
+    """A runtime that is not installed. The message says what to install."""
 
     exit_code = 7
 
 
 class BuildError(MpcompileError):
-    """A runtime that is here and could not build or run the model."""
+    """A runtime that is installed but could not build or run the model."""
 
     exit_code = 7
 
 
 class ResourceError(MpcompileError):
-    """A disk or a memory that did not suffice."""
+    """A full disk, or too little memory."""
 
 
 class LayerFailure(Exception):
-    """Marks which layer a pass was working on; the pass manager unwraps it."""
+    """Carries the name of the layer that a pass was working on. The pass manager unwraps it."""
 
     def __init__(self, layer: str) -> None:
         super().__init__(layer)
@@ -102,7 +101,7 @@ class LayerFailure(Exception):
 
 @contextmanager
 def on_layer(name: str) -> Iterator[None]:
-    """Inside, any failure is remembered as having happened on layer `name`."""
+    """A context in which any exception is re-raised as a LayerFailure of layer `name`."""
     try:
         yield
     except Exception as error:
@@ -110,7 +109,10 @@ def on_layer(name: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error and its notes as one line for a terminal: text from files may hold breaks and control characters."""
+    """An error and its notes as one printable line.
+
+    Texts that come from files may hold line breaks and control characters; these are escaped.
+    """
     words = " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
     return (
@@ -119,11 +121,12 @@ def one_line(error: BaseException) -> str:
 
 
 def cause_of(error: BaseException) -> str:
-    """The first line of the innermost reason: torch wraps it in pages of advice."""
+    """Type and first line of the innermost cause. (torch wraps the cause in pages of advice.)"""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty if it has none."""
     return (str(error).strip().splitlines() or [""])[0]

@@ -1,6 +1,6 @@
-"""What a test of a pass needs: tiny models of each kind, and assertions with stated tolerances.
+"""Helpers for testing a pass: tiny models (MLP, CNN, ViT), and assertions with stated tolerances.
 
-For this project's tests and for those of users' own passes:
+For this project's tests and for the tests of your own passes:
 
     check_contract(MyPass(), tiny_vit())
 """
@@ -24,7 +24,7 @@ from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
 
 
 def assert_same_function(before: nn.Module, after: nn.Module, images: Tensor, tolerance: float) -> None:
-    """Fails where outputs differ by more than `tolerance`, as a share of the largest output.
+    """Asserts that two modules give the same outputs: max |Δ| / max |expected| is at most `tolerance`.
 
     The tolerance has no default: state it, with its reason, where it is used.
     """
@@ -36,17 +36,20 @@ def assert_same_function(before: nn.Module, after: nn.Module, images: Tensor, to
 
 
 def assert_follows(weight: Shaped[Tensor, "out in_ *taps"], pattern: NM) -> None:
-    """Fails where the non-zeros of a weight break a pattern."""
+    """Asserts that the non-zeros of a weight satisfy an N:M pattern."""
     broken = pattern_violation(weight != 0, pattern)
     assert broken is None, f"not {pattern}: {broken}"
 
 
 def check_contract(step: Pass, model: Model, data: Data | None = None) -> Model:
-    """The result of a pass, checked against what every pass has to keep:
+    """Runs a pass and asserts the contract that every pass must keep. Returns the resulting model.
 
-    it is a frozen dataclass with name, effect and requires; the model given is unchanged; the result lints, runs
-    and has the same output shape; the declared effect holds; every layer it leaves without a mask has a reason;
-    an analysis or exact pass changes no outputs when it is run again.
+    - The pass is a frozen dataclass with `name`, `effect` and `requires`.
+    - The input model is unchanged.
+    - The resulting graph lints, runs, and has the same output shape.
+    - The declared effect holds.
+    - If any layer has a mask, every other layer has a reason why it has none.
+    - An ANALYSIS or EXACT pass that runs a second time changes no outputs.
     """
     assert isinstance(step, Pass), f"{type(step).__name__} lacks name, effect, requires or __call__"
     assert dataclasses.is_dataclass(step), f"{type(step).__name__} is not a dataclass"
@@ -84,7 +87,7 @@ def check_contract(step: Pass, model: Model, data: Data | None = None) -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class _WithoutRequires:
-    """A pass on its own, whatever should stand before it: the model given is what that left."""
+    """A pass without its `requires`, so that it can run alone."""
 
     inner: Pass
 
@@ -106,7 +109,7 @@ class _WithoutRequires:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Images of normal noise, each its own by `seed` and index, labelled in turn."""
+    """Images of standard normal noise, drawn from `seed` and the image's index; labels cycle through the classes."""
 
     size: tuple[int, ...]
     count: int
@@ -122,7 +125,7 @@ class Noise:
 
 
 def tiny_data(model: Model, count: int = 64) -> Data:
-    """Noise for a tiny model: as many images to calibrate, to decide and to evaluate on."""
+    """Noise images for a tiny model: `count` each for calibration, validation and evaluation."""
 
     def split(seed: int) -> Split:
         images = Noise(tuple(model.example.shape[1:]), count, seed)
@@ -140,7 +143,7 @@ class TinyMLP(nn.Module):
         self.hidden = nn.Linear(width, width)
         self.head = nn.Linear(width, outputs)
 
-    @no_type_check  # traced with proxies, which checked annotations refuse
+    @no_type_check  # torch.fx traces it with proxies, which beartype's checks of annotations reject
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.stem(x.flatten(1)))
         y: Tensor = self.head(F.gelu(self.hidden(x)))
@@ -161,7 +164,7 @@ class TinyCNN(nn.Module):
         self.widen = nn.Conv2d(6, 16, 1)
         self.head = nn.Linear(16, outputs)
 
-    @no_type_check  # traced with proxies, which checked annotations refuse
+    @no_type_check  # torch.fx traces it with proxies, which beartype's checks of annotations reject
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(x)))
         x = F.relu(x + self.body(x))
@@ -171,7 +174,7 @@ class TinyCNN(nn.Module):
 
 
 def tiny_source(size: tuple[int, int, int] = (1, 8, 8)) -> Source:
-    """Where the tiny models come from."""
+    """The Source of the tiny models: a name and an input size, no file."""
     return Source(name="tiny", sha256="", arch="tiny", size=size, mean=(0.5,) * size[0], std=(0.5,) * size[0])
 
 
@@ -196,7 +199,7 @@ def tiny_vit(seed: int = 0) -> Model:
 
 
 def _seeded(module: nn.Module, seed: int) -> nn.Module:
-    """The module with every parameter and statistic drawn anew, so that none is zero and no layer is idle."""
+    """The module with all parameters and batch-norm statistics redrawn: none is zero, so every layer matters."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in module.state_dict().items():

@@ -24,7 +24,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.recipe.schema import Recipe
-from mpcompile.system.progress import Progress, listening, reported, tracked
+from mpcompile.system.progress import Progress, listening, stage_progress, tracked
 from mpcompile.testing import TinyMLP, tiny_data, tiny_source, tiny_vit
 
 PUBLIC = """
@@ -71,7 +71,7 @@ def test_progress_is_a_value_that_reads_as_a_line() -> None:
 
 def test_stages_are_numbered_in_their_order_though_one_is_there_twice_and_one_left_out() -> None:
     heard: list[Progress] = []
-    with reported(heard.append, ("a", "b", "a", "c", "d")) as begin:
+    with stage_progress(heard.append, ("a", "b", "a", "c", "d")) as begin:
         for stage in ("a", "b", "a"):
             begin(stage)
         assert list(tracked([7, 8])) == [7, 8]
@@ -92,7 +92,7 @@ def test_stages_are_numbered_in_their_order_though_one_is_there_twice_and_one_le
 
 def test_without_an_observer_whoever_listens_goes_on_listening() -> None:
     heard: list[str] = []
-    with listening(lambda what, done, total: heard.append(what)), reported(None, ()) as begin:
+    with listening(lambda what, done, total: heard.append(what)), stage_progress(None, ()) as begin:
         begin("a")
         list(tracked(["x"]))
     assert heard == ["x"]

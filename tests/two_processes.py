@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from mpcompile.passes import Distill, NMMask, ToMe
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.system.distributed import joined
+from mpcompile.system.distributed import process_group
 from mpcompile.testing import tiny_data, tiny_vit
 
 
@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
     model = tiny_vit()
     data = tiny_data(model)
     step = Distill(epochs=2, batch=16, rate=0.01, warmup=2, accumulate=2, optimizer="sgd")
-    with joined() as here:
+    with process_group() as here:
         if here.first:
             masks = NMMask(criterion="magnitude", refit="none")
             result, _ = PassManager([masks, ToMe(r=3), step]).run(model, data)

@@ -127,7 +127,7 @@ def compile_command(
     from mpcompile.driver.compile import compile, follow, preview
     from mpcompile.recipe.overrides import overridden
     from mpcompile.recipe.schema import Recipe, read_recipe
-    from mpcompile.system.distributed import joined
+    from mpcompile.system.distributed import process_group
 
     given = read_recipe(config) if config else Recipe()
     file_batch, batches = parse.batch(batch)
@@ -167,7 +167,7 @@ def compile_command(
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
     failure = None
     try:
-        with joined() as here, progress(quiet or as_json or not here.first) as observe:
+        with process_group() as here, progress(quiet or as_json or not here.first) as observe:
             if not here.first:
                 follow(request, recipe, data)
                 return

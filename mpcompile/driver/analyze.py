@@ -24,7 +24,7 @@ from mpcompile.report.schema import Value
 from mpcompile.report.spectrum_plots import make_folder, write_plots
 from mpcompile.runtimes import RUNTIMES, GemmShape, PredictsSpeed
 from mpcompile.system.hardware import environment
-from mpcompile.system.progress import Progress, reported
+from mpcompile.system.progress import Progress, stage_progress
 
 STAGES = ("load", "capture", "spectra", "budget")
 
@@ -96,7 +96,7 @@ def analyze(
     """
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
-    with reported(observe, STAGES) as tell:
+    with stage_progress(observe, STAGES) as tell:
         return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), plots, tell)
 
 

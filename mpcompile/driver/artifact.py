@@ -27,7 +27,7 @@ from torch import nn
 from mpcompile.driver.load_artifact import Engine, OrtEngine, Runtime, module_of, onnx_engine, target_engine
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
-from mpcompile.export.mask_check import ProvenMask, prove
+from mpcompile.export.mask_check import ProvenMask, verify_masks
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import LayerPlan, Model
@@ -203,7 +203,7 @@ class Artifact:
         except Exception as error:  # protobuf's DecodeError and OSError alike
             raise LoadError(f"{self.onnx} is not an ONNX file that can be read: {error}") from error
         try:
-            rows = prove(file, plans, weights)
+            rows = verify_masks(file, plans, weights)
             size = tuple(axis.dim_value for axis in file.graph.input[0].type.tensor_type.shape.dim[1:])
         except MpcompileError:
             raise

@@ -30,8 +30,8 @@ from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BatchTimings, BenchReport, TimedEngine
 from mpcompile.report.schema import Parity
 from mpcompile.runtimes import Build, Engine, ReportsKernels, Runtime, ShipsFile, TimesDevice
-from mpcompile.system.hardware import condition, disturbances, environment
-from mpcompile.system.progress import Progress, reported
+from mpcompile.system.hardware import disturbances, environment, machine_state
+from mpcompile.system.progress import Progress, stage_progress
 
 DENSE, UNUSED, COMPRESSED, SHIPPED = "dense", "masked, kernels off", "compressed", "as shipped"
 
@@ -43,7 +43,7 @@ PARITY_IMAGES = 8
 def bench(folder: Path, settings: Settings, observe: Callable[[Progress], None] | None = None) -> BenchReport:
     """The benchmark of an output folder, written into its folder `bench/TARGET`. Raises a MpcompileError."""
     artifact = Artifact.open(folder)
-    with reported(observe, steps(artifact.recipe, settings)) as tell:
+    with stage_progress(observe, steps(artifact.recipe, settings)) as tell:
         return _benched(artifact, settings, tell)
 
 
@@ -216,8 +216,8 @@ def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Se
     """One batch size, all builds in turns."""
     calls = {name: call_of(engine, images, settings) for name, engine in engines.items()}
     on_gpu = any(isinstance(engine, TimesDevice) for engine in engines.values())
-    seen = [condition(on_gpu)]
-    samples = sample(calls, settings.seconds, lambda: seen.append(condition(on_gpu)))
+    seen = [machine_state(on_gpu)]
+    samples = sample(calls, settings.seconds, lambda: seen.append(machine_state(on_gpu)))
     cold, before, after = seen
     before = replace(before, load=cold.load)  # before the first call; the clocks are those of a machine at work
     size = len(images)

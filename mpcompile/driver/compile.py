@@ -28,10 +28,10 @@ from mpcompile.pipeline.pass_manager import Effect, Observer, Pass, PassManager
 from mpcompile.pipeline.run_folder import note_written, working, written_by
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Runtime
-from mpcompile.system.atomic_folder import require_free, written_whole
-from mpcompile.system.distributed import place
-from mpcompile.system.progress import Progress, reported
-from mpcompile.system.resource_errors import explained
+from mpcompile.system.atomic_folder import require_writable, written_atomically
+from mpcompile.system.distributed import process_rank
+from mpcompile.system.progress import Progress, stage_progress
+from mpcompile.system.resource_errors import as_resource_errors
 
 ONE_RUN = threading.RLock()
 
@@ -65,7 +65,7 @@ def compile(
     report says so, and AccuracyError is raised: `Artifact.open(output)` has it then.
     """
     plan = plan_of(recipe, passes, runtime)
-    with ONE_RUN, reported(observe, stages(plan.recipe)) as tell:
+    with ONE_RUN, stage_progress(observe, stages(plan.recipe)) as tell:
         return _compiled(model, plan, data, Path(output), force, start, keep_passes, tell)
 
 
@@ -85,7 +85,7 @@ def _compiled(
     inputs = [path for path in map(path_of, (model, data)) if path is not None]
     ended = written_by(output) if start is None else None
     if ended is None:
-        require_free(output, force, inputs)
+        require_writable(output, force, inputs)
     if recipe.gates.max_drop is not None and data is None:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
     stage = "load"
@@ -96,7 +96,7 @@ def _compiled(
         observe(name)
 
     needed_bytes = 0
-    short_of = partial(explained, lambda: stage, output, lambda: needed_bytes)
+    short_of = partial(as_resource_errors, lambda: stage, output, lambda: needed_bytes)
     with working(output) as work, short_of():
         began("load")
         loaded, leaves = loaded_from(model)
@@ -119,11 +119,11 @@ def _compiled(
             artifact = Artifact.open(output)
         else:
             if ended is not None:
-                require_free(output, force, inputs)
+                require_writable(output, force, inputs)
             checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes, _skip)
             checkpoints.go_on(start, output / PASSES)
             with (
-                written_whole(output, force, inputs) as folder,
+                written_atomically(output, force, inputs) as folder,
                 short_of(),  # here too, while what fills the disk is still there
                 keeping(work, needed_bytes),
             ):
@@ -142,7 +142,7 @@ def _require_tunable(plan: RunPlan) -> None:
         return
     if plan.recipe.gates.max_drop is None:
         raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
-    if place().size > 1:
+    if process_rank().size > 1:
         raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
     if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
         raise UsageError(f"tune tries recipes, which know no {own[0]} that is {GIVEN}; install it with an entry point")

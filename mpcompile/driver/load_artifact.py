@@ -16,7 +16,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
 from mpcompile.frontend.capture import noise
 from mpcompile.frontend.load_model import NAMING_FILES, Request, load
-from mpcompile.frontend.state_dict import misfit
+from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.parity import TOLERANCE, relative_difference
@@ -47,7 +47,7 @@ def module_of(
     else:
         state = read(weights, allow_pickle=False)
         module = copy.deepcopy(given).eval()
-        if listed := misfit(module, state):
+        if listed := mismatch(module, state):
             raise LoadError(
                 f"{weights} does not fit the {type(given).__name__} given: {listed}. Is it built as the one compiled?"
             )

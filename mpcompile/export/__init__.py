@@ -1,4 +1,4 @@
-"""From a model to an ONNX file in which each mask was found again."""
+"""Model -> ONNX file, with every mask verified in the file."""
 
 from mpcompile.export.onnx_export import INPUT, Exported, Lowered
 

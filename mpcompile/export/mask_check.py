@@ -1,8 +1,8 @@
-"""The proof that each planned mask is in an ONNX file, on the axis that is summed over, and that none was lost.
+"""Verifies that every planned mask is in an ONNX file, on the reduction axis of its product.
 
-Exporters rename, transpose and fold weights: a Linear on a 3-D input becomes a MatMul whose initializer is the
-transpose under a new name (so the groups lie along its axis 0), and a BatchNorm is multiplied into the
-convolution before it. What the file says is therefore read back and compared with the mask, weight by weight.
+Exporters rename, transpose and fold weights. A Linear on a 3-D input becomes a MatMul whose initializer is the
+transpose under a new name, so its groups lie along axis 0; a BatchNorm is multiplied into the convolution before it.
+The weights are therefore read back from the file and compared with the masks, one by one.
 """
 
 import ast
@@ -23,14 +23,15 @@ from mpcompile.ir.weight_groups import pattern_violation
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 METADATA_KEY = "mpcompile.sparsity"
+# Operators that a weight may pass between its initializer and its product.
 CONSTANT_STEPS = ("Cast", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True, slots=True)
 class FileWeight:
-    """A constant weight of a Conv, Gemm or MatMul of the file, turned to PyTorch's (out, in_, *taps).
+    """A constant weight of a Conv, Gemm or MatMul of the file; `values` are in PyTorch's layout (out, in_, *taps).
 
-    `axis` is where the input channels, and so the groups, lie in the initializer as stored.
+    `axis` is the axis of the input channels, and so of the N:M groups, in the initializer as stored.
     """
 
     node: str
@@ -43,7 +44,7 @@ class FileWeight:
 
 @dataclass(frozen=True, slots=True)
 class ProvenMask:
-    """One planned mask, found in the file: the weight that holds it, and the nodes that multiply by that."""
+    """A planned mask that was verified in the file: its initializer, and the nodes that multiply by it."""
 
     layer: str
     initializer: str
@@ -57,7 +58,7 @@ class ProvenMask:
 
 
 def file_weights(file: onnx.ModelProto) -> list[FileWeight]:
-    """Every constant weight that the file multiplies by."""
+    """Every constant weight of a product in the file, one entry for each node."""
     constants = {tensor.name: tensor for tensor in file.graph.initializer}
     makers = {output: node for node in file.graph.node for output in node.output}
     found = []
@@ -73,7 +74,7 @@ def file_weights(file: onnx.ModelProto) -> list[FileWeight]:
 def _weight_of(
     node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]
 ) -> Iterator[tuple[str, int, NDArray[Any]]]:
-    """The initializer, the axis of its input channels, and its values as (out, in_, *taps); at most one."""
+    """Yields at most one weight: its initializer, the axis of its input channels, its values as (out, in_, *taps)."""
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return
     second = _constant(node.input[1], constants, makers)
@@ -93,7 +94,10 @@ def _weight_of(
 def _constant(
     name: str, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]
 ) -> tuple[str, NDArray[Any], tuple[int, ...]] | None:
-    """A constant input: its initializer, its values as the node sees them, and where each axis is stored."""
+    """A constant input: its initializer, its values as the node reads them, and the stored axis of each of their axes.
+
+    None if the input is not constant.
+    """
     if name in constants:
         values = numpy_helper.to_array(constants[name])
         return name, values, tuple(range(values.ndim))
@@ -108,17 +112,17 @@ def _constant(
     return stored, values.transpose(given), tuple(axes[i] for i in given)
 
 
-def match(
+def match_layers(
     file: onnx.ModelProto, plans: Mapping[str, LayerPlan], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, list[FileWeight]]:
-    """The weights of the file that each masked layer became.
+    """Maps each masked layer to its weights in the file.
 
-    Known by the file's own metadata where mpcompile wrote it; else by name (a convolution keeps its
-    initializer's), by scope (a Linear keeps its module's name in the node's), or by value (a weight used without
-    calling its module, as BEiT's qkv, keeps neither).
+    Tried in this order: the metadata that mpcompile wrote; the initializer's name (convolutions keep it); the node's
+    scope (a Linear keeps its module's name there); equal values (a weight that is used without calling its module, such
+    as BEiT's qkv, keeps neither).
     """
     found = file_weights(file)
-    noted = noted_layers(file)
+    noted = layers_in_metadata(file)
     matches: dict[str, list[FileWeight]] = {}
     for name, plan in plans.items():
         if plan.mask is None:
@@ -133,38 +137,38 @@ def match(
     return matches
 
 
-def noted_layers(file: onnx.ModelProto) -> dict[str, list[str]]:
-    """Which layers each initializer is, as far as the file's metadata says; several where they are tied or alike."""
+def layers_in_metadata(file: onnx.ModelProto) -> dict[str, list[str]]:
+    """Layer names of each initializer in the file's metadata; several if layers are tied or equal. Empty without it."""
     text = next((p.value for p in file.metadata_props if p.key == METADATA_KEY), "{}")
     return {initializer: row["layers"] for initializer, row in json.loads(text).items()}
 
 
 def _same_numbers(values: NDArray[Any], weight: torch.Tensor) -> bool:
-    """Whether a weight of the file holds the layer's numbers, in the precision of the file."""
+    """Whether a weight of the file equals the layer's weight, rounded to the precision of the file."""
     stored: NDArray[Any] = weight.detach().cpu().numpy().astype(values.dtype)
     return bool(np.array_equal(values, stored))
 
 
-def prove(
+def verify_masks(
     file: onnx.ModelProto, plans: Mapping[str, LayerPlan], weights: Mapping[str, torch.Tensor]
 ) -> tuple[ProvenMask, ...]:
-    """A row for each planned mask, found where it belongs; `weights` is the state dict that was exported.
+    """A ProvenMask for each planned mask; `weights` is the exported state dict.
 
-    Raises MaskError for the first that is not there.
+    Raises MaskError for the first mask that is missing or violated in the file.
     """
     rows: list[ProvenMask] = []
-    for name, found in match(file, plans, weights).items():
+    for name, found in match_layers(file, plans, weights).items():
         if not found:
-            raise MaskError(f"{name}: its mask was lost on the way; no weight in the ONNX file is this layer's")
-        rows.extend(prove_one(name, plans[name], weight) for weight in found)
-    users: dict[str, tuple[str, ...]] = {}  # an initializer that several nodes use is one row
+            raise MaskError(f"{name}: its mask was lost in the export; the ONNX file has no weight of this layer")
+        rows.extend(verify_mask(name, plans[name], weight) for weight in found)
+    users: dict[str, tuple[str, ...]] = {}  # an initializer that several nodes use gives one row
     for weight in file_weights(file):
         users[weight.initializer] = (*users.get(weight.initializer, ()), weight.node)
     return tuple(dict.fromkeys(replace(row, nodes=users[row.initializer]) for row in rows))
 
 
-def prove_one(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
-    """The row for one weight of the file. Raises MaskError where it does not follow the plan's mask."""
+def verify_mask(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
+    """The ProvenMask of one weight of the file. Raises MaskError if the weight violates the plan's mask."""
     assert plan.mask is not None
     where = f"{weight.initializer} (axis {weight.axis}, {weight.op})"
     if tuple(weight.values.shape) != tuple(plan.mask.shape):

@@ -1,8 +1,8 @@
-"""Model -> ONNX file: export, precision, metadata, and a file that was read back and proven.
+"""Model -> ONNX file: export, precision, metadata, and verification of the masks in the written file.
 
-Opset 20 by default: the newest in which TensorRT's parser fuses attention from plain operators, with LayerNorm
-and Gelu as operators of their own; for bfloat16 opset 22, before which convolutions do not know it. Half precision is
-written into the graph, since TensorRT 11 has no other way.
+Opset 20 by default: it is the newest in which TensorRT's parser fuses attention from plain operators, and it has
+LayerNormalization and Gelu as single operators. bfloat16 needs opset 22 for convolutions. Half precision is written
+into the graph, since TensorRT 11 offers no other way.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
 from mpcompile.export.half_precision import to_bfloat16, to_half
-from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, prove
+from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
 from mpcompile.ir.model import Model
 from mpcompile.ir.token_merging import merges_tokens
 
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 Precision = Literal["fp32", "fp16", "bf16"]
 OPSET, BFLOAT16_OPSET = 20, 22
 INPUT, OUTPUT = "images", "logits"
-# A protocol buffer ends at 2 GiB; the rest of the graph needs some of it.
+# A protocol buffer holds at most 2 GiB; the rest leaves room for the graph.
 INLINE_LIMIT_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """An ONNX file of a model, and what a runtime has to know of it. `batch` is None where the batch is free."""
+    """An ONNX file and the facts that a runtime needs. `batch` is None if the batch axis is dynamic."""
 
     onnx: Path
     arch: str
@@ -42,12 +42,12 @@ class Exported:
     precision: Precision
     batch: int | None
     masks: tuple[ProvenMask, ...] = ()
-    merges: bool = False  # whether tokens are merged in it
+    merges: bool = False  # whether it merges tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lowered(Exported):
-    """A model and the ONNX file that it became."""
+    """An exported ONNX file with its model."""
 
     model: Model
     opset: int
@@ -63,16 +63,22 @@ def lower(
     metadata: Mapping[str, str] | None = None,
     inline_limit_bytes: int = INLINE_LIMIT_BYTES,
 ) -> Lowered:
-    """The model as a checked ONNX file, each of its masks found in it.
+    """Exports a model to `path`, and verifies each of its masks in the file.
 
-    Over `inline_limit_bytes` the weights go into a file beside it. Raises BuildError where the exporter fails,
-    MaskError where a mask is not in the file.
+    Args:
+        model: the captured model.
+        path: the ONNX file to write.
+        precision: the precision of the file's products.
+        batch: a fixed batch size; None for a dynamic batch axis.
+        opset: the ONNX opset; None for 20, or 22 for bf16.
+        metadata: entries to add to the file's metadata.
+        inline_limit_bytes: if the weights are larger, they go into a second file, `<name>.data`.
+
+    Raises UsageError for bf16 with an earlier opset, BuildError if the export fails, MaskError if a mask is missing.
     """
     opset = opset or (BFLOAT16_OPSET if precision == "bf16" else OPSET)
     if precision == "bf16" and opset < BFLOAT16_OPSET:
-        raise UsageError(
-            f"bf16 needs opset {BFLOAT16_OPSET} or later, where convolutions know it; {opset} was asked for"
-        )
+        raise UsageError(f"opset {opset} has no bfloat16 convolutions; bf16 needs opset {BFLOAT16_OPSET} or later")
     file = _export(model, batch, opset)
     _drop_build_traces(file)
     if precision == "fp16":
@@ -80,10 +86,10 @@ def lower(
     elif precision == "bf16":
         file = to_bfloat16(file)
     weights = model.graph.state_dict()
-    masks = prove(file, model.plan, weights)
+    masks = verify_masks(file, model.plan, weights)
     _write_metadata(file, {**(metadata or {}), "mpcompile.precision": precision}, masks)
     _save(file, path, inline_limit_bytes)
-    if prove(onnx.load(path), model.plan, weights) != masks:
+    if verify_masks(onnx.load(path), model.plan, weights) != masks:
         raise MaskError(f"{path.name} does not hold the masks that were written to it")
     return Lowered(
         onnx=path,
@@ -99,13 +105,13 @@ def lower(
 
 
 def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
-    """The graph through torch's exporter, in float32."""
+    """The graph as ONNX in float32, from torch's exporter. Raises BuildError."""
     example = model.example if batch is None else model.example[:1].expand(batch, -1, -1, -1).contiguous()
     shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},) if batch is None else None
     free = "free batch" if batch is None else f"batch of {batch}"
     try:
-        # The plain form of attention: the fused CPU kernel promises strides that its decomposition does not keep,
-        # and BEiT's export fails on them.
+        # The unfused attention: the fused CPU kernel declares strides that its decomposition does not keep, and the
+        # export of BEiT fails on them.
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
@@ -132,7 +138,7 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
 
 
 def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """torch.sort(stable=True), which the exporter lacks, as a TopK of all: of equal numbers the first comes first."""
+    """torch.sort(stable=True), which the exporter lacks, as a TopK over all values: TopK breaks ties by index."""
     from onnxscript import opset18
 
     count: Any = opset18.Constant(value_ints=[values.shape[dim]])
@@ -140,7 +146,7 @@ def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, desce
 
 
 def _drop_build_traces(file: onnx.ModelProto) -> None:
-    """Keeps each node's module path and drops what else the exporter wrote: stack traces with local file names."""
+    """Drops the exporter's stack traces, which hold local file names; keeps each node's module path."""
     for node in file.graph.node:
         kept = [p for p in node.metadata_props if p.key == NAME_SCOPES]
         del node.metadata_props[:]
@@ -152,7 +158,7 @@ def _drop_build_traces(file: onnx.ModelProto) -> None:
 
 
 def _write_metadata(file: onnx.ModelProto, metadata: Mapping[str, str], masks: tuple[ProvenMask, ...]) -> None:
-    """Writes what later tools need to know, as the last step: optimisers drop metadata."""
+    """Writes the metadata of the masks. This is the last step, since graph optimisers drop metadata."""
     sparsity = {
         row.initializer: {
             "layers": [other.layer for other in masks if other.initializer == row.initializer],
@@ -171,7 +177,7 @@ def _write_metadata(file: onnx.ModelProto, metadata: Mapping[str, str], masks: t
 
 
 def _save(file: onnx.ModelProto, path: Path, inline_limit_bytes: int) -> None:
-    """Writes the file, its weights beside it where they do not fit into a protocol buffer, and checks it."""
+    """Writes and checks the file; weights that exceed the limit go into `<name>.data`. Raises BuildError."""
     external = sum(tensor.ByteSize() for tensor in file.graph.initializer) > inline_limit_bytes
     if external:
         onnx.save_model(

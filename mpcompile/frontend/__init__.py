@@ -1,1 +1,1 @@
-"""From a file or a name to a captured model: weights file -> nn.Module -> Model."""
+"""File or name -> nn.Module with its weights -> captured Model."""

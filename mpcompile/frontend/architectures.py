@@ -1,4 +1,4 @@
-"""The module that a state dict belongs to: from timm by name, or from a factory in Python."""
+"""Builds the module for a state dict: a timm architecture, or a factory function `pkg.mod:name`."""
 
 import contextlib
 import importlib
@@ -10,19 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError, UsageError, first_line
-from mpcompile.frontend.state_dict import stripped
+from mpcompile.frontend.state_dict import without_prefixes
 
 
 def is_factory(text: str) -> bool:
-    """Whether a text is `pkg.mod:name`."""
+    """Whether a text has the form `pkg.mod:name`."""
     module, colon, name = text.partition(":")
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def build_for(
+def build_architecture(
     arch: str, arch_args: Mapping[str, Any], state: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any] | None
 ) -> nn.Module:
-    """The architecture, with as many classes as the weights have where nobody said."""
+    """Builds an architecture; without `num_classes` in `arch_args`, the classifier gets the size of the weights' one.
+
+    Raises UsageError for an unknown name, LoadError if it cannot be built.
+    """
     if is_factory(arch):
         return call_factory(arch, arch_args)
     name = arch.removeprefix("timm:")
@@ -30,7 +33,7 @@ def build_for(
     if "num_classes" not in arch_args:
         classifier = (getattr(module, "pretrained_cfg", None) or {}).get("classifier")
         key = f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight"
-        own, given = module.state_dict(), stripped(state, set(module.state_dict()))
+        own, given = module.state_dict(), without_prefixes(state, set(module.state_dict()))
         if key in own and key in given and own[key].shape[0] != given[key].shape[0]:
             args = {**arch_args, "num_classes": given[key].shape[0]}
             module = create_timm(name, args, pretrained_cfg=pretrained_cfg)
@@ -44,6 +47,7 @@ def create_timm(
     pretrained: bool = False,
     pretrained_cfg: Mapping[str, Any] | None = None,
 ) -> nn.Module:
+    """A timm model by name. Raises UsageError for an unknown name, LoadError if it cannot be built."""
     import timm
 
     if not timm.is_model(name.split(".")[0]):
@@ -61,17 +65,20 @@ def create_timm(
 
 
 def call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
-    """The module that `pkg.mod:factory` returns; the working folder can be imported from, as with python -m."""
+    """The module that `pkg.mod:factory` returns. The working folder is importable, as with `python -m`.
+
+    Raises LoadError.
+    """
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
         sys.path.insert(0, here)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # results alone belong on standard output
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
             factory = getattr(importlib.import_module(module_name), attribute)
             module = factory(**arch_args)
-    except (Exception, SystemExit) as error:  # a script without a main guard exits when imported
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit on import
         raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
     finally:
         if added:

@@ -1,9 +1,9 @@
-"""nn.Module -> Model: a torch.fx trace that computes the same, or a refusal that says where and what to do.
+"""Captures an nn.Module as a Model: a torch.fx trace, checked to compute the same outputs.
 
-The trace is taken on a deep copy, once: tracing can leave proxies in a model's caches (timm's LeViT keeps its
-attention biases), and a second trace of the same instance would bake them in. Only the image is a placeholder;
-every optional argument of `forward` takes its default, so that none is left in the graph. nn.MultiheadAttention is
-written out (mpcompile/frontend/multihead_attention.py).
+A deep copy is traced once: tracing can leave proxies in a model's caches (timm's LeViT caches its attention biases),
+and a second trace of the same instance would bake them in. The image is the only placeholder; optional arguments of
+`forward` take their defaults. nn.MultiheadAttention is decomposed (mpcompile/frontend/multihead_attention.py). A
+CaptureError names the line of model code that cannot be traced.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import CaptureError
-from mpcompile.frontend.multihead_attention import write_out
+from mpcompile.frontend.multihead_attention import decompose_attention
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.parity import relative_difference
@@ -25,11 +25,11 @@ from mpcompile.ir.shapes import run_example
 
 log = logging.getLogger(__name__)
 
-# torch.fx replaces nn.Module.__call__ in the whole process for as long as it traces. Modules that other threads run
-# meanwhile are let through (ImageTracer), but a second trace would put the first one's replacement back at its end.
+# While it traces, torch.fx replaces nn.Module.__call__ in the whole process. ImageTracer lets modules of other threads
+# through, but a second trace would restore the first one's replacement at its end.
 TRACING = threading.Lock()
-# The graph runs the same operators on the same values; only a fused kernel that the tracer took apart can round
-# differently.
+# Largest relative difference: the graph runs the same operators on the same values; only a fused kernel that tracing
+# decomposed can round differently.
 CAPTURE_DRIFT = 1e-5
 
 
@@ -48,19 +48,19 @@ class ImageTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What the traced module calls becomes a node; a module that another thread runs meanwhile just runs."""
+        """Records a call of the traced module as a node; runs a module of another thread directly."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Likewise for the parameters that modules look up."""
+        """Records a parameter that the traced module reads; returns one of another thread directly."""
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Torch's own modules, timm's untraceable ones, and those named by the user."""
+        """Whether a module stays whole: torch's own, timm's untraceable ones, and those that the user named."""
         return (
             isinstance(m, self._leaf_types)
             or module_qualified_name in self._leaf_names
@@ -70,41 +70,45 @@ class ImageTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """The module and one placeholder: arguments with defaults keep them."""
+        """The module and one placeholder, the image; other arguments keep their defaults."""
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
 
 def _computing_type(module: nn.Module) -> torch.dtype:
-    """The module's own floating type; float32 for half precision, in which a CPU cannot compare outputs."""
+    """The type to capture in: float64 for a float64 module, else float32 (half precision is too coarse to compare)."""
     own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
     return torch.float64 if own == torch.float64 else torch.float32
 
 
 def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
-    """Normal noise shaped like a batch of images of that size, the same for the same seed."""
+    """Standard normal noise (batch, *size), determined by the seed."""
     return torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def capture(
     module: nn.Module, source: Source | None = None, example: Tensor | None = None, leaves: Sequence[str] = ()
 ) -> Model:
-    """The captured model, checked against the module on the example and on a batch of another size.
+    """Captures a module, and checks the graph against it on the example and on another batch size.
 
-    Without a `source` images are as the module's `pretrained_cfg` says, or ImageNet's; without an `example` noise of
-    that size is run. The module is left as it was; one in half precision is captured in float32. `leaves` are qualified
-    names of modules to keep whole. Raises CaptureError.
+    Args:
+        module: the model; it is not changed. A half-precision module is captured in float32.
+        source: its name and preprocessing; by default those of its `pretrained_cfg`, or ImageNet's.
+        example: a batch (b, c, h, w); by default noise of the source's size.
+        leaves: qualified names of modules to keep whole.
 
-    Other threads may run modules meanwhile, save for those that torch.compile made, which refuse while anything is
-    traced; two captures wait for each other.
+    Raises CaptureError if the module cannot be traced or its graph computes something else.
+
+    Other threads may run modules meanwhile, except modules made by torch.compile, which refuse to run during a trace.
+    Concurrent captures run one after the other.
     """
     with TRACING:
         return _captured(module, source, example, leaves)
 
 
 def _captured(module: nn.Module, source: Source | None, example: Tensor | None, leaves: Sequence[str]) -> Model:
-    """`capture`, for the one thread that may trace."""
+    """`capture`, while TRACING is held."""
     if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        raise CaptureError("the module is a torch.compile of another; give that one, module._orig_mod")
+        raise CaptureError("the module was made by torch.compile; pass the original, module._orig_mod")
     kind = type(module).__name__
     source = source or source_of(module, name=kind, arch=kind, sha256="")
     dtype = _computing_type(module)
@@ -125,24 +129,24 @@ def _captured(module: nn.Module, source: Source | None, example: Tensor | None, 
     except Exception as error:
         raise CaptureError(_refusal(module, error)) from error
     _keep_layer_modules(graph_module, traced)
-    write_out(graph_module)
+    decompose_attention(graph_module)
     model = Model(graph=graph_module.eval(), example=example, source=source)
     _check_same(model, reference, expected)
     return model
 
 
 def _require_modules(module: nn.Module, names: Sequence[str]) -> None:
-    """Raises where a name is not a module of the model."""
+    """Raises CaptureError if a name is not a module of the model."""
     known = dict(module.named_modules())
     for name in names:
         if name not in known:
             listed = [child for child, _ in module.named_children()]
             shown = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
-            raise CaptureError(f"--leaf {name!r} is no module of {type(module).__name__}; it has {shown or 'none'}")
+            raise CaptureError(f"--leaf {name!r} is not a module of {type(module).__name__}; it has {shown or 'none'}")
 
 
 def _run_original(module: nn.Module, example: Tensor) -> Tensor:
-    """The module's own outputs: one finite tensor, or a refusal."""
+    """The module's outputs (b, …). Raises CaptureError unless they are one finite tensor."""
     try:
         with torch.no_grad():
             outputs = module(example)
@@ -159,11 +163,12 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
     if outputs.ndim < 2:
         raise CaptureError(
             f"{type(module).__name__} returns a tensor of shape {tuple(outputs.shape)} for a batch of {len(example)}; "
-            "needed is one row of outputs an image"
+            "needed is one row of outputs for each image"
         )
     if torch.equal(outputs, outputs[:1].expand_as(outputs)):
         log.warning(
-            "%s gives every image the same outputs, so that comparing them proves little", type(module).__name__
+            "%s returns the same outputs for every image, so a comparison of outputs proves little",
+            type(module).__name__,
         )
     if not outputs.isfinite().all():
         raise CaptureError(f"{type(module).__name__} returns numbers that are not finite; are its weights sound?")
@@ -171,7 +176,7 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
 
 
 def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
-    """Raises where the graph and the module differ, on the example or on a batch of another size."""
+    """Raises CaptureError if graph and module differ on the example or on another batch size."""
     other = noise(model.example.shape[1:], batch=3, seed=1).to(model.example.dtype)
     for images, wanted in ((model.example, expected), (other, _run_original(reference, other))):
         try:
@@ -189,15 +194,15 @@ def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
         if difference > CAPTURE_DRIFT:
             raise CaptureError(
                 f"the traced graph computes something else: outputs on a batch of {len(images)} differ by "
-                f"{difference:.1e} of their size, and {CAPTURE_DRIFT:.0e} is allowed. Its forward probably branches "
+                f"{difference:.1e} of their size; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably branches "
                 "on values or draws random numbers"
             )
 
 
 def _keep_layer_modules(graph_module: fx.GraphModule, root: nn.Module) -> None:
-    """Puts back a Linear or Conv2d of which the graph only fetches parameters, as BEiT does with qkv.weight.
+    """Restores a Linear or Conv2d whose parameters the graph reads without calling it, such as BEiT's qkv.
 
-    torch.fx keeps a bare namespace in its place, and then nothing tells that the weight is a layer's.
+    torch.fx keeps an empty module in its place, so the weight would no longer belong to a layer.
     """
     for node in graph_module.graph.nodes:
         owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
@@ -206,7 +211,7 @@ def _keep_layer_modules(graph_module: fx.GraphModule, root: nn.Module) -> None:
 
 
 def _refusal(module: nn.Module, error: BaseException) -> str:
-    """The line of model code at which tracing failed, and what to do about it."""
+    """The text of a CaptureError: the reason, the line of model code, and what to do."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/torch/fx/" not in frame.filename and frame.filename != __file__]
     own = [frame for frame in own if not frame.filename.endswith("torch/nn/modules/module.py")]

@@ -1,13 +1,13 @@
-"""A trained model from a file or a name, without running pickled code.
+"""Loads a trained model from a file or a name, without running pickled code.
 
-What a model may be, told by content and not by suffix:
+A file's content, not its suffix, decides its format. Accepted:
 
 - safetensors, or a state dict saved by torch (bare, or under a training checkpoint's usual keys), with `arch`: a
   timm name or `pkg.mod:factory`. A timm checkpoint names its architecture, as does a timm `config.json` beside
   the file;
-- `timm:NAME`, with the weights of the hub only where `pretrained` asks for them;
+- `timm:NAME`, with the hub's weights only if `pretrained` is set;
 - `pkg.mod:factory`, a callable that returns the module;
-- a pickled module, only with `allow_pickle`: loading one runs whatever code it names.
+- a pickled module, only with `allow_pickle`: loading it runs the code that it names.
 """
 
 import argparse
@@ -22,23 +22,25 @@ from typing import Any
 from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.frontend.architectures import build_for, call_factory, create_timm, is_factory
+from mpcompile.frontend.architectures import build_architecture, call_factory, create_timm, is_factory
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.frontend.state_dict import fill
+from mpcompile.frontend.state_dict import load_state
 from mpcompile.frontend.weights_file import read, state_dict_in
 from mpcompile.ir.model import Source
 from mpcompile.system.hashing import file_sha256, state_sha256
 
 log = logging.getLogger(__name__)
 
-
-LARGEST_SIDE = 65536
-NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model
+LARGEST_SIDE = 65536  # pixels
+NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model that name files
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Which model is wanted and how it may be built."""
+    """Which model to load, and how it may be built.
+
+    `input_size` is (channels, height, width); `mean` and `std` are per channel, for pixels in [0, 1].
+    """
 
     model: str
     arch: str | None = None
@@ -48,35 +50,35 @@ class Request:
     input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    leaves: tuple[str, ...] = ()  # modules that capture keeps whole
+    leaves: tuple[str, ...] = ()  # names of modules that capture keeps whole
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A module with its weights, in evaluation mode, and where it came from."""
+    """A module with its weights, in evaluation mode, and its Source."""
 
     module: nn.Module
     source: Source
 
 
 def load(request: Request) -> Loaded:
-    """The module that was asked for. Raises LoadError or UsageError."""
+    """Loads the requested model. Raises LoadError or UsageError."""
     if request.model.startswith("timm:"):
         name = request.model.removeprefix("timm:")
         module = create_timm(name, request.arch_args, pretrained=request.pretrained)
         if not request.pretrained:
-            log.warning("timm:%s has random weights; --pretrained fetches the hub's", name)
+            log.warning("timm:%s has random weights; --pretrained downloads the hub's", name)
         return _finish(module, request, arch=name, sha256=state_sha256(module))
     path = Path(request.model)
     try:
         exists = path.exists()
-    except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
+    except (OSError, ValueError) as error:  # name too long, no permission, or a null byte
         raise LoadError(f"{request.model} cannot be looked up: {error}") from error
     if is_factory(request.model) and not exists:
         module = call_factory(request.model, request.arch_args)
         return _finish(module, request, arch=request.model, sha256=state_sha256(module))
     if request.pretrained:
-        raise UsageError("--pretrained goes with timm:NAME; a file brings its own weights")
+        raise UsageError("--pretrained goes with timm:NAME; a file has its own weights")
     if not exists:
         raise LoadError(f"{path} does not exist; a model is a file, timm:NAME or pkg.mod:factory")
     if path.is_dir():
@@ -87,12 +89,14 @@ def load(request: Request) -> Loaded:
 
 
 def _load_file(path: Path, request: Request) -> Loaded:
-    """A model from a file of weights."""
+    """A model from a file: a pickled module, or weights for an architecture."""
     content, config = read(path, request.allow_pickle), _timm_config(path)
     sha256 = file_sha256(path)
     if isinstance(content, nn.Module):
         loaded = _finish(content, request, arch=type(content).__name__, sha256=sha256)
-        return replace(loaded, source=replace(loaded.source, arch_args=None))  # its class is known by name alone
+        return replace(
+            loaded, source=replace(loaded.source, arch_args=None)
+        )  # its class cannot be rebuilt from its name
     arch, arch_args, pretrained_cfg = request.arch, dict(request.arch_args), None
     if arch is None and config is not None:
         arch = str(config["architecture"])
@@ -104,18 +108,18 @@ def _load_file(path: Path, request: Request) -> Loaded:
         arch_args = {**_timm_training_args(content.get("args")), **arch_args}
     if arch is None:
         raise UsageError(
-            f"{path} holds weights and no architecture; name it with --arch (a timm name or pkg.mod:factory)"
+            f"{path} holds weights but no architecture; name it with --arch (a timm name or pkg.mod:factory)"
         )
     if request.arch is None:
         _require_named_safely(arch, arch_args, path)
     state = state_dict_in(content, path)
-    module = build_for(arch, arch_args, state, pretrained_cfg)
-    fill(module, state, path, arch)
+    module = build_architecture(arch, arch_args, state, pretrained_cfg)
+    load_state(module, state, path, arch)
     return _finish(module, request, arch=arch, sha256=sha256, arch_args=arch_args)
 
 
 def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:
-    """Raises where a file itself names code to call or other files to open: that is only for who runs the command."""
+    """Raises LoadError if the file itself names code to call or other files to open; only the user may do that."""
     if is_factory(arch):
         raise LoadError(
             f"{path} names the code {arch} as its architecture, which was not run; pass --arch if you trust it"
@@ -128,14 +132,14 @@ def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -
 
 
 def _timm_config(path: Path) -> dict[str, Any] | None:
-    """The timm `config.json` beside a file of weights, if there is one."""
+    """The timm `config.json` beside a file of weights; None if there is none. Raises LoadError."""
     beside = path.with_name("config.json")
     if not beside.is_file():
         return None
     try:
         config = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{beside} is not JSON that can be read: {error}") from error
+        raise LoadError(f"{beside} is not readable JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config:
         return None
     for key in ("model_args", "pretrained_cfg"):
@@ -145,7 +149,7 @@ def _timm_config(path: Path) -> dict[str, Any] | None:
 
 
 def _timm_training_args(args: object) -> dict[str, Any]:
-    """What a timm training checkpoint's command line says about building the model."""
+    """Arguments of the architecture in the command line that a timm training checkpoint holds."""
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     found = {
         "num_classes": options.get("num_classes"),
@@ -159,6 +163,7 @@ def _timm_training_args(args: object) -> dict[str, Any]:
 def _finish(
     module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
 ) -> Loaded:
+    """The module with its Source; options of the request override recorded preprocessing. Raises UsageError."""
     args = arch_args or request.arch_args
     source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=args)
     source = replace(

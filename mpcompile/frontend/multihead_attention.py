@@ -1,8 +1,8 @@
-"""nn.MultiheadAttention written out in a graph, so that its keys and its output layer are nodes like any other.
+"""Decomposes nn.MultiheadAttention in a graph into projections, attention and output layer.
 
-Tracing keeps the module whole, and in evaluation it runs a kernel of its own in which nothing can be seen: neither the
-keys that token merging goes by, nor the product of its output layer that a refit and a count of cost want. The
-parameters stay where they are, and keep their names.
+Tracing keeps the module whole, and in evaluation mode it runs one fused kernel. That hides the keys, which token
+merging needs, and the product of the output layer, which the refit and the MAC count need. Parameters keep their place
+and name.
 """
 
 import operator
@@ -12,18 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 
-def write_out(graph: fx.GraphModule) -> None:
-    """Replaces each nn.MultiheadAttention that attends from one tensor to itself, without masks; others are left."""
+def decompose_attention(graph: fx.GraphModule) -> None:
+    """Decomposes each nn.MultiheadAttention that is unmasked self-attention; other calls stay whole."""
     modules = dict(graph.named_modules())
     for node in list(graph.graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.MultiheadAttention) and _is_plain(node, module):
-            _write_out(node, module)
+            _decompose(node, module)
     graph.recompile()
 
 
 def _is_plain(node: fx.Node, module: nn.MultiheadAttention) -> bool:
-    """Whether a call is plain self-attention whose weights nobody asks for."""
+    """Whether a call is unmasked self-attention whose attention weights are not used."""
     names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     one_tensor = given["query"] is given.get("key") is given.get("value")
@@ -35,17 +35,17 @@ def _is_plain(node: fx.Node, module: nn.MultiheadAttention) -> bool:
     return one_tensor and not masked and packed and module.batch_first and outputs_alone
 
 
-def _write_out(node: fx.Node, module: nn.MultiheadAttention) -> None:
-    """Projection, heads, attention and output layer in the place of one call."""
+def _decompose(node: fx.Node, module: nn.MultiheadAttention) -> None:
+    """Replaces one call by projection, heads, attention and output layer."""
     name, graph = str(node.target), node.graph
     x = node.args[0] if node.args else node.kwargs["query"]
     with graph.inserting_before(node):
         weight = graph.get_attr(f"{name}.in_proj_weight")
         bias = None if module.in_proj_bias is None else graph.get_attr(f"{name}.in_proj_bias")
-        heads = graph.call_function(packed_heads, (x, weight, bias, module.num_heads))
-        query, key, value = (graph.call_function(operator.getitem, (heads, place)) for place in range(3))
+        heads = graph.call_function(split_packed_heads, (x, weight, bias, module.num_heads))
+        query, key, value = (graph.call_function(operator.getitem, (heads, index)) for index in range(3))
         attended = graph.call_function(F.scaled_dot_product_attention, (query, key, value))
-        joined = graph.call_function(joined_heads, (attended,))
+        joined = graph.call_function(join_heads, (attended,))
         result = graph.call_module(f"{name}.out_proj", (joined,))
     for new in (weight, heads, query, key, value, attended, joined, result):
         new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
@@ -55,16 +55,16 @@ def _write_out(node: fx.Node, module: nn.MultiheadAttention) -> None:
     graph.erase_node(node)
 
 
-def packed_heads(
+def split_packed_heads(
     x: Float[Tensor, "b n c"], weight: Float[Tensor, "c3 c"], bias: Float[Tensor, " c3"] | None, heads: int
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-    """Queries, keys and values from the one weight that packs their projections."""
+    """Queries, keys and values from the packed projection weight (3c, c)."""
     batch, tokens, width = x.shape
     packed = F.linear(x, weight, bias).reshape(batch, tokens, 3, heads, width // heads)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
 
 
-def joined_heads(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
-    """Heads side by side."""
+def join_heads(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
+    """Concatenates heads: (b, h, n, d) -> (b, n, h·d)."""
     return x.transpose(1, 2).flatten(2)

@@ -1,4 +1,4 @@
-"""Input size, mean and deviation that a model was trained with, as its file or timm records them."""
+"""The preprocessing that a model was trained with (input size, mean, std, crop), as timm or its file records it."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from mpcompile.ir.model import Source
 def source_of(
     module: nn.Module, *, name: str, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
 ) -> Source:
-    """A Source with the preprocessing that timm recorded in the module, or ImageNet's.
+    """A Source with the preprocessing that timm recorded in the module; ImageNet's if there is none.
 
-    `img_size` and `in_chans` among the arguments of the architecture win over what was recorded. Raises LoadError.
+    `img_size` and `in_chans` in `arch_args` take precedence. Raises LoadError if the record is invalid.
     """
     try:
         return _recorded(module, name, arch, sha256, arch_args)
-    except Exception as error:  # what a config.json may say of mean, std, input_size …
+    except Exception as error:  # a config.json may hold anything as mean, std, input_size …
         raise LoadError(f"{name}: the preprocessing recorded for {arch} cannot be read: {error}") from error
 
 
@@ -29,7 +29,7 @@ def _recorded(module: nn.Module, name: str, arch: str, sha256: str, arch_args: M
     args = arch_args or {}
     try:
         recorded = None if arch_args is None else json.loads(json.dumps(dict(arch_args)))
-    except (TypeError, ValueError):  # a class or a function, as norm_layer may be
+    except (TypeError, ValueError):  # not JSON: a class or a function, such as norm_layer
         recorded = None
     cfg = resolve_model_data_config(module)
     side = args.get("img_size", cfg["input_size"][1:])
@@ -43,7 +43,7 @@ def _recorded(module: nn.Module, name: str, arch: str, sha256: str, arch_args: M
     texts = {"interpolation": cfg["interpolation"], "crop_mode": cfg["crop_mode"]}
     for key, value in (*texts.items(), *(("label_names", label) for label in labels)):
         if not isinstance(value, str):
-            raise TypeError(f"{key} has {value!r}, which is no text")
+            raise TypeError(f"{key} has {value!r}, which is not a text")
     return Source(
         name=name,
         sha256=sha256,

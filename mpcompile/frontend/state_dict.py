@@ -1,4 +1,4 @@
-"""A state dict put into a module: common prefixes removed, and what does not fit told."""
+"""Loads a state dict into a module: removes wrapper prefixes, and explains a mismatch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +10,11 @@ from mpcompile.errors import LoadError
 PREFIXES = ("module.", "model.", "_orig_mod.")
 
 
-def stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """The state dict without wrapper prefixes that all keys share, as far as that helps to match."""
+def without_prefixes(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The state dict without the wrapper prefixes that all its keys share.
+
+    A prefix stays if more keys match `wanted` with it than without it.
+    """
     best = dict(state)
     while (prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in best)), None)) is not None:
         shorter = {name.removeprefix(prefix): value for name, value in best.items()}
@@ -21,16 +24,16 @@ def stripped(state: Mapping[str, Tensor], wanted: set[str]) -> dict[str, Tensor]
     return best
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
-    """Loads the weights; a mismatch lists the first few keys of each kind."""
-    state = stripped(state, set(module.state_dict()))
-    if listed := misfit(module, state):
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
+    """Loads the weights into the module. Raises LoadError with the first few keys of each kind of mismatch."""
+    state = without_prefixes(state, set(module.state_dict()))
+    if listed := mismatch(module, state):
         raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
     module.load_state_dict(state)
 
 
-def misfit(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """Why weights do not fit a module, the first few names of each kind, or None."""
+def mismatch(module: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """How weights mismatch a module: the first few names of each kind; None if they fit."""
     own = module.state_dict()
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]

@@ -1,4 +1,4 @@
-"""The content of a file of weights, told by its bytes and not by its suffix, without running pickled code."""
+"""Reads a file of weights without running pickled code; its bytes, not its suffix, decide the format."""
 
 import argparse
 import logging
@@ -15,10 +15,9 @@ from mpcompile.errors import LoadError, first_line
 
 log = logging.getLogger(__name__)
 
-
-# Where training scripts put the weights, the averaged ones first, as timm prefers them.
+# Keys under which training scripts store the weights; averaged weights (EMA) first, as in timm.
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net")
-MOST_REPEATED = 2**24  # values of a buffer that repeats itself, as expand() makes them
+MOST_REPEATED = 2**24  # values that expand() may add to a buffer, beyond those in the file
 SAFE_WAYS = (
     "save a state dict (torch.save(model.state_dict(), …)) or safetensors and name its --arch, or pass "
     "--allow-pickle if you trust the file with running code on this machine"
@@ -26,7 +25,7 @@ SAFE_WAYS = (
 
 
 def read(path: Path, allow_pickle: bool) -> Any:
-    """What the file holds: a mapping, or a module where pickle was allowed. Raises LoadError."""
+    """The content of a file: a mapping, or a module if `allow_pickle`. Raises LoadError."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -51,7 +50,7 @@ def read(path: Path, allow_pickle: bool) -> Any:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether a file is a zip archive, if only by an end that says so and is damaged."""
+    """Whether a file is a zip archive, even a damaged one."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -75,8 +74,10 @@ def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
     except Exception as error:  # BadZipFile, NotImplementedError, UnicodeDecodeError …
         raise LoadError(f"{path} is a torch archive that is cut short or damaged ({first_line(error)})") from error
     size = path.stat().st_size
-    if unpacked > size:  # torch compresses nothing, and a small file must not fill the memory
-        raise LoadError(f"{path} is compressed, from {unpacked:,} to {size:,} bytes, as torch does not; save it anew")
+    if unpacked > size:  # torch never compresses; a small file must not fill the memory
+        raise LoadError(
+            f"{path} is compressed, from {unpacked:,} to {size:,} bytes, which torch never does; save it again"
+        )
     if any("/code/" in name for name in names):
         raise LoadError(f"{path} is a TorchScript archive, which torch.fx cannot trace; {SAFE_WAYS}")
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
@@ -87,16 +88,16 @@ def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
 
 
 def _read_torch(path: Path, allow_pickle: bool) -> Any:
-    """A torch file through the loader that runs no code, unless pickle was allowed."""
+    """A torch file, read with weights_only=True, which runs no code; with pickle only if `allow_pickle`."""
     try:
-        # timm's checkpoints carry their command line; a Namespace is a bag of values.
+        # timm's checkpoints hold their command line as an argparse.Namespace, which is plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights only" not in str(error).lower():
             raise LoadError(f"{path} cannot be unpickled: {error}") from error
         if not allow_pickle:
-            raise LoadError(f"{path} holds pickled code besides tensors, and was not run; {SAFE_WAYS}") from error
+            raise LoadError(f"{path} holds pickled code besides tensors, which was not run; {SAFE_WAYS}") from error
         content = _read_pickle(path)
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError … on damaged files
         raise LoadError(f"{path} is damaged or no torch file ({type(error).__name__}: {first_line(error)})") from error
@@ -118,7 +119,10 @@ def _read_pickle(path: Path) -> Any:
 
 
 def state_dict_in(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, wherever in it they are; NaN or infinite weights are refused."""
+    """The tensors of a checkpoint, from the first key of STATE_DICT_KEYS that it has, or from its top level.
+
+    Raises LoadError if there are none, or if a tensor is not dense, finite and in memory.
+    """
     for key in STATE_DICT_KEYS:
         if isinstance(content.get(key), Mapping):
             log.info("weights taken from %r of %s", key, path.name)
@@ -138,13 +142,13 @@ def state_dict_in(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _unusual(value: Tensor) -> str | None:
-    """What keeps a tensor from being read as plain numbers in memory, or None."""
+    """Why a tensor cannot be read as dense numbers in memory, as part of a sentence; None if it can."""
     if value.is_nested or value.layout is not torch.strided:
         return "nested" if value.is_nested else f"of the layout {str(value.layout).removeprefix('torch.')}"
     if value.is_quantized or value.device.type != "cpu":
         return "quantised" if value.is_quantized else "without values"
     held, claimed = value.untyped_storage().nbytes() // max(1, value.element_size()), value.numel()
-    if claimed > held + MOST_REPEATED:  # a few bytes can claim to be terabytes
+    if claimed > held + MOST_REPEATED:  # strides let a few bytes claim to be terabytes
         return f"of {claimed:,} values, of which the file holds {held:,}"
     try:
         if value.is_floating_point():

@@ -1,4 +1,4 @@
-"""The values that flow: patterns, models with a plan a layer, and what passes find out about them."""
+"""The values that flow through a run: patterns, models with a plan for each layer, and results of passes."""
 
 from mpcompile.ir.model import LayerPlan, Model, Source
 from mpcompile.ir.pattern import NM

@@ -1,17 +1,18 @@
-"""How far two forms of one model are apart, and the gate that stops a wrong one.
+"""Parity: the output difference between two forms of one model (PyTorch, ONNX, engine), and its tolerance.
 
 Tolerances are on max |Δ| / max |expected| over the outputs of a batch:
 
-- float32 against float32, 1e-4: other kernels sum in another order; some hundred layers of sums over up to a
-  few thousand terms leave about 1e-6, and a lost bias or a swapped axis leaves more than 1e-2.
-- bfloat16 against float32, 5e-2: weights carry 8 bits (4e-3 each), and nothing else is rounded where it is checked
-  on a CPU; measured, 3e-3 to 2e-2.
-- float16 against float32, 1e-2: weights and activations carry 11 bits (5e-4 each), and the errors of a hundred
-  layers add up; measured, 3e-4 to 2e-3 on ViT, BEiT, ResNet and ConvNeXt.
+- float32 against float32, 1e-4: kernels sum in different orders. A hundred layers of sums over a few thousand terms
+  differ by about 1e-6; a lost bias or a swapped axis differs by more than 1e-2.
+- bfloat16 against float32, 5e-2: weights have 8 significant bits (4e-3 each); the check on a CPU rounds nothing else.
+  Measured: 3e-3 to 2e-2.
+- float16 against float32, 1e-2: weights and activations have 11 significant bits (5e-4 each), and the errors of a
+  hundred layers add up. Measured: 3e-4 to 2e-3 on ViT, BEiT, ResNet and ConvNeXt.
 
-Where tokens merge, rounding decides between pairs that are equally alike, and an image on which another pair merges has
-other outputs (measured in float16, 3 of 256 by up to 1e-1, the same answers on nearly all). There the tolerance holds
-for PARITY_QUANTILE of the images: a graph that is wrong is wrong on all.
+With token merging, rounding decides between pairs of tokens that are equally similar, and an image on which another
+pair merges has different outputs (measured in float16: 3 of 256 images, by up to 1e-1, nearly all with the same top-1).
+The tolerance then applies to the PARITY_QUANTILE of the images with the smallest differences: a wrong graph is wrong on
+all.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "
 
 
 def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
-    """The largest |found − expected| over the largest |expected|; infinite where either is not finite."""
+    """The relative difference max |found − expected| / max |expected|; infinite if any value is not finite."""
     if not (np.isfinite(expected).all() and np.isfinite(found).all()):
         return float("inf")
     scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
@@ -37,12 +38,12 @@ def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floati
 def require_parity(
     expected: NDArray[np.floating], found: NDArray[np.floating], precision: str, what: str, merging: bool = False
 ) -> float:
-    """The relative difference, or a ParityError where it is past the tolerance of the precision.
+    """The relative difference of two outputs (b, …). Raises ParityError if it exceeds the tolerance of `precision`.
 
-    Where `merging`, it is that of the share PARITY_QUANTILE of the images which differ least.
+    With token merging (`merging`), it is the PARITY_QUANTILE over images of each image's difference.
     """
     if expected.shape != found.shape:
-        raise ParityError(f"{what}: the outputs are {found.shape}, and {expected.shape} was expected")
+        raise ParityError(f"{what}: the outputs have shape {found.shape}; expected was {expected.shape}")
     difference = relative_difference(expected, found)
     if merging and np.isfinite(difference):
         scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
@@ -50,7 +51,7 @@ def require_parity(
         difference = float(np.quantile(each, PARITY_QUANTILE, method="higher"))
     if difference > TOLERANCE[precision]:
         raise ParityError(
-            f"{what}: the outputs differ by {difference:.1e} of their size, and {TOLERANCE[precision]:.0e} is allowed "
-            f"in {precision}; nothing was written"
+            f"{what}: the outputs differ by {difference:.1e} of their size; {TOLERANCE[precision]:.0e} is allowed in "
+            f"{precision}; nothing was written"
         )
     return difference

@@ -1,4 +1,4 @@
-"""N:M patterns: N of M consecutive weights kept, maybe one pattern for several rows."""
+"""N:M patterns: N of every M consecutive weights are kept; several rows may share one choice."""
 
 import re
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 
-WIDEST_GROUP = 64
+WIDEST_GROUP = 64  # the largest M
 
 
 @dataclass(frozen=True, slots=True)
 class NM:
     """N kept of every M consecutive input channels (NVIDIA's sense; some other tools count the zeros).
 
-    `rows` > 1: that many neighbouring output channels share one pattern. Such a mask is still legal N:M, gives
-    a CPU kernel more to reuse, and costs more accuracy. Dense is `None`, never an NM.
+    `rows` > 1: that many neighbouring output channels keep the same positions. Such a mask is still legal N:M; a CPU
+    kernel reuses each loaded input for all of them, and accuracy is lower. Dense is `None`, never an NM.
     """
 
     keep: int
@@ -37,11 +37,11 @@ class NM:
 
     @classmethod
     def parse(cls, text: str) -> "NM":
-        """The pattern that `2:4` or, with four rows sharing, `2:4x4` spells."""
+        """Parses `2:4`, or `2:4x4` for four rows that share their positions. Raises UsageError."""
         match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*(?:x\s*(\d{1,9}))?\s*", text)
         if match is None:
             raise UsageError(
-                f"pattern {text!r} is not N:M (N weights kept of every M), such as 2:4; 2:4x4 makes four "
+                f"pattern {text!r} is not N:M (N weights kept of every M), such as 2:4; in 2:4x4, four "
                 "neighbouring output channels share one pattern"
             )
         keep, of, rows = match.groups(default="1")
@@ -49,7 +49,7 @@ class NM:
 
     @property
     def density(self) -> float:
-        """The share of weights kept, in (0, 1)."""
+        """The share of weights that are kept, N/M, in (0, 1)."""
         return self.keep / self.of
 
     def __str__(self) -> str:

@@ -1,16 +1,17 @@
-"""What passes find out about a model and its layers: spectra, certificates, epochs of training."""
+"""Results of passes that the report shows: spectra, certificates, distillation epochs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """The Marchenko–Pastur fit of one layer, in short; floats only, so that it prints and serialises.
+    """Summary of the Marchenko–Pastur fit of one layer; floats only, so that it prints and serialises.
 
-    `q` is the aspect ratio, `sigma` the fitted deviation of an entry, `edge` the singular value T₊ that noise passes
-    with 5 % probability, `spikes` how many pass it, `bulk_share` the share of the spectrum inside the fitted bulk. The
-    errors are largest distances between distribution functions over the middle half of the spectrum: of the layer, and
-    of its own entries shuffled (None where that was not computed). mpcompile.analysis.spectrum has the mathematics.
+    `q` is the aspect ratio of the weight matrix, `sigma` the fitted standard deviation of its noise entries, `edge` the
+    singular value T₊ that pure noise exceeds with 5 % probability, `spikes` the number of singular values above it, and
+    `bulk_share` the share of the spectrum inside the fitted bulk. `fit_error` is the Kolmogorov–Smirnov distance
+    between the empirical and the fitted distribution over the middle half of the spectrum; `null_error` is the same for
+    the layer's own entries shuffled (None if not computed). The mathematics: mpcompile/analysis/spectrum.py.
     """
 
     q: float
@@ -24,12 +25,13 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class LayerCertificate:
-    """What one layer's change R = A − S does, A being its dense weights and S those it has now.
+    """The effect of one layer's change R = A − S, where A are its dense weights and S its compressed ones.
 
-    `reach` is the mean over images of ‖Rψ‖∞, the largest change of any of its outputs on the inputs ψ that it now gets;
-    `share` its part of the logits' shift, to first order. `critical` is the largest amplification L of ‖Rψ‖∞ to the
-    logits at which the paper's theorem still certifies the change, given the penalties that the model was trained with;
-    None where those are not known. passes/certify.py has the statements.
+    `reach` is the mean over images of ‖Rψ‖∞, the largest change of any of the layer's outputs, where ψ are its inputs
+    in the compressed model; `reach_max` is the maximum over images. `share` is the layer's share of the logit shift, to
+    first order. `critical` is the largest amplification L from ‖Rψ‖∞ to the logits at which the paper's theorem still
+    certifies the change, given the penalties used in training; None if those are not known. The statements are in
+    passes/certify.py.
     """
 
     name: str
@@ -41,28 +43,28 @@ class LayerCertificate:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What is proven of the compressed model on images that no pass has seen, and what follows for others."""
+    """What is proven about the compressed model on held-out images, and a bound for unseen images."""
 
     images: int
-    agreeing: int  # images with the dense model's answer
-    proven: int  # images whose margin exceeds twice their logit shift
-    agreement_bound: float  # Clopper–Pearson, one-sided, at `confidence`
+    agreeing: int  # images with the same top-1 as the dense model
+    proven: int  # images whose dense margin exceeds twice their logit shift, so top-1 cannot change
+    agreement_bound: float  # lower bound of the agreement on unseen images: Clopper–Pearson, one-sided, at `confidence`
     confidence: float
-    shift_mean: float  # of max |Δ logit|
-    shift_max: float
-    margin_median: float  # of the dense model: largest logit less the second
-    explained: float  # the sum of the layers' shares: 1 where the first order is all there is
+    shift_mean: float  # mean over images of max |Δ logit|
+    shift_max: float  # maximum over images
+    margin_median: float  # median over images of the dense margin: largest logit minus second largest
+    explained: float  # sum of the layers' shares: 1 if the shift is first-order only
     layers: tuple[LayerCertificate, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """One epoch of training. Losses are means over its steps; spectra are those of the masked layers at its end."""
+    """One epoch of distillation. Losses are means over its steps; spectra are of the masked layers at its end."""
 
     steps: int
     loss: float
-    labels_loss: float | None  # cross-entropy; None where the images have no labels
+    labels_loss: float | None  # cross-entropy; None without labels
     teacher_loss: float  # τ² KL to the dense model
     rate: float  # learning rate of the last step
-    edge: float | None  # mean of σ₊ over the masked layers; None where none can be fitted
-    spikes: int | None  # singular values past the noise edge T₊, all masked layers together
+    edge: float | None  # mean of σ₊ over the masked layers; None if no spectrum can be fitted
+    spikes: int | None  # singular values above the noise edge T₊, summed over the masked layers

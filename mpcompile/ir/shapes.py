@@ -1,4 +1,4 @@
-"""The shape of a model's outputs, by running it on its example."""
+"""Runs a model on its example and records every node's shape."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from mpcompile.ir.model import Model
 
 
 def run_example(model: Model) -> Tensor:
-    """The outputs on the example; every node's shape is recorded in its `tensor_meta` on the way."""
+    """The outputs on the example. Records each node's shape and dtype in `node.meta["tensor_meta"]`."""
     with torch.no_grad():
         outputs: Tensor = ShapeProp(model.graph).propagate(model.example)
     return outputs

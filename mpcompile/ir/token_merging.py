@@ -1,31 +1,32 @@
-r"""Token merging, on tensors: bipartite soft matching (Bolya et al., ICLR 2023, arXiv 2210.09461, section 3).
+r"""Token merging on tensors: bipartite soft matching (Bolya et al., ICLR 2023, arXiv 2210.09461, section 3).
 
-Tokens x of one image, with sizes s (how many of the image's tokens each stands for) and keys k (the mean over heads):
+Input: the tokens x of one image, their sizes s (how many original tokens each stands for), and keys k (mean over
+heads).
 
-1. Tokens that are not protected are split by the parity of their place: A the even ones, B the odd ones.
-2. Each a ∈ A is matched with the b ∈ B of largest cosine k_a · k_b / (‖k_a‖ ‖k_b‖).
-3. The r best matched a are merged, each into its b: with S_b = s_b + Σ s_a over the a that b takes,
+1. Tokens that are not protected are split by the parity of their position: A the even ones, B the odd ones.
+2. Each a ∈ A is matched with the b ∈ B of the largest cosine k_a · k_b / (‖k_a‖ ‖k_b‖).
+3. The r best-matched a are merged, each into its b. With S_b = s_b + Σ s_a over the a merged into b,
 
        x_b ← (s_b x_b + Σ s_a x_a) / S_b,    s_b ← S_b.
 
-4. What is left stands in the order protected, A, B.
+4. The remaining tokens are ordered: protected, A, B.
 
-Attention then counts a token as often as its size says: softmax(q kᵀ / √d + log s), "proportional attention".
+Attention then weights each token by its size ("proportional attention"): softmax(q kᵀ / √d + log s).
 
-Which tokens merge depends on the image; how many does not, so all shapes are fixed. The sum over the a is a product
-with a 0/1 matrix, since TensorRT knows no scatter with a reduction, and s/S is multiplied into that, so that nothing
-leaves the range of half precision. Of equal numbers the one with the lower index wins, as in ONNX's TopK and ArgMax.
+Which tokens merge depends on the image; how many merge does not, so all shapes are static. The sum over a is a product
+with a 0/1 matrix, since TensorRT has no scatter with a reduction. s/S is multiplied into that matrix, so that no
+intermediate value overflows in half precision. Ties go to the lower index, as in ONNX's TopK and ArgMax.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
-SMALLEST_NORM = 1e-6  # added to that of a key, which may be zero; half precision can hold it
+SMALLEST_NORM = 1e-6  # added to the norm of a key, which may be zero; representable in half precision
 
 
 def most_merged(tokens: int, protected: int) -> int:
-    """The largest r for that many tokens, of which the first `protected` never merge."""
+    """The largest r for `tokens` tokens, of which the first `protected` never merge."""
     return max(0, (tokens - protected) // 2)
 
 
@@ -36,13 +37,14 @@ def merge_tokens(
     r: int,
     protected: int,
 ) -> tuple[Float[Tensor, "b m c"], Float[Tensor, "b m 1"]]:
-    """The tokens with r of them merged into others, m = n − r, and their sizes; the first `protected` stay as they are.
+    """Merges r tokens: returns m = n − r tokens and their sizes. The first `protected` tokens stay unchanged.
 
-    0 ≤ r ≤ most_merged(n, protected).
+    Needs 0 ≤ r ≤ most_merged(n, protected).
     """
     if r == 0:
         return x, size
-    # In 8 or 11 bits many cosines tie, and others merge. No tensor: torch.fx traces a graph that it unpickles.
+    # Under autocast (8 or 11 bits) many cosines tie, and other tokens would merge. `x` is a proxy while torch.fx
+    # traces.
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return merge_tokens(x.float(), size.float(), keys.float(), r, protected)
@@ -50,7 +52,7 @@ def merge_tokens(
     metric = keys.mean(1)
     metric = metric / (metric.norm(dim=-1, keepdim=True) + SMALLEST_NORM)
     similarity = metric[:, even::2] @ metric[:, odd::2].transpose(-1, -2)
-    best, partner = similarity.max(-1)  # of equal ones the first
+    best, partner = similarity.max(-1)  # ties: the lower index
     order = best.sort(dim=-1, descending=True, stable=True)[1]
     merged, kept = order[:, :r], order[:, r:].sort(dim=-1)[0]
 
@@ -69,18 +71,18 @@ def merge_tokens(
     )
 
 
-def each_one(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n 1"]:
-    """Sizes before anything was merged."""
+def unit_sizes(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n 1"]:
+    """The sizes before any merge: all ones."""
     return torch.ones_like(x[..., :1])
 
 
 def log_size(size: Float[Tensor, "b n 1"]) -> Float[Tensor, "b 1 1 n"]:
-    """What proportional attention adds to the logits of each key."""
+    """The term log s, which proportional attention adds to the attention logits of each key."""
     return size.log().transpose(1, 2)[:, None]
 
 
 def mean_by_size(x: Float[Tensor, "b n c"], size: Float[Tensor, "b m 1"], keepdim: bool = False) -> Tensor:
-    """The mean of tokens, each counted as often as its size says; `x` may lack protected tokens at its front."""
+    """The mean over tokens, weighted by size. `x` may lack protected tokens at its front."""
     weight = size[:, size.shape[1] - x.shape[1] :]
     return (x * (weight / weight.sum(1, keepdim=True))).sum(1, keepdim=keepdim)
 

@@ -1,4 +1,4 @@
-"""N:M on weight tensors: where the groups run, and whether a mask holds.
+"""N:M on weight tensors: the axis of the groups, and checks of masks.
 
 Groups of M run along the input channels: axis 1 of a Linear's (out, in_) and, tap by tap, of a convolution's
 (out, in_, kh, kw). That is the reduction axis that sparse tensor cores need; grouping the flattened
@@ -14,12 +14,12 @@ from mpcompile.ir.pattern import NM
 
 
 def flat(weight: Shaped[Tensor, "out in_ *taps"]) -> Shaped[Tensor, "out columns"]:
-    """The weight as a matrix with taps outside and input channels inside; `unflat` is the inverse."""
+    """The weight as a matrix (out, taps · in_), input channels innermost; `unflat` is the inverse."""
     return weight.movedim(1, -1).reshape(weight.shape[0], -1)
 
 
 def unflat(matrix: Shaped[Tensor, "out columns"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
-    """The matrix put back into a weight of this shape, contiguous."""
+    """The matrix reshaped to a weight of this shape, contiguous; the inverse of `flat`."""
     return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 
@@ -29,12 +29,15 @@ def grouped(weight: Shaped[Tensor, "out in_ *taps"], of: int) -> Shaped[Tensor, 
 
 
 def ungrouped(groups: Shaped[Tensor, "out groups of"], shape: torch.Size) -> Shaped[Tensor, "out in_ *taps"]:
-    """Groups put back into a weight of this shape, contiguous."""
+    """The groups reshaped to a weight of this shape, contiguous; the inverse of `grouped`."""
     return unflat(groups.flatten(1), shape)
 
 
 def pattern_violation(mask: Bool[Tensor, "out in_ *taps"], pattern: NM) -> str | None:
-    """How a mask breaks a pattern, or None: at most `keep` kept in each group, `rows` rows alike."""
+    """How a mask violates a pattern, as a sentence; None if it does not.
+
+    Each group keeps at most `pattern.keep`; each block of `pattern.rows` rows keeps the same positions.
+    """
     if mask.shape[1] % pattern.of or mask.shape[0] % pattern.rows:
         return f"shape {tuple(mask.shape)} does not divide into {pattern}"
     groups = grouped(mask, pattern.of)
@@ -49,7 +52,7 @@ def pattern_violation(mask: Bool[Tensor, "out in_ *taps"], pattern: NM) -> str |
 
 
 def violation(layer: nn.Linear | nn.Conv2d, plan: LayerPlan) -> str | None:
-    """How a layer breaks the mask in its plan, or None."""
+    """How a layer's weight violates the mask in its plan, as a sentence; None if it does not."""
     if plan.mask is None:
         return None
     if plan.mask.shape != layer.weight.shape:

@@ -7,7 +7,7 @@ from mpcompile.measure.layer_verdict import LayerVerdict, tally
 from mpcompile.measure.timing import Speedup, Timing
 from mpcompile.report.schema import Parity, Value
 from mpcompile.report.table import verdict_table
-from mpcompile.system.hardware import Condition
+from mpcompile.system.hardware import MachineState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +31,8 @@ class BatchTimings(Value):
     samples_ms: dict[str, tuple[float, ...]]
     comparisons: dict[str, Speedup]
     disturbances: tuple[str, ...]
-    before: Condition
-    after: Condition
+    before: MachineState
+    after: MachineState
 
 
 class BenchReport(Value):

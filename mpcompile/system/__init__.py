@@ -1,1 +1,1 @@
-"""The machine beneath: processes, disk, memory, hardware and progress. It knows nothing of models."""
+"""Processes, disk, memory, hardware and progress: everything that does not know about models."""

@@ -1,8 +1,8 @@
-"""An output folder that appears whole or not at all.
+"""An output folder that appears complete or not at all.
 
-Everything is written into a hidden folder beside it, which takes its name in one rename at the end. A run that
-fails removes it; one that is killed outright leaves it, and the next run for the same output removes it then. A
-running process holds a lock on its folder, so that a live one is told from one that was left behind.
+The run writes into a hidden folder beside the output, and renames it at the end. A run that fails removes the hidden
+folder. A run that is killed leaves it, and the next run for the same output removes it. A running process holds a lock
+on its hidden folder, so that other runs do not remove it.
 """
 
 import fcntl
@@ -19,10 +19,10 @@ from mpcompile.errors import UsageError
 REPORT = "report.json"
 
 
-def require_free(output: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raises UsageError where the output cannot be written, or where replacing it would remove what is not ours.
+def require_writable(output: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raises UsageError if `output` cannot be written, or if replacing it would delete foreign files.
 
-    `inputs` are files and folders that the run reads.
+    `inputs` are the files and folders that the run reads; they must not lie inside `output`.
     """
     given, output = output, output.resolve()
     if output.exists() and not output.is_dir():
@@ -32,7 +32,7 @@ def require_free(output: Path, force: bool, inputs: Sequence[Path] = ()) -> None
     if output.exists() and any(output.iterdir()):
         if not force:
             raise UsageError(f"{given} is not empty; name another folder with --output, or replace it with --force")
-        foreign = not_ours(output)
+        foreign = foreign_names(output)
         if foreign:
             listed = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
             raise UsageError(f"{given} holds what mpcompile did not write ({listed}), so --force does not replace it")
@@ -44,8 +44,8 @@ def require_free(output: Path, force: bool, inputs: Sequence[Path] = ()) -> None
         raise UsageError(f"{existing} cannot be written to; name another folder with --output")
 
 
-def not_ours(folder: Path) -> list[str]:
-    """The names in a folder that its report does not list: all of them where there is no report."""
+def foreign_names(folder: Path) -> list[str]:
+    """The names in a folder that its report.json does not list; all names if there is no report."""
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         known = {REPORT, "report.md", "report.html", "bench", *(Path(row["name"]).parts[0] for row in content["files"])}
@@ -55,9 +55,9 @@ def not_ours(folder: Path) -> list[str]:
 
 
 @contextmanager
-def written_whole(output: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` if the block ends well, and is removed if not."""
-    require_free(output, force, inputs)
+def written_atomically(output: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yields a folder to write into. It becomes `output` when the block ends, and is removed if the block raises."""
+    require_writable(output, force, inputs)
     output = output.resolve()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +70,9 @@ def written_whole(output: Path, force: bool, inputs: Sequence[Path] = ()) -> Ite
     lock = os.open(partial, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        partial.chmod(0o777 & ~_umask())  # as mkdir would; mkdtemp keeps a folder to its owner
+        partial.chmod(0o777 & ~_umask())  # as mkdir does; mkdtemp makes a folder that only its owner can read
         yield partial
-        require_free(output, force, inputs)  # what came in the meantime is not ours to remove
+        require_writable(output, force, inputs)  # files that appeared meanwhile are foreign
         _swap(partial, output)
     finally:
         os.close(lock)
@@ -80,7 +80,7 @@ def written_whole(output: Path, force: bool, inputs: Sequence[Path] = ()) -> Ite
 
 
 def _swap(partial: Path, output: Path) -> None:
-    """Puts the new folder in place; the old one, if any, is removed only once that has worked."""
+    """Renames the new folder to `output`; an old output is deleted only after that has succeeded."""
     if not output.exists():
         partial.rename(output)
         return
@@ -95,7 +95,7 @@ def _swap(partial: Path, output: Path) -> None:
 
 
 def _tidy(output: Path) -> None:
-    """Removes what killed runs for this output left; an old output that lost its place gets it back."""
+    """Removes folders left by killed runs for this output; restores an old output that was renamed, not replaced."""
     for folder in list(output.parent.iterdir()):
         if folder.name.startswith(f".{output.name}.old-"):
             if output.exists():
@@ -107,7 +107,7 @@ def _tidy(output: Path) -> None:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a running process has the folder's lock."""
+    """Whether a running process holds the lock of the folder."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -122,7 +122,7 @@ def _is_held(folder: Path) -> bool:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The umask of the process. (It can only be read by setting it.)"""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

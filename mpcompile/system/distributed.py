@@ -1,7 +1,7 @@
-"""Several processes on one model, as torchrun starts them: who am I, and the same value for all.
+"""torch.distributed under torchrun: rank, broadcast and all-reduce. A single process needs no set-up.
 
-The compressing passes run in the first process alone. A pass that trains sends its model to the others, which wait for
-it, and all of them train on their share of each batch.
+Rank 0 runs the compressing passes alone. A pass that trains broadcasts its model to the other ranks, which wait for it;
+then each rank trains on its share of every batch.
 """
 
 import copy
@@ -19,39 +19,42 @@ from torch import Tensor, fx, nn
 from mpcompile.errors import UsageError
 
 T = TypeVar("T")
-BROADCAST_TIMEOUT = timedelta(days=2)  # the others wait while the first compresses
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun's protocol
+BROADCAST_TIMEOUT = timedelta(days=2)  # the other ranks wait while rank 0 compresses
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables that torchrun sets
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessRank:
-    """This process among `size` that work together; `rank` counts from 0."""
+    """The rank of this process, from 0, and the number of processes."""
 
     rank: int
     size: int
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that compresses and writes."""
+        """Whether this is rank 0, which compresses and writes."""
         return self.rank == 0
 
 
-def place() -> ProcessRank:
-    """Where this process stands: alone, unless `joined`."""
+def process_rank() -> ProcessRank:
+    """The rank of this process: 0 of 1 outside `process_group()`."""
     if not dist.is_available() or not dist.is_initialized():
         return ProcessRank(0, 1)
     return ProcessRank(dist.get_rank(), dist.get_world_size())
 
 
 @contextmanager
-def joined() -> Iterator[ProcessRank]:
-    """Inside, the processes that torchrun started together know each other. Raises UsageError."""
+def process_group() -> Iterator[ProcessRank]:
+    """Initialises the process group of torchrun, and destroys it at the end. Does nothing for a single process.
+
+    Raises UsageError if torchrun's variables are incomplete.
+    """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         yield ProcessRank(0, 1)
         return
     if not size.isdecimal():
-        raise UsageError(f"WORLD_SIZE is {size!r}; it is a number of processes, as torchrun sets it")
+        raise UsageError(f"WORLD_SIZE is {size!r}; needed is the number of processes, as torchrun sets it")
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, and {', '.join(missing)} are not set; start it with torchrun")
@@ -59,14 +62,14 @@ def joined() -> Iterator[ProcessRank]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=BROADCAST_TIMEOUT)
     try:
-        yield place()
+        yield process_rank()
     finally:
         dist.destroy_process_group()
 
 
-def shared(value: T | None) -> T:
-    """What the first process gives, in all of them."""
-    if place().size == 1:
+def broadcast(value: T | None) -> T:
+    """Rank 0's value, on every rank. The other ranks pass None."""
+    if process_rank().size == 1:
         assert value is not None
         return value
     box = [value]
@@ -76,9 +79,9 @@ def shared(value: T | None) -> T:
     return found
 
 
-def summed(values: Tensor) -> Tensor:
-    """The sum of these numbers over all processes."""
-    if place().size == 1:
+def all_reduced(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on its own device."""
+    if process_rank().size == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = values.to(device, copy=True)
@@ -87,22 +90,26 @@ def summed(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """A graph as it travels: its nodes, and not its code, which would be traced anew and lose what is one node."""
+class PicklableGraph:
+    """A picklable torch.fx graph.
+
+    Pickling a GraphModule re-traces its code, which would inline our wrapped functions (token merging, attention
+    heads).
+    """
 
     nodes: fx.Graph
     modules: dict[str, Any]
 
     @classmethod
-    def of(cls, graph: fx.GraphModule) -> "Parcel":
-        """The graph, ready to be pickled."""
-        # A copy, since the graph itself holds on to its module and would take that along as code.
+    def of(cls, graph: fx.GraphModule) -> "PicklableGraph":
+        """The graph in picklable form."""
+        # A copy: the original graph refers to its GraphModule, which would be pickled as code.
         return cls(
             copy.deepcopy(graph.graph), {kind: graph.__dict__[kind] for kind in ("_modules", "_parameters", "_buffers")}
         )
 
-    def opened(self) -> fx.GraphModule:
-        """The same graph over the same modules, in their order."""
+    def unpacked(self) -> fx.GraphModule:
+        """The GraphModule with the same nodes and modules, in the same order."""
         root = nn.Module()
         root.__dict__.update(self.modules)
         graph = fx.GraphModule(root, self.nodes)

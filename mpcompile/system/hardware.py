@@ -1,4 +1,4 @@
-"""The hardware that runs this: names for reports, and the load and clocks while something is timed."""
+"""Hardware: its names for reports, and its load and clocks during a timing."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def environment(versions: Mapping[str, str], device: str) -> dict[str, str]:
-    """What the numbers were measured on."""
+    """The environment of a measurement: processor, cores, system, Python, device and the given versions."""
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
@@ -29,9 +29,9 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-BUSY = 0.5  # of the cores, before the first call
-SLOWED = 0.9  # of the clock at the start
-# Names of NVML's bits for what holds a GPU's clocks back, but for idling and settings that the user made.
+BUSY = 0.5  # load per core before the first call, above which the machine counts as busy
+SLOWED = 0.9  # of the clock at the start; below it, the clock counts as throttled
+# NVML's names of reasons why a GPU lowers its clocks, without idling and limits that the user set.
 THROTTLES = (
     "SwPowerCap",
     "HwSlowdown",
@@ -43,25 +43,25 @@ THROTTLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """One look at the machine; None where it does not tell."""
+class MachineState:
+    """Load and clocks at one moment; None where the system does not report them."""
 
-    load: float | None  # processes that run or wait, mean of a minute
-    mhz: float | None  # of the processor, mean over cores
+    load: float | None  # runnable processes, mean over one minute
+    mhz: float | None  # clock of the processor, mean over cores
     gpu_mhz: int | None
     gpu_celsius: int | None
     throttles: tuple[str, ...]
 
 
-def condition(gpu: bool = False) -> Condition:
-    """What the machine is like now."""
+def machine_state(gpu: bool = False) -> MachineState:
+    """The load and clocks now; with `gpu`, those of the first GPU too."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     mhz, celsius, throttles = _gpu() if gpu else (None, None, ())
-    return Condition(load, _processor_mhz(), mhz, celsius, throttles)
+    return MachineState(load, _processor_mhz(), mhz, celsius, throttles)
 
 
-def disturbances(before: Condition, after: Condition) -> tuple[str, ...]:
-    """What may have changed the times, in sentences; nothing where nothing was seen."""
+def disturbances(before: MachineState, after: MachineState) -> tuple[str, ...]:
+    """Conditions that may have distorted a timing, one sentence each; empty if none was seen."""
     found = []
     cores = os.cpu_count() or 1
     if before.load is not None and before.load > BUSY * cores:
@@ -84,26 +84,26 @@ def _processor_mhz() -> float | None:
 
 
 def _gpu() -> tuple[int | None, int | None, tuple[str, ...]]:
-    """Clock, temperature and what throttles the first GPU, from NVML where it is there."""
+    """Clock in MHz, temperature in °C and throttle reasons of the first GPU from NVML; None without NVML."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # not installed, or no driver: either way it does not tell
+    except Exception:  # not installed, or no driver
         return None, None, ()
     try:
         device = pynvml.nvmlDeviceGetHandleByUUID(_uuid())
         mhz = int(pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM))
         celsius = int(pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU))
         return mhz, celsius, _throttles(pynvml, pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(device))
-    except Exception:  # another NVML, or a GPU in parts: it does not tell
+    except Exception:  # an NVML without these calls, or a GPU split by MIG
         return None, None, ()
     finally:
         pynvml.nvmlShutdown()
 
 
 def _uuid() -> str:
-    """The name under which NVML knows the GPU that PyTorch calls the first: the two count in different orders."""
+    """The UUID of PyTorch's GPU 0. (PyTorch and NVML number GPUs differently.)"""
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}"

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_sha256(module: nn.Module) -> str:
-    """A SHA-256 over names, shapes and bytes of a module's parameters and buffers."""
+    """SHA-256 over names, shapes, types and bytes of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
@@ -23,7 +23,7 @@ def state_sha256(module: nn.Module) -> str:
 
 
 def sha256(*parts: str | bytes) -> str:
-    """The hash of several texts, told apart from the same texts cut elsewhere."""
+    """SHA-256 of a sequence of texts; each is hashed with its length, so that ("ab", "c") differs from ("a", "bc")."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -32,7 +32,7 @@ def sha256(*parts: str | bytes) -> str:
 
 
 def sha256_of(tensor: Tensor) -> str:
-    """The hash of a tensor's type, shape and bytes."""
+    """SHA-256 of a tensor's type, shape and bytes."""
     value = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
     digest.update(value.flatten().view(torch.uint8).numpy().data)

@@ -13,7 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Old module -> where its names are now: those that left it first, since what is left imports some of them.
+# Old module -> the modules that hold its names now, searched in this order. Names may be imported by a later module, so
+# the defining one comes first.
 MOVED: Mapping[str, tuple[str, ...]] = {
     "mpcompile.artifact": (
         "mpcompile.system.safetensors_io",
@@ -41,7 +42,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "mpcompile.progress": ("mpcompile.system.progress",),
     "mpcompile.resolve": ("mpcompile.driver.run_plan",),
 }
-# Modules that are functions of mpcompile, too: an import of the module must not hide the function.
+# Old modules with the name of a function of mpcompile: importing the module must not hide the function.
 FUNCTIONS = ("mpcompile.capture", "mpcompile.compile", "mpcompile.load", "mpcompile.lower")
 
 
@@ -64,21 +65,21 @@ def renamed_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], An
 
 
 class MovedModule(ModuleType):
-    """A module of before, whose names are looked up where they are now."""
+    """Stands for an old module; looks its names up in their new modules."""
 
     def __getattr__(self, name: str) -> Any:
-        """The value of that name, with a warning. Raises AttributeError."""
+        """The value of that name in its new module, with a DeprecationWarning. Raises AttributeError."""
         if not name.startswith("__"):
             for home in MOVED[self.__name__]:
                 module = importlib.import_module(home)
                 if hasattr(module, name):
-                    told = f"{self.__name__}.{name} is now {home}.{name}; the old path goes with the next release"
-                    warnings.warn(told, DeprecationWarning, stacklevel=2)
+                    text = f"{self.__name__}.{name} is now {home}.{name}; the old path goes with the next release"
+                    warnings.warn(text, DeprecationWarning, stacklevel=2)
                     return getattr(module, name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """The function of that name, for the four modules that share one with a function."""
+        """Calls the function of the same name, for the modules in FUNCTIONS."""
         if self.__name__ not in FUNCTIONS:
             raise TypeError(f"module {self.__name__!r} is not callable")
         function = getattr(importlib.import_module(MOVED[self.__name__][-1]), self.__name__.rpartition(".")[2])
@@ -86,23 +87,23 @@ class MovedModule(ModuleType):
 
 
 class MovedModuleFinder(MetaPathFinder, Loader):
-    """Finds the modules of before."""
+    """Import hook for the old modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for a module of before, None for others."""
+        """A spec for an old module; None for any other."""
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The stand-in for it."""
-        return MovedModule(spec.name)
+        """The MovedModule for an old module."""
+        return MovedModule(spec.name, f"Names of {spec.name} are now in {' and '.join(MOVED[spec.name])}.")
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: names are looked up when they are asked for."""
+        """Does nothing: names are looked up on access."""
 
 
-def keep_moved_modules() -> None:
-    """Lets the modules of before be imported in this process."""
+def install_moved_modules() -> None:
+    """Installs the import hook for old modules in this process; a second call does nothing."""
     if not any(isinstance(finder, MovedModuleFinder) for finder in sys.meta_path):
         sys.meta_path.append(MovedModuleFinder())

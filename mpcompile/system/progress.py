@@ -1,9 +1,8 @@
-"""Progress: how far a run is, from deep inside a pass to whoever shows it, without an argument through every call.
+"""Progress of a run, from inside a pass to the caller, without an argument through every call.
 
-`compile`, `analyze` and `bench` take `observe=`, a function that is called with a Progress: at the beginning of each
-stage, and of each step within one. In a pass, `for name in tracked(names): ...` makes the steps. The listener belongs
-to the context of the caller (`contextvars`), so that two runs in one process do not hear each other; where nobody
-listens, nothing happens.
+`compile`, `analyze` and `bench` take `observe=`, a function that is called with a Progress at the start of each stage
+and of each step within it. In a pass, `for name in tracked(names): ...` reports the steps. The listener is stored in a
+context variable, so that two runs in one process do not receive each other's steps. Without a listener nothing happens.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,15 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
-Listener = Callable[[str, int, int], None]  # what is being worked on, how many are done, of how many
+Listener = Callable[[str, int, int], None]  # current step, steps done, steps in all
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is: in stage `number` of `stages`, counted from 1, whose name is `stage`.
+    """The position of a run: stage `stage`, number `number` of `stages`, counted from 1.
 
-    Where the stage tells its steps, `step` is the one being worked on, `done` are finished, of `total`; `step` is None
-    where the stage itself begins.
+    Within a stage that reports steps, `step` is the current one and `done` of `total` are finished. At the start of a
+    stage, `step` is None.
     """
 
     stage: str
@@ -40,12 +39,13 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def reported(observe: Callable[[Progress], None] | None, stages: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each stage as it begins; inside, `observe` is told of these and their steps.
+def stage_progress(
+    observe: Callable[[Progress], None] | None, stages: Sequence[str]
+) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call with each stage's name as it begins; calls `observe` for stages and their steps.
 
-    The names are told in the order of `stages`; some may be left out, and one that is not there, as a tuned recipe may
-    have, counts with the one before it. Without `observe` nothing is told, and
-    whoever listens already goes on listening.
+    Stages begin in the order of `stages`; some may be skipped. A stage that is not in `stages` (a tuned recipe may add
+    one) keeps the number of the stage before it. Without `observe` nothing is reported, and an outer listener stays.
     """
     if observe is None:
         yield lambda stage: None
@@ -65,7 +65,7 @@ def reported(observe: Callable[[Progress], None] | None, stages: Sequence[str]) 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Inside, `listener` is told of every step that `tracked` makes: for a PassManager that is run by itself."""
+    """Calls `listener` for every step of `tracked` inside the block; for a PassManager that is used directly."""
     token = _listener.set(listener)
     try:
         yield
@@ -74,7 +74,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def tracked(items: Collection[T], label: Callable[[T], str] = str) -> Iterator[T]:
-    """The items, each announced before it is handed out."""
+    """Yields the items; reports each to the listener before it is yielded."""
     listener = _listener.get()
     for done, item in enumerate(items):
         if listener is not None:

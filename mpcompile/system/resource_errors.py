@@ -1,7 +1,7 @@
-"""A full disk and a lack of memory, told in one line: what was found, what was needed, what to do.
+"""Errors from a full disk or too little memory, explained in one line: what was found, what was needed, what to do.
 
-Libraries report both in ways of their own: an OSError with one of several numbers, a MemoryError, a RuntimeError of
-torch or ONNX Runtime, an error of a library written in Rust. They are known by number, type or text, anywhere in the
+Libraries report them differently: an OSError with one of several numbers, a MemoryError, a RuntimeError of torch or
+ONNX Runtime, an exception of a library written in Rust. They are recognised by number, type or text, anywhere in the
 chain of causes.
 """
 
@@ -30,10 +30,12 @@ ASKED = re.compile(r"tried to allocate ([\d.,]+ ?\w+)|[Uu]nable to allocate ([\d
 
 
 @contextmanager
-def explained(during: Callable[[], str], folder: Path, needed_bytes: Callable[[], int | None]) -> Iterator[None]:
-    """Inside, an error that comes of a full disk or of too little memory becomes a ResourceError.
+def as_resource_errors(
+    during: Callable[[], str], folder: Path, needed_bytes: Callable[[], int | None]
+) -> Iterator[None]:
+    """Turns errors from a full disk or too little memory inside the block into ResourceErrors.
 
-    `during` says what was being done, `folder` is where the output is written, which takes about `needed_bytes`.
+    `during()` names the current stage, `folder` is where the output is written, `needed_bytes()` is its estimated size.
     """
     try:
         yield
@@ -49,18 +51,20 @@ def explained(during: Callable[[], str], folder: Path, needed_bytes: Callable[[]
 def shortage(
     error: BaseException, during: str, folder: Path | None = None, needed_bytes: int | None = None
 ) -> str | None:
-    """What lacked, where an error comes of a full disk or of too little memory; else None."""
+    """Explains an error that a full disk or too little memory caused; None for any other error."""
     for cause in _chain(error):
         text = (
             "" if isinstance(cause, MpcompileError) else str(cause).lower()
         )  # ours have what they quote as their cause
         if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-            found = f"files may have {spelt_bytes(limit)} (ulimit -f)" if limit >= 0 else "the disk takes no larger one"
+            found = (
+                f"files may have {format_bytes(limit)} (ulimit -f)" if limit >= 0 else "the disk takes no larger one"
+            )
             return f"a file grew too large during {during}: {found}; raise that limit, or name another --output"
         if (isinstance(cause, OSError) and cause.errno in FULL) or any(part in text for part in FULL_TEXTS):
             place = Path(str(cause.filename)) if isinstance(cause, OSError) and cause.filename else folder
-            needed = f"the whole output takes about {spelt_bytes(needed_bytes)}" if needed_bytes else "more is needed"
+            needed = f"the whole output takes about {format_bytes(needed_bytes)}" if needed_bytes else "more is needed"
             return (
                 f"the disk is full: {_free_at(place)} during {during}, and {needed}; free some space, or name a folder "
                 "on another disk with --output"
@@ -77,36 +81,36 @@ def shortage(
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came of."""
+    """The error and its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _free_at(place: Path | None) -> str:
-    """How much is free on the disk of a file or folder."""
+    """The free space on the disk of a file or folder, as a clause."""
     known = next((path for path in (place, *place.parents) if path.is_dir()), None) if place else None
-    return f"{spelt_bytes(shutil.disk_usage(known).free)} are left under {known}" if known else "nothing is left"
+    return f"{format_bytes(shutil.disk_usage(known).free)} are left under {known}" if known else "nothing is left"
 
 
 def _size(match: re.Match[str]) -> str:
-    """The size that an allocator names; torch does so in bytes."""
+    """The size that an allocator's message names, in readable units (torch names bytes)."""
     size = match[1] or match[2]
     number, _, unit = size.replace(",", "").partition(" ")
-    return spelt_bytes(int(number)) if unit == "bytes" and number.isdecimal() else size
+    return format_bytes(int(number)) if unit == "bytes" and number.isdecimal() else size
 
 
 def _memory_left() -> str:
-    """What there is, or how far the process may grow."""
+    """The free memory or the limit of the process, as a clause."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit >= 0:
-        return f"the process may use {spelt_bytes(limit)} (ulimit -v)"
+        return f"the process may use {format_bytes(limit)} (ulimit -v)"
     free = available_bytes()
-    return "there is no more" if free is None else f"{spelt_bytes(free)} are free"
+    return "there is no more" if free is None else f"{format_bytes(free)} are free"
 
 
 def available_bytes() -> int | None:
-    """The memory that this process could get, or None where the system does not tell."""
+    """The memory in bytes that this process could still allocate; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
@@ -119,8 +123,8 @@ def available_bytes() -> int | None:
     return max(0, min(free, limit - pages * resource.getpagesize()))
 
 
-def spelt_bytes(count: int) -> str:
-    """A size for people, in decimal units as disks are sold and files are listed."""
+def format_bytes(count: int) -> str:
+    """A size in decimal units, such as 1.5 MB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -1,6 +1,6 @@
-"""Tensors as the bytes of a safetensors file: the same tensors and metadata are the same bytes, on every run.
+"""Reads and writes safetensors files; the same tensors and metadata always give the same bytes.
 
-The library writes metadata in the order of a hash map, which differs from run to run; here its keys are sorted.
+The library writes metadata in hash-map order, which differs between runs. Here the keys are sorted.
 """
 
 import json
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mpcompile.errors import LoadError
 
-ALIGNMENT_BYTES = 8  # where the format lets the tensors begin
+ALIGNMENT_BYTES = 8  # of the start of the tensors, as the format requires
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file."""
+    """The bytes of a safetensors file with these tensors and metadata."""
     from safetensors.torch import save
 
-    # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
+    # Cloned: safetensors refuses tensors that share memory, such as tied weights.
     written = save({name: value.detach().clone().contiguous() for name, value in tensors.items()})
     end = 8 + int.from_bytes(written[:8], "little")
     rows = json.loads(written[8:end])
@@ -28,7 +28,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a safetensors file. Raises LoadError."""
+    """Tensor by name. Raises LoadError if the file is damaged."""
     from safetensors.torch import load_file
 
     try:

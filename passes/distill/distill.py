@@ -25,7 +25,7 @@ from mpcompile.passes.distill.loss import ElasticNet
 from mpcompile.passes.distill.trainer import Objective, Schedule, Training
 from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
-from mpcompile.system.distributed import Parcel, place, shared
+from mpcompile.system.distributed import PicklableGraph, broadcast, process_rank
 
 SAMPLED_IMAGES = 64  # images whose pixels tell one set of images from another, beside their number and order
 
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 # Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
 OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
 
-SKIPPED = "taken from a checkpoint"  # what the first process shares in place of a TrainingJob
+SKIPPED = "taken from a checkpoint"  # what rank 0 broadcasts in place of a TrainingJob
 
 
 @dataclass(frozen=True)
 class TrainingJob:
     """What a process needs to train along."""
 
-    graph: Parcel
-    dense: Parcel
+    graph: PicklableGraph
+    dense: PicklableGraph
     masks: dict[str, Tensor]
 
 
@@ -133,14 +133,14 @@ class Distill:
                 "training on the %d calibration images alone; for more, give folders train/ and val/", len(images)
             )
         masks = model.masks()
-        shared(TrainingJob(Parcel.of(model.graph), Parcel.of(model.dense), masks))
+        broadcast(TrainingJob(PicklableGraph.of(model.graph), PicklableGraph.of(model.dense), masks))
         finished = PartialResults(lambda: self._key(model, images))
         epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
 
     def skip(self) -> None:
         """Tells the processes beside the first that this training is taken from a checkpoint."""
-        shared(SKIPPED)
+        broadcast(SKIPPED)
 
     def follow(self, data: Data, source: Source) -> fx.GraphModule | None:
         """Trains along in a process that is not the first; the trained graph, the same as there.
@@ -149,17 +149,17 @@ class Distill:
         """
         images = images_of(data)
         self._require(images)
-        job: TrainingJob | str = shared(None)
+        job: TrainingJob | str = broadcast(None)
         if not isinstance(job, TrainingJob):
             return None
-        graph = job.graph.opened()
+        graph = job.graph.unpacked()
         # Only the first process keeps checkpoints, and tells the others what is in them.
-        self._trained(graph, job.dense.opened(), job.masks, images, source, PartialResults(lambda: ""))
+        self._trained(graph, job.dense.unpacked(), job.masks, images, source, PartialResults(lambda: ""))
         return graph
 
     def _require(self, images: Split) -> None:
         """Raises PassError where the images fill no batch, or a batch cannot be shared out."""
-        size = place().size
+        size = process_rank().size
         if not len(images):
             raise PassError("a distillation needs training images; give --data")
         if len(images) < self.batch:

@@ -29,7 +29,7 @@ from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
 from mpcompile.pipeline.partial_results import PartialResults
-from mpcompile.system.distributed import place, shared, summed
+from mpcompile.system.distributed import all_reduced, broadcast, process_rank
 from mpcompile.system.progress import tracked
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ class Training:
         self, images: Split, source: Source, augmentation: Augmentation, finished: PartialResults
     ) -> tuple[Epoch, ...]:
         """Trains to the end, from where a checkpoint left off; the record of every epoch."""
-        schedule, here = self._schedule, place()
-        if kept := shared((finished.get("training") or {}) if here.first else None):
+        schedule, here = self._schedule, process_rank()
+        if kept := broadcast((finished.get("training") or {}) if here.first else None):
             self._restore(kept)
             log.info("goes on after step %d", self._step)
         order = Batches(images.order, schedule.batch, schedule.epochs, schedule.seed, here, self._step)
@@ -183,7 +183,7 @@ class Training:
 
     def _close_epoch(self, steps: int, labelled: bool) -> None:
         """Adds the record of an epoch, its losses means over all processes."""
-        loss, answered, teacher = (summed(self._sums) / steps / place().size).tolist()
+        loss, answered, teacher = (all_reduced(self._sums) / steps / process_rank().size).tolist()
         self._sums.zero_()
         edge, spikes = spectra([weight for weight, _ in self._masked])
         rate = max(group["lr"] for group in self._optimizer.param_groups)

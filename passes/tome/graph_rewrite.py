@@ -23,7 +23,7 @@ from mpcompile.analysis.attention import Attention, attentions, shape_of
 from mpcompile.errors import PassError
 from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference
-from mpcompile.ir.token_merging import each_one, log_size, mean_by_size, merge_tokens, merges_tokens
+from mpcompile.ir.token_merging import log_size, mean_by_size, merge_tokens, merges_tokens, unit_sizes
 
 # Float32 sums over some hundred tokens in another order, in each of some ten blocks; a position or a window that is
 # there moves outputs by per cents.
@@ -172,7 +172,7 @@ def merged_nodes(
 
 def _merge_after(total: fx.Node, size: fx.Node | None, keys: fx.Node, r: int, protected: int, merge: Merge) -> fx.Node:
     """Puts a merge between a sum and its readers; the node of the sizes after it."""
-    size = size or _after(total, each_one, total)
+    size = size or _after(total, unit_sizes, total)
     both = _after(max(total, size), merge, total, size, keys, r, protected)
     both.meta["nn_module_stack"] = total.meta.get("nn_module_stack", {})
     tokens, sizes = _after(both, operator.getitem, both, 0), _after(both, operator.getitem, both, 1)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, RuntimeMissing, cause_of
-from mpcompile.export.half_precision import widened
+from mpcompile.export.half_precision import to_float32
 from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.runtimes.batching import in_pieces
 
@@ -69,7 +69,7 @@ def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / exported.onnx.name
-        onnx.save_model(widened(onnx.load(exported.onnx)), path, save_as_external_data=True)
+        onnx.save_model(to_float32(onnx.load(exported.onnx)), path, save_as_external_data=True)
         return replace(session_on(path, threads), file=exported.onnx)
 
 

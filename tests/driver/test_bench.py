@@ -30,7 +30,7 @@ from mpcompile.measure.timing import Speedup
 from mpcompile.report.bench_report import BenchReport
 from mpcompile.runtimes import Build, Engine, TensorRTForRTX, native
 from mpcompile.runtimes.ort.cpu import OnnxRuntime
-from mpcompile.system.hardware import Condition, condition, disturbances
+from mpcompile.system.hardware import MachineState, disturbances, machine_state
 from mpcompile.testing import TinyMLP
 
 ROOT = Path(__file__).parents[2]
@@ -303,11 +303,11 @@ def test_commands_spell_only_what_is_not_usual() -> None:
 
 def test_what_disturbs_a_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    calm = Condition(0.1, 3000.0, 1400, 50, ())
+    calm = MachineState(0.1, 3000.0, 1400, 50, ())
     assert disturbances(calm, calm) == ()
     assert disturbances(replace(calm, load=2.0), calm) == ()  # half of the cores
-    [load] = disturbances(Condition(2.1, None, None, None, ()), calm)
+    [load] = disturbances(MachineState(2.1, None, None, None, ()), calm)
     assert "2.1 processes ran on 4 cores" in load
-    found = disturbances(calm, Condition(0.1, 2000.0, 1000, 90, ("SwThermalSlowdown",)))
+    found = disturbances(calm, MachineState(0.1, 2000.0, 1000, 90, ("SwThermalSlowdown",)))
     assert [sentence.split(" ")[1] for sentence in found] == ["processor's", "GPU's", "GPU"]
-    assert (condition(gpu=True).load is not None) == hasattr(os, "getloadavg")
+    assert (machine_state(gpu=True).load is not None) == hasattr(os, "getloadavg")

@@ -19,7 +19,7 @@ from mpcompile.data.images import Data
 from mpcompile.driver.artifact import write_weights
 from mpcompile.errors import BuildError, MaskError, ParityError
 from mpcompile.export.half_precision import to_half
-from mpcompile.export.mask_check import file_weights, prove
+from mpcompile.export.mask_check import file_weights, verify_masks
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
@@ -176,7 +176,7 @@ def fill_one(values: np.ndarray) -> np.ndarray:
 
 
 def proven(file: onnx.ModelProto, model: Model) -> None:
-    prove(file, model.plan, model.graph.state_dict())
+    verify_masks(file, model.plan, model.graph.state_dict())
 
 
 @pytest.mark.parametrize("with_metadata", [True, False])
@@ -204,7 +204,7 @@ def test_a_lost_weight_is_found(vit_file: Lowered) -> None:
     del node.metadata_props[:]
     tensor = next(t for t in file.graph.initializer if t.name == weight.initializer)
     tensor.CopyFrom(numpy_helper.from_array(np.ones(weight.values.T.shape, np.float32), tensor.name))
-    with pytest.raises(MaskError, match="blocks.0.mlp.fc1: its mask was lost on the way"):
+    with pytest.raises(MaskError, match="blocks.0.mlp.fc1: its mask was lost in the export"):
         proven(file, vit_file.model)
 
 
@@ -227,7 +227,7 @@ def test_a_plan_for_another_shape_is_found(vit_file: Lowered) -> None:
     assert mask is not None
     plan["blocks.0.mlp.fc1"] = replace(plan["blocks.0.mlp.fc1"], mask=mask[:64])
     with pytest.raises(MaskError, match=r"blocks.0.mlp.fc1: .* is \(128, 32\), the mask \(64, 32\)"):
-        prove(onnx.load(vit_file.onnx), plan, vit_file.model.graph.state_dict())
+        verify_masks(onnx.load(vit_file.onnx), plan, vit_file.model.graph.state_dict())
 
 
 class Twice(nn.Module):
@@ -253,7 +253,7 @@ def test_layers_that_share_a_weight_are_proven_and_written(how: str, tmp_path: P
     model = masked(capture(module, tiny_source()))
     lowered = lower(model, tmp_path / "model.onnx")
     assert {row.layer for row in lowered.masks} == ({"a"} if how == "module" else {"a", "b"})
-    prove(onnx.load(lowered.onnx), model.plan, model.graph.state_dict())
+    verify_masks(onnx.load(lowered.onnx), model.plan, model.graph.state_dict())
     write_weights(tmp_path, module, model)
     again = Twice(how)
     again.load_state_dict(read_tensors(tmp_path / "model.safetensors"))

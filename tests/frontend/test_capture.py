@@ -145,7 +145,7 @@ def test_a_leaf_is_kept_whole_and_optional_arguments_vanish() -> None:
 
 
 def test_a_leaf_that_is_no_module_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"--leaf 'iner' is no module of Outer; it has inner"):
+    with pytest.raises(CaptureError, match=r"--leaf 'iner' is not a module of Outer; it has inner"):
         capture(Outer(), tiny_source(), leaves=["iner"])
 
 
@@ -193,14 +193,14 @@ def test_constant_outputs_are_told(caplog: pytest.LogCaptureFixture) -> None:
     module = TinyMLP()
     nn.init.zeros_(module.head.weight)
     capture(module, tiny_source())
-    assert "gives every image the same outputs" in caplog.text
+    assert "returns the same outputs for every image" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("module", "text"),
     [
         (OneNumber(), r"returns a tensor of shape \(2,\) for a batch of 2"),
-        (torch.compile(TinyMLP()), "is a torch.compile of another"),
+        (torch.compile(TinyMLP()), "was made by torch.compile"),
         (TwoOutputs(), "returns tuple; needed is one tensor"),
         (Random(), "computes something else.*draws random numbers"),
         (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\) alone"),

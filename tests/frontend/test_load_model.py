@@ -148,7 +148,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path: Path, zipped: bool, inside
     victim, path = tmp_path / "victim", tmp_path / "model.pt"
     content = Payload(victim) if inside == "alone" else {"weight": torch.zeros(2), "extra": Payload(victim)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(LoadError, match="holds pickled code besides tensors, and was not run"):
+    with pytest.raises(LoadError, match="holds pickled code besides tensors, which was not run"):
         load(Request(str(path), arch=ARCH))
     assert not victim.exists()
     with pytest.raises(MpcompileError):
@@ -298,7 +298,7 @@ def test_preprocessing_that_cannot_be(changes: dict[str, tuple[float, ...]]) -> 
 
 def test_weights_without_an_architecture(module: nn.Module, tmp_path: Path) -> None:
     torch.save(module.state_dict(), tmp_path / "model.pt")
-    with pytest.raises(UsageError, match="holds weights and no architecture; name it with --arch"):
+    with pytest.raises(UsageError, match="holds weights but no architecture; name it with --arch"):
         load(Request(str(tmp_path / "model.pt")))
     with pytest.raises(LoadError, match="is a folder"):
         load(Request(str(tmp_path)))

@@ -21,7 +21,7 @@ from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.bench import bench
 from mpcompile.driver.compare_engines import Settings
 from mpcompile.errors import LoadError, MpcompileError
-from mpcompile.system.atomic_folder import not_ours
+from mpcompile.system.atomic_folder import foreign_names
 from mpcompile.testing import TinyCNN
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used
@@ -91,7 +91,7 @@ def test_damaged_bytes(folder: Path, name: str, listed: bool, data: st.DataObjec
     with Changed(folder, name, content, listed):
         found = verified(folder)
         answer(lambda: Artifact.open(folder).recipe)
-        answer(lambda: not_ours(folder))
+        answer(lambda: foreign_names(folder))
     if name in PROVEN and content != before and not listed:
         assert isinstance(found, MpcompileError)
 
@@ -102,7 +102,7 @@ def test_reports(folder: Path, data: st.DataObject) -> None:
     content = data.draw(altered(json.loads((folder / "report.json").read_text())))
     with Changed(folder, "report.json", json.dumps(content, default=repr).encode("utf-8", "surrogateescape")):
         verified(folder)
-        answer(lambda: not_ours(folder))
+        answer(lambda: foreign_names(folder))
 
 
 @pytest.mark.parametrize("name", PROVEN)
@@ -121,7 +121,7 @@ def test_a_report_that_leaves_a_file_out_proves_nothing(folder: Path, name: str)
 def test_reports_that_are_none(folder: Path, text: str) -> None:
     with Changed(folder, "report.json", text.encode()):
         assert isinstance(verified(folder), LoadError)
-        assert "model.onnx" in not_ours(folder)
+        assert "model.onnx" in foreign_names(folder)
 
 
 # ---- masks

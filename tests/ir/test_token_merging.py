@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpcompile.ir.token_merging import each_one, log_size, mean_by_size, merge_tokens, most_merged
+from mpcompile.ir.token_merging import log_size, mean_by_size, merge_tokens, most_merged, unit_sizes
 
 
 def merged_by_loop(
@@ -72,14 +72,14 @@ def test_equals_the_loop(case: tuple[int, int, int, int, int, bool]) -> None:
 
 def test_nothing_to_merge_is_the_same_tensor() -> None:
     x = torch.randn(2, 5, 3)
-    size = each_one(x)
+    size = unit_sizes(x)
     assert merge_tokens(x, size, torch.randn(2, 1, 5, 2), 0, 1) == (x, size)
     assert [most_merged(n, 1) for n in (1, 2, 3, 4, 5)] == [0, 0, 1, 1, 2]
 
 
 def test_keys_of_zero_and_half_precision_stay_finite() -> None:
     x = 60000 * torch.ones(1, 9, 4, dtype=torch.float16)  # near the end of float16; a sum of two would leave it
-    found, sizes = merge_tokens(x, each_one(x), torch.zeros(1, 2, 9, 4, dtype=torch.float16), 4, 1)
+    found, sizes = merge_tokens(x, unit_sizes(x), torch.zeros(1, 2, 9, 4, dtype=torch.float16), 4, 1)
     assert found.isfinite().all()
     # Weights s/S are rounded to 11 bits each.
     torch.testing.assert_close(found, x[:, :5], rtol=2e-3, atol=0)
@@ -108,6 +108,6 @@ def test_a_token_counts_as_often_as_its_size_says() -> None:
 def test_the_limit_leaves_half(protected: int) -> None:
     x = torch.randn(2, 16 + protected, 3)
     r = most_merged(16 + protected, protected)
-    found, sizes = merge_tokens(x, each_one(x), torch.randn(2, 2, 16 + protected, 4), r, protected)
+    found, sizes = merge_tokens(x, unit_sizes(x), torch.randn(2, 2, 16 + protected, 4), r, protected)
     assert found.shape[1] == 8 + protected
     assert (sizes[:, :protected] == 1).all()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mpcompile.errors import UsageError
-from mpcompile.system.atomic_folder import REPORT, require_free, written_whole
+from mpcompile.system.atomic_folder import REPORT, require_writable, written_atomically
 
 
 def report(text: str) -> str:
@@ -22,7 +22,7 @@ def written(output: Path) -> str:
 
 
 def write(output: Path, text: str = "new", force: bool = False) -> None:
-    with written_whole(output, force) as folder:
+    with written_atomically(output, force) as folder:
         (folder / REPORT).write_text(report(text))
         (folder / "model.onnx").write_text("x")
         assert folder != output
@@ -41,14 +41,14 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
         (folder / "half").write_text("x")
         raise RuntimeError("half way")
 
-    with pytest.raises(RuntimeError, match="half way"), written_whole(tmp_path / "out", False) as folder:
+    with pytest.raises(RuntimeError, match="half way"), written_atomically(tmp_path / "out", False) as folder:
         half_way(folder)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "out", True):
+    with pytest.raises(RuntimeError), written_atomically(tmp_path / "out", True):
         raise RuntimeError
     assert written(tmp_path / "out") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -83,8 +83,8 @@ def test_force_replaces_only_what_mpcompile_wrote(tmp_path: Path) -> None:
 def test_force_does_not_remove_what_the_run_reads(tmp_path: Path) -> None:
     write(tmp_path / "out")
     with pytest.raises(UsageError, match="model.onnx, which this run reads, so --force does not replace it"):
-        require_free(tmp_path / "out", True, [tmp_path / "out" / "model.onnx"])
-    require_free(tmp_path / "out", True, [tmp_path / "elsewhere.pt", tmp_path])
+        require_writable(tmp_path / "out", True, [tmp_path / "out" / "model.onnx"])
+    require_writable(tmp_path / "out", True, [tmp_path / "elsewhere.pt", tmp_path])
 
 
 def test_what_comes_in_the_meantime_is_kept(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_what_comes_in_the_meantime_is_kept(tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("x")
 
-    with pytest.raises(UsageError, match="is not empty"), written_whole(tmp_path / "out", False):
+    with pytest.raises(UsageError, match="is not empty"), written_atomically(tmp_path / "out", False):
         meanwhile()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
@@ -116,7 +116,7 @@ def test_a_signal_during_the_swap_puts_the_old_folder_back(tmp_path: Path, monke
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file is not a folder"):
-        require_free(tmp_path / "file", False)
+        require_writable(tmp_path / "file", False)
     with pytest.raises(UsageError, match="cannot be written to; name another"):
         write(tmp_path / "file" / "out")
     with pytest.raises(UsageError, match="cannot be written to"):  # for root too, as /proc takes no folders
@@ -125,14 +125,14 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path / "here")
     for output in (Path(), Path(".."), Path("/proc")):
         with pytest.raises(UsageError, match="is the working folder, holds it, or is a mount point"):
-            require_free(output, False)
+            require_writable(output, False)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_parent(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UsageError, match="cannot be written to"):
-        require_free(tmp_path / "out", False)
+        require_writable(tmp_path / "out", False)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
 def test_an_output_that_a_killed_run_had_set_aside_comes_back(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     (tmp_path / "out").rename(tmp_path / ".out.old-abc")
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "out", True):
+    with pytest.raises(RuntimeError), written_atomically(tmp_path / "out", True):
         raise RuntimeError
     assert written(tmp_path / "out") == "old"
     (tmp_path / ".out.old-abc").mkdir()

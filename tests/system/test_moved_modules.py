@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import mpcompile
-from mpcompile.system.moved_modules import MOVED, keep_moved_modules
+from mpcompile.system.moved_modules import MOVED, install_moved_modules
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,5 @@ def test_what_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("mpcompile.never")
     before = list(sys.meta_path)
-    keep_moved_modules()
+    install_moved_modules()
     assert sys.meta_path == before

@@ -27,7 +27,7 @@ from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.passes import NMMask
 from mpcompile.recipe.schema import Recipe
-from mpcompile.system.resource_errors import available_bytes, shortage, spelt_bytes
+from mpcompile.system.resource_errors import available_bytes, format_bytes, shortage
 from mpcompile.testing import TinyMLP, tiny_source
 
 RECIPE = Recipe.from_yaml(
@@ -86,7 +86,12 @@ def test_what_is_told(error: BaseException, text: str) -> None:
 def test_other_errors_are_none_of_it() -> None:
     for error in (OSError(errno.EACCES, "Permission denied"), ValueError("singular"), PassError("no layer takes 2:4")):
         assert shortage(error, "write") is None
-    assert [spelt_bytes(n) for n in (12, 1_500, 2_000_000, 3_210_000_000)] == ["12 bytes", "1.5 kB", "2.0 MB", "3.2 GB"]
+    assert [format_bytes(n) for n in (12, 1_500, 2_000_000, 3_210_000_000)] == [
+        "12 bytes",
+        "1.5 kB",
+        "2.0 MB",
+        "3.2 GB",
+    ]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
 from mpcompile.passes.distill.trainer import decayed_apart, reached_parameters
 from mpcompile.pipeline.partial_results import keeping
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.system.distributed import ProcessRank, joined, place, shared
+from mpcompile.system.distributed import ProcessRank, broadcast, process_group, process_rank
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
 QUICK = Distill(epochs=2, batch=16, rate=1e-3, warmup=2)
@@ -416,13 +416,16 @@ def test_the_command_under_torchrun_writes_what_one_process_writes(
 
 
 def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place() == ProcessRank(0, 1)
-    assert shared({"a": 1}) == {"a": 1}
-    with joined() as here:
+    assert process_rank() == ProcessRank(0, 1)
+    assert broadcast({"a": 1}) == {"a": 1}
+    with process_group() as here:
         assert here.first
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match="WORLD_SIZE is 2, and RANK, .* are not set; start it with torchrun"), joined():
+    with (
+        pytest.raises(UsageError, match="WORLD_SIZE is 2, and RANK, .* are not set; start it with torchrun"),
+        process_group(),
+    ):
         pass
 
 
@@ -433,7 +436,7 @@ def test_a_training_from_a_checkpoint_is_told_to_the_others(monkeypatch: pytest.
         told.append(value)
         return SKIPPED
 
-    monkeypatch.setattr("mpcompile.passes.distill.distill.shared", box)
+    monkeypatch.setattr("mpcompile.passes.distill.distill.broadcast", box)
     model = tiny_vit()
     QUICK.skip()
     assert QUICK.follow(tiny_data(model), model.source) is None
@@ -441,6 +444,6 @@ def test_a_training_from_a_checkpoint_is_told_to_the_others(monkeypatch: pytest.
 
 
 def test_a_batch_has_to_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpcompile.passes.distill.distill.place", lambda: ProcessRank(0, 3))
+    monkeypatch.setattr("mpcompile.passes.distill.distill.process_rank", lambda: ProcessRank(0, 3))
     with pytest.raises(PassError, match="a batch of 16 cannot be shared out among 3 processes"):
         run(tiny_vit(), MASKS, ToMe(r=2), QUICK)

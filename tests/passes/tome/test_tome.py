@@ -26,7 +26,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference, require_parity
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.shapes import run_example
-from mpcompile.ir.token_merging import each_one, log_size, merge_tokens
+from mpcompile.ir.token_merging import log_size, merge_tokens, unit_sizes
 from mpcompile.passes import NMMask, Restore, ToMe
 from mpcompile.passes.tome.graph_rewrite import merging_sites, protected_tokens
 from mpcompile.passes.tome.schedule import decreasing, spelt
@@ -230,7 +230,7 @@ def test_onnx_is_the_same_at_any_batch_and_has_no_scatter(arch: str, tmp_path: P
 @torch.fx.wrap
 def merged_alone(tokens: Tensor) -> Tensor:
     """Tokens and sizes after merging, where a token's key is its first number."""
-    return torch.cat(merge_tokens(tokens, each_one(tokens), tokens[:, None, :, :1], 3, 1), -1)
+    return torch.cat(merge_tokens(tokens, unit_sizes(tokens), tokens[:, None, :, :1], 3, 1), -1)
 
 
 class Merging(nn.Module):
@@ -273,8 +273,8 @@ def test_autocast_does_not_reach_the_matching() -> None:
     x = torch.randn(4, 33, 16) + 3
     keys = x[:, None] + 3
     with torch.autocast("cpu", torch.bfloat16):
-        found, sizes = merge_tokens(x, each_one(x), keys, 8, 1)
-    wanted, wanted_sizes = merge_tokens(x, each_one(x), keys, 8, 1)
+        found, sizes = merge_tokens(x, unit_sizes(x), keys, 8, 1)
+    wanted, wanted_sizes = merge_tokens(x, unit_sizes(x), keys, 8, 1)
     assert torch.equal(sizes, wanted_sizes)
     assert torch.equal(found, wanted)
 
@@ -446,4 +446,4 @@ def test_masks_after_merging_and_restoring_after_both() -> None:
 
 
 def test_each_one_is_one() -> None:
-    assert torch.equal(each_one(torch.randn(2, 3, 4)), torch.ones(2, 3, 1))
+    assert torch.equal(unit_sizes(torch.randn(2, 3, 4)), torch.ones(2, 3, 1))
