@@ -73,7 +73,7 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
         chosen = chosen[chosen.index(widest) :]
     kernels = {name: every[name] for name in chosen}
     jobs = [
-        (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_FEW=few_{name}"))
+        (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_SKINNY=skinny_{name}"))
         for name, flags in kernels.items()
         for part in ("nm_gemm", "nm_gemm_skinny")
     ]

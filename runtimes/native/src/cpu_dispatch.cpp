@@ -1,9 +1,9 @@
-// Which builds of the kernel this processor can run.
+// Selects the kernels that this processor can run.
 #include "nm_gemm.h"
 
 namespace mpcompile {
 
-// build.py defines NM_HAS_… for each build of the kernel that it puts into the library.
+// build.py defines NM_HAS_… for each instruction set whose kernel it links into the library.
 extern const Kernel kernel_avx512, kernel_avx2, kernel_baseline;
 
 int supported_kernels(const Kernel* (&found)[4]) {

@@ -1,14 +1,14 @@
-// The kernel: one tile of tokens times one chunk of N:M rows. Compiled once for every instruction set, each time with
-// NM_KERNEL as the name of what it defines, and NM_FEW as that of what nm_gemm_skinny.cpp does.
+// The N:M GEMM microkernel: one tile of tokens times one chunk of rows. It is compiled once for each instruction set,
+// with NM_KERNEL as the name of the Kernel that it defines, and NM_SKINNY as that of nm_gemm_skinny.cpp.
 //
-// Tokens lie along the vectors, so a kept weight is one splat, and its input channel one row of the packed tile:
-// y[row] += weight * x[channel]. A row of its own pattern would need one load a multiplication, and the load ports
-// would bound it at about 0.78 of the peak. Two rows are therefore computed together: first the input channels that
-// both keep, each loaded once for both, then the others. At 50 % that is three loads for four multiplications where
-// partners are drawn by lot, and eleven for sixteen where pack.py chose them.
+// SIMD lanes hold tokens, so a kept weight is one broadcast, and its input channel is one row of the packed tile:
+// y[row] += weight * x[channel]. Computing a row with its own pattern alone needs one load for each multiplication; the
+// load ports would limit it to about 0.78 of the peak. So two rows are computed together: first the input channels that
+// both keep, each loaded once for both rows, then the others. At 50 % density that is 3 loads for 4 multiplications if
+// rows are paired at random, and 11 for 16 with the pairs that packing.py chooses.
 //
-// Each sum runs over the steps of block 0, block 1, ... in the order of the streams; how the work is divided among
-// threads changes neither tiles nor that order, and so no bit of the result.
+// Each sum runs over the nonzeros of block 0, block 1, ... in the order of the streams. The division among threads
+// changes neither tiles nor that order, so results are bit-identical for any number of threads.
 #include "nm_gemm.h"
 #include "simd.h"
 
@@ -18,10 +18,10 @@ using mpcompile::Activations;
 using mpcompile::Tile;
 using mpcompile::Weights;
 
-// How many independent sums a row is split into, so that the latency of additions does not bound narrow tiles.
+// The number of independent partial sums of a row, so that the latency of additions does not limit narrow tiles.
 constexpr int chains_of(int rows, int vectors) { return rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : 4; }
 
-// The sums of one row in registers: VECTORS vectors, of which the last is half as wide where HALF.
+// The accumulators of one row in registers: VECTORS vectors; with HALF, the last one has half the width.
 template <typename V, int VECTORS, bool HALF>
 struct Sums {
     static constexpr int LANES = sizeof(V) / sizeof(float), FULL = VECTORS - HALF;
@@ -46,21 +46,23 @@ struct Sums {
     }
 };
 
-// One block of one unit: sums[r] += values * x. COUPLED: rows 0 and 1 have places of their own after `common` steps.
+// One block of one row group: sums[r] += values * x. COUPLED: rows 0 and 1 have their own patterns, and share the
+// column index of their first `common` nonzeros only.
 template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
-NM_INLINE void unit(const float* x, const uint16_t* places, const float* values, int64_t common, int64_t steps,
-                    float* const (&sums)[ROWS], bool first) {
+NM_INLINE void multiply_row_group(const float* x, const uint16_t* indices, const float* values, int64_t common,
+                                  int64_t nonzeros, float* const (&sums)[ROWS], bool first) {
     using Row = Sums<V, VECTORS, HALF>;
     constexpr int LANES = Row::LANES, FULL = Row::FULL, CHAINS = chains_of(ROWS, VECTORS);
     constexpr size_t WIDTH = size_t(LANES) * VECTORS;
     Row acc[CHAINS][ROWS];
-    NM_UNROLL for (int c = 0; c < CHAINS; c++) NM_UNROLL for (int r = 0; r < ROWS; r++)
-        c || first ? acc[c][r].clear() : acc[c][r].read(sums[r]);
-    const auto together = [&](int64_t step, Row (&into)[ROWS]) __attribute__((always_inline)) {
-        const float* from = x + places[COUPLED ? 2 * step : step] * WIDTH;
+    NM_UNROLL for (int c = 0; c < CHAINS; c++) NM_UNROLL for (int r = 0; r < ROWS; r++) c || first
+        ? acc[c][r].clear()
+        : acc[c][r].read(sums[r]);
+    const auto together = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
+        const float* from = x + indices[COUPLED ? 2 * i : i] * WIDTH;
         NM_POINTER(from);
         V weight[ROWS];
-        NM_UNROLL for (int r = 0; r < ROWS; r++) weight[r] = splat<V>(values + step * ROWS + r);
+        NM_UNROLL for (int r = 0; r < ROWS; r++) weight[r] = splat<V>(values + i * ROWS + r);
         NM_UNROLL for (int j = 0; j < FULL; j++) {
             V loaded = load<V>(from + LANES * j);
             NM_HOLD(loaded);
@@ -72,24 +74,22 @@ NM_INLINE void unit(const float* x, const uint16_t* places, const float* values,
             NM_UNROLL for (int r = 0; r < ROWS; r++) into[r].half += NM_LOW_HALF(weight[r]) * loaded;
         }
     };
-    const auto apart = [&](int64_t step, Row (&into)[ROWS]) __attribute__((always_inline)) {
+    const auto apart = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
         NM_UNROLL for (int r = 0; r < ROWS; r++) {
-            const float* from = x + places[2 * step + r] * WIDTH;
+            const float* from = x + indices[2 * i + r] * WIDTH;
             NM_POINTER(from);
-            const V weight = splat<V>(values + step * ROWS + r);
+            const V weight = splat<V>(values + i * ROWS + r);
             NM_UNROLL for (int j = 0; j < FULL; j++) into[r].full[j] += weight * load<V>(from + LANES * j);
             if constexpr (HALF) into[r].half += NM_LOW_HALF(weight) * load<f8>(from + LANES * FULL);
         }
     };
-    const int64_t shared = COUPLED ? common : steps;
-    int64_t step = 0;
-    for (; step + CHAINS <= shared; step += CHAINS)
-        NM_UNROLL for (int c = 0; c < CHAINS; c++) together(step + c, acc[c]);
-    for (; step < shared; step++) together(step, acc[0]);
+    const int64_t shared = COUPLED ? common : nonzeros;
+    int64_t i = 0;
+    for (; i + CHAINS <= shared; i += CHAINS) NM_UNROLL for (int c = 0; c < CHAINS; c++) together(i + c, acc[c]);
+    for (; i < shared; i++) together(i, acc[0]);
     if constexpr (COUPLED) {
-        for (; step + CHAINS <= steps; step += CHAINS)
-            NM_UNROLL for (int c = 0; c < CHAINS; c++) apart(step + c, acc[c]);
-        for (; step < steps; step++) apart(step, acc[0]);
+        for (; i + CHAINS <= nonzeros; i += CHAINS) NM_UNROLL for (int c = 0; c < CHAINS; c++) apart(i + c, acc[c]);
+        for (; i < nonzeros; i++) apart(i, acc[0]);
     }
     NM_UNROLL for (int r = 0; r < ROWS; r++) {
         NM_UNROLL for (int c = 1; c < CHAINS; c++) acc[0][r].add(acc[c][r]);
@@ -97,71 +97,73 @@ NM_INLINE void unit(const float* x, const uint16_t* places, const float* values,
     }
 }
 
-// Asks for a row of sums ahead of its unit: they are in the L2 cache, and paired rows follow no order in memory.
+// Prefetches the sums of a row of the next row group: they lie in the L2 cache, and paired rows are not contiguous.
 template <typename V, int VECTORS>
 NM_INLINE void prefetch(const float* row) {
     NM_UNROLL for (int j = 0; j < VECTORS; j++) __builtin_prefetch(row + int(sizeof(V) / sizeof(float)) * j, 1);
 }
 
-// All blocks of the units of one chunk, into sums[row within the chunk][width].
+// Multiplies all blocks of the row groups of one chunk into sums[row within the chunk][width].
 template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
 void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums) {
-    constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(float)) * VECTORS, PLACES = COUPLED ? 2 : 1;
-    const int64_t begin = chunk * w.chunk / ROWS, units = w.chunk / ROWS;
-    const int64_t end = begin + units < w.units ? begin + units : w.units;
+    constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(float)) * VECTORS, INDICES = COUPLED ? 2 : 1;
+    const int64_t begin = chunk * w.chunk / ROWS, groups = w.chunk / ROWS;
+    const int64_t end = begin + groups < w.row_groups ? begin + groups : w.row_groups;
     for (int64_t block = 0; block < w.blocks; block++) {
         const float* x = packed + block * (w.block + 1) * WIDTH;
-        for (int64_t u = begin; u < end; u++) {
-            const int64_t at = block * w.units + u;
+        for (int64_t group = begin; group < end; group++) {
+            const int64_t at = block * w.row_groups + group;
             float* rows[ROWS];
             const int32_t* order = w.order + at * ROWS;
             const auto row = [&](int r) { return sums + (order[r] - chunk * w.chunk) * WIDTH; };
             NM_UNROLL for (int r = 0; r < ROWS; r++) rows[r] = row(r);
-            if (COUPLED && u + 1 < end)
+            if (COUPLED && group + 1 < end)
                 NM_UNROLL for (int r = ROWS; r < 2 * ROWS; r++) prefetch<V, VECTORS>(row(r));
-            unit<V, ROWS, VECTORS, HALF, COUPLED>(x, w.places + at * w.steps * PLACES, w.values + at * w.steps * ROWS,
-                                                  w.common[at], w.steps, rows, block == 0);
+            multiply_row_group<V, ROWS, VECTORS, HALF, COUPLED>(x, w.indices + at * w.nonzeros * INDICES,
+                                                                w.values + at * w.nonzeros * ROWS, w.common[at],
+                                                                w.nonzeros, rows, block == 0);
         }
     }
 }
 
 using Multiply = void (*)(const Weights&, int64_t, const float*, float*);
 
-// Vectors of a tile: tiles of 24 to 112 tokens. Registers bound them, but for two rows and AVX-512, where a block has
-// to stay in the L1 cache (WIDEST_BLOCK in pack.py); with seven the 197 tokens of a ViT are two tiles.
+// The most vectors of a tile: tiles have 24 to 112 tokens. The number of registers bounds it, except for two rows with
+// AVX-512: there a block must stay in the L1 cache (WIDEST_BLOCK in packing.py). With 7 vectors, the 197 tokens of a
+// ViT are two tiles.
 constexpr int WIDEST = NM_REGISTERS == 16 ? 6 : NM_LANES == 4 ? 12 : 7;
 constexpr int WIDEST_OF_FOUR = NM_REGISTERS == 16 ? 3 : 6;
 
 template <typename V, int VECTORS, bool HALF>
-Multiply by_share(int64_t share) {
-    if (share == 1) return multiply<V, 2, VECTORS, HALF, true>;
-    if (share == 2) return multiply<V, 2, VECTORS, HALF, false>;
+Multiply by_rows_per_pattern(int64_t rows_per_pattern) {
+    if (rows_per_pattern == 1) return multiply<V, 2, VECTORS, HALF, true>;
+    if (rows_per_pattern == 2) return multiply<V, 2, VECTORS, HALF, false>;
     if constexpr (VECTORS <= WIDEST_OF_FOUR) return multiply<V, 4, VECTORS, HALF, false>;
     return nullptr;
 }
 
 template <typename V, int VECTORS>
-Multiply by_width(int64_t share, const Tile& tile) {
+Multiply by_width(int64_t rows_per_pattern, const Tile& tile) {
     if constexpr (VECTORS < WIDEST)
-        if (tile.vectors > VECTORS) return by_width<V, VECTORS + 1>(share, tile);
+        if (tile.vectors > VECTORS) return by_width<V, VECTORS + 1>(rows_per_pattern, tile);
     if constexpr (sizeof(V) == 64 && VECTORS > 1)
-        if (tile.half) return by_share<V, VECTORS, true>(share);
-    return by_share<V, VECTORS, false>(share);
+        if (tile.half) return by_rows_per_pattern<V, VECTORS, true>(rows_per_pattern);
+    return by_rows_per_pattern<V, VECTORS, false>(rows_per_pattern);
 }
 
-Multiply choose(int64_t share, const Tile& tile) {
+Multiply choose(int64_t rows_per_pattern, const Tile& tile) {
 #if NM_LANES == 16
-    if (tile.lanes == 16) return by_width<f16, 1>(share, tile);
-    if (tile.lanes == 8) return by_share<f8, 1, false>(share);
+    if (tile.lanes == 16) return by_width<f16, 1>(rows_per_pattern, tile);
+    if (tile.lanes == 8) return by_rows_per_pattern<f8, 1, false>(rows_per_pattern);
 #elif NM_LANES == 8
-    if (tile.lanes == 8) return by_width<f8, 1>(share, tile);
+    if (tile.lanes == 8) return by_width<f8, 1>(rows_per_pattern, tile);
 #else
-    return by_width<f4, 1>(share, tile);
+    return by_width<f4, 1>(rows_per_pattern, tile);
 #endif
-    return by_share<f4, 1, false>(share);
+    return by_rows_per_pattern<f4, 1, false>(rows_per_pattern);
 }
 
-// Tokens of a tile that lie side by side in memory where channels are outside: those of one image.
+// Consecutive tokens of a tile that belong to one image: with channels-first activations, they are contiguous.
 struct Run {
     int64_t image, pixel, at, count;
 };
@@ -186,7 +188,8 @@ void pack_channels(const Weights& w, const Activations& a, const Tile& tile, flo
             memset(packed + (k + k / w.block) * width + tile.count, 0, (width - tile.count) * sizeof(float));
 }
 
-// Eight tokens by eight channels at a time; what is left over goes through a buffer of zeros, or one by one.
+// Transposes eight tokens by eight channels at a time. Missing tokens are zeros; the last channels are copied one by
+// one.
 void pack_tokens(const Weights& w, const Activations& a, const Tile& tile, float* packed) {
     const int64_t width = tile.width();
     for (int64_t t = 0; t < width; t += 8) {
@@ -232,8 +235,8 @@ void write_channels(const Weights& w, const Activations& a, const Tile& tile, in
     }
 }
 
-// Along the rows of the output for eight tokens at a time: their lines are then written whole, also where a token's
-// outputs are a power of two apart and share a cache set.
+// Transposes and stores eight tokens by eight rows at a time. Whole cache lines are then written, even if the outputs
+// of neighbouring tokens are a power of two apart and map to the same cache set.
 void write_tokens(const Weights& w, const Activations& a, const Tile& tile, int64_t row, int64_t count,
                   const float* sums) {
     const int64_t width = tile.width(), eights = width >= 8 ? count / 8 * 8 : 0;
@@ -257,7 +260,7 @@ void write_tokens(const Weights& w, const Activations& a, const Tile& tile, int6
 
 void compute(const Weights& w, const Activations& a, const Tile& tile, int64_t chunk, const float* packed,
              float* sums) {
-    choose(w.share, tile)(w, chunk, packed, sums);
+    choose(w.rows_per_pattern, tile)(w, chunk, packed, sums);
     const int64_t row = chunk * w.chunk, count = w.rows - row < w.chunk ? w.rows - row : w.chunk;
     (a.pixels ? write_channels : write_tokens)(w, a, tile, row, count, sums);
 }
@@ -269,8 +272,9 @@ void compute(const Weights& w, const Activations& a, const Tile& tile, int64_t c
 
 namespace mpcompile {
 
-extern const Few NM_FEW;
+extern const SkinnyKernel NM_SKINNY;
 extern const Kernel NM_KERNEL;
-const Kernel NM_KERNEL = {NM_TEXT(NM_KERNEL), &NM_FEW, NM_LANES, {0, WIDEST, WIDEST, 0, WIDEST_OF_FOUR}, pack, compute};
+const Kernel NM_KERNEL = {
+    NM_TEXT(NM_KERNEL), &NM_SKINNY, NM_LANES, {0, WIDEST, WIDEST, 0, WIDEST_OF_FOUR}, pack, compute};
 
 }  // namespace mpcompile

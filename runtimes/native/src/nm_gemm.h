@@ -1,18 +1,20 @@
-// What the operator asks of a kernel: plain structs, shared by every instruction set's build of nm_gemm.cpp.
+// The interface between the operator and the kernels: plain structs, shared by all builds of nm_gemm.cpp.
 //
-// The weights, in the order in which the kernel reads them (runtimes/native/packing.py writes them):
-//   a block   `block` neighbouring input channels, so that a tile of activations stays in the L1 cache
-//   a unit    output rows that are computed together: two rows of their own patterns (share 1), or the two or
-//             four rows that share one (share 2, 4)
-//   a step    one kept weight of every row of a unit
-// values  [blocks][units][steps][rows of a unit]
-// places  [blocks][units][steps][2 for share 1, else 1]: input channel within the block; `block` itself is the row of
-//         zeros that every block of a tile ends with, for steps that a row has no weight for
-// common  [blocks][units]: for share 1, in how many of its first steps both rows read the same input channel
-// order   [blocks][units][rows of a unit]: which output row each is; `rows` where there is none
+// The weights, in the order in which the kernel reads them (written by runtimes/native/packing.py):
+//   block      `block` neighbouring input channels, few enough that a tile of activations stays in the L1 cache
+//   row group  output rows that are computed together: two rows with their own patterns (rows_per_pattern 1), or the
+//              two or four rows that share one pattern (rows_per_pattern 2, 4)
+//   nonzero    one kept weight of each row of a row group
+// values   [blocks][row groups][nonzeros][rows of a group]
+// indices  [blocks][row groups][nonzeros][2 for rows_per_pattern 1, else 1]: the input channel within the block. Rows
+//          with fewer nonzeros are padded with the index `block`: each block of a packed tile ends with a row of zeros.
+// common   [blocks][row groups]: for rows_per_pattern 1, the number of leading nonzeros whose index both rows share
+// order    [blocks][row groups][rows of a group]: the output row of each; `rows` for padding
 //
-// `order` moves rows only within chunks of `chunk` rows, so that a chunk is a contiguous piece of the output. Each
-// block has its own order: sums lie in memory between blocks, so other rows may be computed together in each.
+// In the ONNX operator, `indices` is called `places`, and `rows_per_pattern` is called `share`.
+//
+// `order` permutes rows only within chunks of `chunk` rows, so that a chunk is a contiguous part of the output. Each
+// block has its own order: sums are kept in memory between blocks, so a block may pair other rows than the one before.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -21,29 +23,29 @@ namespace mpcompile {
 
 struct Weights {
     const float* values;
-    const uint16_t* places;
+    const uint16_t* indices;
     const uint16_t* common;
     const int32_t* order;
     const float* bias;  // [rows]
     int64_t columns, rows;
-    int64_t share, block, blocks, units, steps, chunk;
+    int64_t rows_per_pattern, block, blocks, row_groups, nonzeros, chunk;
 
-    int64_t unit_rows() const { return share == 4 ? 4 : 2; }
-    int64_t unit_places() const { return share == 1 ? 2 : 1; }
+    int64_t group_rows() const { return rows_per_pattern == 4 ? 4 : 2; }
+    int64_t group_indices() const { return rows_per_pattern == 1 ? 2 : 1; }
     int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 };
 
-// Activations and results. Tokens outside: x[token][column], y[token][row]. Channels outside, as a 1x1 convolution
-// has them: x[image][column][pixel], y[image][row][pixel], where a token is a pixel of an image.
+// Activations and results. Channels-last (GEMM): x[token][column], y[token][row]. Channels-first (1x1 convolution):
+// x[image][column][pixel], y[image][row][pixel]; a token is then one pixel of one image.
 struct Activations {
     const float* x;
     float* y;
     int64_t tokens;  // of all images
-    int64_t pixels;  // of one image; 0 where tokens are outside
+    int64_t pixels;  // of one image; 0 for channels-last
 };
 
-// A tile of tokens: `vectors` vectors of `lanes` floats, of which the first `count` are tokens. `half`: no more than
-// half of the last vector are, and only that half is computed.
+// A tile of tokens: `vectors` vectors of `lanes` floats, of which the first `count` floats are tokens. `half`: at most
+// half of the last vector are tokens, and only that half is computed.
 struct Tile {
     int64_t first, count;
     int lanes, vectors;
@@ -52,23 +54,23 @@ struct Tile {
     int64_t width() const { return int64_t(lanes) * vectors; }
 };
 
-struct Few;
+struct SkinnyKernel;
 
 struct Kernel {
     const char* name;
-    const Few* few;  // for few tokens: nm_gemm_skinny.h
-    int lanes;       // floats in the widest vector
-    int widest[5];   // most vectors of a tile, by share
-    // Turns a tile of activations into [blocks][block + 1][width], the last row of each block zero.
+    const SkinnyKernel* skinny;  // for few tokens: nm_gemm_skinny.h
+    int lanes;                   // floats of the widest vector
+    int widest[5];               // most vectors of a tile, by rows_per_pattern
+    // Packs a tile of activations into [blocks][block + 1][width]; the last row of each block is zero.
     void (*pack)(const Weights&, const Activations&, const Tile&, float* packed);
-    // Computes one chunk of rows for a packed tile, and writes it out; `sums` holds [chunk + 1][width].
+    // Computes one chunk of rows for a packed tile and stores the outputs; `sums` has room for [chunk + 1][width].
     void (*compute)(const Weights&, const Activations&, const Tile&, int64_t chunk, const float* packed, float* sums);
 };
 
 inline int64_t packed_floats(const Weights& w, const Tile& t) { return w.blocks * (w.block + 1) * t.width(); }
 inline int64_t sums_floats(const Weights& w, const Tile& t) { return (w.chunk + 1) * t.width(); }
 
-// The builds that this processor can run, best first; at least one.
+// The kernels that this processor can run, fastest first; returns their number, at least 1.
 int supported_kernels(const Kernel* (&found)[4]);
 
 }  // namespace mpcompile

@@ -1,10 +1,10 @@
-// The kernel for few tokens: strips of rows (skinny_packing.h) times a few tokens. Compiled once for every instruction set,
-// each time with NM_FEW as the name of what it defines; where there are no permutes of whole vectors that is nothing.
+// The skinny GEMM microkernel: row panels (skinny_packing.h) times a few tokens. It is compiled once for each
+// instruction set, with NM_SKINNY as the name of the SkinnyKernel that it defines. Without permutes of whole vectors it
+// is empty.
 //
-// With few tokens the weights are read for little work, and memory sets the pace: a kept weight and a few bits for its
-// place are read here, where a dense product reads every weight. Outputs lie along the vectors. The activations of a
-// block sit in one or two registers, and a permute gives every row the one that its weight is for:
-// y[row] += weight[row] * x[place[row]].
+// With few tokens, reading the weights limits the speed. This kernel reads each kept weight and a few bits of its
+// index; a dense GEMM reads every weight. SIMD lanes hold output rows. The activations of a block sit in one or two
+// table registers, and a permute gives each row the activation of its weight: y[row] += weight[row] * x[index[row]].
 //
 // Each sum runs over the blocks in order, whichever thread computes it.
 #include "nm_gemm_skinny.h"
@@ -16,8 +16,8 @@
 namespace {
 
 using mpcompile::Activations;
-using mpcompile::Head;
-using mpcompile::Strips;
+using mpcompile::NonzeroCounts;
+using mpcompile::RowPanels;
 using mpcompile::Tile;
 
 #if NM_LANES == 16
@@ -26,12 +26,13 @@ constexpr int MOST[] = {0, 16, 12, 0, 8};
 using V = f16;
 typedef int I __attribute__((vector_size(64)));
 
-// The activation that each row's place names; bits of a place beyond the tables are not looked at.
-template <int TABLES>
-NM_INLINE V taken(const float* x, I places) {
-    // With a mask of all lanes, since GCC 12 warns of the plain form.
-    if constexpr (TABLES == 1) return V(_mm512_maskz_permutexvar_ps(0xffff, __m512i(places), _mm512_load_ps(x)));
-    return V(_mm512_permutex2var_ps(_mm512_load_ps(x), __m512i(places), _mm512_load_ps(x + 16)));
+// The activation at each row's index. Bits of an index beyond the table registers are ignored.
+template <int TABLE_REGISTERS>
+NM_INLINE V permuted(const float* x, I indices) {
+    // Masked with all lanes: GCC 12 warns about the unmasked intrinsic.
+    if constexpr (TABLE_REGISTERS == 1)
+        return V(_mm512_maskz_permutexvar_ps(0xffff, __m512i(indices), _mm512_load_ps(x)));
+    return V(_mm512_permutex2var_ps(_mm512_load_ps(x), __m512i(indices), _mm512_load_ps(x + 16)));
 }
 #else
 constexpr mpcompile::Permutes PERMUTES = {8, 2, 1};
@@ -39,17 +40,17 @@ constexpr int MOST[] = {0, 4, 4, 0, 4};
 using V = f8;
 typedef int I __attribute__((vector_size(32)));
 
-template <int TABLES>
-NM_INLINE V taken(const float* x, I places) {
-    const V low = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x), __m256i(places)));
-    if constexpr (TABLES == 1) return low;
-    const V high = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x + 8), __m256i(places)));
-    return V(_mm256_blendv_ps(__m256(low), __m256(high), __m256(places << 28)));  // by the fourth bit of the place
+template <int TABLE_REGISTERS>
+NM_INLINE V permuted(const float* x, I indices) {
+    const V low = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x), __m256i(indices)));
+    if constexpr (TABLE_REGISTERS == 1) return low;
+    const V high = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x + 8), __m256i(indices)));
+    return V(_mm256_blendv_ps(__m256(low), __m256(high), __m256(indices << 28)));  // selects by bit 3 of the index
 }
 #endif
 
-// The processor's own prefetching stops at the end of each page of 4 KiB. Asked for a page ahead, weights that come from
-// memory take 10 to 30 % less time, and those that are in the L2 cache no more than before.
+// Hardware prefetching stops at the end of each 4 KiB page. With this prefetch one page ahead, weights in main memory
+// take 10 to 30 % less time, and weights in the L2 cache take no more.
 NM_INLINE V load_ahead(const float* stream) {
     __builtin_prefetch(stream + 1024);
     return load<V>(stream);
@@ -57,40 +58,40 @@ NM_INLINE V load_ahead(const float* stream) {
 
 constexpr int log2_of(int value) { return value == 1 ? 0 : 1 + log2_of(value / 2); }
 
-template <int TOKENS, int TABLES>
-void multiply(const Strips& s, int64_t strip, const float* packed, float* sums) {
-    constexpr int BITS = log2_of(NM_LANES * TABLES), WORD = 32 / BITS, WIDTH = NM_LANES * TABLES;
+template <int TOKENS, int TABLE_REGISTERS>
+void multiply(const RowPanels& p, int64_t panel, const float* packed, float* sums) {
+    constexpr int BITS = log2_of(NM_LANES * TABLE_REGISTERS), WORD = 32 / BITS, WIDTH = NM_LANES * TABLE_REGISTERS;
     constexpr int CHAINS = TOKENS >= 8 ? 1 : TOKENS >= 3 ? 2 : TOKENS == 2 ? 4 : 8;
     V acc[CHAINS][TOKENS] = {};
-    const float* at = s.stream + s.starts[strip] * NM_LANES;
-    const Head* heads = s.heads + strip * s.blocks;
-    for (int64_t block = 0; block < s.blocks; block++) {
+    const float* at = p.stream + p.starts[panel] * NM_LANES;
+    const NonzeroCounts* counts = p.counts + panel * p.blocks;
+    for (int64_t block = 0; block < p.blocks; block++) {
         const float* x = packed + block * TOKENS * WIDTH;
-        const Head head = heads[block];
+        const NonzeroCounts count = counts[block];
         int step = 0;
-        for (; step + WORD <= head.full; step += WORD, at += (WORD + 1) * NM_LANES) {
-            I places = I(load<V>(at));
+        for (; step + WORD <= count.least; step += WORD, at += (WORD + 1) * NM_LANES) {
+            I indices = I(load<V>(at));
             NM_UNROLL for (int i = 0; i < WORD; i++) {
                 const V value = load_ahead(at + (i + 1) * NM_LANES);
-                NM_UNROLL for (int t = 0; t < TOKENS; t++)
-                    acc[i % CHAINS][t] += value * taken<TABLES>(x + t * WIDTH, places);
-                places >>= BITS;
+                NM_UNROLL for (int t = 0; t < TOKENS; t++) acc[i % CHAINS][t] +=
+                    value * permuted<TABLE_REGISTERS>(x + t * WIDTH, indices);
+                indices >>= BITS;
             }
         }
-        for (; step < head.steps; step += WORD) {
-            I places = I(load<V>(at));
+        for (; step < count.most; step += WORD) {
+            I indices = I(load<V>(at));
             at += NM_LANES;
             NM_UNROLL for (int i = 0; i < WORD; i++) {
-                if (step + i >= head.steps) break;
+                if (step + i >= count.most) break;
                 const V value = load_ahead(at);
                 at += NM_LANES;
-                const bool masked = step + i >= head.full;  // a row without a weight takes no activation
+                const bool masked = step + i >= count.least;  // padded rows must not multiply: 0 * inf is NaN
                 NM_UNROLL for (int t = 0; t < TOKENS; t++) {
-                    V x_t = taken<TABLES>(x + t * WIDTH, places);
+                    V x_t = permuted<TABLE_REGISTERS>(x + t * WIDTH, indices);
                     if (masked) x_t = value != 0.0f ? x_t : V{};
                     acc[i % CHAINS][t] += value * x_t;
                 }
-                places >>= BITS;
+                indices >>= BITS;
             }
         }
     }
@@ -100,27 +101,27 @@ void multiply(const Strips& s, int64_t strip, const float* packed, float* sums) 
     }
 }
 
-using Multiply = void (*)(const Strips&, int64_t, const float*, float*);
+using Multiply = void (*)(const RowPanels&, int64_t, const float*, float*);
 
 template <int AT>
-Multiply by_width(const Strips& s, int width) {
-    constexpr int TOKENS = mpcompile::FEW_WIDTHS[AT];
-    if constexpr (TOKENS < mpcompile::FEW_WIDEST)
-        if (width > TOKENS) return by_width<AT + 1>(s, width);
-    return s.tables == 1 ? multiply<TOKENS, 1> : multiply<TOKENS, 2>;
+Multiply by_width(const RowPanels& p, int width) {
+    constexpr int TOKENS = mpcompile::SKINNY_WIDTHS[AT];
+    if constexpr (TOKENS < mpcompile::SKINNY_WIDEST)
+        if (width > TOKENS) return by_width<AT + 1>(p, width);
+    return p.table_registers == 1 ? multiply<TOKENS, 1> : multiply<TOKENS, 2>;
 }
 
-void compute(const Strips& s, const float* bias, const Activations& a, const Tile& tile, int64_t begin, int64_t end,
+void compute(const RowPanels& p, const float* bias, const Activations& a, const Tile& tile, int64_t begin, int64_t end,
              const float* packed) {
-    const Multiply multiply = by_width<0>(s, tile.lanes);
-    const int64_t pixels = a.pixels ? a.pixels : 1, group = s.blocks * tile.lanes * s.packed_width();
-    alignas(64) float sums[mpcompile::FEW_WIDEST * NM_LANES];
-    for (int64_t strip = begin; strip < end; strip++) {
-        const int64_t row = strip * NM_LANES, count = s.rows - row < NM_LANES ? s.rows - row : NM_LANES;
+    const Multiply multiply = by_width<0>(p, tile.lanes);
+    const int64_t pixels = a.pixels ? a.pixels : 1, group = p.blocks * tile.lanes * p.packed_width();
+    alignas(64) float sums[mpcompile::SKINNY_WIDEST * NM_LANES];
+    for (int64_t panel = begin; panel < end; panel++) {
+        const int64_t row = panel * NM_LANES, count = p.rows - row < NM_LANES ? p.rows - row : NM_LANES;
         for (int64_t t = 0; t < tile.count; t++) {
             const int64_t at = t % tile.lanes;
-            if (at == 0) multiply(s, strip, packed + t / tile.lanes * group, sums);
-            float* to = a.y + (t / pixels * s.rows + row) * pixels + t % pixels;
+            if (at == 0) multiply(p, panel, packed + t / tile.lanes * group, sums);
+            float* to = a.y + (t / pixels * p.rows + row) * pixels + t % pixels;
             for (int64_t n = 0; n < count; n++) to[n * pixels] = sums[at * NM_LANES + n] + bias[row + n];
         }
     }
@@ -130,8 +131,8 @@ void compute(const Strips& s, const float* bias, const Activations& a, const Til
 
 namespace mpcompile {
 
-extern const Few NM_FEW;
-const Few NM_FEW = {PERMUTES, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
+extern const SkinnyKernel NM_SKINNY;
+const SkinnyKernel NM_SKINNY = {PERMUTES, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
 
 }  // namespace mpcompile
 
@@ -139,8 +140,8 @@ const Few NM_FEW = {PERMUTES, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
 
 namespace mpcompile {
 
-extern const Few NM_FEW;
-const Few NM_FEW = {};
+extern const SkinnyKernel NM_SKINNY;
+const SkinnyKernel NM_SKINNY = {};
 
 }  // namespace mpcompile
 

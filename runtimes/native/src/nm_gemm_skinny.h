@@ -1,26 +1,26 @@
-// What the operator asks of a kernel for few tokens; skinny_packing.h has the layout that it reads.
+// The interface of a kernel for few tokens; it reads the layout of skinny_packing.h.
 #pragma once
 #include "skinny_packing.h"
 
 namespace mpcompile {
 
-// Tokens are computed in groups, each strip for one group after the other. nm_gemm_skinny.cpp is compiled for these sizes of a
-// group; the rest of a larger one is zeros.
-constexpr int FEW_WIDTHS[] = {1, 2, 3, 4, 6, 8};
-constexpr int FEW_WIDEST = 8;
+// Tokens are computed in token groups, one after the other for each row panel. nm_gemm_skinny.cpp is compiled for these
+// group sizes; a group with fewer tokens is padded with zeros.
+constexpr int SKINNY_WIDTHS[] = {1, 2, 3, 4, 6, 8};
+constexpr int SKINNY_WIDEST = 8;
 
-struct Few {
+struct SkinnyKernel {
     Permutes permutes;
-    int most[5];  // up to so many tokens it is the faster kernel, by share; none where there are no permutes
-    // Computes strips [begin, end) for a packed tile, and writes them out.
-    void (*compute)(const Strips&, const float* bias, const Activations&, const Tile&, int64_t begin, int64_t end,
+    int most[5];  // most tokens for which it is the faster kernel, by rows_per_pattern; 0 without permutes
+    // Computes row panels [begin, end) for a packed tile and stores the outputs.
+    void (*compute)(const RowPanels&, const float* bias, const Activations&, const Tile&, int64_t begin, int64_t end,
                     const float* packed);
 };
 
-// All tokens of a call as one tile: `lanes` is the size of a group, `vectors` how many groups there are.
-inline Tile few_tile(int64_t tokens) {
-    const int groups = int((tokens + FEW_WIDEST - 1) / FEW_WIDEST);
-    for (int width : FEW_WIDTHS)
+// All tokens of a call as one tile: `lanes` is the size of a token group, `vectors` the number of groups.
+inline Tile skinny_tile(int64_t tokens) {
+    const int groups = int((tokens + SKINNY_WIDEST - 1) / SKINNY_WIDEST);
+    for (int width : SKINNY_WIDTHS)
         if (width * groups >= tokens) return {0, tokens, width, groups, false};
     return {};
 }

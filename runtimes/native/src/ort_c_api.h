@@ -1,8 +1,8 @@
-// The part of ONNX Runtime's C interface that the operator uses.
+// The part of ONNX Runtime's C API that the operator uses.
 //
-// Its wheel ships no header. The table of functions only ever grows at its end, and the layout of OrtCustomOp too, so
-// the few places used are declared here by number; GetApi(17) is the version in which the last of them came
-// (ONNX Runtime 1.17). mpcompile.runtimes.native tries all of this in a process of its own before a model relies on it.
+// Its wheel has no header. The function table and OrtCustomOp only ever grow at their end, so the functions that are
+// used are declared here by their index. The newest of them came with version 17 of the API (ONNX Runtime 1.17).
+// mpcompile.runtimes.native tests all this in a separate process before a model relies on it.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -21,7 +21,7 @@ struct OrtApiBase {
     const char* (*GetVersionString)();
 };
 
-// Up to what version 16 brought; what came later is not looked at where `version` says 16.
+// The fields up to version 16; ONNX Runtime ignores later ones if `version` is 16.
 struct OrtCustomOp {
     uint32_t version;
     void* (*CreateKernel)(const OrtCustomOp*, const void* const* api, const OrtKernelInfo*);
@@ -52,13 +52,13 @@ constexpr uint32_t API_VERSION = 17, CUSTOM_OP_VERSION = 16;
 enum ElementType { FLOAT = 1, UINT16 = 4, INT32 = 6 };
 enum ErrorCode { FAIL = 1, INVALID_ARGUMENT = 2, INVALID_GRAPH = 10 };
 
-template <int PLACE, typename Signature>
+template <int INDEX, typename Signature>
 struct Function;
 
-template <int PLACE, typename Result, typename... Arguments>
-struct Function<PLACE, Result(Arguments...)> {
+template <int INDEX, typename Result, typename... Arguments>
+struct Function<INDEX, Result(Arguments...)> {
     static Result call(const void* const* api, Arguments... arguments) {
-        return reinterpret_cast<Result (*)(Arguments...)>(const_cast<void*>(api[PLACE]))(arguments...);
+        return reinterpret_cast<Result (*)(Arguments...)>(const_cast<void*>(api[INDEX]))(arguments...);
     }
 };
 

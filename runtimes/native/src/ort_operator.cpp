@@ -1,9 +1,9 @@
-// mpcompile::NMGemm and NMConv for ONNX Runtime: y = x W^T + bias, where W is N:M and comes as streams (nm_gemm.h).
+// The custom operators mpcompile::NMGemm and NMConv of ONNX Runtime: y = x W^T + bias, where W is N:M in the streams of
+// nm_gemm.h.
 //
-// Inputs: x, and as constants values, places, common, order, bias. Attributes: rows, columns, share, block, chunk.
-// NMGemm takes x as (..., columns), NMConv, a 1x1 convolution, as (images, columns, ...).
-// Zero weights are not in the streams, so nothing is multiplied by them: 0 * inf and 0 * NaN are not formed, where a
-// dense product would spread NaN.
+// Inputs: x, and the constants values, places, common, order, bias. Attributes: rows, columns, share, block, chunk.
+// x is (..., columns) for NMGemm, and (images, columns, ...) for NMConv, a 1x1 convolution.
+// Pruned weights are not in the streams and not multiplied: unlike a dense product, 0 * inf and 0 * NaN do not occur.
 #include <atomic>
 #include <cstdio>
 #include <initializer_list>
@@ -36,21 +36,21 @@ struct Shape {
 struct Operator {
     Api api;
     const Kernel* kernel;
-    Weights weights;  // its pointers are those of a call
+    Weights weights;  // its pointers are set in each call
     bool channels_first;
-    std::once_flag few;
-    Strips* strips = nullptr;
+    std::once_flag row_panels_made;
+    RowPanels* row_panels = nullptr;
 
-    ~Operator() { free_strips(strips); }
+    ~Operator() { free_row_panels(row_panels); }
 };
 
-// The weights in the layout for few tokens, made where they first come; null where the other layout is as good, and
-// where there is no memory for a second one.
-const Strips* strips_for(Operator& op, const Weights& w, int64_t tokens) {
-    const Few& few = *op.kernel->few;
-    if (tokens > few.most[w.share]) return nullptr;
-    std::call_once(op.few, [&] { op.strips = make_strips(w, few.permutes); });
-    return op.strips;
+// The layout for few tokens, made at the first call that needs it; null if the other layout is as fast, or if there is
+// no memory for a second one.
+const RowPanels* row_panels_for(Operator& op, const Weights& w, int64_t tokens) {
+    const SkinnyKernel& skinny = *op.kernel->skinny;
+    if (tokens > skinny.most[w.rows_per_pattern]) return nullptr;
+    std::call_once(op.row_panels_made, [&] { op.row_panels = make_row_panels(w, skinny.permutes); });
+    return op.row_panels;
 }
 
 extern const OrtCustomOp NM_GEMM, NM_CONV;
@@ -80,9 +80,11 @@ OrtStatus* refuse(Api api, const char* what, size_t input) {
     return ort::CreateStatus::call(api, ort::INVALID_GRAPH, text);
 }
 
-// Why the sizes cannot be, or null. Everything that the kernel computes addresses from is bounded here or in `checked`.
-const char* impossible(const Weights& w) {
-    if (w.share != 1 && w.share != 2 && w.share != 4) return "NMGemm: share is 1, 2 or 4";
+// Why the attributes are invalid; null if they are valid. All values from which the kernel computes addresses are
+// bounded here or in `check_weights`.
+const char* invalid_attributes(const Weights& w) {
+    if (w.rows_per_pattern != 1 && w.rows_per_pattern != 2 && w.rows_per_pattern != 4)
+        return "NMGemm: share is 1, 2 or 4";
     if (w.rows < 1 || w.rows > INT32_MAX - 64) return "NMGemm: rows";
     if (w.columns < 1 || w.columns > INT32_MAX) return "NMGemm: columns";
     if (w.block < 1 || w.block >= UINT16_MAX) return "NMGemm: block";
@@ -97,11 +99,11 @@ bool is_shape(const Shape& shape, const int64_t* wanted, size_t count) {
     return true;
 }
 
-// Whether each block names every row once: a row that none computes would be what the memory last held.
+// Whether each block names every row once: the output of a row that is missing would be uninitialised memory.
 bool names_each_row_once(const Weights& w, const int32_t* order) {
     const std::unique_ptr<int64_t[]> named(new (std::nothrow) int64_t[size_t(w.rows)]());
     if (!named) return false;
-    const int64_t size = w.units * w.unit_rows();
+    const int64_t size = w.row_groups * w.group_rows();
     int64_t none = 0;
     for (int64_t i = 0; i < w.blocks * size; i++) {
         const int64_t row = order[i], block = i / size + 1;
@@ -115,27 +117,27 @@ bool names_each_row_once(const Weights& w, const int32_t* order) {
     return none == w.blocks * (size - w.rows);
 }
 
-// Whether every place and every row that the streams name exists.
+// Whether every index and every row in the streams is in range.
 bool in_bounds(const Weights& w, size_t input, const void* data, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         if (input == 2 && static_cast<const uint16_t*>(data)[i] > w.block) return false;
-        if (input == 3 && static_cast<const uint16_t*>(data)[i] > w.steps) return false;
+        if (input == 3 && static_cast<const uint16_t*>(data)[i] > w.nonzeros) return false;
         if (input == 4) {
-            const int64_t row = static_cast<const int32_t*>(data)[i], place = i % (w.units * w.unit_rows());
+            const int64_t row = static_cast<const int32_t*>(data)[i], place = i % (w.row_groups * w.group_rows());
             const int64_t first = place / w.chunk * w.chunk, last = first + w.chunk < w.rows ? first + w.chunk : w.rows;
-            const bool none = row == w.rows && w.rows - first <= w.chunk;  // a unit's last row may be missing
+            const bool none = row == w.rows && w.rows - first <= w.chunk;  // the last row group may be padded
             if (!none && (row < first || row >= last)) return false;
         }
     }
     return true;
 }
 
-// The weights, looked through once when the session is made.
-OrtStatus* checked(Operator& op, const OrtKernelInfo* info) {
+// Validates the weights, once, when the session is created.
+OrtStatus* check_weights(Operator& op, const OrtKernelInfo* info) {
     Weights& w = op.weights;
-    if (const char* why = impossible(w)) return ort::CreateStatus::call(op.api, ort::INVALID_GRAPH, why);
+    if (const char* why = invalid_attributes(w)) return ort::CreateStatus::call(op.api, ort::INVALID_GRAPH, why);
     w.blocks = (w.columns + w.block - 1) / w.block;
-    w.units = (w.rows + w.unit_rows() - 1) / w.unit_rows();
+    w.row_groups = (w.rows + w.group_rows() - 1) / w.group_rows();
     for (size_t input = 1; input < INPUTS; input++) {
         int constant = 0;
         const OrtValue* value = nullptr;
@@ -143,12 +145,12 @@ OrtStatus* checked(Operator& op, const OrtKernelInfo* info) {
         if (!constant || !value) return refuse(op.api, "is not a constant", input);
         Shape shape{};
         if (OrtStatus* failed = shape_of(op.api, value, shape)) return failed;
-        if (input == 1) w.steps = shape.count == 4 ? shape.sizes[2] : -1;
+        if (input == 1) w.nonzeros = shape.count == 4 ? shape.sizes[2] : -1;
         const int64_t sizes[INPUTS][4] = {{},
-                                          {w.blocks, w.units, w.steps, w.unit_rows()},
-                                          {w.blocks, w.units, w.steps, w.unit_places()},
-                                          {w.blocks, w.units},
-                                          {w.blocks, w.units, w.unit_rows()},
+                                          {w.blocks, w.row_groups, w.nonzeros, w.group_rows()},
+                                          {w.blocks, w.row_groups, w.nonzeros, w.group_indices()},
+                                          {w.blocks, w.row_groups},
+                                          {w.blocks, w.row_groups, w.group_rows()},
                                           {w.rows}};
         const size_t dimensions[INPUTS] = {0, 4, 4, 2, 3, 1};
         if (!is_shape(shape, sizes[input], dimensions[input])) return refuse(op.api, "has another shape", input);
@@ -169,12 +171,15 @@ OrtStatus* create(const OrtCustomOp* self, Api api, const OrtKernelInfo* info, v
     const struct {
         const char* name;
         int64_t* value;
-    } attributes[] = {{"rows", &op->weights.rows},   {"columns", &op->weights.columns}, {"share", &op->weights.share},
-                      {"block", &op->weights.block},   {"chunk", &op->weights.chunk}};
+    } attributes[] = {{"rows", &op->weights.rows},
+                      {"columns", &op->weights.columns},
+                      {"share", &op->weights.rows_per_pattern},
+                      {"block", &op->weights.block},
+                      {"chunk", &op->weights.chunk}};
     OrtStatus* failed = nullptr;
     for (const auto& attribute : attributes)
         if (!failed) failed = ort::GetAttributeInt::call(api, info, attribute.name, attribute.value);
-    if (!failed) failed = checked(*op, info);
+    if (!failed) failed = check_weights(*op, info);
     if (failed) {
         delete op;
         return failed;
@@ -183,15 +188,15 @@ OrtStatus* create(const OrtCustomOp* self, Api api, const OrtKernelInfo* info, v
     return nullptr;
 }
 
-// What the threads of ONNX Runtime's pool share in one call.
+// What the threads of ONNX Runtime's pool share during one call.
 struct Call {
-    const Work& work;
+    const TileScheduler& scheduler;
     std::atomic<bool> failed{false};
 };
 
 void run_item(void* call, size_t item) {
     Call& mine = *static_cast<Call*>(call);
-    if (!mine.work.run(int64_t(item))) mine.failed = true;
+    if (!mine.scheduler.run(int64_t(item))) mine.failed = true;
 }
 
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
@@ -203,7 +208,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     Activations a{};
     if (OrtStatus* failed = data_of(op.api, inputs[0], a.x)) return failed;
     if (OrtStatus* failed = data_of(op.api, inputs[1], w.values)) return failed;
-    if (OrtStatus* failed = data_of(op.api, inputs[2], w.places)) return failed;
+    if (OrtStatus* failed = data_of(op.api, inputs[2], w.indices)) return failed;
     if (OrtStatus* failed = data_of(op.api, inputs[3], w.common)) return failed;
     if (OrtStatus* failed = data_of(op.api, inputs[4], w.order)) return failed;
     if (OrtStatus* failed = data_of(op.api, inputs[5], w.bias)) return failed;
@@ -221,9 +226,9 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     if (OrtStatus* failed = data_of(op.api, output, y)) return failed;
     a.y = const_cast<float*>(y);
     if (a.tokens == 0) return nullptr;
-    const Work work(*op.kernel, w, a, strips_for(op, w, a.tokens));
-    Call call{work};
-    OrtStatus* failed = ort::ParallelFor::call(op.api, context, run_item, size_t(work.items()), 0, &call);
+    const TileScheduler scheduler(*op.kernel, w, a, row_panels_for(op, w, a.tokens));
+    Call call{scheduler};
+    OrtStatus* failed = ort::ParallelFor::call(op.api, context, run_item, size_t(scheduler.items()), 0, &call);
     if (failed) return failed;
     return call.failed ? ort::CreateStatus::call(op.api, ort::FAIL, "NMGemm: out of memory") : nullptr;
 }
@@ -256,7 +261,7 @@ constexpr OrtCustomOp named(const char* (*name)(const OrtCustomOp*)) {
 const OrtCustomOp NM_GEMM = named([](const OrtCustomOp*) { return "NMGemm"; });
 const OrtCustomOp NM_CONV = named([](const OrtCustomOp*) { return "NMConv"; });
 
-// One domain for the life of the process: sessions keep pointing at it. The library is linked so that it stays loaded.
+// One domain for the life of the process: sessions keep pointers to it. The library is linked so that it stays loaded.
 struct Domain {
     OrtCustomOpDomain* made = nullptr;
     OrtStatus* failed = nullptr;
@@ -272,16 +277,17 @@ struct Domain {
 }  // namespace mpcompile
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                              const OrtApiBase* base) {
+                                                                               const OrtApiBase* base) {
     using namespace mpcompile;
     const void* const* api = base->GetApi(ort::API_VERSION);
-    if (!api) return nullptr;  // older than 1.17: no status can be made; the session then finds no such operator
+    if (!api)
+        return nullptr;  // older than 1.17: no status can be created; the session then reports an unknown operator
     static const Domain domain(api);
     if (domain.failed) return ort::CreateStatus::call(api, ort::FAIL, "mpcompile: the operator cannot be registered");
     return ort::AddCustomOpDomain::call(api, options, domain.made);
 }
 
-// The instruction set that calls will use, for reports.
+// The name of the instruction set that calls use, for reports.
 extern "C" __attribute__((visibility("default"))) const char* mpcompile_kernel() {
     const mpcompile::Kernel* kernels[4];
     mpcompile::supported_kernels(kernels);

@@ -1,4 +1,4 @@
-// Vectors of floats from the compiler's extensions (GCC, Clang): one source for AVX-512, AVX2, SSE2 and NEON.
+// SIMD vectors of floats with the vector extensions of GCC and Clang: one source for AVX-512, AVX2, SSE2 and NEON.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -26,8 +26,8 @@
 #define NM_REGISTERS 16
 #endif
 
-// Holds a loaded vector in a register. Without it GCC repeats the load as an operand of each multiplication, and the
-// load ports, not the multipliers, set the pace: 84 instead of 99 % of the peak where two rows share what is loaded.
+// Keeps a loaded vector in a register. Otherwise GCC repeats the load as a memory operand of each multiplication, and
+// the load ports become the limit: 84 % of the peak instead of 99 % if two rows share a load.
 #if defined(__AVX512F__)
 #define NM_HOLD(vector) __asm__("" : "+v"(vector))
 #elif defined(__x86_64__)
@@ -38,23 +38,23 @@
 #define NM_HOLD(vector)
 #endif
 
-// Holds a sum of addresses in one register. GCC otherwise adds base and index in each multiplication that has an
-// operand in memory, which was slower on an Intel Xeon, most where the core is shared: NOTES.md.
+// Keeps a computed address in one register. Otherwise GCC adds base and index in each multiplication with a memory
+// operand, which was slower on an Intel Xeon, most of all if hyper-threads share the core (NOTES.md).
 #if defined(__GNUC__)
 #define NM_POINTER(pointer) __asm__("" : "+r"(pointer))
 #else
 #define NM_POINTER(pointer)
 #endif
 
-// The low half of a vector of 16 that is the same in all lanes.
+// The low half of a vector of 16 lanes that are all equal.
 #if defined(__clang__) || __GNUC__ >= 12
 #define NM_LOW_HALF(vector) __builtin_shufflevector(vector, vector, 0, 1, 2, 3, 4, 5, 6, 7)
 #else
 #define NM_LOW_HALF(vector) (vector[0] - f8{})
 #endif
 
-// No functions of the standard library in here: inline ones would be emitted once for every instruction set, and the
-// linker would keep any of them.
+// No functions of the standard library here: inline ones would be compiled once for each instruction set, and the
+// linker would keep an arbitrary one of them.
 namespace {
 
 typedef float f4 __attribute__((vector_size(16)));
@@ -71,7 +71,7 @@ NM_INLINE void store(float* p, V v) {
     *reinterpret_cast<V*>(p) = v;
 }
 
-// From and to any address; one unaligned instruction.
+// Loads from and stores to any address, with one unaligned instruction.
 NM_INLINE f8 load_anywhere(const float* p) {
     f8 v;
     memcpy(&v, p, sizeof v);

@@ -10,34 +10,34 @@
 namespace mpcompile {
 namespace {
 
-constexpr int64_t SAMPLED_STRIPS = 8;
+constexpr int64_t SAMPLED_PANELS = 8;
 
-// Rows of the dense weight, read back from the streams a strip at a time.
+// Reconstructs rows of the dense weight from the streams, one row panel at a time.
 class Dense {
   public:
     Dense(const Weights& w, int lanes)
         : w_(w), at_(size_t(w.blocks * w.rows), 0), floats_(size_t(w.columns * lanes)), lanes_(lanes) {
         for (int64_t block = 0; block < w.blocks; block++)
-            for (int64_t i = 0; i < w.units * w.unit_rows(); i++) {
-                const int64_t row = w.order[block * w.units * w.unit_rows() + i];
+            for (int64_t i = 0; i < w.row_groups * w.group_rows(); i++) {
+                const int64_t row = w.order[block * w.row_groups * w.group_rows() + i];
                 if (row < w.rows) at_[size_t(block * w.rows + row)] = int32_t(i);
             }
     }
 
-    // [lanes][columns]; rows that do not exist are zero.
-    const float* strip(int64_t strip) {
+    // The panel as [lanes][columns]; rows beyond the last are zero.
+    const float* panel(int64_t panel) {
         std::fill(floats_.begin(), floats_.end(), 0.0f);
-        const int64_t unit_rows = w_.unit_rows(), places = w_.unit_places();
-        for (int64_t lane = 0; lane < lanes_ && strip * lanes_ + lane < w_.rows; lane++) {
-            const int64_t row = strip * lanes_ + lane;
+        const int64_t group_rows = w_.group_rows(), indices = w_.group_indices();
+        for (int64_t lane = 0; lane < lanes_ && panel * lanes_ + lane < w_.rows; lane++) {
+            const int64_t row = panel * lanes_ + lane;
             for (int64_t block = 0; block < w_.blocks; block++) {
-                const int64_t at = at_[size_t(block * w_.rows + row)], unit = at / unit_rows, r = at % unit_rows;
-                const int64_t base = (block * w_.units + unit) * w_.steps;
-                for (int64_t step = 0; step < w_.steps; step++) {
-                    const int64_t place = w_.places[(base + step) * places + (places == 2 ? r : 0)];
-                    const int64_t column = block * w_.block + place;
-                    const float value = w_.values[(base + step) * unit_rows + r];
-                    if (place < w_.block && column < w_.columns) floats_[size_t(lane * w_.columns + column)] += value;
+                const int64_t at = at_[size_t(block * w_.rows + row)], group = at / group_rows, r = at % group_rows;
+                const int64_t base = (block * w_.row_groups + group) * w_.nonzeros;
+                for (int64_t step = 0; step < w_.nonzeros; step++) {
+                    const int64_t index = w_.indices[(base + step) * indices + (indices == 2 ? r : 0)];
+                    const int64_t column = block * w_.block + index;
+                    const float value = w_.values[(base + step) * group_rows + r];
+                    if (index < w_.block && column < w_.columns) floats_[size_t(lane * w_.columns + column)] += value;
                 }
             }
         }
@@ -46,7 +46,7 @@ class Dense {
 
   private:
     const Weights& w_;
-    std::vector<int32_t> at_;  // [blocks][rows]: where each row stands in the order of a block
+    std::vector<int32_t> at_;  // [blocks][rows]: the position of each row in the order of a block
     std::vector<float> floats_;
     int64_t lanes_;
 };
@@ -57,136 +57,137 @@ int bits_of(int64_t values) {
     return bits;
 }
 
-// The steps of one block of one strip.
-Head head_of(const float* dense, const Strips& s, int64_t block) {
-    const int64_t begin = block * s.width, end = std::min(begin + s.width, s.columns);
-    int64_t most = 0, least = s.width;
-    for (int64_t lane = 0; lane < s.lanes; lane++) {
+// The nonzero counts of one block of one panel.
+NonzeroCounts nonzero_counts(const float* dense, const RowPanels& p, int64_t block) {
+    const int64_t begin = block * p.width, end = std::min(begin + p.width, p.columns);
+    int64_t most = 0, least = p.width;
+    for (int64_t lane = 0; lane < p.lanes; lane++) {
         int64_t kept = 0;
-        for (int64_t k = begin; k < end; k++) kept += dense[lane * s.columns + k] != 0.0f;
+        for (int64_t k = begin; k < end; k++) kept += dense[lane * p.columns + k] != 0.0f;
         most = std::max(most, kept);
         least = std::min(least, kept);
     }
     return {uint16_t(most), uint16_t(least)};
 }
 
-int64_t vectors_of(const Strips& s, Head head) {
-    return head.steps + (head.steps + s.steps_of_word() - 1) / s.steps_of_word();
+int64_t vectors_of(const RowPanels& p, NonzeroCounts count) {
+    return count.most + (count.most + p.nonzeros_per_word() - 1) / p.nonzeros_per_word();
 }
 
-void set_width(Strips& s, int64_t width) {
-    s.width = width;
-    s.blocks = (s.columns + width - 1) / width;
-    s.tables = width <= s.lanes ? 1 : 2;
-    s.bits = bits_of(s.packed_width());
+void set_width(RowPanels& p, int64_t width) {
+    p.width = width;
+    p.blocks = (p.columns + width - 1) / width;
+    p.table_registers = width <= p.lanes ? 1 : 2;
+    p.bits = bits_of(p.packed_width());
 }
 
-// The operations of one block: its vectors and activations, and what steps cost besides. Widths that M divides have
-// rows of equally many weights. In others rows are padded to the longest, and a step that some rows have no weight for
-// is masked and hard to predict; it was measured to take three times as long.
-int64_t cost_of(const Strips& s, Head head, const Permutes& permutes) {
-    const int64_t masked = head.steps - head.full;
-    return vectors_of(s, head) + s.tables + 2 * masked + (s.tables - 1) * permutes.second_table * head.steps;
+// The cost of one block in operations: loads of weights and activations, masked nonzeros, and second-register lookups.
+// If M divides the width, all rows have equally many nonzeros. Otherwise rows are padded to the longest; a nonzero that
+// some rows lack is masked and hard to predict, and was measured to take three times as long.
+int64_t cost_of(const RowPanels& p, NonzeroCounts count, const Permutes& permutes) {
+    const int64_t masked = count.most - count.least;
+    return vectors_of(p, count) + p.table_registers + 2 * masked +
+           (p.table_registers - 1) * permutes.second_register * count.most;
 }
 
-// The cheapest width, by a sample of strips.
-void choose_width(Strips& s, Dense& dense, const Permutes& permutes) {
-    const int64_t sampled = std::min(s.strips, SAMPLED_STRIPS), widest = int64_t(permutes.tables) * s.lanes;
+// Chooses the block width of the lowest cost on a sample of panels.
+void choose_width(RowPanels& p, Dense& dense, const Permutes& permutes) {
+    const int64_t sampled = std::min(p.panels, SAMPLED_PANELS), widest = int64_t(permutes.table_registers) * p.lanes;
     std::vector<int64_t> cost(size_t(widest + 1), 0);
     for (int64_t i = 0; i < sampled; i++) {
-        const float* rows = dense.strip(s.strips * i / sampled);
+        const float* rows = dense.panel(p.panels * i / sampled);
         for (int64_t width = 4; width <= widest; width += 4) {
-            set_width(s, width);
-            for (int64_t block = 0; block < s.blocks; block++)
-                cost[size_t(width)] += cost_of(s, head_of(rows, s, block), permutes);
+            set_width(p, width);
+            for (int64_t block = 0; block < p.blocks; block++)
+                cost[size_t(width)] += cost_of(p, nonzero_counts(rows, p, block), permutes);
         }
     }
     int64_t best = 4;
     for (int64_t width = 4; width <= widest; width += 4)
         if (cost[size_t(width)] < cost[size_t(best)]) best = width;
-    set_width(s, best);
+    set_width(p, best);
 }
 
-// Writes one block of one strip, and returns where the next begins.
-float* write_block(const float* dense, const Strips& s, int64_t block, Head head, float* to) {
-    const int64_t begin = block * s.width, end = std::min(begin + s.width, s.columns), word = s.steps_of_word();
-    const int64_t vectors = vectors_of(s, head);
-    memset(to, 0, size_t(vectors * s.lanes) * sizeof(float));
-    for (int64_t lane = 0; lane < s.lanes; lane++) {
+// Writes one block of one panel; returns the end of what it wrote.
+float* write_block(const float* dense, const RowPanels& p, int64_t block, NonzeroCounts count, float* to) {
+    const int64_t begin = block * p.width, end = std::min(begin + p.width, p.columns), word = p.nonzeros_per_word();
+    const int64_t vectors = vectors_of(p, count);
+    memset(to, 0, size_t(vectors * p.lanes) * sizeof(float));
+    for (int64_t lane = 0; lane < p.lanes; lane++) {
         int64_t step = 0;
         for (int64_t k = begin; k < end; k++) {
-            const float value = dense[lane * s.columns + k];
+            const float value = dense[lane * p.columns + k];
             if (value == 0.0f) continue;
-            float* places = to + step / word * (word + 1) * s.lanes + lane;
+            float* indices = to + step / word * (word + 1) * p.lanes + lane;
             uint32_t packed;
-            memcpy(&packed, places, sizeof packed);
-            packed |= uint32_t(k - begin) << (step % word * s.bits);
-            memcpy(places, &packed, sizeof packed);
-            places[(step % word + 1) * s.lanes] = value;
+            memcpy(&packed, indices, sizeof packed);
+            packed |= uint32_t(k - begin) << (step % word * p.bits);
+            memcpy(indices, &packed, sizeof packed);
+            indices[(step % word + 1) * p.lanes] = value;
             step++;
         }
     }
-    return to + vectors * s.lanes;
+    return to + vectors * p.lanes;
 }
 
-bool fill(Strips& s, const Weights& w, const Permutes& permutes) {
-    Dense dense(w, s.lanes);
-    choose_width(s, dense, permutes);
-    s.starts = new int64_t[size_t(s.strips)];
-    s.heads = new Head[size_t(s.strips * s.blocks)];
-    for (int64_t strip = 0; strip < s.strips; strip++) {
-        s.starts[strip] = s.vectors;
-        const float* rows = dense.strip(strip);
-        for (int64_t block = 0; block < s.blocks; block++) {
-            const Head head = s.heads[strip * s.blocks + block] = head_of(rows, s, block);
-            s.vectors += vectors_of(s, head);
+bool build(RowPanels& p, const Weights& w, const Permutes& permutes) {
+    Dense dense(w, p.lanes);
+    choose_width(p, dense, permutes);
+    p.starts = new int64_t[size_t(p.panels)];
+    p.counts = new NonzeroCounts[size_t(p.panels * p.blocks)];
+    for (int64_t panel = 0; panel < p.panels; panel++) {
+        p.starts[panel] = p.vectors;
+        const float* rows = dense.panel(panel);
+        for (int64_t block = 0; block < p.blocks; block++) {
+            const NonzeroCounts count = p.counts[panel * p.blocks + block] = nonzero_counts(rows, p, block);
+            p.vectors += vectors_of(p, count);
         }
     }
     void* stream = nullptr;
-    if (posix_memalign(&stream, 64, size_t(std::max<int64_t>(s.vectors, 1) * s.lanes) * sizeof(float))) return false;
-    s.stream = static_cast<float*>(stream);
-    float* to = s.stream;
-    for (int64_t strip = 0; strip < s.strips; strip++) {
-        const float* rows = dense.strip(strip);
-        for (int64_t block = 0; block < s.blocks; block++)
-            to = write_block(rows, s, block, s.heads[strip * s.blocks + block], to);
+    if (posix_memalign(&stream, 64, size_t(std::max<int64_t>(p.vectors, 1) * p.lanes) * sizeof(float))) return false;
+    p.stream = static_cast<float*>(stream);
+    float* to = p.stream;
+    for (int64_t panel = 0; panel < p.panels; panel++) {
+        const float* rows = dense.panel(panel);
+        for (int64_t block = 0; block < p.blocks; block++)
+            to = write_block(rows, p, block, p.counts[panel * p.blocks + block], to);
     }
     return true;
 }
 
 }  // namespace
 
-Strips* make_strips(const Weights& w, const Permutes& permutes) {
-    Strips* made = new (std::nothrow) Strips{};
+RowPanels* make_row_panels(const Weights& w, const Permutes& permutes) {
+    RowPanels* made = new (std::nothrow) RowPanels{};
     if (!made) return nullptr;
     made->rows = w.rows;
     made->columns = w.columns;
     made->lanes = permutes.lanes;
-    made->strips = (w.rows + made->lanes - 1) / made->lanes;
+    made->panels = (w.rows + made->lanes - 1) / made->lanes;
     try {
-        if (fill(*made, w, permutes)) return made;
+        if (build(*made, w, permutes)) return made;
     } catch (const std::bad_alloc&) {
     }
-    free_strips(made);
+    free_row_panels(made);
     return nullptr;
 }
 
-void free_strips(Strips* strips) {
-    if (!strips) return;
-    free(strips->stream);
-    delete[] strips->starts;
-    delete[] strips->heads;
-    delete strips;
+void free_row_panels(RowPanels* panels) {
+    if (!panels) return;
+    free(panels->stream);
+    delete[] panels->starts;
+    delete[] panels->counts;
+    delete panels;
 }
 
-void pack_strips(const Strips& s, const Activations& a, const Tile& tile, float* packed) {
-    const int64_t wide = s.packed_width(), group = tile.lanes, pixels = a.pixels ? a.pixels : 1;
+void pack_skinny(const RowPanels& p, const Activations& a, const Tile& tile, float* packed) {
+    const int64_t wide = p.packed_width(), group = tile.lanes, pixels = a.pixels ? a.pixels : 1;
     for (int64_t t = 0; t < tile.width(); t++) {
-        const float* from = a.x + t / pixels * s.columns * pixels + t % pixels;
-        for (int64_t block = 0; block < s.blocks; block++) {
-            const int64_t begin = block * s.width, left = s.columns - begin;
-            const int64_t count = t >= tile.count ? 0 : left < s.width ? left : s.width;
-            float* to = packed + ((t / group * s.blocks + block) * group + t % group) * wide;
+        const float* from = a.x + t / pixels * p.columns * pixels + t % pixels;
+        for (int64_t block = 0; block < p.blocks; block++) {
+            const int64_t begin = block * p.width, left = p.columns - begin;
+            const int64_t count = t >= tile.count ? 0 : left < p.width ? left : p.width;
+            float* to = packed + ((t / group * p.blocks + block) * group + t % group) * wide;
             for (int64_t k = 0; k < count; k++) to[k] = from[(begin + k) * pixels];
             for (int64_t k = count; k < wide; k++) to[k] = 0.0f;
         }

@@ -1,12 +1,12 @@
-// The weights a second time, for few tokens: output rows lie along the vectors, so that what is read is whole vectors.
-// Made from the streams of nm_gemm.h when a call of few tokens first comes.
+// A second packed layout of the weights, for few tokens: SIMD lanes hold output rows, so that loads of weights are
+// contiguous. It is made from the streams of nm_gemm.h at the first call with few tokens.
 //
-//   a strip   `lanes` neighbouring output rows
-//   a block   `width` neighbouring input channels, whose activations fit `tables` registers
-//   a step    one kept weight of every row of a strip: a vector of values, and for each row a place within the block
-//   a word    the places of up to `steps_of_word()` steps, packed into the bits of one vector
-// stream  [strips][blocks][words]: a word, then the values of its steps
-// heads   [strips][blocks]: how many steps there are, and in how many of the first ones every row has a weight
+//   panel    `lanes` neighbouring output rows
+//   block    `width` neighbouring input channels, whose activations fit into `table_registers` registers
+//   nonzero  one kept weight of each row of a panel: a vector of values, and for each row an index within the block
+//   word     the indices of up to `nonzeros_per_word()` nonzeros, packed into the bits of one vector
+// stream  [panels][blocks][words]: a word, then the values of its nonzeros
+// counts  [panels][blocks]: the most and the least nonzeros of any row; rows with fewer than the most are padded
 #pragma once
 #include <stdint.h>
 
@@ -14,35 +14,35 @@
 
 namespace mpcompile {
 
-// How an instruction set takes activations from registers: by vectors of `lanes`, of `tables` registers at most, where
-// two cost `second_table` operations more than one. No lanes: not at all.
+// The permutes of an instruction set: vectors of `lanes`, looked up in at most `table_registers` registers; a lookup in
+// two registers costs `second_register` operations more than in one. `lanes` 0: it has no such permutes.
 struct Permutes {
-    int lanes, tables, second_table;
+    int lanes, table_registers, second_register;
 };
 
-struct Head {
-    uint16_t steps, full;
+struct NonzeroCounts {
+    uint16_t most, least;
 };
 
-struct Strips {
-    int64_t rows, columns, strips, blocks, width;
-    int lanes, tables, bits;
-    int64_t vectors;  // of the stream
+struct RowPanels {
+    int64_t rows, columns, panels, blocks, width;
+    int lanes, table_registers, bits;
+    int64_t vectors;  // length of the stream
     float* stream;    // 64-byte aligned
-    int64_t* starts;  // [strips]: in vectors
-    Head* heads;
+    int64_t* starts;  // [panels]: start of each panel in the stream, in vectors
+    NonzeroCounts* counts;
 
-    int steps_of_word() const { return 32 / bits; }
-    int64_t packed_width() const { return int64_t(lanes) * tables; }
+    int nonzeros_per_word() const { return 32 / bits; }
+    int64_t packed_width() const { return int64_t(lanes) * table_registers; }
     int64_t packed_floats(const Tile& tile) const { return blocks * tile.width() * packed_width(); }
 };
 
-// The layout for a kernel with these permutes, or null where there is no memory.
-Strips* make_strips(const Weights&, const Permutes&);
-void free_strips(Strips*);
+// Makes the layout for a kernel with these permutes; null if memory runs out.
+RowPanels* make_row_panels(const Weights&, const Permutes&);
+void free_row_panels(RowPanels*);
 
-// Turns all activations, as few_tile has them, into [groups][blocks][tokens of a group][packed_width]; zeros where
-// there is no token or channel.
-void pack_strips(const Strips&, const Activations&, const Tile&, float* packed);
+// Packs the activations of a skinny_tile into [token groups][blocks][tokens of a group][packed_width], padded with
+// zeros.
+void pack_skinny(const RowPanels&, const Activations&, const Tile&, float* packed);
 
 }  // namespace mpcompile

@@ -1,5 +1,4 @@
-// How one multiplication is divided: panels of tiles of tokens times parts of the rows, each item computed by whoever
-// comes.
+// Splits one GEMM into independent work items for the thread pool: (group of token tiles) x (chunk of rows).
 #pragma once
 #include <stdint.h>
 
@@ -7,32 +6,33 @@
 
 namespace mpcompile {
 
-class Work {
+class TileScheduler {
   public:
-    // `strips`: the weights for few tokens, or null; they must be for this kernel.
-    Work(const Kernel& kernel, const Weights& weights, const Activations& activations, const Strips* strips);
+    // `row_panels`: the layout for few tokens, made for this kernel; null to use the other layout.
+    TileScheduler(const Kernel& kernel, const Weights& weights, const Activations& activations,
+                  const RowPanels* row_panels);
 
-    int64_t items() const { return (tiles_ + panel_ - 1) / panel_ * parts_; }
+    int64_t items() const { return (tiles_ + tiles_per_item_ - 1) / tiles_per_item_ * parts_; }
 
-    // Computes item `index` in memory of this thread, which is kept for the next item and the next call. False where
-    // there is no memory. Safe from several threads, for different items.
+    // Computes item `index`. Its scratch memory belongs to the thread and is kept for later items and calls. Returns
+    // false if memory runs out. Different items may run in different threads.
     bool run(int64_t index) const;
 
   private:
     Tile tile(int64_t index) const;
-    bool run_strips(int64_t part) const;
-    bool run_panel(int64_t panel, int64_t part) const;
+    bool run_skinny(int64_t part) const;
+    bool run_tiles(int64_t tile_group, int64_t part) const;
 
     const Kernel& kernel_;
     const Weights& weights_;
     const Activations& activations_;
-    const Strips* strips_;
+    const RowPanels* row_panels_;
     uint64_t id_;
     int lanes_;
-    int64_t step_, steps_, tiles_;  // tiles begin at multiples of `step_` tokens
-    int64_t parts_;                 // of the rows
-    int64_t panel_;                 // tiles of an item
-    int64_t packed_, sums_;         // floats of a packed tile, and of the sums of a chunk
+    int64_t granule_, granules_, tiles_;  // tiles begin at multiples of `granule_` tokens
+    int64_t parts_;                       // chunks of rows, or groups of row panels
+    int64_t tiles_per_item_;
+    int64_t packed_, sums_;  // floats of a packed tile, and of the sums of a chunk
 };
 
 }  // namespace mpcompile

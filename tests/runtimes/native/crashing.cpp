@@ -1,4 +1,4 @@
-// A library that crashes where ONNX Runtime registers it: what the self-test has to survive and report.
+// A library that crashes when ONNX Runtime registers it: the self-test must survive and report it.
 #include <cstdlib>
 
 extern "C" void* RegisterCustomOps(void*, const void*) { std::abort(); }

@@ -1,5 +1,6 @@
-// The kernels without ONNX Runtime, for the sanitizers: every build that this processor runs, that for few tokens too,
-// ragged shapes, both layouts of activations, one to eight threads. Prints what is wrong and returns 1, or returns 0.
+// Tests the kernels without ONNX Runtime, for the sanitizers: every kernel that this processor runs, with the skinny
+// ones, ragged shapes, both layouts of activations, one to eight threads. Prints each error and returns 1; returns 0 if
+// there is none.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -17,14 +18,14 @@ using namespace mpcompile;
 
 namespace {
 
-constexpr int64_t MOST_FEW = 33;  // more than calls have on that kernel: it is right for any number
+constexpr int64_t MOST_SKINNY = 33;  // more tokens than calls give that kernel: it must be right for any number
 
-void run(const Kernel& kernel, const Weights& w, const Activations& a, const Strips* strips, int threads) {
-    const Work work(kernel, w, a, strips);
+void run(const Kernel& kernel, const Weights& w, const Activations& a, const RowPanels* row_panels, int threads) {
+    const TileScheduler scheduler(kernel, w, a, row_panels);
     std::atomic<int64_t> next{0};
     const auto take = [&] {
-        for (int64_t item; (item = next++) < work.items();)
-            if (!work.run(item)) std::abort();
+        for (int64_t item; (item = next++) < scheduler.items();)
+            if (!scheduler.run(item)) std::abort();
     };
     std::vector<std::thread> others;
     for (int i = 1; i < threads; i++) others.emplace_back(take);
@@ -37,11 +38,11 @@ int64_t place_of(const Activations& a, int64_t token, int64_t channel, int64_t c
     return (token / a.pixels * channels + channel) * a.pixels + token % a.pixels;
 }
 
-// `few`: by the kernel for few tokens.
-bool right(const Kernel& kernel, const Case& c, bool few) {
+// `skinny`: uses the kernel for few tokens.
+bool right(const Kernel& kernel, const Case& c, bool skinny) {
     const Streams streams(c);
-    const std::unique_ptr<Strips, void (*)(Strips*)> strips(
-        few ? make_strips(streams.weights, kernel.few->permutes) : nullptr, free_strips);
+    const std::unique_ptr<RowPanels, void (*)(RowPanels*)> row_panels(
+        skinny ? make_row_panels(streams.weights, kernel.skinny->permutes) : nullptr, free_row_panels);
     Activations a{};
     a.pixels = c.pixels;
     a.tokens = c.images * std::max<int64_t>(c.pixels, 1);
@@ -52,7 +53,7 @@ bool right(const Kernel& kernel, const Case& c, bool few) {
     for (size_t i = 0; i < x.size(); i += 97) x[i] = odd[i / 97 % 4];
     a.x = x.data();
     a.y = y.data();
-    run(kernel, streams.weights, a, strips.get(), 1);
+    run(kernel, streams.weights, a, row_panels.get(), 1);
     for (int64_t token = 0; token < a.tokens; token++)
         for (int64_t row = 0; row < c.rows; row++) {
             double sum = streams.bias[row], size = std::fabs(sum);
@@ -67,17 +68,17 @@ bool right(const Kernel& kernel, const Case& c, bool few) {
                                                   : std::isnan(sum) ? std::isnan(found) : found == sum;
             if (!close) {
                 std::printf("%s%s: token %ld row %ld of %ldx%ld share %ld: %g, not %g\n", kernel.name,
-                            few ? ", few tokens" : "", long(token), long(row), long(c.rows), long(c.columns),
-                            long(c.share), double(found), sum);
+                            skinny ? ", skinny tokens" : "", long(token), long(row), long(c.rows), long(c.columns),
+                            long(c.rows_per_pattern), double(found), sum);
                 return false;
             }
         }
     a.y = again.data();
     for (int threads : {2, 3, 8}) {
         std::fill(again.begin(), again.end(), -7.0f);
-        run(kernel, streams.weights, a, strips.get(), threads);
+        run(kernel, streams.weights, a, row_panels.get(), threads);
         if (std::memcmp(y.data(), again.data(), y.size() * sizeof(float))) {
-            std::printf("%s%s: %d threads change the result\n", kernel.name, few ? ", few tokens" : "", threads);
+            std::printf("%s%s: %d threads change the result\n", kernel.name, skinny ? ", skinny tokens" : "", threads);
             return false;
         }
     }
@@ -106,8 +107,9 @@ int main() {
     }
     for (int i = 0; i < count; i++)
         for (const Case& c : cases) {
-            const bool few = kernels[i]->few->permutes.lanes && c.images * std::max<int64_t>(c.pixels, 1) <= MOST_FEW;
-            if (!right(*kernels[i], c, false) || (few && !right(*kernels[i], c, true))) return 1;
+            const bool skinny =
+                kernels[i]->skinny->permutes.lanes && c.images * std::max<int64_t>(c.pixels, 1) <= MOST_SKINNY;
+            if (!right(*kernels[i], c, false) || (skinny && !right(*kernels[i], c, true))) return 1;
         }
     return 0;
 }

@@ -1,5 +1,5 @@
-// The operator without ONNX Runtime, for the sanitizers: a stand-in for the functions that it calls, real threads for
-// the pool, and every one of its calls failing once. Prints what is wrong and returns 1, or returns 0.
+// Tests the operator without ONNX Runtime, for the sanitizers: with fakes of the functions that it calls, real threads
+// as the pool, and each of its calls failing once. Prints each error and returns 1; returns 0 if there is none.
 #include <array>
 #include <atomic>
 #include <cmath>
@@ -54,11 +54,11 @@ extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*);
 namespace {
 
 constexpr int64_t NEVER = -1;
-std::atomic<int64_t> calls_left{NEVER};  // until one fails
+std::atomic<int64_t> calls_left{NEVER};  // calls until one fails
 
 OrtStatus* status(const char* text) { return new OrtStatus{ort::FAIL, text}; }
 
-// The status of a call: "injected" where it is its turn to fail.
+// The status of a call: "injected" if it is this call that must fail.
 OrtStatus* injected() {
     if (calls_left == NEVER) return nullptr;
     return calls_left-- == 0 ? status("injected") : nullptr;
@@ -154,7 +154,7 @@ const void* const* api() {
     return table.data();
 }
 
-// The text of a status, which is released; "" where there is none.
+// Releases a status and returns its text; "" if there is none.
 std::string text_of(OrtStatus* failed) {
     const std::unique_ptr<OrtStatus> mine(failed);
     return mine ? mine->text : "";
@@ -165,7 +165,7 @@ bool expect(bool right, const std::string& what) {
     return right;
 }
 
-// An operator on its weights: what a session holds.
+// An operator with its weights, as a session holds it.
 struct Session {
     const OrtCustomOp* op;
     OrtKernelInfo info;
@@ -174,11 +174,12 @@ struct Session {
     Session(const OrtCustomOp* op, Streams& streams) : op(op) {
         const Weights& w = streams.weights;
         info.attributes = {
-            {"rows", w.rows}, {"columns", w.columns}, {"share", w.share}, {"block", w.block}, {"chunk", w.chunk}};
-        info.constants = {{1, {{w.blocks, w.units, w.steps, w.unit_rows()}, streams.values.data()}},
-                          {2, {{w.blocks, w.units, w.steps, w.unit_places()}, streams.places.data()}},
-                          {3, {{w.blocks, w.units}, streams.common.data()}},
-                          {4, {{w.blocks, w.units, w.unit_rows()}, streams.order.data()}},
+            {"rows", w.rows}, {"columns", w.columns}, {"share", w.rows_per_pattern},
+            {"block", w.block}, {"chunk", w.chunk}};
+        info.constants = {{1, {{w.blocks, w.row_groups, w.nonzeros, w.group_rows()}, streams.values.data()}},
+                          {2, {{w.blocks, w.row_groups, w.nonzeros, w.group_indices()}, streams.indices.data()}},
+                          {3, {{w.blocks, w.row_groups}, streams.common.data()}},
+                          {4, {{w.blocks, w.row_groups, w.group_rows()}, streams.order.data()}},
                           {5, {{w.rows}, streams.bias.data()}}};
     }
     Session(const Session&) = delete;
@@ -204,7 +205,7 @@ std::vector<float> random_floats(int64_t count) {
     return made;
 }
 
-// `pixels` 0: tokens outside.
+// `pixels` 0: channels-last.
 bool is_product(const Streams& streams, const std::vector<float>& x, const std::vector<float>& y, int64_t images,
                 int64_t pixels) {
     const Weights& w = streams.weights;
@@ -226,7 +227,7 @@ bool is_product(const Streams& streams, const std::vector<float>& x, const std::
     return true;
 }
 
-// Calls of every size from several threads on one session, the first ones of few tokens at the same time.
+// Calls of every size from several threads on one session; the first calls with few tokens run concurrently.
 bool computes(const OrtCustomOp* op, int64_t share, bool channels) {
     Streams streams({36, 72, share, 2, 4, 24, 16, 0, 0});
     Session session(op, streams);
@@ -257,7 +258,7 @@ bool computes(const OrtCustomOp* op, int64_t share, bool channels) {
            expect(session.run(none, shape, context).empty() && context.memory.empty(), "no tokens are refused");
 }
 
-// Every call into ONNX Runtime fails once; each time the operator says so and loses nothing.
+// Each call into ONNX Runtime fails once; each time the operator returns that status and leaks nothing.
 bool survives_failures(const OrtCustomOp* op) {
     Streams streams({36, 72, 1, 2, 4, 24, 16, 0, 0});
     std::vector<float> x = random_floats(2 * 72);
@@ -276,7 +277,7 @@ bool survives_failures(const OrtCustomOp* op) {
     return expect(failures > 30, "only " + std::to_string(failures) + " calls were made to fail");
 }
 
-// A file or an input that cannot be, and what is said of it.
+// Invalid files and inputs, with their error texts.
 bool refuses(const OrtCustomOp* op) {
     using Spoil = std::function<void(Session&, Streams&)>;
     const std::vector<std::pair<std::string, Spoil>> files = {
@@ -289,7 +290,7 @@ bool refuses(const OrtCustomOp* op) {
         {"input values has another shape", [](Session& s, Streams&) { s.info.constants[1].shape.pop_back(); }},
         {"input common has another shape", [](Session& s, Streams&) { s.info.constants[3].shape[0]++; }},
         {"more than 8 dimensions", [](Session& s, Streams&) { s.info.constants[2].shape.assign(9, 1); }},
-        {"input places is out of bounds", [](Session&, Streams& streams) { streams.places.back() = 25; }},
+        {"input places is out of bounds", [](Session&, Streams& streams) { streams.indices.back() = 25; }},
         {"input common is out of bounds", [](Session&, Streams& streams) { streams.common.back() = 99; }},
         {"input order is out of bounds", [](Session&, Streams& streams) { streams.order.front() = -1; }},
         {"input order is out of bounds", [](Session&, Streams& streams) { streams.order.front() = 35; }},

@@ -1,4 +1,4 @@
-// Random N:M weights as the streams of nm_gemm.h, with the dense weight that they stand for.
+// Random N:M weights as the streams of nm_gemm.h, and the same weights dense.
 #pragma once
 #include <algorithm>
 #include <random>
@@ -13,22 +13,23 @@ inline std::mt19937 rng(0);
 inline float normal() { return std::normal_distribution<float>()(rng); }
 
 struct Case {
-    int64_t rows, columns, share, keep, of, block, chunk, images, pixels;  // pixels 0: `images` tokens, outside
+    int64_t rows, columns, rows_per_pattern, keep, of, block, chunk, images, pixels;  // pixels 0: channels-last
 };
 
-// Random N:M weights as streams, and dense for the reference.
+// Random N:M weights as streams, and dense for the reference result.
 struct Streams {
     std::vector<float> dense, values, bias;
-    std::vector<uint16_t> places, common;
+    std::vector<uint16_t> indices, common;
     std::vector<int32_t> order;
     Weights weights{};
 
     explicit Streams(const Case& c) : dense(c.rows * c.columns) {
         Weights& w = weights;
-        w.rows = c.rows, w.columns = c.columns, w.share = c.share, w.block = c.block, w.chunk = c.chunk;
+        w.rows = c.rows, w.columns = c.columns, w.rows_per_pattern = c.rows_per_pattern;
+        w.block = c.block, w.chunk = c.chunk;
         w.blocks = (c.columns + c.block - 1) / c.block;
-        const int64_t unit = w.unit_rows();
-        w.units = (c.rows + unit - 1) / unit;
+        const int64_t unit = w.group_rows();
+        w.row_groups = (c.rows + unit - 1) / unit;
         std::vector<char> kept(c.rows * c.columns);
         for (int64_t row = 0; row < c.rows; row++)
             for (int64_t group = 0; group < c.columns; group += c.of) {
@@ -37,23 +38,25 @@ struct Streams {
                 std::shuffle(mask.begin(), mask.end(), rng);
                 for (int64_t k = 0; k < c.of && group + k < c.columns; k++)
                     kept[row * c.columns + group + k] =
-                        row % c.share ? kept[(row - row % c.share) * c.columns + group + k] : mask[k];
+                        row % c.rows_per_pattern
+                            ? kept[(row - row % c.rows_per_pattern) * c.columns + group + k]
+                            : mask[k];
             }
         for (size_t i = 0; i < dense.size(); i++) dense[i] = kept[i] ? normal() : 0.0f;
         for (int64_t row = 0; row < c.rows; row++) bias.push_back(normal());
         for (int64_t block = 0; block < w.blocks; block++) {
-            for (int64_t i = 0; i < w.units * unit; i++) order.push_back(int32_t(std::min(i, w.rows)));
-            const auto mine = order.end() - w.units * unit;
-            for (int64_t chunk = 0; chunk < w.rows; chunk += w.chunk)  // any order within a chunk of own patterns will do
-                if (c.share == 1) std::shuffle(mine + chunk, mine + std::min(chunk + w.chunk, w.rows), rng);
+            for (int64_t i = 0; i < w.row_groups * unit; i++) order.push_back(int32_t(std::min(i, w.rows)));
+            const auto mine = order.end() - w.row_groups * unit;
+            for (int64_t chunk = 0; chunk < w.rows; chunk += w.chunk)  // any order within a chunk
+                if (c.rows_per_pattern == 1) std::shuffle(mine + chunk, mine + std::min(chunk + w.chunk, w.rows), rng);
         }
-        w.steps = std::min(c.block, c.columns);  // far too many: the rest are steps without a weight
-        values.assign(w.blocks * w.units * w.steps * unit, 0.0f);
-        places.assign(w.blocks * w.units * w.steps * w.unit_places(), uint16_t(c.block));
-        common.assign(w.blocks * w.units, 0);
+        w.nonzeros = std::min(c.block, c.columns);  // far too many: the rest is padding
+        values.assign(w.blocks * w.row_groups * w.nonzeros * unit, 0.0f);
+        indices.assign(w.blocks * w.row_groups * w.nonzeros * w.group_indices(), uint16_t(c.block));
+        common.assign(w.blocks * w.row_groups, 0);
         for (int64_t block = 0; block < w.blocks; block++)
-            for (int64_t u = 0; u < w.units; u++) fill(block, u, unit);
-        w.values = values.data(), w.places = places.data(), w.common = common.data();
+            for (int64_t u = 0; u < w.row_groups; u++) fill(block, u, unit);
+        w.values = values.data(), w.indices = indices.data(), w.common = common.data();
         w.order = order.data(), w.bias = bias.data();
     }
 
@@ -63,9 +66,10 @@ struct Streams {
 
     void fill(int64_t block, int64_t u, int64_t unit) {
         const Weights& w = weights;
-        const int64_t begin = block * w.block, end = std::min(begin + w.block, w.columns), base = block * w.units + u;
+        const int64_t begin = block * w.block, end = std::min(begin + w.block, w.columns);
+        const int64_t base = block * w.row_groups + u;
         const int32_t* rows = &order[base * unit];
-        if (w.share == 1) {
+        if (w.rows_per_pattern == 1) {
             int64_t both = 0;
             for (int64_t k = begin; k < end; k++)
                 if (at(rows[0], k) != 0 && at(rows[1], k) != 0) {
@@ -74,26 +78,26 @@ struct Streams {
                 }
             common[base] = uint16_t(both);
             for (int r = 0; r < 2; r++) {
-                int64_t step = both;
+                int64_t i = both;
                 for (int64_t k = begin; k < end; k++)
                     if (at(rows[r], k) != 0 && at(rows[1 - r], k) == 0)
-                        put(base, step++, r, 2, rows[r], k, uint16_t(k - begin));
+                        put(base, i++, r, 2, rows[r], k, uint16_t(k - begin));
             }
             return;
         }
-        int64_t step = 0;
+        int64_t i = 0;
         for (int64_t k = begin; k < end; k++) {
             bool any = false;
             for (int64_t r = 0; r < unit; r++) any = any || at(rows[r], k) != 0;
             if (!any) continue;
-            for (int64_t r = 0; r < unit; r++) values[(base * w.steps + step) * unit + r] = at(rows[r], k);
-            places[base * w.steps + step++] = uint16_t(k - begin);
+            for (int64_t r = 0; r < unit; r++) values[(base * w.nonzeros + i) * unit + r] = at(rows[r], k);
+            indices[base * w.nonzeros + i++] = uint16_t(k - begin);
         }
     }
 
-    void put(int64_t base, int64_t step, int64_t r, int64_t unit, int64_t row, int64_t column, uint16_t place) {
-        values[(base * weights.steps + step) * unit + r] = at(row, column);
-        places[(base * weights.steps + step) * unit + r] = place;
+    void put(int64_t base, int64_t i, int64_t r, int64_t unit, int64_t row, int64_t column, uint16_t index) {
+        values[(base * weights.nonzeros + i) * unit + r] = at(row, column);
+        indices[(base * weights.nonzeros + i) * unit + r] = index;
     }
 };
 
