@@ -16,8 +16,13 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import mpcompile
+from mpcompile.data.images import Data
 from mpcompile.driver.artifact import Artifact
+from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import NM
+from mpcompile.passes import NMMask
+from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_vit
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fashion_vit"
@@ -28,6 +33,15 @@ settings.load_profile("suite")
 settings.register_profile(
     "fuzz", deadline=None, max_examples=10_000, print_blob=True
 )  # for tests/fuzz alone: make fuzz
+
+LARGE = """
+import torch
+from mpcompile.testing import TinyMLP
+
+def net():
+    torch.manual_seed(0)
+    return TinyMLP(pixels=784, width=1024)
+"""
 
 TINY = {"mlp": tiny_mlp, "cnn": tiny_cnn, "vit": tiny_vit}
 
@@ -54,6 +68,21 @@ def _short_trials() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def vit_file(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    """The tiny ViT with 2:4 masks as an ONNX file."""
+    [model, _] = PassManager([NMMask(NM(2, 4))]).run(tiny_vit(), Data())
+    return lower(model, tmp_path_factory.mktemp("lower") / "model.onnx", metadata={"mpcompile.version": "1"})
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a module `large` with a factory `net`: three layers, 7.4 MB of weights, 8 MB for 1024 × 1024."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "large.py").write_text(LARGE)
+    return folder
 
 
 @pytest.fixture(params=list(TINY))

@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import math
-import os
 import struct
 import warnings
 import zipfile
@@ -13,39 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from fuzzed_models import BASES, STATE, VIT, loaded, torch_file
 from hypothesis import given
 from hypothesis import strategies as st
-from mutations import Canary, altered, answer, damaged, deep, odd, pickled, share, values
-from safetensors.torch import save
+from mutations import Canary, damaged, deep, odd, pickled, share, values
 
 from mpcompile.errors import LoadError, MpcompileError
-from mpcompile.frontend.load_model import Loaded, Request, load
-from mpcompile.testing import TinyMLP
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used
 
-STATE = TinyMLP().state_dict()
-TINY = Request("", arch="mpcompile.testing:TinyMLP", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
-ARGS = {"img_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 1, "num_classes": 3, "in_chans": 3}
-VIT = "vit_tiny_patch16_224"
-CONFIG = {"architecture": VIT, "num_classes": 3, "model_args": {k: v for k, v in ARGS.items() if k != "num_classes"},
-          "pretrained_cfg": {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
-                             "crop_pct": 0.9, "crop_mode": "center", "classifier": "head",
-                             "first_conv": "patch_embed.proj",
-                             "label_names": ["a", "b", "c"]}}  # fmt: skip
 
-
-def vit_state() -> dict[str, torch.Tensor]:
-    import timm
-
-    state: dict[str, torch.Tensor] = timm.create_model(VIT, **ARGS).state_dict()
-    return state
-
-
-def torch_file(content: Any, zipped: bool = True) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    return file.getvalue()
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "model.pt"
 
 
 def rezipped(content: bytes, changes: dict[str, bytes | None], method: int = zipfile.ZIP_STORED) -> bytes:
@@ -57,37 +36,6 @@ def rezipped(content: bytes, changes: dict[str, bytes | None], method: int = zip
             if change is None or changes[change] is not None:
                 new.writestr(name, old.read(name) if change is None else changes[change] or b"")
     return file.getvalue()
-
-
-BASES = {
-    "safetensors": save(STATE, metadata={"format": "pt"}),
-    "zip": torch_file(STATE),
-    "legacy": torch_file(STATE, zipped=False),
-    "checkpoint": torch_file({"arch": VIT, "args": argparse.Namespace(num_classes=3, img_size=16), "epoch": 1,
-    "state_dict": STATE}),
-}  # fmt: skip
-
-
-def loaded(path: Path, request: Request = TINY) -> Any:
-    """The answer to a file; what was loaded is finite, and its folder holds no more than before."""
-    before = sorted(path.parent.iterdir())
-    content = path.read_bytes()
-    found = answer(
-        lambda: load(Request(**{**{f: getattr(request, f) for f in request.__dataclass_fields__}, "model": str(path)}))
-    )
-    if isinstance(found, Loaded):
-        for value in found.module.state_dict().values():
-            assert not value.is_floating_point() or value.isfinite().all()
-        assert all(map(math.isfinite, found.source.mean + found.source.std))
-        assert all(isinstance(side, int) and side > 0 for side in found.source.size)
-    assert sorted(path.parent.iterdir()) == before
-    assert path.read_bytes() == content
-    return found
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz") / "model.pt"
 
 
 @share(200, 5000)
@@ -268,76 +216,3 @@ def test_archives(path: Path, content: bytes, text: str | None) -> None:
 
 
 # ---- what a file says of its architecture
-
-
-def test_a_file_cannot_name_code_to_call(path: Path) -> None:
-    """`arch` of a checkpoint and `architecture` of a config.json are data: only --arch may name a callable."""
-    canary, beside = path.parent / "canary", path.with_name("config.json")
-    call = {"cmd": f"touch {canary}"}
-    request = Request(str(path))
-    path.write_bytes(torch_file({"arch": "subprocess:getoutput", "args": {"model_kwargs": call}, "state_dict": STATE}))
-    with pytest.raises(LoadError, match="names the code subprocess:getoutput as its architecture, which was not run"):
-        load(request)
-    path.write_bytes(BASES["safetensors"])
-    beside.write_text(json.dumps({"architecture": "subprocess:getoutput", "model_args": call}))
-    with pytest.raises(LoadError, match="names the code subprocess:getoutput as its architecture, which was not run"):
-        load(request)
-    beside.write_text(json.dumps({"architecture": VIT, "model_args": {"checkpoint_path": "other.pt"}}))
-    with pytest.raises(LoadError, match="checkpoint_path, which names other files"):
-        load(request)
-    beside.unlink()
-    assert not canary.exists()
-
-
-@share(60, 1500)
-@given(altered(CONFIG))
-def test_configs(path: Path, config: Any) -> None:
-    beside = path.with_name("config.json")
-    path.write_bytes(VIT_BYTES)
-    try:
-        text = json.dumps(config, default=repr)
-        if "embed_dim" in text and any(size in text for size in ("00000000", "1000000000000", "2147483648")):
-            return  # building an architecture of that size is what was asked for
-        beside.write_text(text, errors="surrogateescape")
-        loaded(path, Request(""))
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-VIT_BYTES = save(vit_state())
-
-
-@pytest.mark.parametrize("text", ["", "[", "[]", "null", deep("[", "]", 50_000), '{"architecture": 3}',
-'{"architecture": null}', "\udcff",
-                                  '{"architecture": "resnet18", "model_args": [1]}',
-                                  '{"architecture": "resnet18", "pretrained_cfg": "x"}',
-                                  '{"architecture": "x:y"}', '{"architecture": "hf-hub:a/b"}',
-                                  '{"architecture": "local-dir:/tmp"}'])  # fmt: skip
-def test_configs_that_are_none(path: Path, text: str) -> None:
-    beside = path.with_name("config.json")
-    path.write_bytes(VIT_BYTES)
-    beside.write_bytes(text.encode("utf-8", "surrogateescape"))
-    try:
-        assert isinstance(loaded(path, Request("")), MpcompileError)
-    finally:
-        beside.unlink()
-
-
-def test_paths_that_are_no_model(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    names = (
-        tmp_path,
-        tmp_path / "fifo",
-        tmp_path / "dangling",
-        tmp_path / "loop",
-        "/dev/zero",
-        "/dev/null",
-        "x" * 5000,
-        "a\0b",
-        "",
-    )
-    for name in names:
-        found = answer(lambda name=name: load(Request(str(name), arch="resnet18")))  # type: ignore[misc]
-        assert isinstance(found, LoadError), name

@@ -1,6 +1,5 @@
 """Token merging in graphs: which models take it, what it leaves alone, its schedules, and the ONNX file."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -10,61 +9,22 @@ import onnxruntime
 import pytest
 import timm
 import torch
-import torchvision
+from tome_models import NARROW, TORCHVISION, captured, run
 from torch import Tensor, nn
 
-from mpcompile.analysis.block_macs import as_published, charged, merges
-from mpcompile.analysis.macs import cost
-from mpcompile.data.images import Data
+from mpcompile.analysis.block_macs import charged, merges
 from mpcompile.data.load_data import load_data
-from mpcompile.errors import PassError, UsageError
+from mpcompile.errors import PassError
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load
-from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference, require_parity
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import log_size, merge_tokens, unit_sizes
 from mpcompile.passes import NMMask, Restore, ToMe
 from mpcompile.passes.tome.graph_rewrite import merging_sites, protected_tokens
-from mpcompile.passes.tome.schedule import decreasing, spelt
-from mpcompile.passes.tome.schedule_search import costs
-from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
-
-# Arguments with which an architecture is small and keeps what it is here for.
-NARROW: dict[str, Any] = {"embed_dim": 48, "num_heads": 3}
-TORCHVISION: dict[str, Any] = {
-    "torchvision:VisionTransformer": {
-        "image_size": 224, "patch_size": 32, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96,
-    },
-    "torchvision:SwinTransformer": {
-        "patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [3, 6], "window_size": [7, 7],
-    },
-}  # fmt: skip
-
-
-def captured(arch: str, **options: Any) -> Model:
-    """A captured timm model with random weights, or one of torchvision's, small, where the name says so."""
-    torch.manual_seed(0)
-    if arch in TORCHVISION:
-        module = getattr(torchvision.models, arch.partition(":")[2])(**TORCHVISION[arch])
-        for head in [m for n, m in module.named_modules() if n.startswith("heads") and isinstance(m, nn.Linear)]:
-            nn.init.normal_(head.weight)  # it starts with zeros, and then every image has the same outputs
-    else:
-        module = timm.create_model(arch, **options)
-    source = source_of(module, name=arch, arch=arch, sha256="")
-    if "img_size" in options:
-        source = replace(source, size=(3, options["img_size"], options["img_size"]))
-    return capture(module, source)
-
-
-def run(model: Model, *passes: object, data: Data | None = None) -> Model:
-    result, _ = PassManager(passes).run(model, data or Data())  # type: ignore[arg-type]
-    return result
-
+from mpcompile.testing import tiny_data, tiny_vit
 
 TAKEN: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_tiny_patch16_224": (1, {"depth": 3}),
@@ -307,130 +267,7 @@ def test_operands_by_name_are_understood() -> None:
 # ---- schedules
 
 
-def test_schedules_are_spelt() -> None:
-    assert spelt(8, 3) == spelt("8", 3) == spelt("8:uniform", 3) == (8, 8, 8)
-    assert spelt("8:decreasing", 12) == decreasing(8, 12) == (16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0)
-    assert decreasing(5, 1) == (5,)
-    assert spelt("0,0,4,8", 4) == spelt((0, 0, 4, 8), 4) == (0, 0, 4, 8)
-
-
-@pytest.mark.parametrize("r", ["eight", "8:steep", "-1", "1,2:decreasing", "", "4,x"])
-def test_what_is_no_schedule_is_refused(r: str) -> None:
-    with pytest.raises(UsageError, match="needed is a number of tokens such as 8"):
-        ToMe(r=r)
-
-
-def test_other_mistakes_are_refused() -> None:
-    with pytest.raises(UsageError, match="r: auto needs macs"):
-        ToMe(r="auto")
-    with pytest.raises(UsageError, match="macs goes with r: auto, and r is 8"):
-        ToMe(macs=0.5)
-    with pytest.raises(UsageError, match="macs is a share between 0 and 1, found 1.5"):
-        ToMe(r="auto", macs=1.5)
-    with pytest.raises(UsageError, match="images is at least 1, found 0"):
-        ToMe(images=0)
-    with pytest.raises(UsageError, match="r has 3 numbers, and the model 2 attentions"):
-        run(tiny_vit(), ToMe(r=(1, 2, 3)))
-    with pytest.raises(UsageError, match="at blocks.1.attn there are 9 tokens, 1 of them protected, .* at most 4"):
-        run(tiny_vit(), ToMe(r="8,5"))
-    with pytest.raises(PassError, match="merged in this graph already"):
-        run(tiny_vit(), ToMe(r=1), ToMe(r=1))
-    with pytest.raises(PassError, match="measures on calibration images, and there are none"):
-        run(tiny_vit(), ToMe(r="auto", macs=0.7))
-    with pytest.raises(PassError, match=r"leaves \d\d.\d% of the dense multiply-accumulates, and macs asks for 10.0%"):
-        run(tiny_vit(), ToMe(r="auto", macs=0.1), data=tiny_data(tiny_vit()))
-
-
-def test_costs_are_those_of_the_merged_graph() -> None:
-    """The polynomial in the tokens, fitted to three of their numbers, is exact at others."""
-    model = captured("vit_tiny_patch16_224", depth=4, **NARROW)
-    run_example(model)
-    sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
-    patterns = {"blocks.1.mlp.fc1": NM(1, 4)}
-    found = costs(model, sites, 1, patterns)
-    for schedule in ((0, 0, 0, 0), (3, 9, 0, 20), (98, 40, 3, 1)):
-        merged = run(model, ToMe(r=schedule))
-        assert found.of(schedule) == pytest.approx(cost(merged).executed_macs(patterns), rel=1e-9)
-
-
-def test_auto_reaches_its_share_and_moves_logits_less() -> None:
-    model = captured("vit_tiny_patch16_224", depth=4, img_size=48, patch_size=8, **NARROW)
-    data = tiny_data(model, 24)
-
-    def shift(result: Model) -> float:
-        images = data.calibration.first(24)
-        return float((result(images) - model(images)).abs().amax(1).mean())
-
-    result = run(model, ToMe(r="auto", macs=0.7, images=24), data=data)
-    dense = cost(model).macs
-    assert cost(result).macs <= 0.7 * dense
-    for plain in ("uniform", "decreasing"):
-        same_cost = next(
-            merged for r in range(1, 19) if cost(merged := run(model, ToMe(r=f"{r}:{plain}"))).macs <= 0.7 * dense
-        )
-        assert shift(result) <= shift(same_cost)
-    # A class token is all that is read at the end: merging after the last attention costs nothing at all.
-    free = run(model, ToMe(r="auto", macs=0.99, images=24), data=data)
-    assert merges(free.graph, free.example) == (0, 0, 0, 18)
-    assert shift(free) == 0
-
-
-def test_auto_counts_masks_in() -> None:
-    model = tiny_vit()
-    data = tiny_data(model)
-    masked = run(
-        model, NMMask(pattern=NM(1, 4), criterion="magnitude", refit="none"), ToMe(r="auto", macs=0.75), data=data
-    )
-    assert merges(masked.graph, masked.example) == (0, 0)  # the masks alone leave less
-
-
 # ---- both conventions
-
-
-@pytest.mark.slow  # test_recipes.py counts this recipe, masked, in less time
-def test_vit_base_costs_what_the_paper_says_and_what_is_true() -> None:
-    """The paper: 59.81 % and 7.06 G for ViT-B/16, r = 8, 2:4; with the MLP at its own tokens 61.10 %, 6.83 G."""
-    model = captured("vit_base_patch16_224")
-    result = run(model, ToMe(r=8))
-    dense = cost(model).macs
-    patterns = {name: NM(2, 4) for name, _ in result.layers() if name.startswith("blocks.")}
-    published, true = as_published(result).executed_macs(patterns), cost(result).executed_macs(patterns)
-    assert (round(100 * (1 - published / dense), 2), round(published / 1e9, 2)) == (59.81, 7.06)
-    assert (round(100 * (1 - true / dense), 2), round(true / 1e9, 2)) == (61.10, 6.83)
-    assert as_published(result).macs / 1e9 == pytest.approx(13.557, abs=5e-4)
-    assert cost(result).merging_macs < 0.001 * dense
-
-
-def test_charged_is_both_at_once() -> None:
-    model = tiny_vit()
-    result = run(model, NMMask(criterion="magnitude", refit="none"), ToMe(r=4))
-    found = charged(model, result)
-    assert found.tokens == (17, 13, 9)
-    assert found.compressed < found.as_published < found.dense == cost(model).macs
-    assert charged(model, model).tokens == (17, 17, 17)
-    assert charged(tiny_cnn(), tiny_cnn()).tokens == ()
-
-
-@pytest.mark.parametrize(
-    ("arch", "pattern", "chosen", "saved"),
-    [
-        # test_recipes.py counts these two, masked, in less time.
-        pytest.param("vit_large_patch16_224", NM(8, 16), "blocks.", 48.32, marks=pytest.mark.slow),
-        pytest.param("convnextv2_base", NM(12, 16), "pointwise", 24.1, marks=pytest.mark.slow),
-        ("resnet50", NM(8, 16), "convolutions", 48.5),
-    ],
-)
-def test_other_models_cost_what_the_paper_says(arch: str, pattern: NM, chosen: str, saved: float) -> None:
-    """The nominal rows of arXiv 2606.02608: no token merging, stem and head dense."""
-    model = captured(arch)
-    layers = {
-        "blocks.": [n for n, _ in model.layers() if n.startswith("blocks.")],
-        "pointwise": [n for n, m in model.layers() if isinstance(m, nn.Linear) and "head" not in n],
-        "convolutions": [n for n, m in model.layers() if isinstance(m, nn.Conv2d) and n != "conv1"],
-    }[chosen]
-    found = cost(model)
-    share = 1 - found.executed_macs(dict.fromkeys(layers, pattern)) / found.macs
-    assert 100 * share == pytest.approx(saved, abs=0.05)
 
 
 def test_masks_after_merging_and_restoring_after_both() -> None:
