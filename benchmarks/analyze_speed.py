@@ -21,7 +21,7 @@ from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.passes import MPBudget
-from mpcompile.passes.mp_budget.mp_budget import fit_layers
+from mpcompile.passes.mp_budget.mp_budget import fit_spectra
 
 ARCH = "vit_base_patch16_224"
 ROUNDS = 3
@@ -62,8 +62,8 @@ def main() -> None:
     work = {
         "mpcompile analyze, no null": lambda: analyze(Request(f"timm:{ARCH}"), MPBudget(null=False)),
         "mpcompile analyze, with null": lambda: analyze(Request(f"timm:{ARCH}")),
-        "mpcompile, the fits alone": lambda: fit_layers(model, null=False, level=0.05, seed=0),
-        "mpcompile, the fits and their nulls": lambda: fit_layers(model, null=True, level=0.05, seed=0),
+        "mpcompile, the fits alone": lambda: fit_spectra(model, null=False, level=0.05, seed=0),
+        "mpcompile, the fits and their nulls": lambda: fit_spectra(model, null=True, level=0.05, seed=0),
         "WeightWatcher analyze(mp_fit=True)": lambda: weightwatcher.WeightWatcher(model=module).analyze(mp_fit=True),
     }
     times: dict[str, list[float]] = {name: [] for name in work}

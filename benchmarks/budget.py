@@ -33,7 +33,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import MPBudget, NMMask
 from mpcompile.passes.mp_budget.allocate import densities
-from mpcompile.passes.mp_budget.mp_budget import NEED_IMAGES, Signal, fit_layers, scores_of
+from mpcompile.passes.mp_budget.mp_budget import NEED_IMAGES, Signal, fit_spectra, scores_of
 from mpcompile.passes.mp_budget.sensitivity import amplification
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.report.spectrum_plots import save
@@ -73,7 +73,7 @@ def at_densities(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, A
     """A row a signal, density and seed."""
     names = [layer for layer, reason in eligible(model, NM(2, 4)).items() if reason is None]
     weights = {layer: model.layer(layer).weight.detach().clone() for layer in names}
-    fits = fit_layers(model, null=False, level=0.05, seed=0)
+    fits = fit_spectra(model, null=False, level=0.05, seed=0)
     for density in DENSITIES:
         for signal in SIGNALS:
             for seed in SEEDS if signal in NEED_IMAGES else SEEDS[:1]:
@@ -111,7 +111,7 @@ def at_patterns(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, An
 def why(name: str, model: Model) -> dict[str, Any]:
     """Rank correlations over layers of what the logits amplify with what `mp` and `std` prune more by."""
     names = [layer for layer, reason in eligible(model, NM(2, 4)).items() if reason is None]
-    fits = fit_layers(model, null=False, level=0.05, seed=0)
+    fits = fit_spectra(model, null=False, level=0.05, seed=0)
     known = {layer: found.fit for layer in names if isinstance(found := fits[layer], SpectrumFit)}
     amplified = amplification(model, fashion_data(model.source).calibration, list(known))
     values = list(amplified.values())

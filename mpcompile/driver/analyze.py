@@ -17,7 +17,7 @@ from mpcompile.frontend.load_model import Request
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Speedup
-from mpcompile.passes.mp_budget.mp_budget import MPBudget, fit_layers
+from mpcompile.passes.mp_budget.mp_budget import MPBudget, fit_spectra
 from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import DataChoice, Step
 from mpcompile.report.schema import Value
@@ -116,7 +116,7 @@ def _analysis(
     images = data_for(data, dense, choice)
     counted = cost(dense)
     observe("spectra")
-    fits = fit_layers(dense, null=budget.null, level=budget.level, seed=budget.seed)
+    fits = fit_spectra(dense, null=budget.null, level=budget.level, seed=budget.seed)
     observe("budget")
     planned = budget.planned(dense, images.for_passes(), fits)
     if plots is not None:

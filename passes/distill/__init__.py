@@ -1,4 +1,4 @@
-"""A short distillation against the dense model, masks held."""
+"""Short distillation from the dense model, with masks held."""
 
 from mpcompile.passes.distill.distill import Distill
 

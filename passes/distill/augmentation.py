@@ -1,6 +1,7 @@
-"""Training images, augmented as timm does, and their order: both follow from the seed, the epoch and the image alone.
+"""Training images with timm's augmentation, and their order.
 
-So an epoch that is taken up again in its middle goes on as it would have, with any number of workers and processes.
+Both are determined by the seed, the epoch and the image alone. So an epoch that is resumed in the middle continues with
+the same images, for any number of workers and processes.
 """
 
 import random
@@ -18,15 +19,16 @@ from mpcompile.data.images import MODES, Split
 from mpcompile.ir.model import Source
 from mpcompile.system.distributed import ProcessRank
 
-Key = tuple[int, int]  # epoch, and index of the image among the split's images
+Key = tuple[int, int]  # epoch, and index of the image in the split
 
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What timm's training transform does to an image.
+    """Options of timm's training transform.
 
-    `scale` is the least share of its area that a crop keeps; `policy` is timm's spelling of an automatic augmentation,
-    for images of three channels; `erasing` is the probability that a rectangle is erased.
+    `scale` is the smallest share of the area that a random crop keeps, `flip` the probability of a horizontal flip,
+    `policy` timm's name of an automatic augmentation (applied to images with 3 channels), and `erasing` the probability
+    that a rectangle is erased.
     """
 
     scale: float = 0.08
@@ -35,16 +37,16 @@ class Augmentation:
     erasing: float = 0.25
 
     def understood(self) -> bool:
-        """Whether timm knows the policy."""
+        """Whether timm accepts the policy."""
         try:
-            transform_of(self, Source(name="", sha256="", arch=""))
-        except Exception:  # timm asserts, and raises KeyError and ValueError
+            training_transform(self, Source(name="", sha256="", arch=""))
+        except Exception:  # timm raises AssertionError, KeyError or ValueError
             return False
         return True
 
 
-def transform_of(augmentation: Augmentation, source: Source) -> Callable[[Any], Tensor]:
-    """The training transform of timm for the images of a source."""
+def training_transform(augmentation: Augmentation, source: Source) -> Callable[[Any], Tensor]:
+    """Timm's training transform with the preprocessing of a source: PIL image -> tensor (c, h, w)."""
     from timm.data import create_transform
 
     transform: Callable[[Any], Tensor] = create_transform(
@@ -65,20 +67,20 @@ def transform_of(augmentation: Augmentation, source: Source) -> Callable[[Any], 
 
 @runtime_checkable
 class Pictures(Protocol):
-    """Images that can be had before preprocessing, and so can be augmented."""
+    """Images that are available as PIL images, and so can be augmented."""
 
     def picture(self, index: int) -> tuple[Any, int]:
-        """A PIL image and its label or −1."""
+        """A PIL image, and its label or −1."""
         ...
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """The images of a split under an augmentation; as they are where PIL has no picture of them."""
+    """The images of a split with augmentation; without it if they are not available as PIL images."""
 
     def __init__(self, split: Split, source: Source, augmentation: Augmentation, seed: int) -> None:
         self._images, self._seed = split.images, seed
         self._known = isinstance(split.images, Pictures) and source.size[0] in MODES
-        self._transform = transform_of(augmentation, source)
+        self._transform = training_transform(augmentation, source)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key
@@ -89,8 +91,8 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
             return self._transform(picture), label
 
 
-class _seeded:  # noqa: N801 (a context, as a function would be)
-    """Inside, every generator that augmentation draws from starts from one number; after it they are as before."""
+class _seeded:  # noqa: N801 (used like a function)
+    """Seeds all random generators that augmentation uses, and restores their states at the end."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -98,7 +100,7 @@ class _seeded:  # noqa: N801 (a context, as a function would be)
     def __enter__(self) -> None:
         self._before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         random.seed(self._seed)
-        np.random.seed(self._seed)  # timm draws from the global one
+        np.random.seed(self._seed)  # timm uses the global generator
         torch.manual_seed(self._seed)
 
     def __exit__(self, *exception: object) -> None:
@@ -109,9 +111,9 @@ class _seeded:  # noqa: N801 (a context, as a function would be)
 
 
 class Batches(Sampler[list[Key]]):
-    """The batches of all epochs from one step on, each shuffled anew; this process's share of each.
+    """Yields this rank's share of each batch, for all epochs from step `start` on; each epoch is shuffled anew.
 
-    An epoch leaves out the images that fill no whole batch.
+    An epoch drops the last images if they do not fill a batch.
     """
 
     def __init__(
@@ -134,5 +136,5 @@ class Batches(Sampler[list[Key]]):
 
 
 def loader(images: TrainingImages, batches: Batches, workers: int) -> "DataLoader[tuple[Tensor, int]]":
-    """The batches, read by so many worker processes."""
+    """A DataLoader over the batches with this number of worker processes."""
     return DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available())

@@ -1,11 +1,11 @@
-"""A short distillation: the compressed model learns from the dense one, its masks held.
+"""Short distillation: trains the compressed model on the dense model's outputs, with masks held.
 
-What is minimised is in passes/distill/loss.py, the loop in passes/distill/trainer.py. The defaults are the paper's
-recipe for ViT-B (arXiv 2606.02608, Online Resource 2): AdamW at 1e-5 with decay 0.01 on what is no bias, norm or
-embedding, three epochs in batches of 32 after 1,000 steps of warming up, RandAugment and random erasing. On few images
-or a small model a larger rate is called for.
+passes/distill/loss.py has the loss, passes/distill/trainer.py the training loop. The defaults are the paper's recipe
+for ViT-B (arXiv 2606.02608, Online Resource 2): AdamW with learning rate 1e-5, weight decay 0.01 except on biases,
+norms and embeddings, 3 epochs in batches of 32 after 1,000 warm-up steps, RandAugment and random erasing. Few images or
+a small model need a higher rate.
 
-Started by torchrun, every process trains on its share of each batch and ends with the same weights.
+Under torchrun, each rank trains on its share of every batch, and all ranks end with the same weights.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.distributed import PicklableGraph, broadcast, process_rank
 
-SAMPLED_IMAGES = 64  # images whose pixels tell one set of images from another, beside their number and order
+SAMPLED_IMAGES = 64  # images whose pixels identify the training set, beside its size and order
 
 
 log = logging.getLogger(__name__)
 
-# Those of timm's whose state is tensors alone, so that a run that is gone on with ends in the same weights.
+# timm's optimizers whose state consists of tensors only, so that a resumed run ends with the same weights.
 OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
 
 SKIPPED = "taken from a checkpoint"  # what rank 0 broadcasts in place of a TrainingJob
@@ -40,7 +40,7 @@ SKIPPED = "taken from a checkpoint"  # what rank 0 broadcasts in place of a Trai
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a process needs to train along."""
+    """What the other ranks need to train with rank 0: both graphs and the masks."""
 
     graph: PicklableGraph
     dense: PicklableGraph
@@ -49,14 +49,22 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Distill:
-    """Trains the compressed model on labels and on the dense model's answers; every masked weight stays zero.
+    """Trains the compressed model on labels and on the dense model's outputs; every masked weight stays zero.
 
-    `alpha` is the weight of the dense model's answers at temperature `tau`, 1 − alpha that of labels smoothed by
-    `smoothing`; without labels only the dense model counts. `batch` counts the images of a step in all processes
-    together, worked off in `accumulate` parts. `precision` is fp32, bf16 or fp16, by autocast. `scale`, `flip`,
-    `policy` and `erasing` are the augmentation (timm's transforms). `kept_l1` and `kept_l2` penalise kept weights,
-    `removed_l1` and `removed_l2` those removed: for the share `soft` of training these may grow again, and fade until
-    its end. A checkpoint is kept every `minutes`.
+    Args:
+        alpha: weight of the distillation loss; 1 − alpha is that of the labels. Without labels it is 1.
+        tau: temperature of the distillation loss.
+        smoothing: label smoothing.
+        epochs, rate, weight_decay, warmup, optimizer, clip: the training; `warmup` in steps, `clip` a gradient norm.
+        batch: images of a step, all processes together.
+        accumulate: number of parts in which a batch is computed.
+        precision: fp32, bf16 or fp16, by autocast.
+        scale, flip, policy, erasing: the augmentation (passes/distill/augmentation.py).
+        kept_l1, kept_l2: penalties on kept weights.
+        removed_l1, removed_l2: penalties on removed weights, while masks are soft.
+        soft: share of training in which removed weights may grow again; they fade until its end.
+        workers: processes that load images.
+        minutes: interval between checkpoints.
     """
 
     name: ClassVar[str] = "distill"
@@ -89,11 +97,11 @@ class Distill:
     minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
+        """Raises UsageError for invalid options."""
         positive = ("tau", "epochs", "batch", "accumulate", "rate", "scale")
         for field in positive:
             if not 0 < getattr(self, field) < float("inf"):
-                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number above 0")
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it must be a number above 0")
         for field in (
             "weight_decay",
             "warmup",
@@ -106,16 +114,18 @@ class Distill:
             "minutes",
         ):
             if not 0 <= getattr(self, field) < float("inf"):
-                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a number of 0 or more")
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it must be a number of 0 or more")
         for field in ("alpha", "smoothing", "scale", "flip", "erasing", "soft"):
             if not 0 <= getattr(self, field) <= 1:
-                raise UsageError(f"distill: {field} is {getattr(self, field)}; it is a share between 0 and 1")
+                raise UsageError(f"distill: {field} is {getattr(self, field)}; it must be between 0 and 1")
         if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise UsageError(f"distill: clip is {self.clip}; it is a norm above 0")
+            raise UsageError(f"distill: clip is {self.clip}; it must be a norm above 0")
         if not self.soft and (self.removed_l1 or self.removed_l2):
-            raise UsageError("distill: removed weights are zero, and cannot be penalised; set soft, too")
+            raise UsageError(
+                "distill: removed_l1 and removed_l2 have no effect while removed weights are zero; set soft, too"
+            )
         if self.optimizer not in OPTIMIZERS:
-            raise UsageError(f"distill: optimizer is {self.optimizer!r}; it is one of {', '.join(OPTIMIZERS)}")
+            raise UsageError(f"distill: optimizer is {self.optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
         if not self._augmentation.understood():
             raise UsageError(f"distill: timm knows no augmentation policy {self.policy!r}; try rand-m9-mstd0.5-inc1")
 
@@ -124,13 +134,13 @@ class Distill:
         return Augmentation(self.scale, self.flip, self.policy, self.erasing)
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The trained model, with a record of every epoch."""
-        assert model.dense is not None  # the manager keeps it before the first lossy pass
+        """The trained model, with an Epoch for each epoch. Raises PassError without enough training images."""
+        assert model.dense is not None  # the pass manager stores it before the first lossy pass
         images = images_of(data)
         self._require(images)
         if len(images) <= len(data.calibration):
             log.warning(
-                "training on the %d calibration images alone; for more, give folders train/ and val/", len(images)
+                "training on the %d calibration images only; for more, give folders train/ and val/", len(images)
             )
         masks = model.masks()
         broadcast(TrainingJob(PicklableGraph.of(model.graph), PicklableGraph.of(model.dense), masks))
@@ -139,13 +149,13 @@ class Distill:
         return replace(model, epochs=(*model.epochs, *epochs))
 
     def skip(self) -> None:
-        """Tells the processes beside the first that this training is taken from a checkpoint."""
+        """Tells the other ranks that this training is taken from a checkpoint."""
         broadcast(SKIPPED)
 
     def follow(self, data: Data, source: Source) -> fx.GraphModule | None:
-        """Trains along in a process that is not the first; the trained graph, the same as there.
+        """Trains on a rank other than 0. Returns the trained graph, the same as on rank 0.
 
-        None where the first takes it from a checkpoint.
+        None if rank 0 takes the training from a checkpoint.
         """
         images = images_of(data)
         self._require(images)
@@ -153,24 +163,26 @@ class Distill:
         if not isinstance(job, TrainingJob):
             return None
         graph = job.graph.unpacked()
-        # Only the first process keeps checkpoints, and tells the others what is in them.
+        # Only rank 0 keeps checkpoints, and broadcasts them.
         self._trained(graph, job.dense.unpacked(), job.masks, images, source, PartialResults(lambda: ""))
         return graph
 
     def _require(self, images: Split) -> None:
-        """Raises PassError where the images fill no batch, or a batch cannot be shared out."""
+        """Raises PassError if the images do not fill a batch, or if the ranks do not divide a batch."""
         size = process_rank().size
         if not len(images):
-            raise PassError("a distillation needs training images; give --data")
+            raise PassError("distillation needs training images; give --data")
         if len(images) < self.batch:
             raise PassError(
-                f"{len(images)} training images fill no batch of {self.batch}; give more, or a smaller batch"
+                f"{len(images)} training images do not fill a batch of {self.batch}; give more, or a smaller batch"
             )
         if self.batch % size:
-            raise PassError(f"a batch of {self.batch} cannot be shared out among {size} processes; give a multiple")
+            raise PassError(
+                f"a batch of {self.batch} cannot be divided among {size} processes; give a multiple of {size}"
+            )
 
     def _key(self, model: Model, images: Split) -> str:
-        """A name for this very training: what is trained, by whom, how and on what."""
+        """A key that identifies this training: options, model, dense model, masks and images."""
         digest = hashlib.sha256(repr(replace(self, workers=0, minutes=0.0)).encode())
         digest.update(repr((model.source, images.labelled, images.order)).encode())
         for node in model.graph.graph.nodes:
@@ -179,7 +191,7 @@ class Distill:
         assert model.dense is not None
         for name, value in [*model.dense.state_dict().items(), *model.masks().items()]:
             digest.update(name.encode() + value.detach().contiguous().numpy(force=True).tobytes())
-        # Labels that are known without reading an image; of others, those of the first images.
+        # All labels if they are known without decoding images; else those of the first images.
         labels = getattr(images.images, "labels", None)
         some = replace(images, order=images.order[:SAMPLED_IMAGES])
         known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
@@ -195,7 +207,7 @@ class Distill:
         source: Source,
         finished: PartialResults,
     ) -> tuple[Epoch, ...]:
-        """Trains the graph in place."""
+        """Trains the graph in place. Returns a record of each epoch."""
         net = ElasticNet(self.kept_l1, self.kept_l2, self.removed_l1, self.removed_l2)
         training = Training(
             graph,
@@ -209,5 +221,5 @@ class Distill:
 
 
 def images_of(data: Data) -> Split:
-    """The images that a distillation trains on."""
+    """The training images; the calibration images if there are none."""
     return data.training if len(data.training) else data.calibration

@@ -1,13 +1,13 @@
-r"""What a distillation minimises, on tensors.
+r"""The loss of distillation, on tensors.
 
 With logits z of the model and z_T of the dense model, labels y, temperature τ:
 
     (1 − α) · CE_ε(z, y) + α τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)) + λ₁ ‖W‖₁ + λ₂ ‖W‖²_F
 
-CE_ε is cross-entropy with labels smoothed by ε (Szegedy et al.), the second term Hinton's distillation, and the
-elastic net that of Berlyand et al. (arXiv 2606.02608): W = S + R of each masked layer, with λ's of their own on the
-kept part S and on the removed part R, which is zero but for a first phase in which the masks are soft. Without labels
-the first term is left out, and the second has weight 1.
+CE_ε is cross-entropy with label smoothing ε (Szegedy et al.), the second term is Hinton's distillation loss, and the
+last two are the elastic net of Berlyand et al. (arXiv 2606.02608): each masked layer is W = S + R, with separate λ for
+the kept part S and the removed part R. R is zero except while masks are soft. Without labels the first term is omitted,
+and the second has weight 1.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class ElasticNet:
         return any((self.kept_l1, self.kept_l2, self.removed_l1, self.removed_l2))
 
     def of(self, weights: Iterable[tuple[Tensor, Bool[Tensor, "..."]]]) -> Float[Tensor, ""]:
-        """The penalty on these weights with their masks."""
+        """The penalty of these weights, each given with its mask (True where kept)."""
         total = torch.zeros(())
         for weight, mask in weights:
             kept, removed = weight[mask], weight[~mask]
@@ -42,12 +42,12 @@ class ElasticNet:
 
 
 def labels_loss(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"], smoothing: float) -> Float[Tensor, ""]:
-    """CE_ε, the mean over images."""
+    """Cross-entropy CE_ε with label smoothing, the mean over images."""
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
 def teacher_loss(logits: Float[Tensor, "b k"], dense: Float[Tensor, "b k"], temperature: float) -> Float[Tensor, ""]:
-    """τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images."""
+    """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images."""
     log_p = F.log_softmax(logits.float() / temperature, dim=1)
     log_q = F.log_softmax(dense.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)

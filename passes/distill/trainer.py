@@ -1,11 +1,11 @@
-"""The training loop of a distillation: steps, masks held, a record an epoch, and checkpoints that are gone on from.
+"""The training loop of distillation: steps, masks held, a record of each epoch, and exact resume from checkpoints.
 
-Everything that a step depends on is in a checkpoint or follows from the step's number: weights, the optimiser's
-moments and the sums of the epoch are kept; the order of images, their augmentation, the learning rate and the softness
-of masks follow. So a run that was killed ends in the same weights as one that was not.
+A step depends only on the checkpoint and on its number. The checkpoint holds the weights, the optimizer's moments and
+the sums of the epoch; the number determines the order of images, their augmentation, the learning rate and the softness
+of masks. So a run that was killed and resumed ends with the same weights as one that was not.
 
-The graph is trained as it was captured, in evaluation mode: no dropout, and batch normalisation with its statistics.
-Then what one process computes on a batch is what several compute on their shares of it, up to rounding.
+The graph is trained in evaluation mode: no dropout, and fixed batch-norm statistics. So one process computes the same
+on a batch as several on their shares of it, up to rounding.
 """
 
 import json
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WARMUP_START_LR = 1e-6  # of the learning rate: where warming up starts
+WARMUP_START_LR = 1e-6  # of the learning rate, at the first warm-up step
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast to train, and in what precision; see Distill."""
+    """Length, learning rate, optimizer and precision of a training; fields as in Distill."""
 
     epochs: int
     batch: int
@@ -62,7 +62,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What to minimise; see passes/distill/loss.py."""
+    """Weights of the parts of the loss (passes/distill/loss.py)."""
 
     alpha: float
     temperature: float
@@ -71,7 +71,7 @@ class Objective:
 
 
 class Training:
-    """One distillation, in its middle or at its ends. The graph given is trained in place."""
+    """The state of one distillation. Trains `graph` in place."""
 
     def __init__(
         self,
@@ -87,29 +87,29 @@ class Training:
         self._device, self._schedule, self._objective = device, schedule, objective
         self._graph, self._teacher = graph.to(device).eval(), teacher.to(device).eval()
         self._masked = [(graph.get_parameter(f"{name}.weight"), mask.to(device)) for name, mask in masks.items()]
-        reached = reached_parameters(graph)
+        reached = used_parameters(graph)
         for name, parameter in graph.named_parameters():
             parameter.requires_grad_(name in reached)
         self._dtype = next(graph.parameters()).dtype
         self._optimizer = create_optimizer_v2(
-            decayed_apart(graph, schedule.weight_decay), opt=schedule.optimizer, lr=schedule.rate
+            weight_decay_groups(graph, schedule.weight_decay), opt=schedule.optimizer, lr=schedule.rate
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self._step = 0
-        self._sums = torch.zeros(3, dtype=torch.float64)  # of the epoch: loss, labels' part, teacher's part
+        self._sums = torch.zeros(3, dtype=torch.float64)  # of this epoch: loss, its labels' part, its teacher's part
         self._epochs: list[Epoch] = []
 
     def run(
         self, images: Split, source: Source, augmentation: Augmentation, finished: PartialResults
     ) -> tuple[Epoch, ...]:
-        """Trains to the end, from where a checkpoint left off; the record of every epoch."""
+        """Trains to the end, from the checkpoint if there is one. Returns a record of each epoch."""
         schedule, here = self._schedule, process_rank()
         if kept := broadcast((finished.get("training") or {}) if here.first else None):
             self._restore(kept)
-            log.info("goes on after step %d", self._step)
+            log.info("resumed after step %d", self._step)
         order = Batches(images.order, schedule.batch, schedule.epochs, schedule.seed, here, self._step)
         total, saved = schedule.epochs * order.per_epoch, time.monotonic()
-        rates = cosine(self._optimizer, total, min(schedule.warmup, total // 2), schedule.rate)
+        rates = cosine_schedule(self._optimizer, total, min(schedule.warmup, total // 2), schedule.rate)
         model = self._graph if here.size == 1 else DistributedDataParallel(self._graph)
         read = loader(TrainingImages(images, source, augmentation, schedule.seed), order, schedule.workers)
         for (pixels, labels), step in zip(read, tracked(range(self._step, total), "step {}".format), strict=True):
@@ -129,7 +129,7 @@ class Training:
         return tuple(self._epochs)
 
     def _train(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> None:
-        """One step of the optimiser on one batch, gradients accumulated over its parts."""
+        """One optimizer step on one batch, with gradients accumulated over its parts. Raises PassError on NaN."""
         parts = pixels.tensor_split(min(self._schedule.accumulate, len(pixels)))
         answers = [None] * len(parts) if labels is None else labels.tensor_split(len(parts))
         self._optimizer.zero_grad()
@@ -150,7 +150,7 @@ class Training:
         self._scaler.update()
 
     def _losses(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> Tensor:
-        """The loss, and of it the labels' part (0 without labels) and the teacher's."""
+        """The loss, its labels' part (0 without labels) and its teacher's part, stacked."""
         objective, dtype = self._objective, DTYPES[self._schedule.precision]
         with torch.autocast(self._device.type, dtype, enabled=dtype is not torch.float32):
             logits = model(pixels)
@@ -166,7 +166,7 @@ class Training:
 
     @torch.no_grad()
     def _hold_masks(self, total: int) -> None:
-        """Zeros where the masks are; while they are soft, what grew there is let fade in step with time."""
+        """One optimizer step on one batch; gradients accumulate over its parts. Raises PassError if the loss is NaN."""
         until = self._schedule.soft * total
         for weight, mask in self._masked:
             if self._step < until:
@@ -176,13 +176,13 @@ class Training:
                 weight.masked_fill_(~mask, 0.0)
 
     def _require_masks(self) -> None:
-        """Raises PassError where a removed weight is not zero."""
+        """Raises PassError if a removed weight is not zero."""
         broken = sum(int((weight[~mask] != 0).sum()) for weight, mask in self._masked)
         if broken:
             raise PassError(f"{broken} removed weights are not zero after training")
 
     def _close_epoch(self, steps: int, labelled: bool) -> None:
-        """Adds the record of an epoch, its losses means over all processes."""
+        """Appends the record of an epoch, with its losses averaged over steps and processes."""
         loss, answered, teacher = (all_reduced(self._sums) / steps / process_rank().size).tolist()
         self._sums.zero_()
         edge, spikes = spectra([weight for weight, _ in self._masked])
@@ -199,7 +199,7 @@ class Training:
         )
 
     def _state(self) -> dict[str, Tensor]:
-        """All that a checkpoint needs."""
+        """The content of a checkpoint."""
         moments = {
             f"moment.{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
             for index, values in self._optimizer.state_dict()["state"].items()
@@ -215,7 +215,7 @@ class Training:
         }
 
     def _restore(self, kept: Mapping[str, Tensor]) -> None:
-        """Goes back to what a checkpoint has."""
+        """Restores the state of a checkpoint."""
         self._graph.load_state_dict(_under("weight.", kept))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in _under("moment.", kept).items():
@@ -229,12 +229,12 @@ class Training:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose name starts so, without that."""
+    """The tensors whose names start with a prefix, under their names without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def reached_parameters(graph: fx.GraphModule) -> set[str]:
-    """The parameters that the graph computes with; a module may own others."""
+def used_parameters(graph: fx.GraphModule) -> set[str]:
+    """The names of the parameters that the graph uses; its modules may own others."""
     used: list[str] = []
     for node in graph.graph.nodes:
         if node.op == "get_attr":
@@ -245,11 +245,11 @@ def reached_parameters(graph: fx.GraphModule) -> set[str]:
     return {name for name, value in graph.named_parameters() if id(value) in values}
 
 
-def decayed_apart(graph: fx.GraphModule, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that are trained, in a group with weight decay and one without.
+def weight_decay_groups(graph: fx.GraphModule, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters, in one group with weight decay and one without.
 
-    Only matrices and filters of layers are decayed: no bias, no norm, and nothing that the graph fetches by itself, as
-    it does class tokens and position embeddings.
+    Only weights of layers decay. Biases, norms, and parameters that the graph reads directly, such as class tokens and
+    position embeddings, do not.
     """
     fetched = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     layers = {
@@ -264,8 +264,8 @@ def decayed_apart(graph: fx.GraphModule, weight_decay: float) -> list[dict[str, 
     return [group for group in found if group["params"]]
 
 
-def cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: float) -> "CosineLRScheduler":
-    """The learning rate by step: up from almost nothing, then down along a cosine."""
+def cosine_schedule(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: float) -> "CosineLRScheduler":
+    """The learning-rate schedule by step: linear warm-up, then a cosine."""
     from timm.scheduler import CosineLRScheduler
 
     return CosineLRScheduler(
@@ -279,7 +279,7 @@ def cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: floa
 
 
 def spectra(weights: Sequence[Tensor]) -> tuple[float | None, int | None]:
-    """Mean σ₊ and number of spikes of these weights, of those that a Marchenko–Pastur law can be fitted to."""
+    """Mean edge σ₊ and total number of spikes, over the weights that a Marchenko–Pastur law can be fitted to."""
     fits = []
     for weight in weights:
         try:

@@ -1,4 +1,4 @@
-"""The Marchenko–Pastur budget: a spectrum and a pattern for each layer."""
+"""The Marchenko–Pastur budget: fits each layer's spectrum and plans a pattern for each layer."""
 
 from mpcompile.passes.mp_budget.mp_budget import MPBudget
 

@@ -1,8 +1,7 @@
-"""From scores to densities, and from scores to the patterns that cost least.
+"""Allocates a budget over layers: densities from scores, or the patterns of least damage.
 
-Densities: keep the largest scores of all layers together (`densities`). Patterns: each layer takes one of the patterns
-that it can carry, or stays dense, so that the summed damage is the least that saves the multiply-accumulates wanted.
-With x(ℓ, P) in {0, 1},
+`densities` keeps the largest scores of all layers together. `least_damage` chooses one pattern for each layer, or none,
+so that the summed damage is minimal and the wanted MACs are saved. With x(ℓ, P) in {0, 1},
 
     minimise Σ D(ℓ, P) x(ℓ, P)   subject to   Σ_P x(ℓ, P) ≤ 1,   Σ (1 − N/M) MACs(ℓ) x(ℓ, P) ≥ saving,
 
@@ -23,9 +22,9 @@ from mpcompile.ir.weight_groups import grouped
 
 
 def densities(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
-    """The share of each layer that is kept when the largest `density` of all scores together is.
+    """The density of each layer if the largest scores of all layers are kept, a share `density` of them all.
 
-    Exact up to scores that are equal to the largest one removed, all of which are removed.
+    Scores equal to the largest removed score are all removed, so ties may lower the total density.
     """
     everything = torch.cat([score.flatten() for score in scores.values()])
     removed = len(everything) - round(density * len(everything))
@@ -36,7 +35,7 @@ def densities(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
 
 
 def damage(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> float:
-    """The least sum of s² that a mask of this pattern removes."""
+    """The least sum of s² that a mask of this pattern can remove."""
     cost = grouped(score, pattern.of).double().square()
     shared = cost.reshape(-1, pattern.rows, *cost.shape[1:]).sum(1)
     removed = shared.topk(pattern.of - pattern.keep, dim=-1, largest=False).values
@@ -45,16 +44,16 @@ def damage(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A pattern that some layers would take together, with the damage and what it saves."""
+    """A pattern for one layer, or for several that share a weight, with its damage and the MACs that it saves."""
 
-    layers: tuple[str, ...]  # several where they share one weight
+    layers: tuple[str, ...]  # several if they share one weight
     pattern: NM
     damage: float
     saving: float  # multiply-accumulates an image
 
 
 class InfeasibleError(ValueError):
-    """The saving wanted is more than all options together give; `most` is what they give."""
+    """The wanted saving exceeds `most`, the saving of all options together."""
 
     def __init__(self, most: float) -> None:
         super().__init__(f"at most {most:g} can be saved")
@@ -62,21 +61,21 @@ class InfeasibleError(ValueError):
 
 
 def least_damage(options: Sequence[Option], saving: float) -> tuple[Option, ...]:
-    """The options of least summed damage that save at least `saving`, at most one for each set of layers.
+    """The options of least summed damage that save at least `saving` MACs, at most one for each set of layers.
 
-    Raises InfeasibleError.
+    Raises InfeasibleError if no choice saves as much.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    units = list(dict.fromkeys(option.layers for option in options))
-    most = sum(max(o.saving for o in options if o.layers == unit) for unit in units)
+    layer_sets = list(dict.fromkeys(option.layers for option in options))
+    most = sum(max(o.saving for o in options if o.layers == layers) for layers in layer_sets)
     if saving > most * (1 + 1e-12):
         raise InfeasibleError(most)
     costs = np.array([option.damage for option in options])
     savings = np.array([option.saving for option in options])
-    one_each = np.array([[float(option.layers == unit) for option in options] for unit in units])
+    one_each = np.array([[float(option.layers == layers) for option in options] for layers in layer_sets])
     result = milp(
-        # Scaled, so that the solver's absolute tolerances are relative ones.
+        # Scaled, so that the solver's absolute tolerances act as relative ones.
         costs / max(costs.max(), np.finfo(float).tiny),
         constraints=[
             LinearConstraint(one_each, ub=1.0),

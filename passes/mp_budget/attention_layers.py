@@ -1,7 +1,7 @@
-"""Which layers belong to attention, read off the graph.
+"""Finds the layers of attention in the graph: the projections to query, key and value, and the output projection.
 
-A layer does where an attention product (scaled_dot_product_attention, or a softmax) lies between it and the next layer
-before or after it: the projections to query, key and value, and the projection of what attention returns.
+A layer belongs to attention if an attention product (scaled_dot_product_attention or a softmax) lies between it and the
+next layer, before or after it.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,9 +17,9 @@ FUNCTIONS = frozenset({F.scaled_dot_product_attention, F.softmax, torch.softmax,
 
 
 def attention_layers(model: Model) -> frozenset[str]:
-    """The qualified names of the Linear and Conv2d layers that feed attention or take its result.
+    """The qualified names of the Linear and Conv2d layers directly before or after an attention product.
 
-    The graph must carry the shapes that capturing and the pass manager record.
+    The graph must have the shapes that capture and the pass manager record (`tensor_meta`).
     """
     modules = dict(model.graph.named_modules())
     sites, _ = weight_sites(model.graph)
@@ -31,11 +31,11 @@ def attention_layers(model: Model) -> frozenset[str]:
         return node.target in FUNCTIONS or (node.op == "call_method" and node.target == "softmax")
 
     def meets_attention(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
-        """Whether a walk that stops at layers comes to an attention product."""
+        """Whether a walk along the graph reaches an attention product before the next layer."""
         waiting, seen = [*step(start)], {start}
         while waiting:
             node = waiting.pop()
-            if node in seen or "tensor_meta" not in node.meta:  # a shape also connects nodes, and carries no data
+            if node in seen or "tensor_meta" not in node.meta:  # a shape connects nodes, too, but is not data
                 continue
             seen.add(node)
             if attends(node):

@@ -1,13 +1,13 @@
-"""Fit the Marchenko–Pastur law to every layer, and turn a budget signal into a pattern for each.
+"""Fits the Marchenko–Pastur law to every layer, and plans a pattern for each from a budget signal.
 
-The law, its fit and its null are in mpcompile.analysis.spectrum, the signals in passes/mp_budget/scores.py, the integer
-program in passes/mp_budget/allocate.py. With a signal's scores s, and a target for the multiply-accumulates of the
-whole model, each eligible layer gets one of the patterns or stays dense, so that the summed s² of the removed weights
-is least. Without a target every eligible layer gets the sparsest pattern that it can carry (of several, the one that
-costs least).
+mpcompile/analysis/spectrum.py has the law, its fit and its null; passes/mp_budget/scores.py the signals;
+passes/mp_budget/allocate.py the integer program. Given a signal's scores s and a target for the MACs of the whole
+model, each eligible layer gets one of the patterns or stays dense, so that the summed s² of the removed weights is
+minimal. Without a target, every eligible layer gets the sparsest pattern that it can have (of several, the one of least
+damage).
 
-The signal `mp` depends on the sparsity aimed at; that is taken over the eligible layers: the share of their
-multiply-accumulates that has to go, or without a target that of the sparsest pattern.
+The signal `mp` depends on the target sparsity. That is taken over the eligible layers: the share of their MACs that
+must go, or without a target the sparsity of the sparsest pattern.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,8 +36,11 @@ Signal = Literal["mp", "magnitude", "std", "uniform", "lamp", "owl", "sensitivit
 NEED_IMAGES = ("owl", "sensitivity")
 
 
-def fit_layers(model: Model, *, null: bool, level: float, seed: int) -> dict[str, SpectrumFit | str]:
-    """For each Linear and Conv2d its fit, or why it has none, as a sentence."""
+def fit_spectra(model: Model, *, null: bool, level: float, seed: int) -> dict[str, SpectrumFit | str]:
+    """For each Linear and Conv2d its fit, or the reason why it has none, as a sentence.
+
+    `level` is the probability at which noise exceeds the edge T₊; `null` repeats each fit on shuffled entries.
+    """
     where = places(model)
     found: dict[str, SpectrumFit | str] = {}
     for name, layer in tracked(list(model.layers()), lambda pair: pair[0]):
@@ -62,7 +65,7 @@ def scores_of(
     sparsity: float,
     data: Data,
 ) -> signals.Scores:
-    """The scores of a signal for these layers, at a sparsity of all their weights together. Raises PassError."""
+    """The scores of a signal for these layers at this overall sparsity. Raises PassError if it needs images."""
     weights = {name: model.layer(name).weight.detach() for name in names}
     if signal == "mp":
         known = {name: found.fit for name, found in fits.items() if isinstance(found, SpectrumFit)}
@@ -82,12 +85,15 @@ def scores_of(
 
 @dataclass(frozen=True, slots=True)
 class MPBudget:
-    """Fits the Marchenko–Pastur law to each layer and plans a pattern for each that is eligible.
+    """Fits the Marchenko–Pastur law to each layer and plans a pattern for each eligible layer.
 
-    `patterns` are what a layer may get, `macs` the share of the model's multiply-accumulates that may be left (left
-    out: every eligible layer gets a pattern), `signal` what decides which layers stay dense. `include` and `exclude`
-    are shell patterns over qualified names. `null` repeats each fit on the layer's entries shuffled by `seed`; `level`
-    is the probability at which noise passes the edge.
+    Args:
+        patterns: the patterns that a layer may get.
+        macs: the share of the model's MACs to leave, in (0, 1). None: every eligible layer gets a pattern.
+        signal: the score that decides which layers stay dense (passes/mp_budget/scores.py).
+        include, exclude: shell patterns over qualified layer names.
+        null: also fit each layer's entries shuffled by `seed`, as a control.
+        level: the probability at which pure noise exceeds the edge T₊.
     """
 
     name: ClassVar[str] = "mp-budget"
@@ -104,7 +110,7 @@ class MPBudget:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
+        """Raises UsageError for invalid options."""
         if not self.patterns:
             raise UsageError("the budget has no patterns to choose from; give at least one, such as 2:4")
         if self.macs is not None and not 0 < self.macs < 1:
@@ -113,18 +119,18 @@ class MPBudget:
             raise UsageError(f"level is {self.level}; it is a probability between 0 and 1")
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The same model with spectrum and pattern, or the reason for none, in each layer's plan."""
-        return self.planned(model, data, fit_layers(model, null=self.null, level=self.level, seed=self.seed))
+        """The model with a spectrum and a pattern in each layer's plan, or the reason why there is none."""
+        return self.planned(model, data, fit_spectra(model, null=self.null, level=self.level, seed=self.seed))
 
     def planned(self, model: Model, data: Data, fits: Mapping[str, SpectrumFit | str]) -> Model:
-        """The same, with fits that were made before."""
+        """The same, with fits from `fit_spectra`. Raises PassError."""
         if any(plan.mask is not None for plan in model.plan.values()):
-            raise PassError("some layers are masked already; the budget stands before the masks")
+            raise PassError("some layers are masked already; put mp-budget before nm-mask")
         verdicts = {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
-        # Layers that share one weight are decided on together.
+        # Layers that share a weight get one decision.
         able = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
-        units = tied(model, able)
-        chosen = self._chosen(model, data, fits, verdicts, units)
+        layer_sets = tied(model, able)
+        chosen = self._chosen(model, data, fits, verdicts, layer_sets)
         plans = {}
         for name in dict.fromkeys(name for verdict in verdicts.values() for name in verdict):
             pattern = chosen.get(name)
@@ -149,29 +155,31 @@ class MPBudget:
         data: Data,
         fits: Mapping[str, SpectrumFit | str],
         verdicts: Mapping[NM, Mapping[str, str | None]],
-        units: Sequence[tuple[str, ...]],
+        layer_sets: Sequence[tuple[str, ...]],
     ) -> dict[str, NM]:
-        """The pattern of each layer that gets one. Raises PassError."""
-        able = {unit: [p for p in self.patterns if not any(verdicts[p][name] for name in unit)] for unit in units}
-        able = {unit: patterns for unit, patterns in able.items() if patterns}
+        """Pattern by layer name, for the layers that get one. Raises PassError if the target cannot be reached."""
+        able = {
+            layers: [p for p in self.patterns if not any(verdicts[p][name] for name in layers)] for layers in layer_sets
+        }
+        able = {layers: patterns for layers, patterns in able.items() if patterns}
         if not able:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(verdicts[self.patterns[0]].items())[:3])
             raise PassError(
                 f"no layer takes {', '.join(map(str, self.patterns))} ({shown or 'the model has no layers'})"
             )
         if self.macs is None:
-            sparsest = {unit: min(p.density for p in patterns) for unit, patterns in able.items()}
-            able = {unit: [p for p in able[unit] if p.density == sparsest[unit]] for unit in able}
+            sparsest = {layers: min(p.density for p in patterns) for layers, patterns in able.items()}
+            able = {layers: [p for p in able[layers] if p.density == sparsest[layers]] for layers in able}
             if all(len(patterns) == 1 for patterns in able.values()):
-                return {name: patterns[0] for unit, patterns in able.items() for name in unit}
+                return {name: patterns[0] for layers, patterns in able.items() for name in layers}
         counted = cost(model)
-        names = [name for unit in able for name in unit]
+        names = [name for layers in able for name in layers]
         saving = self._saving(counted, able)
         sparsity = saving / sum(counted.layers[name] for name in names)
         scores = scores_of(self.signal, model, names, fits, sparsity, data)
         options = [
-            Option(unit, p, damage(scores[unit[0]], p), sum(counted.layers[n] for n in unit) * (1 - p.density))
-            for unit, patterns in able.items()
+            Option(layers, p, damage(scores[layers[0]], p), sum(counted.layers[n] for n in layers) * (1 - p.density))
+            for layers, patterns in able.items()
             for p in patterns
         ]
         try:
@@ -185,7 +193,9 @@ class MPBudget:
         return {name: option.pattern for option in taken for name in option.layers}
 
     def _saving(self, counted: Cost, able: Mapping[tuple[str, ...], Sequence[NM]]) -> float:
-        """The multiply-accumulates that have to go."""
+        """The MACs that must be saved."""
         if self.macs is not None:
             return counted.macs * (1 - self.macs)
-        return sum(counted.layers[name] * (1 - patterns[0].density) for unit, patterns in able.items() for name in unit)
+        return sum(
+            counted.layers[name] * (1 - patterns[0].density) for layers, patterns in able.items() for name in layers
+        )

@@ -1,28 +1,29 @@
-"""Budget signals: what each weight is worth, on one scale for all layers.
+"""Budget signals: a saliency score for each weight, on one scale for all layers.
 
-A budget is a score s ≥ 0 for every weight. Removing the smallest of all layers together until a share remains gives
-each layer its density; removing a set costs the sum of s² over it. Within a layer every signal here orders weights by
-magnitude, so signals differ in how they share out density between layers, and in nothing else.
+A signal gives every weight a score s ≥ 0. Removing the smallest scores of all layers together determines each layer's
+density; the damage of removing a set is the sum of s² over it. Within a layer every signal here orders weights by
+magnitude, so signals differ only in the density of each layer.
 
-`mp` is Spectral Edge Budgeting (Berlyand et al., arXiv 2606.02608, Online Resource 2). For the sparsity s of the whole
-and a layer ℓ with spectral quantity v(ℓ), standardised over the layers to z(ℓ),
+`mp` is Spectral Edge Budgeting (Berlyand et al., arXiv 2606.02608, Online Resource 2). For the overall sparsity s and a
+layer ℓ with spectral quantity v(ℓ), standardised over the layers to z(ℓ),
 
     w(ℓ) = max(0.1, 1 + β d(s) z(ℓ)),    d(s) = max(0, 1 − s/s_d),    score = |W| / w(ℓ),
 
-so a layer with a wide noise bulk is pruned more. v is the edge σ₊, or at low sparsity Hill's tail exponent, and
-REGIMES gives β and s_d, which the paper tuned on 2,000 images for ViT-B.
+so a layer with a wide noise bulk is pruned more. v is the edge σ₊, or at low sparsity Hill's tail exponent. REGIMES has
+β and s_d, which the paper tuned on 2,000 images for ViT-B.
 
-The others are the controls that it has to beat:
+Controls that `mp` must beat:
 
 - `std`: the same formula with v = std(W) (√n + √p), which is σ₊ without any spectrum;
-- `uniform`: every layer the same density; the score is the weight's rank within its layer;
+- `uniform`: the same density for every layer; the score is the weight's rank within its layer;
 - `lamp`: W² over the sum of all W² of its layer that are at least as large (Lee et al., arXiv 2010.07611);
-- `owl`: more density for layers in which more inputs stand out (Yin et al., arXiv 2310.05175); needs images;
+- `owl`: higher density for layers with more outliers |W| ‖x‖ (Yin et al., arXiv 2310.05175); needs images;
 - `magnitude`: |W|, which is `mp` with w = 1 everywhere.
 
-And one that is not a control but the better signal where the benchmark says so:
+One more signal, better than `mp` in some benchmarks (benchmarks/results/budget.md):
 
-- `sensitivity`: |W| a(ℓ)^½ with a(ℓ) from the logits' own derivatives (passes/mp_budget/sensitivity.py); needs images.
+- `sensitivity`: |W| a(ℓ)^½ with a(ℓ) from the derivatives of the logits (passes/mp_budget/sensitivity.py); needs
+  images.
 """
 
 import math
@@ -40,12 +41,12 @@ Scores = dict[str, Float[Tensor, "out in_ *taps"]]
 
 SMALLEST_FACTOR = 0.1
 OUTLIER = 5.0  # times the mean of its layer; OWL's M
-OWL_SPREAD = 0.08  # OWL's λ: how far a layer's density may be from the mean
+OWL_SPREAD = 0.08  # OWL's λ: the largest deviation of a layer's density from the mean
 
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """How the paper sets the formula up to a sparsity: which quantity, and its β and s_d."""
+    """One row of the paper's table: the spectral quantity, β and s_d for sparsities up to `up_to`."""
 
     up_to: float
     quantity: Callable[[Fit], float]
@@ -73,12 +74,12 @@ REGIMES = (
 
 
 def regime(sparsity: float) -> Regime:
-    """The regime of the paper's table that a sparsity falls into."""
+    """The row of the paper's table for this sparsity."""
     return next(row for row in REGIMES if sparsity <= row.up_to)
 
 
 def factors(values: Mapping[str, float], attention: Collection[str], sparsity: float) -> dict[str, float]:
-    """w(ℓ) for each layer of which the quantity is known; where all are equal, 1."""
+    """The factor w(ℓ) of each layer, from its quantity v(ℓ); 1 if all quantities are equal."""
     row = regime(sparsity)
     array = np.array(list(values.values()))
     spread = float(array.std()) if len(array) else 0.0
@@ -95,7 +96,7 @@ def factors(values: Mapping[str, float], attention: Collection[str], sparsity: f
 def spectral_edge(
     weights: Mapping[str, Tensor], fits: Mapping[str, Fit], attention: Collection[str], sparsity: float
 ) -> Scores:
-    """`mp`. Layers without a fit have w = 1."""
+    """The scores of `mp`. Layers without a fit have w = 1."""
     quantity = regime(sparsity).quantity
     known = {name: quantity(fits[name]) for name in weights if name in fits}
     w = factors({name: value for name, value in known.items() if np.isfinite(value)}, attention, sparsity)
@@ -103,7 +104,7 @@ def spectral_edge(
 
 
 def deviation_edge(weights: Mapping[str, Tensor], attention: Collection[str], sparsity: float) -> Scores:
-    """`std`."""
+    """The scores of `std`."""
 
     def size(weight: Tensor) -> float:
         rows, columns = weight.flatten(1).shape
@@ -114,7 +115,7 @@ def deviation_edge(weights: Mapping[str, Tensor], attention: Collection[str], sp
 
 
 def rank(weight: Float[Tensor, "out in_ *taps"]) -> Float[Tensor, "out in_ *taps"]:
-    """The share of the layer's weights that are no larger, in (0, 1]; of equal ones the earlier is the smaller."""
+    """Rank by magnitude within the layer divided by the number of weights, in (0, 1]. Ties: the earlier is lower."""
     flat = weight.abs().flatten()
     order = flat.argsort(stable=True)
     ranks = torch.empty_like(flat)
@@ -123,7 +124,7 @@ def rank(weight: Float[Tensor, "out in_ *taps"]) -> Float[Tensor, "out in_ *taps
 
 
 def lamp(weight: Float[Tensor, "out in_ *taps"]) -> Float[Tensor, "out in_ *taps"]:
-    """The root of the LAMP score, so that its square is what removing costs."""
+    """The square root of the LAMP score, so that its square is the damage of removing the weight."""
     flat = weight.flatten().double().square()
     ascending, order = flat.sort(stable=True)
     at_least = ascending.flip(0).cumsum(0).flip(0)
@@ -139,7 +140,7 @@ def outliers(weight: Tensor, scale: Tensor) -> float:
 
 
 def owl(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Scores:
-    """`owl`: ranks, raised by up to 2 OWL_SPREAD with the layer's share of outliers."""
+    """The scores of `owl`: ranks, raised by up to 2 OWL_SPREAD in proportion to the layer's share of outliers."""
     shares = {name: outliers(weight, scales[name]) for name, weight in weights.items()}
     low, high = min(shares.values()), max(shares.values())
     raised = {
@@ -149,5 +150,5 @@ def owl(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Scores:
 
 
 def sensitivity(weights: Mapping[str, Tensor], amplification: Mapping[str, float]) -> Scores:
-    """`sensitivity`. The root is because the derivative overstates what a layer loses when much of it goes."""
+    """The scores of `sensitivity`. The square root is used since derivatives overstate the loss at high sparsity."""
     return {name: weight.abs() * amplification[name] ** 0.5 for name, weight in weights.items()}

@@ -1,14 +1,15 @@
-"""How much the logits amplify what a layer loses, from their derivatives on calibration images.
+"""The amplification of a layer's loss to the logits, from their derivatives on calibration images.
 
-Removing a set R of weights from layer ℓ moves the logits z, to first order, by Σ_R w ∂z/∂w. With the signs of the
-derivatives taken as independent, the mean square of that over images is Σ_R w² g², g² = E ‖∂z/∂w‖². For a whole layer
-the amplification is the mean of g² over its weights, weighted by w²:
+Removing a set R of weights from layer ℓ changes the logits z, to first order, by Σ_R w ∂z/∂w. If the signs of the
+derivatives are independent, the mean square of that over images is Σ_R w² g², where g² = E ‖∂z/∂w‖². The squared
+amplification of a whole layer is the mean of g² over its weights, weighted by w²:
 
     a(ℓ)² = Σ w² g² / Σ w².
 
-‖∂z/∂w‖², a sum over outputs and over the images of a batch, is the mean of (∂(v·z)/∂w)² over random signs v, so one
-backward pass a batch estimates it without bias (Hutchinson 1989). It is the diagonal of the Gauss–Newton matrix of
-half the squared logit shift, as in Optimal Brain Damage (LeCun, Denker and Solla 1989) with the logits for the loss.
+‖∂z/∂w‖², a sum over outputs and over the images of a batch, is the mean of (∂(v·z)/∂w)² over random signs v. So one
+backward pass for each batch gives an unbiased estimate (Hutchinson 1989). It is the diagonal of the Gauss–Newton matrix
+of half the squared logit shift: Optimal Brain Damage (LeCun, Denker and Solla 1989) with the logits in place of the
+loss.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ BATCH = 32
 
 
 def amplification(model: Model, images: Split, names: Sequence[str], seed: int = 0) -> dict[str, float]:
-    """a(ℓ) for each layer; 0 for one that is all zero or whose weight the logits do not depend on."""
+    """The amplification a(ℓ) of each layer; 0 if its weight is all zero or the logits do not depend on it."""
     weights = [model.layer(name).weight for name in names]
     needed = [weight.requires_grad for weight in weights]
     rng = torch.Generator().manual_seed(seed)

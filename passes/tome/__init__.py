@@ -1,4 +1,4 @@
-"""Token merging written into the graph."""
+"""Token merging: the pass ToMe, its graph rewrite, its schedules, and the search for one."""
 
 from mpcompile.passes.tome.tome import ToMe
 

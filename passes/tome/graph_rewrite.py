@@ -1,14 +1,14 @@
-"""Token merging written into a graph, and what the graph has to be for that.
+"""Writes token merging into a graph, and checks that the model permits it.
 
-The rewrite puts a merge behind the sum of stream and attention of a block, gives every later attention the sizes of its
-tokens as a bias, and lets a mean over tokens count each as often as its size says.
+The rewrite inserts a merge after the residual add of an attention, adds the log sizes of the tokens to the logits of
+every later attention, and weights every mean over tokens by their sizes.
 
-Merging makes sense where the model, from the first merge on, takes its tokens for a weighted set:
+Merging is valid if the model treats its tokens as a weighted set from the first merge on:
 
-1. in another order they give the same outputs (no positions inside attention, no windows, no grid);
-2. two equal tokens of size one give what one of size two gives (sizes reach every attention and every pooling).
+1. their order does not matter (no positions inside attention, no windows, no grid);
+2. two equal tokens of size 1 give the same outputs as one of size 2 (sizes reach every attention and every pooling).
 
-Both are run on the example, with a reordering and a repetition in the place of the first merge.
+Both are checked by running the model on its example, with a reordering or a repetition in place of the first merge.
 """
 
 import copy
@@ -25,21 +25,22 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.token_merging import log_size, mean_by_size, merge_tokens, merges_tokens, unit_sizes
 
-# Float32 sums over some hundred tokens in another order, in each of some ten blocks; a position or a window that is
-# there moves outputs by per cents.
+# Relative difference: float32 sums over a few hundred tokens in another order, in each of about ten blocks, stay below
+# it; a position or a window changes outputs by several per cent.
 LAW_TOLERANCE = 1e-3
 MEANS = frozenset({torch.mean, "mean"})
 
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
-def merging_sites(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Attention]:
-    """The attentions after which tokens may merge, in order, or PassError with the reason why they may not.
+def mergeable_attentions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Attention]:
+    """The attentions after which tokens can merge, in order.
 
-    One that only reads the tokens, as a pooling does, is none of them; of parallel ones that share a sum, the last is.
+    An attention that only reads the tokens, such as attention pooling, is not one of them. Of parallel attentions with
+    the same residual add, the last counts. Raises PassError with the reason if tokens cannot merge.
     """
     if merges_tokens(graph):
-        raise PassError("tokens are merged in this graph already; give the whole schedule to one tome")
+        raise PassError("this graph merges tokens already; give the whole schedule to one tome pass")
     found = attentions(graph, modules)
     unfit = next((site for site in found if site.unfit), None)
     if unfit:
@@ -60,11 +61,14 @@ def merging_sites(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Att
 
 
 def protected_tokens(model: Model, first: Attention) -> int:
-    """How many tokens in front are the same for every image where they reach the first attention."""
+    """The number of leading tokens that do not depend on the image at the input of the first attention.
+
+    Those are class, distillation and register tokens. Raises PassError if such a token is not at the front.
+    """
     assert first.stream is not None
     image = model.example[:1]
     with torch.no_grad():
-        tokens = fx.GraphModule(model.graph, _until(first.stream))(torch.cat([image, 1 - image.flip(-1)]))
+        tokens = fx.GraphModule(model.graph, _prefix(first.stream))(torch.cat([image, 1 - image.flip(-1)]))
     same = (tokens[0] == tokens[1]).all(-1)
     count = int(same.long().cumprod(0).sum())
     if int(same.sum()) != count:
@@ -75,8 +79,8 @@ def protected_tokens(model: Model, first: Attention) -> int:
     return count
 
 
-def _until(last: fx.Node) -> fx.Graph:
-    """A copy of the node's graph that ends with it."""
+def _prefix(last: fx.Node) -> fx.Graph:
+    """A copy of the graph up to this node, which becomes its output."""
     copied = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     for node in last.graph.nodes:
@@ -87,8 +91,8 @@ def _until(last: fx.Node) -> fx.Graph:
     return copied
 
 
-def check_laws(model: Model, sites: Sequence[Attention], protected: int) -> None:
-    """Raises PassError where what follows the first attention does not take its tokens for a weighted set."""
+def require_weighted_set(model: Model, sites: Sequence[Attention], protected: int) -> None:
+    """Raises PassError unless the model treats its tokens as a weighted set after the first attention."""
     tokens = sites[0].tokens
     backwards = torch.cat([torch.arange(protected), torch.arange(tokens - 1, protected - 1, -1)])
 
@@ -107,8 +111,8 @@ def check_laws(model: Model, sites: Sequence[Attention], protected: int) -> None
     def outputs(merge: Merge) -> Tensor:
         schedule = [1] + [0] * (len(sites) - 1)
         with torch.no_grad():
-            # Not called: a call that fails prints its traceback.
-            result: Tensor = fx.Interpreter(merged(model.graph, schedule, protected, merge)).run(model.example)
+            # Not called directly: a GraphModule prints a traceback if its call fails.
+            result: Tensor = fx.Interpreter(with_merging(model.graph, schedule, protected, merge)).run(model.example)
         return result
 
     laws = (
@@ -130,28 +134,25 @@ def check_laws(model: Model, sites: Sequence[Attention], protected: int) -> None
             )
 
 
-# ---- the rewrite
-
-
-def merged(
+def with_merging(
     graph: fx.GraphModule, schedule: Sequence[int], protected: int, merge: Merge = merge_tokens
 ) -> fx.GraphModule:
-    """A graph on the same modules, with that many tokens merged after each site of `merging_sites`."""
-    return fx.GraphModule(graph, merged_nodes(graph, schedule, protected, merge), graph._get_name())
+    """A graph with the same modules that merges `schedule[i]` tokens after the i-th of `mergeable_attentions`."""
+    return fx.GraphModule(graph, nodes_with_merging(graph, schedule, protected, merge), graph._get_name())
 
 
-def merged_nodes(
+def nodes_with_merging(
     graph: fx.GraphModule, schedule: Sequence[int], protected: int, merge: Merge = merge_tokens
 ) -> fx.Graph:
-    """The nodes of `merged`; those given are left as they were, and where nothing merges nothing is changed."""
+    """The nodes of `with_merging`. The given graph is not changed; without merges it is an unchanged copy."""
     nodes = copy.deepcopy(graph.graph)
     if not any(schedule):
         return nodes
     modules = dict(graph.named_modules())
-    due = {site.total: r for site, r in zip(merging_sites(nodes, modules), schedule, strict=True)}
+    merges = {site.total: r for site, r in zip(mergeable_attentions(nodes, modules), schedule, strict=True)}
     sites = {site.node: site for site in attentions(nodes, modules)}
     tokens = next(iter(sites.values())).tokens
-    keys: dict[fx.Node, fx.Node] = {}  # of the attention that was added last to a sum
+    keys: dict[fx.Node, fx.Node] = {}  # residual add -> keys of the last attention added to it
     size: fx.Node | None = None
     bias: fx.Node | None = None
     for node in list(nodes.nodes):
@@ -160,28 +161,28 @@ def merged_nodes(
             if site.total is not None:
                 keys[site.total] = site.keys
             if size is not None:
-                bias = bias or _after(size, log_size, size)
+                bias = bias or _call_after(size, log_size, size)
                 _add_bias(site, bias)
         elif size is not None and _is_token_mean(node, tokens, protected):
-            _weigh(node, size)
-        r = due.get(node, 0)
+            _weight_by_size(node, size)
+        r = merges.get(node, 0)
         if r:
             size, bias = _merge_after(node, size, keys[node], r, protected, merge), None
     return nodes
 
 
 def _merge_after(total: fx.Node, size: fx.Node | None, keys: fx.Node, r: int, protected: int, merge: Merge) -> fx.Node:
-    """Puts a merge between a sum and its readers; the node of the sizes after it."""
-    size = size or _after(total, unit_sizes, total)
-    both = _after(max(total, size), merge, total, size, keys, r, protected)
+    """Inserts a merge between a residual add and its readers. Returns the node of the sizes after it."""
+    size = size or _call_after(total, unit_sizes, total)
+    both = _call_after(max(total, size), merge, total, size, keys, r, protected)
     both.meta["nn_module_stack"] = total.meta.get("nn_module_stack", {})
-    tokens, sizes = _after(both, operator.getitem, both, 0), _after(both, operator.getitem, both, 1)
+    tokens, sizes = _call_after(both, operator.getitem, both, 0), _call_after(both, operator.getitem, both, 1)
     total.replace_all_uses_with(tokens, delete_user_cb=lambda user: user not in (both, size))
     return sizes
 
 
 def _add_bias(site: Attention, bias: fx.Node) -> None:
-    """Adds sizes to the logits of an attention."""
+    """Adds the bias log(size) to the logits of an attention."""
     node = site.node
     if node.target is F.scaled_dot_product_attention:
         if len(node.args) > 3:
@@ -195,7 +196,7 @@ def _add_bias(site: Attention, bias: fx.Node) -> None:
 
 
 def _is_token_mean(node: fx.Node, tokens: int, protected: int) -> bool:
-    """Whether a node takes the mean over all tokens, or over all that are not protected."""
+    """Whether a node is the mean over all tokens, or over all tokens that are not protected."""
     if node.target not in MEANS or not node.args or len(shape_of(node.args[0])) != 3:
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -203,14 +204,14 @@ def _is_token_mean(node: fx.Node, tokens: int, protected: int) -> bool:
     return over in (1, -2) and shape_of(node.args[0])[1] in (tokens, tokens - protected)
 
 
-def _weigh(node: fx.Node, size: fx.Node) -> None:
-    """Lets a mean over tokens count each as often as its size says."""
+def _weight_by_size(node: fx.Node, size: fx.Node) -> None:
+    """Replaces a mean over tokens by the mean weighted by their sizes."""
     keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    node.replace_all_uses_with(_after(node, mean_by_size, node.args[0], size, keepdim))
+    node.replace_all_uses_with(_call_after(node, mean_by_size, node.args[0], size, keepdim))
     node.graph.erase_node(node)
 
 
-def _after(place: fx.Node, function: Callable[..., object], *args: fx.node.Argument) -> fx.Node:
-    """A new call behind a node."""
-    with place.graph.inserting_after(place):
-        return place.graph.call_function(function, args)
+def _call_after(node: fx.Node, function: Callable[..., object], *args: fx.node.Argument) -> fx.Node:
+    """Inserts a call after a node."""
+    with node.graph.inserting_after(node):
+        return node.graph.call_function(function, args)

@@ -1,4 +1,4 @@
-"""How many tokens merge after each attention, as a user spells it, and what the tokens allow."""
+"""The schedule of token merging: how many tokens merge after each attention, parsed from text and bounded."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ from mpcompile.analysis.attention import Attention
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.token_merging import most_merged
 
-WIDEST_TOPK = 3840  # TensorRT's limit
-MOST_TOKENS = 10**9  # no image has as many
+WIDEST_TOPK = 3840  # largest K of TensorRT's TopK
+MOST_TOKENS = 10**9  # bounds numbers in texts; no image has this many tokens
 
 
-def spelt(text: int | str | tuple[int, ...], sites: int) -> tuple[int, ...]:
-    """The schedule that `8`, `8:decreasing` or `0,0,4,8` spells for so many attentions. Raises UsageError."""
+def parse_schedule(text: int | str | tuple[int, ...], attentions: int) -> tuple[int, ...]:
+    """Parses `8`, `8:decreasing` or `0,0,4,8` into one number for each of `attentions`. Raises UsageError."""
     if isinstance(text, tuple):
-        return _counted(text, sites)
+        return _require_count(text, attentions)
     number, colon, shape = str(text).partition(":")
     try:
         listed = tuple(int(part) for part in number.split(","))
@@ -30,39 +30,48 @@ def spelt(text: int | str | tuple[int, ...], sites: int) -> tuple[int, ...]:
             "such as 0,0,4,8, or auto"
         )
     if "," in number:
-        return _counted(listed, sites)
-    return decreasing(listed[0], sites) if shape == "decreasing" else listed * sites
+        return _require_count(listed, attentions)
+    return decreasing(listed[0], attentions) if shape == "decreasing" else listed * attentions
 
 
-def _counted(listed: tuple[int, ...], sites: int) -> tuple[int, ...]:
-    """A number for each attention."""
-    if len(listed) != sites:
-        raise UsageError(f"tome: r has {len(listed)} numbers, and the model {sites} attentions with tokens to merge")
+def _require_count(listed: tuple[int, ...], attentions: int) -> tuple[int, ...]:
+    """The listed numbers. Raises UsageError unless there is one, 0 or more, for each attention."""
+    if len(listed) != attentions:
+        raise UsageError(
+            f"tome: r has {len(listed)} numbers, but the model has {attentions} attentions with tokens to merge"
+        )
     if min(listed) < 0:
         raise UsageError(f"tome: r has a negative number, {min(listed)}")
     return listed
 
 
-def decreasing(r: int, sites: int) -> tuple[int, ...]:
-    """From 2r down to none, linearly, rounded down (Bolya et al., section 4.1)."""
-    return (r,) if sites == 1 else tuple(int(2 * r - 2 * r * site / (sites - 1)) for site in range(sites))
+def decreasing(r: int, attentions: int) -> tuple[int, ...]:
+    """The schedule that decreases linearly from 2r to 0, rounded down (Bolya et al., arXiv 2210.09461, section 4.1)."""
+    return (
+        (r,)
+        if attentions == 1
+        else tuple(int(2 * r - 2 * r * attention / (attentions - 1)) for attention in range(attentions))
+    )
 
 
 def within_limits(
-    asked: Sequence[int], sites: Sequence[Attention], protected: int, exact: bool = False
+    asked: Sequence[int], attentions: Sequence[Attention], protected: int, exact: bool = False
 ) -> tuple[int, ...]:
-    """The schedule with each r cut to what its tokens allow; where it has to be `exact`, one too large is an error."""
-    tokens = sites[0].tokens
+    """The schedule with each r reduced to the most that its tokens allow.
+
+    Raises UsageError instead if `exact`, and PassError if there are more tokens than TensorRT can rank.
+    """
+    tokens = attentions[0].tokens
     if (tokens - protected + 1) // 2 > WIDEST_TOPK:
-        raise PassError(f"{tokens} tokens are too many to merge: TensorRT ranks {WIDEST_TOPK} at most")
-    found = []
-    for site, r in zip(sites, asked, strict=True):
+        raise PassError(f"{tokens} tokens are too many to merge: TensorRT ranks at most {WIDEST_TOPK}")
+    schedule = []
+    for attention, r in zip(attentions, asked, strict=True):
         most = most_merged(tokens, protected)
         if r > most and exact:
             raise UsageError(
-                f"tome: at {site.name} there are {tokens} tokens, {protected} of them protected, so that at most "
+                f"tome: at {attention.name} there are {tokens} tokens, {protected} of them protected, so that at most "
                 f"{most} can merge; r asks for {r}"
             )
-        found.append(min(r, most))
-        tokens -= found[-1]
-    return tuple(found)
+        schedule.append(min(r, most))
+        tokens -= schedule[-1]
+    return tuple(schedule)

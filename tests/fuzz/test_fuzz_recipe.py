@@ -18,7 +18,7 @@ from mpcompile.driver.compile import stages
 from mpcompile.driver.run_plan import PASSES, build_pass, plan_of
 from mpcompile.errors import MpcompileError, UsageError, one_line
 from mpcompile.ir.pattern import NM
-from mpcompile.passes.tome.schedule import spelt
+from mpcompile.passes.tome.schedule import parse_schedule
 from mpcompile.recipe.schema import Recipe, read_recipe
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used
@@ -177,7 +177,7 @@ def run(*words: str, recipe: str) -> tuple[int, str, str]:
         lambda: parse.batches("9" * 5000),
         lambda: parse.size(f"1x8x{'9' * 5000}"),
         lambda: parse.patterns("auto:" + "9" * 5000, "ort", 0.5),
-        lambda: spelt(10**400, 3),
+        lambda: parse_schedule(10**400, 3),
     ],
 )
 def test_numbers_that_no_integer_is_read_from(call: Callable[[], Any]) -> None:

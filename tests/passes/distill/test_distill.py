@@ -16,7 +16,7 @@ from mpcompile.ir.model import Model
 from mpcompile.passes import ToMe
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
-from mpcompile.passes.distill.trainer import decayed_apart, reached_parameters
+from mpcompile.passes.distill.trainer import used_parameters, weight_decay_groups
 from mpcompile.system.distributed import ProcessRank
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
@@ -123,7 +123,7 @@ def test_a_double_precision_model_is_trained_in_it() -> None:
 
 def test_class_tokens_and_positions_are_not_decayed() -> None:
     graph = tiny_vit().graph
-    decayed, free = (group["params"] for group in decayed_apart(graph, 0.1))
+    decayed, free = (group["params"] for group in weight_decay_groups(graph, 0.1))
     names = {id(parameter): name for name, parameter in graph.named_parameters()}
     assert {"cls_token", "pos_embed", "head.bias", "norm.weight"} <= {names[id(p)] for p in free}
     assert {names[id(p)] for p in decayed} == {f"{name}.weight" for name, _ in tiny_vit().layers()}
@@ -154,7 +154,7 @@ def test_l2_shrinks_the_bulk() -> None:
 def test_a_parameter_that_the_graph_does_not_use_is_left() -> None:
     model = tiny_vit()
     model.graph.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
-    assert "unused" not in reached_parameters(model.graph)
+    assert "unused" not in used_parameters(model.graph)
     result = run(model, MASKS, QUICK)
     assert torch.equal(result.graph.get_parameter("unused"), torch.ones(3))
 
@@ -162,15 +162,15 @@ def test_a_parameter_that_the_graph_does_not_use_is_left() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"epochs": 0}, "epochs is 0; it is a number above 0"),
+        ({"epochs": 0}, "epochs is 0; it must be a number above 0"),
         ({"rate": float("nan")}, "rate is nan"),
-        ({"alpha": 1.5}, "alpha is 1.5; it is a share between 0 and 1"),
-        ({"warmup": -1}, "warmup is -1; it is a number of 0 or more"),
-        ({"clip": 0.0}, "clip is 0.0; it is a norm above 0"),
-        ({"removed_l1": 0.1}, "removed weights are zero, and cannot be penalised; set soft"),
-        ({"optimizer": "addam"}, "optimizer is 'addam'; it is one of adamw, nadamw"),
-        ({"seed": -1}, "seed is -1; it is a number of 0 or more"),
-        ({"clip": float("nan")}, "clip is nan; it is a norm above 0"),
+        ({"alpha": 1.5}, "alpha is 1.5; it must be between 0 and 1"),
+        ({"warmup": -1}, "warmup is -1; it must be a number of 0 or more"),
+        ({"clip": 0.0}, "clip is 0.0; it must be a norm above 0"),
+        ({"removed_l1": 0.1}, "removed_l1 and removed_l2 have no effect while removed weights are zero; set soft"),
+        ({"optimizer": "addam"}, "optimizer is 'addam'; it must be one of adamw, nadamw"),
+        ({"seed": -1}, "seed is -1; it must be a number of 0 or more"),
+        ({"clip": float("nan")}, "clip is nan; it must be a norm above 0"),
         ({"policy": "foo"}, "timm knows no augmentation policy 'foo'"),
     ],
 )
@@ -180,9 +180,9 @@ def test_what_cannot_be_meant_is_refused(options: dict[str, object], said: str) 
 
 
 def test_images_that_do_not_do_are_refused() -> None:
-    with pytest.raises(PassError, match="a distillation needs training images; give --data"):
+    with pytest.raises(PassError, match="distillation needs training images; give --data"):
         run(tiny_vit(), MASKS, QUICK, data=Data(validation=tiny_data(tiny_vit()).validation))
-    with pytest.raises(PassError, match="64 training images fill no batch of 65"):
+    with pytest.raises(PassError, match="64 training images do not fill a batch of 65"):
         run(tiny_vit(), MASKS, dataclasses.replace(QUICK, batch=65))
 
     class Broken(Noise):

@@ -209,5 +209,5 @@ def test_a_training_from_a_checkpoint_is_told_to_the_others(monkeypatch: pytest.
 
 def test_a_batch_has_to_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpcompile.passes.distill.distill.process_rank", lambda: ProcessRank(0, 3))
-    with pytest.raises(PassError, match="a batch of 16 cannot be shared out among 3 processes"):
+    with pytest.raises(PassError, match="a batch of 16 cannot be divided among 3 processes"):
         run(tiny_vit(), MASKS, ToMe(r=2), QUICK)

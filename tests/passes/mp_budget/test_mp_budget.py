@@ -18,7 +18,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import MPBudget, NMMask
 from mpcompile.passes.mp_budget.attention_layers import attention_layers
-from mpcompile.passes.mp_budget.mp_budget import fit_layers
+from mpcompile.passes.mp_budget.mp_budget import fit_spectra
 from mpcompile.passes.mp_budget.sensitivity import amplification
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_source, tiny_vit
@@ -110,7 +110,7 @@ def test_layers_that_share_a_weight_are_decided_on_together() -> None:
 
 def test_fits_are_those_of_the_weights(vit: tuple[Model, Data]) -> None:
     model, _ = vit
-    found = fit_layers(model, null=True, level=0.05, seed=3)
+    found = fit_spectra(model, null=True, level=0.05, seed=3)
     layer = found["blocks.2.mlp.fc2"]
     assert isinstance(layer, SpectrumFit)
     assert layer == analyse(model.layer("blocks.2.mlp.fc2").weight.detach().numpy(), seed=3)

@@ -11,17 +11,17 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.shapes import run_example
 from mpcompile.passes import NMMask, ToMe
-from mpcompile.passes.tome.graph_rewrite import merging_sites
-from mpcompile.passes.tome.schedule import decreasing, spelt
+from mpcompile.passes.tome.graph_rewrite import mergeable_attentions
+from mpcompile.passes.tome.schedule import decreasing, parse_schedule
 from mpcompile.passes.tome.schedule_search import costs
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
 
 def test_schedules_are_spelt() -> None:
-    assert spelt(8, 3) == spelt("8", 3) == spelt("8:uniform", 3) == (8, 8, 8)
-    assert spelt("8:decreasing", 12) == decreasing(8, 12) == (16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0)
+    assert parse_schedule(8, 3) == parse_schedule("8", 3) == parse_schedule("8:uniform", 3) == (8, 8, 8)
+    assert parse_schedule("8:decreasing", 12) == decreasing(8, 12) == (16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0)
     assert decreasing(5, 1) == (5,)
-    assert spelt("0,0,4,8", 4) == spelt((0, 0, 4, 8), 4) == (0, 0, 4, 8)
+    assert parse_schedule("0,0,4,8", 4) == parse_schedule((0, 0, 4, 8), 4) == (0, 0, 4, 8)
 
 
 @pytest.mark.parametrize("r", ["eight", "8:steep", "-1", "1,2:decreasing", "", "4,x"])
@@ -33,17 +33,17 @@ def test_what_is_no_schedule_is_refused(r: str) -> None:
 def test_other_mistakes_are_refused() -> None:
     with pytest.raises(UsageError, match="r: auto needs macs"):
         ToMe(r="auto")
-    with pytest.raises(UsageError, match="macs goes with r: auto, and r is 8"):
+    with pytest.raises(UsageError, match="macs needs r: auto, but r is 8"):
         ToMe(macs=0.5)
-    with pytest.raises(UsageError, match="macs is a share between 0 and 1, found 1.5"):
+    with pytest.raises(UsageError, match="macs must be between 0 and 1, found 1.5"):
         ToMe(r="auto", macs=1.5)
-    with pytest.raises(UsageError, match="images is at least 1, found 0"):
+    with pytest.raises(UsageError, match="images must be at least 1, found 0"):
         ToMe(images=0)
-    with pytest.raises(UsageError, match="r has 3 numbers, and the model 2 attentions"):
+    with pytest.raises(UsageError, match="r has 3 numbers, but the model has 2 attentions"):
         run(tiny_vit(), ToMe(r=(1, 2, 3)))
     with pytest.raises(UsageError, match="at blocks.1.attn there are 9 tokens, 1 of them protected, .* at most 4"):
         run(tiny_vit(), ToMe(r="8,5"))
-    with pytest.raises(PassError, match="merged in this graph already"):
+    with pytest.raises(PassError, match="this graph merges tokens already"):
         run(tiny_vit(), ToMe(r=1), ToMe(r=1))
     with pytest.raises(PassError, match="measures on calibration images, and there are none"):
         run(tiny_vit(), ToMe(r="auto", macs=0.7))
@@ -55,7 +55,7 @@ def test_costs_are_those_of_the_merged_graph() -> None:
     """The polynomial in the tokens, fitted to three of their numbers, is exact at others."""
     model = captured("vit_tiny_patch16_224", depth=4, **NARROW)
     run_example(model)
-    sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
+    sites = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
     patterns = {"blocks.1.mlp.fc1": NM(1, 4)}
     found = costs(model, sites, 1, patterns)
     for schedule in ((0, 0, 0, 0), (3, 9, 0, 20), (98, 40, 3, 1)):

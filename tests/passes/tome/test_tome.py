@@ -23,7 +23,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import log_size, merge_tokens, unit_sizes
 from mpcompile.passes import NMMask, Restore, ToMe
-from mpcompile.passes.tome.graph_rewrite import merging_sites, protected_tokens
+from mpcompile.passes.tome.graph_rewrite import mergeable_attentions, protected_tokens
 from mpcompile.testing import tiny_data, tiny_vit
 
 TAKEN: dict[str, tuple[int, dict[str, Any]]] = {
@@ -42,7 +42,7 @@ def test_real_architectures_take_it(arch: str) -> None:
     protected, options = TAKEN[arch]
     model = captured(arch, **options)
     run_example(model)
-    sites = merging_sites(model.graph.graph, dict(model.graph.named_modules()))
+    sites = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
     assert protected_tokens(model, sites[0]) == protected
     result = run(model, ToMe(r=3))
     assert merges(result.graph, result.example) == (3,) * len(sites)
