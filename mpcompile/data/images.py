@@ -1,21 +1,25 @@
-"""Splits of images and labels, and the four that a run has: calibration, validation, training and held-out."""
+"""Image sets, splits of them, and the four splits of a run: calibration, validation, training and held-out."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from mpcompile.system.hashing import sha256, sha256_of
 from mpcompile.system.progress import tracked
 
-MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}  # PIL's colour mode for a number of channels
 BATCH = 64
 
 
 @runtime_checkable
 class Images(Protocol):
-    """Preprocessed images by index, each with its label or -1; `classes` is how many labels there are, or 0."""
+    """Preprocessed images by index: float tensors (c, h, w), each with its class index, or -1 if it has no label.
+
+    `classes` is the number of classes, 0 if the images have no labels.
+    """
 
     @property
     def classes(self) -> int: ...
@@ -25,32 +29,72 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class DecodedImages:
+    """What decoding some images of the set `images` once has left in memory (mpcompile/data/decode.py).
+
+    `pixels` maps an index of the set to its image and label; over the memory limit an image is left out, and is decoded
+    again at each use. `hashes` maps every index that was decoded to its `image_hash`.
+    """
+
+    images: Images
+    pixels: Mapping[int, tuple[Tensor, int]]
+    hashes: Mapping[int, str]
+
+
 @dataclass(frozen=True)
 class Split:
-    """A choice of images, in order; reads them batch by batch, so memory holds one batch."""
+    """An ordered choice of images of a set.
+
+    Images are read batch by batch, so memory holds one batch. Those that `decoded` keeps are taken from memory.
+    """
 
     images: Images
     order: tuple[int, ...]
     labelled: bool
+    decoded: DecodedImages | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (b, c, h, w) and labels (b,), -1 where unknown."""
+        """Images (b, c, h, w) and labels (b,), -1 where unknown; the tensors are the caller's to change."""
         for start in range(0, len(self.order), size):
-            pairs = [self.images[index] for index in self.order[start : start + size]]
+            pairs = [self._image(index) for index in self.order[start : start + size]]
             yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
     def announced(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`batches`, each told to whoever listens to progress before it is handed out."""
+        """The same as `batches`; reports each batch as a step of progress before it is read."""
         starts = range(0, len(self), size)
         for _, batch in zip(tracked(starts, "image {}".format), self.batches(size), strict=True):
             yield batch
 
     def first(self, count: int) -> Tensor:
-        """The first images as one batch."""
-        return torch.stack([self.images[index][0] for index in self.order[:count]])
+        """The first `count` images as one batch (count, c, h, w)."""
+        return torch.stack([self._image(index)[0] for index in self.order[:count]])
+
+    def hashes(self) -> Iterator[str]:
+        """The `image_hash` of each image in order; an image that was hashed when it was decoded is not read again."""
+        decoded = self._decoded_here()
+        known: Mapping[int, str] = {} if decoded is None else decoded.hashes
+        for index in self.order:
+            yield known[index] if index in known else image_hash(*self.images[index])
+
+    def _image(self, index: int) -> tuple[Tensor, int]:
+        """An image (c, h, w) and its label. The tensor may be the one that is kept: callers copy it."""
+        decoded = self._decoded_here()
+        if decoded is not None and index in decoded.pixels:
+            return decoded.pixels[index]
+        return self.images[index]
+
+    def _decoded_here(self) -> DecodedImages | None:
+        """The decoded images of this very set, or None: `dataclasses.replace` may have put another set in its place."""
+        return self.decoded if self.decoded is not None and self.decoded.images is self.images else None
+
+
+def image_hash(pixels: Tensor, label: int) -> str:
+    """The hash of an image's type, shape, pixels and label."""
+    return sha256(sha256_of(pixels), str(label))
 
 
 @dataclass(frozen=True)
@@ -71,11 +115,15 @@ NONE = Split(NoImages(), (), labelled=False)
 
 @dataclass(frozen=True)
 class Data:
-    """Images to calibrate and train on, others to decide on, and others again to evaluate on.
+    """The images of a run, as four splits.
 
-    What a pass fits, it fits on `calibration`; where it chooses by what it measures, it measures on `validation`, which
-    are training images too. `training` are all that there are to train on, those for calibration among them and those
-    for validation not. `held_out` are shown to no pass that changes the model.
+    - `calibration`: passes fit to these.
+    - `validation`: passes that choose between results measure on these. They are training images, disjoint from
+      `calibration`.
+    - `training`: a distillation trains on these. They include `calibration` and exclude `validation`.
+    - `held_out`: the result is evaluated on these. No pass that changes the model sees them.
+
+    `notes` are sentences about the images for the report.
     """
 
     calibration: Split = NONE
@@ -85,5 +133,5 @@ class Data:
     training: Split = NONE
 
     def for_passes(self) -> "Data":
-        """The same without the held-out images: what a pass that changes the model is given."""
+        """The data without held-out images, for passes that change the model."""
         return replace(self, held_out=NONE)

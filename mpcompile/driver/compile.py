@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import produced
-from mpcompile.driver.inputs import data_for, loaded_from, path_of
+from mpcompile.driver.inputs import data_for, decoded_for, loaded_from, path_of
 from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import tuned
@@ -106,6 +106,7 @@ def _compiled(
         images = data_for(data, dense, recipe.data)
         if recipe.gates.max_drop is not None and not images.held_out.labelled:
             raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+        images = decoded_for(images, dense, needed_bytes)
         tuning = None
         if recipe.tune is not None:
             began("tune")

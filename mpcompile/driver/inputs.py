@@ -4,11 +4,13 @@ from pathlib import Path
 
 from torch import nn
 
+from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.load_data import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
+from mpcompile.passes.reconstruct.layerwise import peak_bytes
 from mpcompile.recipe.schema import DataChoice
 from mpcompile.system.hashing import state_sha256
 
@@ -39,3 +41,14 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
     return load_data(
         Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed, choice.validation
     )
+
+
+def decoded_for(data: Data, dense: Model, output_bytes: int) -> Data:
+    """The images of a run, those for calibration and validation decoded once. Raises LoadError.
+
+    Decoded images are kept only in memory that the passes and the output, of `output_bytes`, do not need.
+    """
+    # A reconstruction holds the values of all calibration images in two graphs. A batch-norm pass holds them in one,
+    # and converts them to float64.
+    reserved = output_bytes + 4 * len(data.calibration) * peak_bytes(dense)
+    return decode_once(data, memory_limit(reserved))

@@ -1,4 +1,4 @@
-"""Hashes that tell whether a run would compute what an earlier one did: of a model, of images, of code."""
+"""Hashes of a model, images, code and versions: a checkpoint is used only if those that it depends on are unchanged."""
 
 import hashlib
 import re
@@ -18,27 +18,27 @@ from mpcompile.data.npz import ArrayImages
 from mpcompile.ir.model import Model
 from mpcompile.system.hashing import sha256, sha256_of
 
-SAMPLED_IMAGES = 64  # images whose pixels stand for a set that is too large to read and has no files to ask
-COMPUTES = ("torch", "numpy", "scipy", "timm")  # what results depend on beside mpcompile
+SAMPLED_IMAGES = 64  # images that are hashed in place of a whole set that consists neither of files nor of an array
+COMPUTES = ("torch", "numpy", "scipy", "timm")  # packages that results depend on, beside mpcompile
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def tensors_of(model: Model) -> dict[str, Tensor]:
-    """All tensors of a model by a name of their own: parameters and buffers, masks and orders of channels."""
+    """All tensors of a model by name: `weight/` parameters and buffers, `mask/` and `permutation/` by layer."""
     graph = model.graph
     named = (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))
-    found: dict[str, Tensor] = {f"weight/{name}": value for name, value in named}
+    tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in named}
     for name, plan in model.plan.items():
         if plan.mask is not None:
-            found[f"mask/{name}"] = plan.mask
+            tensors[f"mask/{name}"] = plan.mask
         if plan.permutation is not None:
-            found[f"permutation/{name}"] = plan.permutation
-    return found
+            tensors[f"permutation/{name}"] = plan.permutation
+    return tensors
 
 
 def structure_of(model: Model) -> str:
-    """The hash of all that a model is but its numbers: nodes, modules, which weights are one, and its input."""
-    # By any name: a path may be spelt in other ways, and the weights are told apart by their hash.
+    """The hash of a model without its values: nodes, modules, tied weights, dtypes, shapes, source and example."""
+    # Without the source's name: one file has several paths, and the weights are hashed elsewhere.
     lines = [f"{sha256_of(model.example)} {replace(model.source, name='')!r}"]
     for node in model.graph.graph.nodes:
         target = node.target
@@ -55,7 +55,7 @@ def structure_of(model: Model) -> str:
 
 
 def model_key(model: Model) -> str:
-    """The hash of a model that no pass has seen yet."""
+    """The hash of a captured model: its structure and the values of its tensors."""
     hashes = sorted((name, sha256_of(value)) for name, value in tensors_of(model).items())
     return sha256(structure_of(model), repr(hashes))
 
@@ -63,62 +63,63 @@ def model_key(model: Model) -> str:
 def training_key(data: Data) -> str:
     """The hash of the images that every pass may see.
 
-    Those for calibration and validation are read, to the pixel; those for training are told by their files.
+    Of calibration and validation images every pixel is hashed; of training images the files or arrays.
     """
-    read = [_pixels_key(split) for split in (data.calibration, data.validation)]
-    return sha256(*read, images_key(data.training))
+    hashed = [_pixels_key(split) for split in (data.calibration, data.validation)]
+    return sha256(*hashed, images_key(data.training))
 
 
 def images_key(split: Split) -> str:
-    """The hash of a choice of images without reading them all: by their files, their arrays, or the first of them."""
+    """The hash of a split without decoding all of its images.
+
+    Images in a folder are hashed by file name, size and modification time, and by their labels; images of an .npz file
+    by their arrays; images of any other set by the pixels of the first SAMPLED_IMAGES.
+    """
     images, order = split.images, split.order
     parts: list[str | bytes] = [repr((split.labelled, images.classes, len(order)))]
     if isinstance(images, ArrayImages):
-        chosen = list(order)
-        parts += [repr((images.mean.tolist(), images.std.tolist(), images.labels[chosen].tolist()))]
-        parts += [repr(chosen), hashlib.sha256(np.ascontiguousarray(images.pixels).data).hexdigest()]
+        indices = list(order)
+        parts += [repr((images.mean.tolist(), images.std.tolist(), images.labels[indices].tolist()))]
+        parts += [repr(indices), hashlib.sha256(np.ascontiguousarray(images.pixels).data).hexdigest()]
     elif isinstance(images, FolderImages):
         parts += [ADDRESS.sub("", f"{images.transform!r} {images.mode}")]
         for index in order:
             path = images.paths[index]
-            status = path.stat() if path.exists() else None  # one that has gone is told by the pass that reads it
-            seen = (status.st_size, status.st_mtime_ns) if status else None
-            parts += [f"{path.parent.name}/{path.name} {images.labels[index]} {seen}"]
+            status = path.stat() if path.exists() else None  # the pass that reads a missing file raises the error
+            version_of_file = (status.st_size, status.st_mtime_ns) if status else None
+            parts += [f"{path.parent.name}/{path.name} {images.labels[index]} {version_of_file}"]
     else:
         parts += [repr(order), _pixels_key(replace(split, order=order[:SAMPLED_IMAGES]))]
     return sha256(*parts)
 
 
 def _pixels_key(split: Split) -> str:
-    """The hash of every pixel and label."""
-    parts: list[str | bytes] = [repr((split.labelled, split.images.classes))]
-    for pixels, labels in split.batches():
-        parts += [sha256_of(pixels), repr(labels.tolist())]
-    return sha256(*parts)
+    """The hash of every pixel and label of a split; images that were decoded before are not hashed again."""
+    return sha256(repr((split.labelled, split.images.classes)), *split.hashes())
 
 
 @cache
 def code_key() -> str:
-    """The hash of mpcompile's own code, which an editable install may change without changing the version."""
+    """The hash of mpcompile's code: in an editable install the code may change while the version does not."""
     return source_key(Path(__file__).parents[1])
 
 
 def source_key(package: Path) -> str:
-    """The hash of every Python file of a package but its runtimes, which read what passes make; links are followed."""
+    """The hash of every Python file below the folder `package`, except runtimes/, which no pass imports."""
     # Path.rglob does not follow links, and passes/ is one.
     folders = [package, package / "passes"]
-    found = {file.relative_to(package).as_posix(): file for folder in folders for file in folder.rglob("*.py")}
-    kept = [name for name in sorted(found) if not name.startswith("runtimes/")]
-    return sha256(*(part for name in kept for part in (name, found[name].read_bytes())))
+    files = {file.relative_to(package).as_posix(): file for folder in folders for file in folder.rglob("*.py")}
+    hashed = [name for name in sorted(files) if not name.startswith("runtimes/")]
+    return sha256(*(part for name in hashed for part in (name, files[name].read_bytes())))
 
 
 def versions() -> dict[str, str]:
-    """The versions that results depend on."""
+    """The versions of the packages that results depend on; that of mpcompile with the hash of its code."""
     return {"mpcompile": f"{version('mpcompile')} {code_key()}", **{name: version(name) for name in COMPUTES}}
 
 
 def pass_key(step: object) -> str:
-    """The hash of a pass: its class, the file that it is written in, and its configuration."""
+    """The hash of a pass: its class, the source file of the class, and its configuration."""
     kind = type(step)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     code = Path(file).read_bytes() if file and Path(file).is_file() else b""
@@ -128,7 +129,11 @@ def pass_key(step: object) -> str:
 def facts_of(
     model: Model, data: Data, passes: Sequence[object], shows_held_out: Callable[[int], bool]
 ) -> list[dict[str, str]]:
-    """For each pass what its result follows from, by name: versions, model, images, the passes up to it."""
+    """For each pass, hashes of everything that its result depends on, by name.
+
+    These are the versions, the model, the images, and the passes up to it. `shows_held_out` says by position whether a
+    pass is given the held-out images; they count only then.
+    """
     common = versions() | {"the model": model_key(model), "the choice of images": training_key(data)}
     keys = {f"pass {number} ({_name(step)})": pass_key(step) for number, step in enumerate(passes, start=1)}
     held_out = {"the held-out images": images_key(data.held_out)}
@@ -143,10 +148,10 @@ def _name(step: object) -> str:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
-    """The names of the facts that differ; of versions, both."""
-    told = []
+    """The names of the facts that differ between two runs; a package is followed by both versions."""
+    names = []
     for name in dict.fromkeys([*now, *before]):
         old, new = before.get(name), now.get(name)
         if old != new:
-            told.append(f"{name} ({old}, now {new})" if name in COMPUTES and old and new else name)
-    return told
+            names.append(f"{name} ({old}, now {new})" if name in COMPUTES and old and new else name)
+    return names

@@ -1,9 +1,9 @@
-"""Finished work of a long pass, kept in a folder, so that a run that was killed goes on where it stopped.
+"""Results that a long pass saves while it runs, such as finished layers, so that a killed run resumes inside the pass.
 
-The folder (mpcompile/pipeline/run_folder.py) belongs to the context of the caller (`contextvars`), like the listener of
-mpcompile.system.progress; where none was named, nothing is kept. What is in it is found again only by a run that would
-compute the same: the name of a run is a hash of the pass, the model's weights, the patterns and every pixel of the
-calibration images.
+They lie in the run's work folder (mpcompile/pipeline/run_folder.py), which `keeping` sets for the current context
+(`contextvars`), as mpcompile.system.progress does with its listener. Without a folder nothing is saved. Each pass has a
+subfolder, named by a hash of the pass, the model's weights, the patterns and every calibration image, so that only a
+pass that would compute the same results loads them.
 """
 
 import hashlib
@@ -26,51 +26,54 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ResultStore:
-    """Where work is kept, and how much of the disk has to stay free for the output."""
+    """The folder for results, and how many bytes of its disk have to stay free for the output."""
 
     folder: Path
     reserve_bytes: int
 
 
-_place: ContextVar[ResultStore | None] = ContextVar("place", default=None)
+_current: ContextVar[ResultStore | None] = ContextVar("current", default=None)
 
 
 @contextmanager
 def keeping(folder: Path, reserve_bytes: int = 0) -> Iterator[None]:
-    """Inside, finished work is kept in the folder, as far as that leaves so much of the disk free."""
-    token = _place.set(ResultStore(folder, reserve_bytes))
+    """Inside the block, passes save results in the folder while more than `reserve_bytes` of the disk are free."""
+    token = _current.set(ResultStore(folder, reserve_bytes))
     try:
         yield
     finally:
-        _place.reset(token)
+        _current.reset(token)
 
 
-def run_key(what: str, model: Model, plan: Mapping[str, object], images: Split) -> str:
-    """A name for the run of a pass: the same for the same pass, weights, plan and images."""
-    digest = hashlib.sha256(f"{what} {sorted((name, str(value)) for name, value in plan.items())}".encode())
+def run_key(pass_key: str, model: Model, plan: Mapping[str, object], images: Split) -> str:
+    """A name for one execution of a pass: 32 hexadecimal digits, equal for equal pass, weights, plan and images."""
+    digest = hashlib.sha256(f"{pass_key} {sorted((name, str(value)) for name, value in plan.items())}".encode())
     for name, value in sorted(model.graph.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().contiguous().numpy(force=True).tobytes())
-    for pixels, _ in images.batches():
-        digest.update(pixels.numpy().tobytes())
+    for image_hash in images.hashes():
+        digest.update(image_hash.encode())
     return digest.hexdigest()[:32]
 
 
 class PartialResults:
-    """The tensors that a run has finished, by name; `key` is asked for only where work is kept."""
+    """The tensors that one execution of a pass has saved, by the name of the finished part, usually a layer.
+
+    `key` returns the execution's `run_key`; it is not called if nothing is saved, since hashing takes time.
+    """
 
     def __init__(self, key: Callable[[], str]) -> None:
-        place = _place.get()
-        self._folder = None if place is None else place.folder / f"run-{key()}"
-        self._reserve_bytes = 0 if place is None else place.reserve_bytes
-        self._full = False
+        store = _current.get()
+        self._folder = None if store is None else store.folder / f"run-{key()}"
+        self._reserve_bytes = 0 if store is None else store.reserve_bytes
+        self._stopped = False
 
     def __contains__(self, name: str) -> bool:
-        """Whether that part is finished."""
+        """Whether the part is finished and saved."""
         return self._folder is not None and (self._folder / f"{name}.safetensors").is_file()
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of a finished part, or None."""
+        """The tensors of a finished part, or None if it is not saved."""
         from safetensors.torch import load_file
 
         if self._folder is None or name not in self:
@@ -79,11 +82,11 @@ class PartialResults:
         return tensors
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps a part; a kill on the way leaves nothing that counts as finished.
+        """Saves a finished part. If the run is killed meanwhile, the part does not count as finished.
 
-        Where the disk has no room, nothing more is kept, and the run goes on.
+        If the disk has no room, a warning is logged, nothing more is saved, and the pass continues.
         """
-        if self._folder is None or self._full:
+        if self._folder is None or self._stopped:
             return
         content = tensor_bytes(tensors, {})
         partial = self._folder / f"{name}.partial"
@@ -101,5 +104,5 @@ class PartialResults:
             partial.unlink(missing_ok=True)
 
     def _stop(self, why: str) -> None:
-        log.warning("what this pass finishes is no longer kept (%s): after a kill it is run again", why)
-        self._full = True
+        log.warning("results of this pass are no longer saved (%s); after a kill the pass is run again", why)
+        self._stopped = True

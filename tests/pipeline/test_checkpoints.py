@@ -324,7 +324,7 @@ def test_without_room_the_run_goes_on_without_checkpoints(tmp_path: Path, caplog
         "a kill it is run again"
     )
     assert second.startswith(
-        "what this pass finishes is no longer kept (the disk would have no room left for the output)"
+        "results of this pass are no longer saved (the disk would have no room left for the output)"
     )
 
 

@@ -237,7 +237,7 @@ def test_a_disk_without_room_for_finished_layers_is_no_failure(
     for name, value in whole.graph.state_dict().items():
         assert torch.equal(value, result.graph.state_dict()[name]), name
     [line] = caplog.messages
-    assert line.startswith("what this pass finishes is no longer kept (")
+    assert line.startswith("results of this pass are no longer saved (")
     kept = [path.suffix for path in (tmp_path / "kept").rglob("*.*")]
     assert kept == ([".safetensors"] * 2 if full == "write" else [])
 
