@@ -1,4 +1,4 @@
-"""Images: folders and .npz files -> calibration, validation, training and held-out splits."""
+"""Images of a folder or an .npz file as calibration, validation, training and held-out splits, decoded once a run."""
 
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data, Split

@@ -1,15 +1,15 @@
-"""What --data names -> calibration, validation, training and held-out images.
+"""The value of --data -> calibration, validation, training and held-out images.
 
-What `--data` may be:
+`--data` takes one of these:
 
-- a folder with `train/` and one of `val/`, `validation/` or `test/`, each with a folder per class;
-- a folder with a folder per class: shuffled by the seed, calibration images first, held-out images after them;
-- a folder of images without classes: the same, without labels, so agreement is measured and not accuracy;
-- an .npz file with `calibration_images`, `calibration_labels`, `heldout_images`, `heldout_labels`: bytes of shape
-  (n, h, w) or (n, h, w, c), and integers.
+- a folder with `train/` and one of `val/`, `validation/` or `test/`, each with one subfolder per class;
+- a folder with one subfolder per class: its images are shuffled by the seed and divided;
+- a folder of images without subfolders: the same, without labels, so agreement is measured instead of accuracy;
+- an .npz file with `calibration_images`, `calibration_labels`, `heldout_images` and `heldout_labels`: images are uint8
+  of shape (n, h, w) or (n, h, w, c), labels are integers of shape (n,).
 
-Folders are read by timm's reader and transforms with the preprocessing of the model. Unlike timm's own dataset,
-an image that cannot be read is an error here and not a skipped sample.
+Folders are read by timm's reader, and images are preprocessed as the model's `source` says. timm's own dataset skips an
+image that cannot be read; here it is an error.
 """
 
 from pathlib import Path
@@ -32,14 +32,15 @@ def load_data(
     seed: int = 0,
     validation: int = 256,
 ) -> Data:
-    """The images at `path`, preprocessed for a model with that many outputs.
+    """The images at `path`, preprocessed for a model of that `source` with that many `outputs`.
 
-    At most that many images are taken, chosen by `seed`; of one pool, validation gets at most a fifth of what
-    calibration leaves. Raises LoadError.
+    `calibration`, `held_out` and `validation` are the largest numbers of images to take; `held_out=None` takes all.
+    `seed` decides which. If the folder has no `train/`, validation gets at most a fifth of the images that are not for
+    calibration. Labels count only if there are as many classes as outputs. Raises LoadError.
     """
     try:
         exists = path.exists()
-    except (OSError, ValueError) as error:  # too long, no permission, or a byte that names cannot have
+    except (OSError, ValueError) as error:  # the name is too long or has a zero byte, or permission is missing
         raise LoadError(f"{path} cannot be looked up: {error}") from error
     if not exists:
         raise LoadError(f"{path} does not exist; --data takes a folder of images or an .npz file")
@@ -49,33 +50,34 @@ def load_data(
     train, test = read_npz(path, source, outputs) if path.is_file() else read_folders(path, source, notes)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(train))
-    chosen, left = order[:calibration], order[calibration:]
-    if test is None:  # one pool: disjoint shares of it
-        deciding = left[: min(validation, len(left) // 5)]
-        test, rest = train, left[len(deciding) :]
+    calibrating, left = order[:calibration], order[calibration:]
+    if test is None:  # no separate held-out folder: divide the images into disjoint splits
+        validating = left[: min(validation, len(left) // 5)]
+        test, evaluating = train, left[len(validating) :]
     else:
-        deciding = left[:validation]
-        rest = rng.permutation(len(test))
-    if not len(rest):
+        validating = left[:validation]
+        evaluating = rng.permutation(len(test))
+    if not len(evaluating):
         raise LoadError(
-            f"{path}: all {len(train)} images are taken for calibration and none are left to evaluate on; "
-            "give more images, or fewer with --calibration"
+            f"{path}: all {len(train)} images are used for calibration and none are left to evaluate on; "
+            "give more images, or a smaller --calibration"
         )
-    rest = np.sort(rest[:held_out])  # in the order of the folder: neighbours on disk are read together
-    if len(chosen) < calibration:
-        notes.append(f"{calibration} calibration images were asked for, {len(chosen)} are there")
+    evaluating = np.sort(evaluating[:held_out])  # in the order of the folder: neighbours on disk are read together
+    if len(calibrating) < calibration:
+        notes.append(f"{calibration} calibration images were asked for, and there are {len(calibrating)}")
+    training = np.setdiff1d(order if test is not train else calibrating, validating)
     labelled, note = _labels_fit(test, outputs)
     return Data(
-        Split(train, tuple(chosen.tolist()), labelled),
-        Split(test, tuple(rest.tolist()), labelled),
+        Split(train, tuple(calibrating.tolist()), labelled),
+        Split(test, tuple(evaluating.tolist()), labelled),
         tuple(notes + note),
-        Split(train, tuple(deciding.tolist()), labelled),
-        Split(train, tuple(np.setdiff1d(order if test is not train else chosen, deciding).tolist()), labelled),
+        Split(train, tuple(validating.tolist()), labelled),
+        Split(train, tuple(training.tolist()), labelled),
     )
 
 
 def _labels_fit(images: Images, outputs: int) -> tuple[bool, list[str]]:
-    """Whether the labels are the model's outputs, and a note where they are not or there are none."""
+    """Whether the classes are the model's outputs; if not, with a note for the report."""
     if images.classes == outputs > 0:
         return True, []
     instead = "agreement with the dense model is measured instead of accuracy"

@@ -1,4 +1,4 @@
-"""A .npz file of uint8 pixels and labels -> images in memory."""
+"""Images and labels of an .npz file, held in memory as uint8."""
 
 import math
 import os
@@ -19,7 +19,10 @@ from mpcompile.ir.model import Source
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images of an .npz file: bytes (n, h, w, c), already of the model's size, and their labels (n,)."""
+    """Images of an .npz file: uint8 pixels (n, h, w, c) of the model's input size, and labels (n,).
+
+    An image is read as (pixels / 255 - mean) / std, in float32 of shape (c, h, w).
+    """
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.integer]
@@ -35,7 +38,7 @@ class ArrayImages:
         return (image - self.mean[:, None, None]) / self.std[:, None, None], int(self.labels[index])
 
     def picture(self, index: int) -> tuple[Any, int]:
-        """The image of one or three channels as PIL has it."""
+        """An image of one or three channels as a PIL image, and its label."""
         from PIL import Image
 
         pixels = self.pixels[index]
@@ -43,7 +46,7 @@ class ArrayImages:
 
 
 def read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
-    """The two splits of an .npz file."""
+    """The calibration and the held-out images of an .npz file. Raises LoadError."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             _require_memory(arrays.zip, path)
@@ -51,15 +54,15 @@ def read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, Arr
     except LoadError:
         raise
     except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, pickle errors …
-        raise LoadError(f"{path} is not an .npz file that can be read: {error}") from error
-    # Labels here are indices of the model's outputs; not every output has to occur.
+        raise LoadError(f"{path} cannot be read as an .npz file: {error}") from error
+    # Labels are indices of the model's outputs, and some outputs may have no image.
     classes = max(outputs, *(split.classes for split in splits))
     return replace(splits[0], classes=classes), replace(splits[1], classes=classes)
 
 
 def _require_memory(archive: ZipFile, path: Path) -> None:
-    """Raises where the arrays would not fit into memory, by what their headers say."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Raises LoadError if the arrays, by the sizes in their headers, do not fit into the machine's memory."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = 0
     for name in (name for name in archive.namelist() if name.endswith(".npy")):
         with archive.open(name) as array:
@@ -68,28 +71,28 @@ def _require_memory(archive: ZipFile, path: Path) -> None:
                 read = np.lib.format.read_array_header_2_0
             shape, _, kind = read(array)
             needed += math.prod(shape) * kind.itemsize
-    if needed > free:
+    if needed > total:
         raise LoadError(
-            f"{path} unpacks to {needed:,} bytes of memory, and this machine has {free:,}; give fewer images"
+            f"{path} unpacks to {needed:,} bytes, and this machine has {total:,} bytes of memory; give fewer images"
         )
 
 
 def _read_arrays(arrays: Mapping[str, NDArray[Any]], path: Path, split: str, source: Source) -> ArrayImages:
-    """One split of an .npz file, its shapes checked against the model."""
-    wanted = f"{split}_images", f"{split}_labels"
-    if any(name not in arrays for name in wanted):
-        raise LoadError(f"{path} has the arrays {', '.join(arrays) or 'none'}; needed are {wanted[0]} and {wanted[1]}")
-    pixels, labels = (arrays[name] for name in wanted)
+    """The images and labels of one split. Raises LoadError if types or shapes are not those the model needs."""
+    names = f"{split}_images", f"{split}_labels"
+    if any(name not in arrays for name in names):
+        raise LoadError(f"{path} has the arrays {', '.join(arrays) or 'none'}; it needs {names[0]} and {names[1]}")
+    pixels, labels = (arrays[name] for name in names)
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     channels, height, width = source.size
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (height, width, channels):
         raise LoadError(
-            f"{path}: {wanted[0]} is {pixels.dtype} {pixels.shape}; "
+            f"{path}: {names[0]} is {pixels.dtype} {pixels.shape}; "
             f"the model needs uint8 (n, {height}, {width}, {channels})"
         )
     if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
-        raise LoadError(f"{path}: {wanted[1]} is {labels.dtype} {labels.shape}; needed is a class index ≥ 0 an image")
+        raise LoadError(f"{path}: {names[1]} is {labels.dtype} {labels.shape}; it needs one class index ≥ 0 per image")
     if not len(pixels):
-        raise LoadError(f"{path}: {wanted[0]} is empty")
+        raise LoadError(f"{path}: {names[0]} is empty")
     return ArrayImages(pixels, labels, int(labels.max()) + 1, torch.tensor(source.mean), torch.tensor(source.std))
