@@ -112,7 +112,7 @@ def test_a_failure_keeps_what_was_finished_and_says_so(tmp_path: Path, monkeypat
         with pytest.raises(PassError, match="certify failed") as failure:
             compiled(output)
     work = tmp_path / ".out.work"
-    assert failure.value.__notes__ == [f"finished work is kept in {work}, and the same command goes on from it"]
+    assert failure.value.__notes__ == [f"finished work is kept in {work}; give the same command again to resume"]
     assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
     again = compiled(output)
     assert [record.resumed for record in again.report.passes] == [True, True, False]
@@ -122,7 +122,7 @@ def test_a_failure_keeps_what_was_finished_and_says_so(tmp_path: Path, monkeypat
 def test_one_process_works_on_an_output(tmp_path: Path) -> None:
     with working(tmp_path / "out"):
         with pytest.raises(
-            UsageError, match="another process is writing .*out .it holds .*.out.work.; wait for it, or"
+            UsageError, match="another process is writing .*out .it has locked .*.out.work.; wait for it, or"
         ):
             compiled(tmp_path / "out")
         compiled(tmp_path / "other")

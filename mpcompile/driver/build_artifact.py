@@ -77,7 +77,7 @@ def produced(
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
     if keep_passes:
-        checkpoints.keep_in(folder / PASSES)
+        checkpoints.copy_to(folder / PASSES)
     layers = layer_rows(model, after, dense_cost, cost_left)
     costs = charged_by(dense_cost, cost_left, model)
     accelerated = _accelerated(plan, layers, verdicts)

@@ -122,7 +122,7 @@ def _compiled(
             if ended is not None:
                 require_writable(output, force, inputs)
             checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes, _skip)
-            checkpoints.go_on(start, output / PASSES)
+            checkpoints.resume(start, output / PASSES)
             with (
                 written_atomically(output, force, inputs) as folder,
                 short_of(),  # here too, while what fills the disk is still there

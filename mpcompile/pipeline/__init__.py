@@ -1,4 +1,4 @@
-"""The pass manager, what it checks after each pass, and checkpoints that a stopped run goes on from."""
+"""The pass manager, which verifies every pass, and the checkpoints from which a stopped run resumes."""
 
 from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager, PassRecord
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a file: what a pass changed in weights, buffers and plan, as safetensors, and read back."""
+"""The checkpoint file format: the tensors that a pass changed, as safetensors, and the rest of the model as JSON."""
 
 import json
 import os
@@ -20,41 +20,41 @@ from mpcompile.pipeline.fingerprint import structure_of, tensors_of
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.system.hashing import sha256, sha256_of
 
-KEY = "mpcompile.frontend.weights_file"
+KEY = "mpcompile.frontend.weights_file"  # the metadata key of a checkpoint's entry; part of the file format
 
 
 class Entry(BaseModel):
-    """What a checkpoint says beside its tensors."""
+    """The JSON part of a checkpoint file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    facts: dict[str, str]
+    facts: dict[str, str]  # hashes of everything that the pass's result depends on (mpcompile/pipeline/fingerprint.py)
     record: PassRecord
     result: str  # the hash of the model after the pass
-    rebuilt: bool  # whether the pass changed the graph, and so has to be run again
-    rest: dict[str, Any]
-    gone: tuple[str, ...]  # tensors that the model had before the pass and not after it
+    rebuilt: bool  # whether the pass changed the graph; it is then run again on resume
+    rest: dict[str, Any]  # plan, certificate and epochs of the model after the pass
+    gone: tuple[str, ...]  # names of the tensors that the pass removed
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A model as hashes."""
+    """The hashes of a model: of its structure, and of each tensor by name."""
 
     structure: str
     tensors: Mapping[str, str]
 
     @classmethod
     def of(cls, model: Model) -> "State":
-        """The hashes of a model."""
+        """The state of a model."""
         return cls(structure_of(model), {name: sha256_of(value) for name, value in tensors_of(model).items()})
 
     def result(self, rest: Mapping[str, Any]) -> str:
-        """One hash of them and of what a model is besides."""
+        """One hash of structure, tensors and `rest`, the JSON that `rest_of` returns."""
         return sha256(self.structure, repr(sorted(self.tensors.items())), json.dumps(rest, sort_keys=True))
 
 
 def link(old: Path, new: Path) -> None:
-    """The file under a second name, or a copy of it where the disk knows no such thing."""
+    """Makes `new` a hard link to `old`, or a copy if the file system has no hard links; replaces an existing file."""
     new.unlink(missing_ok=True)
     try:
         os.link(old, new)
@@ -63,7 +63,7 @@ def link(old: Path, new: Path) -> None:
 
 
 def read_entry(path: Path) -> Entry | None:
-    """What a checkpoint says, or None where it cannot be read."""
+    """The JSON part of a checkpoint file, or None if the file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -74,18 +74,18 @@ def read_entry(path: Path) -> Entry | None:
 
 
 def rest_of(model: Model) -> dict[str, Any]:
-    """What a model is beside its graph and its tensors, as JSON has it."""
+    """Plan, certificate and epochs of a model as JSON values; the plan's tensors are replaced by presence flags."""
     rest = {
         "plan": {name: _plan_rest(plan) for name, plan in model.plan.items()},
         "certificate": None if model.certificate is None else asdict(model.certificate),
         "epochs": [asdict(epoch) for epoch in model.epochs],
     }
-    found: dict[str, Any] = json.loads(json.dumps(rest))  # tuples as lists, as they come back
-    return found
+    as_json: dict[str, Any] = json.loads(json.dumps(rest))  # turns tuples into lists, as a file is read back
+    return as_json
 
 
 def _plan_rest(plan: LayerPlan) -> dict[str, Any]:
-    """A layer's plan, its tensors by whether they are there."""
+    """A LayerPlan as JSON values; tensors are replaced by presence flags."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
     values |= {name: values[name] is not None for name in ("mask", "permutation")}
     return values | {
@@ -95,20 +95,26 @@ def _plan_rest(plan: LayerPlan) -> dict[str, Any]:
 
 
 def restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
-    """The model with these tensors, written into its graph, and the rest."""
-    own = tensors_of(model)
+    """The model after a pass, from its checkpoint.
+
+    Weights and buffers are copied into the graph of `model` in place. Masks and permutations come from `tensors`, or
+    from `model` if the pass did not change them; plan, certificate and epochs come from `rest`.
+    """
+    current = tensors_of(model)
     with torch.no_grad():
         for name, value in tensors.items():
             if name.startswith("weight/"):
-                own[name].copy_(value)
-    now = own | {name: value for name, value in tensors.items() if not name.startswith("weight/")}
+                current[name].copy_(value)
+    available = current | {name: value for name, value in tensors.items() if not name.startswith("weight/")}
     plan = {}
     for name, values in rest["plan"].items():
-        given: dict[str, Any] = {key: now[f"{key}/{name}"] if values[key] else None for key in ("mask", "permutation")}
+        decoded: dict[str, Any] = {
+            key: available[f"{key}/{name}"] if values[key] else None for key in ("mask", "permutation")
+        }
         pattern, spectrum = values["pattern"], values["spectrum"]
-        given["pattern"] = NM.parse(pattern) if pattern else None
-        given["spectrum"] = Spectrum(**spectrum) if spectrum else None
-        plan[name] = LayerPlan(**{**values, **given})
+        decoded["pattern"] = NM.parse(pattern) if pattern else None
+        decoded["spectrum"] = Spectrum(**spectrum) if spectrum else None
+        plan[name] = LayerPlan(**{**values, **decoded})
     certificate = rest["certificate"]
     return replace(
         model,

@@ -1,13 +1,13 @@
-"""What each finished pass changed, kept in a folder, so that a run that was stopped goes on after it.
+"""Checkpoints of finished passes in a folder, from which a stopped run resumes.
 
-A checkpoint is a safetensors file: the tensors of the model that the pass changed, and as JSON the rest of what it left
-(the layers' plans, certificate, epochs, the manager's record). Checkpoints stand on each other, the first on the model
-as it was captured, which captures the same every time. Each names the facts that it followed from (versions, model,
-images, the passes up to it), and is taken up only where all of them still hold. Before it is, the hash of the
-model that it leads to is compared with the one that was recorded.
+A checkpoint is a safetensors file. It holds the tensors of the model that the pass changed and, as JSON, the rest of
+the pass's result: the layers' plans, certificate, epochs and the manager's record. Each checkpoint builds on the one
+before it, and the first on the captured model, which every run captures identically. A checkpoint lists hashes of what
+its result depends on (versions, model, images, the passes up to it) and is used only if none of them has changed. The
+hash of the model that it restores must then equal the recorded one.
 
-A pass that changes the graph itself (nodes, modules, which weights are one) cannot be put back so. It is run again when
-a run goes on, and the passes after it are taken up only if it gives the same model as it did.
+A pass that changes the graph itself (nodes, modules, tied weights) cannot be restored from tensors. It is run again on
+resume, and the checkpoints after it are used only if it gives the same model again.
 """
 
 import json
@@ -32,14 +32,14 @@ from mpcompile.system.safetensors_io import tensor_bytes
 log = logging.getLogger(__name__)
 
 
-RUNS = "run-*"  # what a long pass has finished: see mpcompile/pipeline/partial_results.py
+RUNS = "run-*"  # folders of partial results, see mpcompile/pipeline/partial_results.py
 
 
 class Checkpoints:
-    """The checkpoints of one run; the pass manager asks for them and adds to them.
+    """The checkpoints of one run, which the pass manager loads and saves (`CheckpointStore` there).
 
-    `facts` are, for each pass, what its result follows from. None is written that would leave less than `reserve_bytes`
-    of the disk. `on_taken` is told of each pass that is not run.
+    `facts` are, for each pass, hashes of what its result depends on. No checkpoint is written that would leave less
+    than `reserve_bytes` of the disk free. `on_loaded` is called with each pass that is loaded instead of run.
     """
 
     def __init__(
@@ -48,68 +48,70 @@ class Checkpoints:
         passes: Sequence[Pass],
         facts: Sequence[Mapping[str, str]],
         reserve_bytes: int = 0,
-        on_taken: Callable[[Pass], None] = lambda step: None,
+        on_loaded: Callable[[Pass], None] = lambda step: None,
     ) -> None:
         self._folder, self._passes, self._facts = folder, passes, facts
-        self._reserve_bytes, self._on_taken = reserve_bytes, on_taken
-        self._entries: list[Entry] = []  # of an earlier run, to be taken up
-        self._lasting: set[Path] = set()  # work of passes that will have to be run again
-        self._state: State | None = None  # after the last pass; None where checkpoints are no longer kept
+        self._reserve_bytes, self._on_loaded = reserve_bytes, on_loaded
+        self._entries: list[Entry] = []  # of an earlier run, to load
+        self._lasting: set[Path] = set()  # partial results of passes that are run again on each resume
+        self._state: State | None = None  # after the last pass; None once checkpoints are no longer saved
 
-    def go_on(self, start: str | None = None, finished: Path | None = None) -> None:
-        """Looks for checkpoints to go on from: all that hold, or those of the passes before `start`.
+    def resume(self, start: str | None = None, finished: Path | None = None) -> None:
+        """Finds the checkpoints to resume from: all valid ones or, with `start`, those of the passes before it.
 
-        These may also stand in the folder `finished`. Raises UsageError where they are needed and do not.
+        The latter may also lie in the folder `finished`, of an output that was made with --keep-passes. Raises
+        UsageError if `start` is not a pass of the recipe, or a checkpoint before it is missing or invalid.
         """
         if start is not None:
             self._rewind(start, finished)
-        self._entries, why = self._found(self._folder)
+        self._entries, reason = self._valid(self._folder)
         count = len(self._entries)
         self._drop(count)
-        if why and start is None:
-            then = f"the run goes on after {self._passes[count - 1].name}" if count else "every pass is run anew"
-            log.warning("%s since the run whose work is in %s; %s", why, self._folder, then)
+        if reason and start is None:
+            then = f"resuming after {self._passes[count - 1].name}" if count else "every pass is run again"
+            log.warning("%s since the run that left %s; %s", reason, self._folder, then)
         elif count:
-            log.warning("the run goes on after %s, with what %s holds", self._passes[count - 1].name, self._folder)
+            log.warning("resuming after %s, from the checkpoints in %s", self._passes[count - 1].name, self._folder)
 
     def _rewind(self, start: str, finished: Path | None) -> None:
-        """Keeps the checkpoints of the passes before one, and no others."""
+        """Keeps the checkpoints of the passes before `start` and removes all others. Raises UsageError."""
         names = [step.name for step in self._passes]
         if start not in names:
-            raise UsageError(f"--from {start!r} is no pass of the recipe; its passes are {', '.join(names)}")
+            raise UsageError(f"--from {start!r} is not a pass of the recipe; its passes are {', '.join(names)}")
         count = names.index(start)
-        entries, why = self._found(self._folder)
+        entries, reason = self._valid(self._folder)
         if len(entries) < count and finished is not None:
-            others, other_why = self._found(finished)
-            if len(others) >= count:
+            finished_entries, finished_reason = self._valid(finished)
+            if len(finished_entries) >= count:
                 self._drop(0)
                 for index in range(count):
                     link(finished / self._name(index), self._folder / self._name(index))
                 for run in finished.glob(RUNS):
                     shutil.copytree(run, self._folder / run.name, dirs_exist_ok=True)
-                entries = others
-            why = why or other_why
+                entries = finished_entries
+            reason = reason or finished_reason
         if len(entries) < count:
             before = names[count - 1]
-            if why:
-                raise UsageError(f"--from {start} needs the checkpoint of {before}: {why}; leave --from out")
-            places = f"{self._folder} or {finished}" if finished else str(self._folder)
+            if reason:
+                raise UsageError(f"--from {start} needs the checkpoint of {before}: {reason}; run without --from")
+            folders = f"{self._folder} or {finished}" if finished else str(self._folder)
             raise UsageError(
-                f"--from {start} needs the checkpoint of {before}, and there is none in {places}; leave --from out, "
-                "and give --keep-passes where you will want to go on from a pass of a finished run"
+                f"--from {start} needs the checkpoint of {before}, and there is none in {folders}; run without --from, "
+                "and with --keep-passes if later runs are to start from a pass of the output"
             )
         if not was_rewound(self._folder, start):
             self._drop(count)
             note_rewound(self._folder, start)
 
     def begin(self, model: Model) -> None:
-        """Takes the captured model, on which the first checkpoint stands."""
+        """Takes the captured model, on which the first checkpoint builds."""
         self._state = State.of(model)
 
-    def taken(self, index: int, model: Model) -> tuple[Model, PassRecord] | None:
-        """The model after a pass and the record of it, as an earlier run left them, or None: it has to be run.
+    def load(self, index: int, model: Model) -> tuple[Model, PassRecord] | None:
+        """The model after pass `index` and its record, from a checkpoint, or None if the pass has to be run.
 
-        The model given is that before the pass; its weights are changed in place.
+        `model` is the model before the pass; its weights are changed in place. Raises PassError if the checkpoint does
+        not restore the model that it was saved from.
         """
         if index >= len(self._entries) or self._entries[index].rebuilt or self._state is None:
             return None
@@ -118,18 +120,24 @@ class Checkpoints:
         hashes = {name: value for name, value in self._state.tensors.items() if name not in entry.gone}
         state = State(self._state.structure, hashes | {name: sha256_of(value) for name, value in tensors.items()})
         if state.result(entry.rest) != entry.result:
-            log.warning("the checkpoint of %s is damaged; it and what comes after it is run anew", step.name)
+            log.warning("the checkpoint of %s is damaged; this pass and all later ones are run again", step.name)
             self._drop(index)
             return None
         result = restored(model, entry.rest, tensors)
         if State.of(result) != state:
-            raise PassError(f"the checkpoint of {step.name} cannot be put back; remove {self._folder} and start again")
+            raise PassError(
+                f"the checkpoint of {step.name} does not restore the model that it was saved from; remove "
+                f"{self._folder} and start again"
+            )
         self._state = state
-        self._on_taken(step)
+        self._on_loaded(step)
         return result, replace(entry.record, resumed=True)
 
-    def kept(self, index: int, model: Model, record: PassRecord) -> PassRecord:
-        """Keeps what a pass that was run has changed; the record, or the earlier one of a pass that was run again."""
+    def save(self, index: int, model: Model, record: PassRecord) -> PassRecord:
+        """Saves what pass `index`, which was run, has changed, and returns the record to report.
+
+        That is `record`, or the stopped run's record if the pass was run again on resume and gave the same model.
+        """
         if self._state is None:
             return record
         before, self._state = self._state, State.of(model)
@@ -140,9 +148,11 @@ class Checkpoints:
                 entry = self._entries[index]
                 if entry.result == result:
                     self._tidy(lasting=True)
-                    notes = (*entry.record.notes, "run again when the run went on, with the same result")
+                    notes = (*entry.record.notes, "run again on resume, with the same result")
                     return replace(entry.record, resumed=True, notes=notes)
-                log.warning("%s gives another model than it did; what comes after it is run anew", record.name)
+                log.warning(
+                    "%s gives a different model than in the stopped run; all later passes are run again", record.name
+                )
             self._drop(index)
             gone = tuple(sorted(before.tensors.keys() - self._state.tensors.keys()))
             rebuilt = before.structure != self._state.structure
@@ -159,15 +169,15 @@ class Checkpoints:
             OSError,
             TypeError,
             ValueError,
-        ) as error:  # what JSON or safetensors cannot hold is no failure of the run
+        ) as error:  # a value that JSON or safetensors cannot hold must not end the run
             self._stop(record.name, getattr(error, "strerror", None) or str(error))
         else:
             if self._state is not None:
                 self._tidy(lasting=rebuilt)
         return record
 
-    def keep_in(self, folder: Path) -> None:
-        """Puts the checkpoints into a folder of their own, for `--from` of later runs."""
+    def copy_to(self, folder: Path) -> None:
+        """Creates `folder` and puts all checkpoints and lasting partial results into it, for `--from` of later runs."""
         folder.mkdir()
         for path in sorted(self._folder.glob("*.safetensors")):
             link(path, folder / path.name)
@@ -175,24 +185,26 @@ class Checkpoints:
             shutil.copytree(run, folder / run.name)
 
     def _name(self, index: int) -> str:
+        """The file name of a pass's checkpoint."""
         return f"{index:02d}-{re.sub(r'[^A-Za-z0-9._-]', '-', self._passes[index].name)}.safetensors"
 
-    def _found(self, folder: Path) -> tuple[list[Entry], str | None]:
-        """The checkpoints that hold, from the first pass on, and why the next one does not, where there is one."""
+    def _valid(self, folder: Path) -> tuple[list[Entry], str | None]:
+        """The valid checkpoints in a folder, from the first pass on, and why the next one, if any, is invalid."""
         entries: list[Entry] = []
-        here = sorted(folder.glob("[0-9][0-9]-*.safetensors"))
-        for index, path in enumerate(here):
+        paths = sorted(folder.glob("[0-9][0-9]-*.safetensors"))
+        for index, path in enumerate(paths):
             entry = read_entry(path)
             if entry is None:
                 return entries, f"{path.name} is damaged"
             if index >= len(self._passes) or path.name != self._name(index) or entry.facts != self._facts[index]:
                 now = self._facts[min(index, len(self._facts) - 1)]
-                told = changes(entry.facts, now) or ["the order of passes"]
-                return entries, f"{', '.join(told)} changed"
+                changed = changes(entry.facts, now) or ["the order of passes"]
+                return entries, f"{', '.join(changed)} changed"
             entries.append(entry)
         return entries, None
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
+        """The tensors in a pass's checkpoint; none if the file cannot be read, which `load` finds by the hash."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -202,7 +214,7 @@ class Checkpoints:
             return {}
 
     def _write(self, index: int, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
-        """Writes a checkpoint: the whole of it or, where the disk has no room for it, none."""
+        """Writes a whole checkpoint, or none if the disk has no room for it."""
         content = tensor_bytes(tensors, {KEY: json.dumps(entry.model_dump(mode="python"))})
         if shutil.disk_usage(self._folder).free - len(content) < self._reserve_bytes:
             self._stop(entry.record.name, "the disk would have no room left for the output")
@@ -215,19 +227,19 @@ class Checkpoints:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _stop(self, name: str, why: str) -> None:
-        """Keeps no more, since a checkpoint stands on all before it. The run itself goes on."""
-        log.warning("no checkpoint is kept of %s and what follows (%s): after a kill it is run again", name, why)
+    def _stop(self, name: str, reason: str) -> None:
+        """Saves no more checkpoints, since each builds on all before it. The run itself continues."""
+        log.warning("no checkpoints are saved from %s on (%s); after a kill these passes are run again", name, reason)
         self._state = None
 
     def _drop(self, count: int) -> None:
-        """Forgets the checkpoints from that number on."""
+        """Removes all checkpoints after the first `count`."""
         self._entries = self._entries[:count]
         for path in sorted(self._folder.glob("[0-9][0-9]-*.safetensors"))[count:]:
             path.unlink()
 
     def _tidy(self, lasting: bool) -> None:
-        """Removes what a finished pass kept of its work, or lets it stay where the pass will have to be run again."""
+        """Removes the partial results of a finished pass; keeps them if `lasting`: the pass is run again on resume."""
         runs = set(self._folder.glob(RUNS))
         if lasting:
             self._lasting |= runs

@@ -1,8 +1,8 @@
-"""Pass, Effect and PassManager: the order of passes, the checks between them, and the records.
+"""The pass manager: runs passes in order, verifies each one, and records what it did.
 
-The manager verifies what a pass promises instead of believing it. Around each pass it runs the model on the
-example and refuses a changed output shape, numbers that are not finite, and any drift where the effect allows
-none; and after each it checks that every mask written so far still holds.
+The manager does not rely on the effect that a pass declares. It runs the model on the example before and after each
+pass. It raises an error if the output shape has changed, if an output is not finite, or if the outputs have moved by
+more than the effect allows. It also checks that all masks set so far still hold.
 """
 
 import copy
@@ -22,24 +22,24 @@ from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import merge_tokens, merges_tokens
 from mpcompile.ir.weight_groups import violation
 
-# An exact pass may reorder float32 sums: each of some hundred layers adds a rounding of about 1e-7 times the
-# root of a few thousand terms. Anything past 1e-4 of the largest output is another function.
+# An exact pass may reorder float32 sums. Each of some hundred layers then adds a rounding error of about 1e-7 times the
+# square root of a few thousand terms. A difference above 1e-4 of the largest output is not rounding.
 EXACT_DRIFT = 1e-4
 
 
 class Effect(StrEnum):
-    """What a pass promises about the model's outputs."""
+    """How much a pass may change the model's outputs."""
 
-    ANALYSIS = "analysis"  # not one bit changes
-    EXACT = "exact"  # the same function, up to the rounding of reordered sums
-    LOSSY = "lossy"  # another function of the same shape
+    ANALYSIS = "analysis"  # not at all
+    EXACT = "exact"  # the same function, up to rounding of reordered sums
+    LOSSY = "lossy"  # the function may change, the output shape may not
 
 
 @runtime_checkable
 class Pass(Protocol):
-    """One transformation. Write it as a frozen dataclass: its fields are its configuration.
+    """A transformation or analysis of a model. Write it as a frozen dataclass whose fields are its configuration.
 
-    `name` is what recipes and reports call it; `requires` names the passes that must stand before it.
+    `name` is its name in recipes and reports. `requires` names the passes that must come before it.
     """
 
     name: ClassVar[str]
@@ -47,13 +47,13 @@ class Pass(Protocol):
     requires: ClassVar[tuple[str, ...]]
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The transformed model. The graph may be edited in place: the manager works on a copy."""
+        """The model after the pass. The pass may edit the graph in place, since the manager works on a copy."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """What the manager saw of one pass. `drift` is max |Δ output| / max |output| on the example."""
+    """The manager's record of one pass. `drift` is max |Δ output| / max |output| on the example."""
 
     name: str
     effect: Effect
@@ -61,23 +61,23 @@ class PassRecord:
     drift: float
     layers_changed: tuple[str, ...]
     notes: tuple[str, ...]
-    resumed: bool = False  # whether a run that was stopped had done it; the seconds are those that it took then
+    resumed: bool = False  # whether a stopped run had finished it; `seconds` is then the time in that run
 
 
 @runtime_checkable
-class Keeper(Protocol):
-    """Keeps what passes leave, for a run that goes on (mpcompile/pipeline/checkpoints.py)."""
+class CheckpointStore(Protocol):
+    """Saves the model after each pass, and loads it when a stopped run resumes (mpcompile/pipeline/checkpoints.py)."""
 
     def begin(self, model: Model) -> None:
-        """Is shown the model before the first pass."""
+        """Takes the model before the first pass."""
         ...
 
-    def taken(self, index: int, model: Model) -> tuple[Model, PassRecord] | None:
-        """The model after a pass that need not be run, and its record."""
+    def load(self, index: int, model: Model) -> tuple[Model, PassRecord] | None:
+        """The model after pass `index` and its record, or None if the pass has to be run."""
         ...
 
-    def kept(self, index: int, model: Model, record: PassRecord) -> PassRecord:
-        """Is shown the model after a pass that was run; the record to report."""
+    def save(self, index: int, model: Model, record: PassRecord) -> PassRecord:
+        """Saves the model after pass `index`, which was run; returns the record to report."""
         ...
 
 
@@ -86,77 +86,82 @@ Observer = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PassManager:
-    """Runs passes in order over a copy of a model. It keeps no state, so one manager serves many models.
+    """Runs passes in order on a copy of a model. A manager has no state, so it can be used for many models.
 
-    Held-out images are shown to an analysis after which nothing changes the model, and to no other pass. The graph as
-    it was before the first lossy pass stays with the model, as `dense`.
+    A pass gets held-out images only if it and all passes after it are analyses. `Model.dense` keeps a copy of the graph
+    before the first lossy pass. Raises UsageError if a pass comes before one that it requires.
     """
 
     passes: Sequence[Pass]
 
     def __post_init__(self) -> None:
-        """Refuses an order in which something that a pass requires does not stand before it."""
+        """Checks the order of the passes."""
         earlier: list[str] = []
         for step in self.passes:
             missing = [name for name in step.requires if name not in earlier]
             if missing:
-                before = f"after {', '.join(earlier)}" if earlier else "first"
-                raise UsageError(f"{step.name} stands {before}, and needs {', '.join(missing)} before it")
+                position = f"after {', '.join(earlier)}" if earlier else "first"
+                raise UsageError(f"{step.name} comes {position}, and needs {', '.join(missing)} before it")
             earlier.append(step.name)
 
     def run(
-        self, model: Model, data: Data, observe: Observer = lambda name: None, keeper: Keeper | None = None
+        self,
+        model: Model,
+        data: Data,
+        observe: Observer = lambda name: None,
+        checkpoints: CheckpointStore | None = None,
     ) -> tuple[Model, tuple[PassRecord, ...]]:
-        """The transformed model and a record a pass; the model given is left as it was.
+        """The model after all passes, and one record per pass; `model` is not changed.
 
-        What `keeper` has of a pass is taken in place of running it, and checked as a result is. Raises PassError where
-        a pass fails or breaks its promise, MaskError where a mask no longer holds.
+        `observe` is called with the name of each pass before it runs. A pass that `checkpoints` can load is not run;
+        the loaded model is verified like a result. Raises PassError if a pass fails or changes the outputs by more than
+        its effect allows, MaskError if a mask no longer holds.
         """
-        # Own graph, modules, weights and masks: nothing that a pass edits is reachable from the caller's model.
+        # A deep copy of graph, modules, weights and masks, so that no pass can edit the caller's model.
         model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
         records: list[PassRecord] = []
         outputs = run_example(model)
-        if keeper is not None:
-            keeper.begin(model)
+        if checkpoints is not None:
+            checkpoints.begin(model)
         for index, step in enumerate(self.passes):
             observe(step.name)
             earlier = [record.name for record in records]
             if step.effect is Effect.LOSSY and model.dense is None:
                 model = replace(model, dense=copy.deepcopy(model.graph))
-            found = keeper.taken(index, model) if keeper is not None else None
-            if found is not None:
-                model, record = found
+            loaded = checkpoints.load(index, model) if checkpoints is not None else None
+            if loaded is not None:
+                model, record = loaded
                 outputs, _ = _verify(step, model, model, outputs, earlier)
                 records.append(record)
                 continue
             started = time.perf_counter()
-            result = _attempt(step, model, self._shown(data, index), earlier)
+            images = data if self.shows_held_out(index) else data.for_passes()
+            result = _run(step, model, images, earlier)
             seconds = time.perf_counter() - started
             outputs, drift = _verify(step, model, result, outputs, earlier)
             changed = _changed(model, result)
             record = PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result))
             model = result
-            records.append(record if keeper is None else keeper.kept(index, model, record))
+            records.append(record if checkpoints is None else checkpoints.save(index, model, record))
         return model, tuple(records)
 
-    def _shown(self, data: Data, index: int) -> Data:
-        """The images for a pass: held-out ones only for an analysis after which nothing changes the model."""
-        return data if self.shows_held_out(index) else data.for_passes()
-
     def shows_held_out(self, index: int) -> bool:
-        """Whether a pass is shown held-out images."""
+        """Whether pass `index` gets held-out images: only if it and all passes after it are analyses."""
         return all(step.effect is Effect.ANALYSIS for step in self.passes[index:])
 
 
-def _attempt(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Model:
-    """The pass's result, its graph linted and recompiled; any failure gets its context here, once."""
+def _run(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Model:
+    """The pass's result, with its graph linted and recompiled.
+
+    A failure becomes an error that names the pass, the layer and the passes before it.
+    """
     context = f" after {', '.join(earlier)}" if earlier else ""
-    where = ""
+    layer = ""
     try:
         try:
             result = step(model, data)
         except LayerFailure as failure:
-            where = f" on {failure.layer}"
+            layer = f" on {failure.layer}"
             raise (failure.__cause__ or failure) from None
         if not isinstance(result, Model):
             raise TypeError(f"it returned {type(result).__name__}; a pass returns a Model")
@@ -165,12 +170,15 @@ def _attempt(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Mo
     except Exception as error:
         kind = type(error) if isinstance(error, MpcompileError) else PassError
         detail = str(error) if isinstance(error, MpcompileError) else f"{type(error).__name__}: {error}"
-        raise kind(f"{step.name} failed{where}{context}: {detail}") from error
+        raise kind(f"{step.name} failed{layer}{context}: {detail}") from error
     return result
 
 
 def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Sequence[str]) -> tuple[Tensor, float]:
-    """The outputs after a pass and their drift, or an error where the pass broke its promise."""
+    """The outputs on the example after a pass, and their drift.
+
+    Raises PassError if the outputs are not what the pass's effect allows, MaskError if a mask does not hold.
+    """
     context = f" (after {', '.join(earlier)})" if earlier else ""
     try:
         after = run_example(result)
@@ -179,7 +187,7 @@ def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Se
     if after.shape != before.shape:
         raise PassError(
             f"{step.name}{context} changed the output from {tuple(before.shape)} to {tuple(after.shape)}; "
-            "a pass keeps the model's interface"
+            "a pass must keep the output shape"
         )
     if not after.isfinite().all():
         raise PassError(f"{step.name}{context} left a model whose outputs are not finite")
@@ -187,14 +195,16 @@ def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Se
     allowed = {Effect.ANALYSIS: 0.0, Effect.EXACT: EXACT_DRIFT, Effect.LOSSY: float("inf")}[step.effect]
     if drift > allowed:
         raise PassError(
-            f"{step.name}{context} says it is {step.effect}, and moved the outputs by {drift:.1e} of their "
-            f"size; {allowed:.0e} is allowed"
+            f"{step.name}{context} declares the effect {step.effect}, and moved the outputs by {drift:.1e} of the "
+            f"largest; {allowed:.0e} is allowed"
         )
     for name, plan in {**model.plan, **result.plan}.items():
-        had = model.plan_of(name).mask is not None
+        was_masked = model.plan_of(name).mask is not None
         now = result.plan_of(name)
-        if had and now.mask is None and not now.skipped:
-            raise MaskError(f"{step.name}{context} dropped the mask of {name} and gave no reason in its plan")
+        if was_masked and now.mask is None and not now.skipped:
+            raise MaskError(
+                f"{step.name}{context} removed the mask of {name} without a reason; set skipped in the layer's plan"
+            )
         if plan.mask is None:
             continue
         try:
@@ -207,12 +217,12 @@ def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Se
 
 
 def _changed(before: Model, after: Model) -> tuple[str, ...]:
-    """The layers whose plan a pass wrote."""
+    """The layers whose plan a pass replaced."""
     return tuple(name for name, plan in after.plan.items() if plan is not before.plan.get(name))
 
 
 def _notes(before: Model, after: Model) -> tuple[str, ...]:
-    """What a pass decided, in a sentence or two for the report."""
+    """Short notes for the report on what a pass changed: plan fields, token merges and removed masks."""
 
     def count(model: Model, field: str) -> int:
         return sum(getattr(plan, field) is not None for plan in model.plan.values())
@@ -222,7 +232,7 @@ def _notes(before: Model, after: Model) -> tuple[str, ...]:
     schedule = [node.args[3] for node in after.graph.graph.nodes if node.target is merge_tokens]
     if schedule and not merges_tokens(before.graph.graph):
         notes.append(f"tokens merged after {len(schedule)} attentions: {', '.join(map(str, schedule))}")
-    freed = [name for name, plan in before.plan.items() if plan.mask is not None and after.plan[name].mask is None]
-    if freed:
-        notes.append(f"masks taken back: {', '.join(freed)}")
+    unmasked = [name for name, plan in before.plan.items() if plan.mask is not None and after.plan[name].mask is None]
+    if unmasked:
+        notes.append(f"masks removed: {', '.join(unmasked)}")
     return tuple(notes)

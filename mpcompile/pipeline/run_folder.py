@@ -1,8 +1,9 @@
-"""The hidden folder beside an output in which the work of its run is kept, and the lock that one run has on it.
+"""The work folder of a run, a hidden folder beside its output, and the lock that lets one run at a time use it.
 
-`.NAME.work` belongs to the output NAME. It holds what finished passes changed (mpcompile/pipeline/checkpoints.py) and,
-while a long pass runs, what it has finished (mpcompile/pipeline/partial_results.py). It goes when the output is there,
-and stays when a run ends before that, whatever the reason, so that the same command goes on.
+The folder of the output NAME is `.NAME.work`. It holds the checkpoints of finished passes
+(mpcompile/pipeline/checkpoints.py) and, while a long pass runs, the pass's partial results
+(mpcompile/pipeline/partial_results.py). It is removed once the output is written. If a run fails or is killed after it
+has finished a pass or part of one, the folder stays, so that the same command resumes the run.
 """
 
 import fcntl
@@ -19,22 +20,25 @@ from mpcompile.system.atomic_folder import REPORT
 from mpcompile.system.hashing import file_sha256
 from mpcompile.system.resource_errors import shortage
 
-WRITTEN, REWOUND = "written.json", "from.json"  # what the run has written last, and from where it was to start
+WRITTEN = "written.json"  # identifies the run whose output is being put in place
+REWOUND = "from.json"  # the pass that --from named, once the run has removed later checkpoints
 FINISHED = ("*.safetensors", "run-*")
 UNFINISHED = ("*.partial", WRITTEN, REWOUND)
 
 
 def work_folder(output: Path) -> Path:
-    """Where the work for an output is kept."""
+    """The path of the work folder of an output."""
     output = output.resolve()
     return output.with_name(f".{output.name}.work")
 
 
 @contextmanager
 def working(output: Path) -> Iterator[Path]:
-    """The work folder, locked: it is removed if the block ends well, and kept where it holds finished work if not.
+    """The work folder, created and locked for the duration of the block.
 
-    Raises UsageError where another process works on the same output.
+    The folder is removed if the block succeeds, or if it fails before any work is finished. Otherwise it stays, and a
+    MpcompileError other than a UsageError gets a note that says so. Raises UsageError if another process holds the
+    lock, or the folder cannot be created.
     """
     folder = work_folder(output)
     lock = _locked(folder, output)
@@ -45,7 +49,7 @@ def working(output: Path) -> Iterator[Path]:
         if not kept:
             clear(folder)
         elif isinstance(error, MpcompileError) and not isinstance(error, UsageError):
-            error.add_note(f"finished work is kept in {folder}, and the same command goes on from it")
+            error.add_note(f"finished work is kept in {folder}; give the same command again to resume")
         raise
     else:
         clear(folder)
@@ -54,7 +58,7 @@ def working(output: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Removes what a run keeps; the folder too, unless somebody has put something else into it."""
+    """Removes the files of a run from the folder, and the folder itself if nothing else is in it."""
     for pattern in (*FINISHED, *UNFINISHED):
         for path in folder.glob(pattern):
             if path.is_dir():
@@ -66,14 +70,14 @@ def clear(folder: Path) -> None:
 
 
 def _locked(folder: Path, output: Path) -> int:
-    """A handle of the folder with the lock on it."""
+    """An open file descriptor of the folder, which holds an exclusive lock. Raises UsageError or ResourceError."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY)
         except OSError as error:
-            if found := shortage(error, "the start", folder.parent):
-                raise ResourceError(found) from error
+            if lacking := shortage(error, "the start", folder.parent):
+                raise ResourceError(lacking) from error
             raise UsageError(
                 f"{folder.parent} cannot be written to ({error.strerror}); name another with --output"
             ) from error
@@ -82,23 +86,27 @@ def _locked(folder: Path, output: Path) -> int:
         except OSError as error:
             os.close(handle)
             raise UsageError(
-                f"another process is writing {output} (it holds {folder}); wait for it, or name another with --output"
+                f"another process is writing {output} (it has locked {folder}); wait for it, or name another with "
+                "--output"
             ) from error
-        # The run before may have removed the folder between our opening it and our lock.
+        # An earlier run may have removed the folder after it was opened here and before it was locked.
         if folder.is_dir() and os.fstat(handle).st_ino == folder.stat().st_ino:
             return handle
         os.close(handle)
 
 
 def note_written(work: Path, written: Path, facts: Mapping[str, str]) -> None:
-    """Remembers that a folder is about to become the output of a run of these facts."""
+    """Records in the work folder that `written` is about to become the output of a run with these facts.
+
+    If the run is killed after that and before the work folder is removed, `written_by` finds the output complete.
+    """
     content = {"report": file_sha256(written / REPORT), "facts": dict(facts)}
-    with suppress(OSError):  # what it saves is the last moment of a run
+    with suppress(OSError):  # the record matters only if the run is killed in its last moments
         (work / WRITTEN).write_text(json.dumps(content), encoding="utf-8")
 
 
 def written_by(output: Path) -> Mapping[str, str] | None:
-    """The facts of a run that was killed when its output was already in its place, else None."""
+    """The facts of the run that wrote `output`, if it was killed before it removed its work folder, else None."""
     content = _read(work_folder(output) / WRITTEN)
     report = output / REPORT
     if content is None or not report.is_file() or content.get("report") != file_sha256(report):
@@ -108,16 +116,17 @@ def written_by(output: Path) -> Mapping[str, str] | None:
 
 
 def was_rewound(work: Path, name: str) -> bool:
-    """Whether a run that was to start from that pass has begun and not ended."""
+    """Whether an unfinished run with `--from name` has already removed the checkpoints from that pass on."""
     return (_read(work / REWOUND) or {}).get("from") == name
 
 
 def note_rewound(work: Path, name: str) -> None:
-    """Remembers that the run has begun from that pass."""
+    """Records that a run with `--from name` has removed the checkpoints from that pass on."""
     (work / REWOUND).write_text(json.dumps({"from": name}), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -41,7 +41,7 @@ def test_layers_come_back_until_the_limit_holds(caplog: pytest.LogCaptureFixture
         assert torch.equal(result.layer(name).weight, model.layer(name).weight)
         assert f"{name} goes to dense" in caplog.text
     assert "multiply-accumulates an image are left" in caplog.text
-    assert any("masks taken back" in note for note in records[-1].notes)
+    assert any("masks removed" in note for note in records[-1].notes)
     for name in kept:
         assert_follows(result.layer(name).weight, NM(1, 4))
 

@@ -1,4 +1,4 @@
-"""The pass manager: it believes no promise, names what failed, and leaves the caller's model alone."""
+"""The pass manager verifies every pass, names what failed, and does not change the caller's model."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -34,7 +34,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class SaysExact(Scale):
-    """Lies about its effect."""
+    """Declares itself exact, and is not."""
 
     name: ClassVar[str] = "says-exact"
     effect: ClassVar[Effect] = Effect.EXACT
@@ -42,7 +42,7 @@ class SaysExact(Scale):
 
 @dataclass(frozen=True)
 class SaysAnalysis(Scale):
-    """Lies about its effect, by a rounding."""
+    """Declares itself an analysis, and changes the outputs slightly."""
 
     name: ClassVar[str] = "says-analysis"
     effect: ClassVar[Effect] = Effect.ANALYSIS
@@ -60,7 +60,7 @@ class Nothing(Scale):
 
 @dataclass(frozen=True)
 class Fill(Scale):
-    """Fills a masked weight back in."""
+    """Makes masked weights nonzero."""
 
     name: ClassVar[str] = "fill"
 
@@ -102,7 +102,7 @@ class Broken(Scale):
 
 @dataclass(frozen=True)
 class Unfinished(Scale):
-    """Returns something else than a Model."""
+    """Returns None instead of a Model."""
 
     name: ClassVar[str] = "unfinished"
 
@@ -112,13 +112,13 @@ class Unfinished(Scale):
 
 @dataclass(frozen=True)
 class AfterMask(Nothing):
-    """Needs masks."""
+    """Requires nm-mask before it."""
 
     name: ClassVar[str] = "after-mask"
     requires: ClassVar[tuple[str, ...]] = ("nm-mask",)
 
 
-def test_the_callers_model_is_untouched() -> None:
+def test_the_callers_model_is_not_changed() -> None:
     model = tiny_vit()
     before = {name: value.clone() for name, value in model.graph.state_dict().items()}
     result, _ = PassManager([NMMask(), Scale()]).run(model, Data())
@@ -127,7 +127,7 @@ def test_the_callers_model_is_untouched() -> None:
     assert result.plan[FC1].mask is not None
 
 
-def test_records_tell_what_was_seen() -> None:
+def test_records_have_effect_changed_layers_notes_and_drift() -> None:
     _, [mask, scale, nothing] = PassManager([NMMask(), Scale(), Nothing()]).run(tiny_vit(), Data())
     assert (mask.name, mask.effect) == ("nm-mask", Effect.LOSSY)
     assert FC1 in mask.layers_changed
@@ -137,10 +137,10 @@ def test_records_tell_what_was_seen() -> None:
     assert nothing.drift == 0
 
 
-def test_the_observer_hears_each_pass() -> None:
-    heard: list[str] = []
-    PassManager([NMMask(), Nothing()]).run(tiny_vit(), Data(), heard.append)
-    assert heard == ["nm-mask", "nothing"]
+def test_the_observer_is_called_with_each_pass() -> None:
+    names: list[str] = []
+    PassManager([NMMask(), Nothing()]).run(tiny_vit(), Data(), names.append)
+    assert names == ["nm-mask", "nothing"]
 
 
 def test_one_manager_serves_many_models() -> None:
@@ -154,15 +154,23 @@ def test_one_manager_serves_many_models() -> None:
 @pytest.mark.parametrize(
     ("step", "kind", "text"),
     [
-        (SaysExact(), PassError, r"says-exact says it is exact, and moved the outputs by .*1e-04 is allowed"),
-        (SaysAnalysis(), PassError, r"says-analysis says it is analysis, and moved the outputs by .*0e\+00 is allowed"),
+        (
+            SaysExact(),
+            PassError,
+            r"says-exact declares the effect exact, and moved the outputs by .* of the largest; 1e-04 is allowed",
+        ),
+        (
+            SaysAnalysis(),
+            PassError,
+            r"says-analysis declares the effect analysis, and moved the outputs by .*0e\+00 is allowed",
+        ),
         (Widen(), PassError, r"widen changed the output from \(2, 10\) to \(2, 11\)"),
         (Explode(), PassError, r"explode left a model whose outputs are not finite"),
         (Broken(), PassError, r"broken failed on blocks.0.mlp.fc1: ValueError: singular matrix"),
         (Unfinished(), PassError, r"unfinished failed: TypeError: it returned NoneType; a pass returns a Model"),
     ],
 )
-def test_broken_promises(step: Scale, kind: type[Exception], text: str) -> None:
+def test_a_pass_that_breaks_its_contract_is_an_error(step: Scale, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         PassManager([step]).run(tiny_vit(), Data())
 
@@ -175,7 +183,7 @@ def test_a_mask_is_checked_after_every_later_pass() -> None:
     assert error.value.exit_code == 5
 
 
-def test_a_failure_tells_what_had_run_and_keeps_its_cause() -> None:
+def test_a_failure_names_the_passes_before_it_and_keeps_its_cause() -> None:
     with pytest.raises(PassError, match="broken failed on .* after nm-mask, scale: ValueError") as error:
         PassManager([NMMask(), Scale(), Broken()]).run(tiny_vit(), Data())
     assert isinstance(error.value.__cause__, ValueError)
@@ -183,13 +191,13 @@ def test_a_failure_tells_what_had_run_and_keeps_its_cause() -> None:
 
 def test_order_is_checked_before_anything_runs() -> None:
     PassManager([NMMask(), AfterMask()])
-    with pytest.raises(UsageError, match="after-mask stands first, and needs nm-mask before it"):
+    with pytest.raises(UsageError, match="after-mask comes first, and needs nm-mask before it"):
         PassManager([AfterMask(), NMMask()])
-    with pytest.raises(UsageError, match="after-mask stands after nothing, and needs nm-mask"):
+    with pytest.raises(UsageError, match="after-mask comes after nothing, and needs nm-mask"):
         PassManager([Nothing(), AfterMask()])
 
 
-def test_masks_are_the_runs_own() -> None:
+def test_an_edit_of_a_mask_tensor_is_found_and_does_not_reach_the_caller() -> None:
     @dataclass(frozen=True)
     class Tamper(Nothing):
         name: ClassVar[str] = "tamper"
@@ -208,7 +216,7 @@ def test_masks_are_the_runs_own() -> None:
     assert float(mask.float().mean()) == 0.5
 
 
-def test_a_mask_is_taken_back_only_with_a_reason_that_is_noted() -> None:
+def test_a_mask_is_removed_only_with_a_reason() -> None:
     @dataclass(frozen=True)
     class Free(Scale):
         name: ClassVar[str] = "free"
@@ -220,12 +228,12 @@ def test_a_mask_is_taken_back_only_with_a_reason_that_is_noted() -> None:
             return model.with_plan({FC1: LayerPlan(skipped=self.reason)})
 
     _, [_, record] = PassManager([NMMask(), Free()]).run(tiny_vit(), Data())
-    assert f"masks taken back: {FC1}" in record.notes
-    with pytest.raises(MaskError, match=f"dropped the mask of {FC1} and gave no reason"):
+    assert f"masks removed: {FC1}" in record.notes
+    with pytest.raises(MaskError, match=f"removed the mask of {FC1} without a reason; set skipped in the layer's plan"):
         PassManager([NMMask(), Free(reason=None)]).run(tiny_vit(), Data())
 
 
-def test_a_masked_layer_that_is_replaced_is_a_broken_mask() -> None:
+def test_replacing_a_masked_layer_breaks_its_mask() -> None:
     @dataclass(frozen=True)
     class Replace(Nothing):
         name: ClassVar[str] = "replace"
@@ -241,7 +249,7 @@ def test_a_masked_layer_that_is_replaced_is_a_broken_mask() -> None:
         PassManager([NMMask(), Replace()]).run(tiny_vit(), Data())
 
 
-def test_a_lost_module_is_an_error_and_not_a_lost_mask() -> None:
+def test_dropping_the_whole_plan_is_an_error() -> None:
     @dataclass(frozen=True)
     class Forget(Nothing):
         name: ClassVar[str] = "forget"
@@ -249,5 +257,5 @@ def test_a_lost_module_is_an_error_and_not_a_lost_mask() -> None:
         def __call__(self, model: Model, data: Data) -> Model:
             return replace(model, plan={})
 
-    with pytest.raises(MaskError, match="forget .*dropped the mask of blocks.0.attn.qkv"):
+    with pytest.raises(MaskError, match="forget .*removed the mask of blocks.0.attn.qkv"):
         PassManager([NMMask(), Forget()]).run(tiny_vit(), Data())

@@ -122,7 +122,7 @@ def test_a_small_disk(
     # Room for the output and not for checkpoints beside it.
     caplog.clear()
     compiled(small_disk("6m") / "out", width=512).verify()
-    assert "no checkpoint is kept of" in "; ".join(caplog.messages)
+    assert "no checkpoints are saved from" in "; ".join(caplog.messages)
 
 
 SIZE = ("--input-size", "1x28x28", "--mean", "0.5", "--std", "0.5")
