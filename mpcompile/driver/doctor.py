@@ -8,7 +8,7 @@ from pathlib import Path
 from mpcompile.driver.run_plan import Known, known
 
 VECTOR_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
-LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy", "scipy", "safetensors")
+LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "numpy", "scipy", "safetensors")
 
 
 @dataclass(frozen=True, slots=True)

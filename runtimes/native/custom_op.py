@@ -1,46 +1,53 @@
-"""Streams -> an ONNX node of the domain `mpcompile`, its initializers, and the function that it also is.
+"""The native operator in an ONNX file: its node, its initializers, and its fallback as an ONNX function.
 
-A file carries for each operator a model-local function of the same name. ONNX Runtime takes the native kernel where
-the library is registered; anywhere else it puts the function's body in, which rebuilds the dense weight from the
-streams out of plain operators. All of that is constant, so it is folded when the file is loaded, and what runs is the
-runtime's own dense MatMul or Conv. Only the rounding differs.
+The operators NMGemm and NMConv belong to the domain `mpcompile`. A file that uses one also carries a model-local
+function of the same name. Where the kernel's library is registered, ONNX Runtime runs the native kernel. Anywhere else
+it inlines the function, which rebuilds the dense weight from the packed streams with standard operators. All of that is
+constant, so it is folded when the file is loaded, and ONNX Runtime's own dense MatMul or Conv runs. The results differ
+only in rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx
-from jaxtyping import Float32
+import onnx_ir as ir
 from onnx import helper, numpy_helper
 
 from mpcompile.runtimes.native.packing import Packed
 
 DOMAIN, VERSION = "mpcompile", 1
 GEMM, CONV = "NMGemm", "NMConv"
-INPUTS = ("x", "values", "places", "common", "order", "bias")
-ATTRIBUTES = ("rows", "columns", "share", "block", "chunk")
-OLDEST_OPSET = 18  # ScatterElements that adds
+# The operator's names, which are part of the file format, and the fields of Packed that they hold.
+STREAMS: Mapping[str, str] = MappingProxyType(
+    {"values": "values", "places": "indices", "common": "shared_steps", "order": "row_order"}
+)
+ATTRIBUTES: Mapping[str, str] = MappingProxyType(
+    {"rows": "rows", "columns": "columns", "share": "rows_per_pattern", "block": "block", "chunk": "chunk"}
+)
+INPUTS = ("x", *STREAMS, "bias")
+OLDEST_OPSET = 18  # the first in which ScatterElements adds, which the fallback needs
 
 
-def make_node(op: str, name: str, x: str, y: str, prefix: str, bias: str, packed: Packed) -> onnx.NodeProto:
-    """The node `y = op(x)`; its streams are the initializers that `initializers(prefix, …)` names."""
-    streams = [f"{prefix}.{part}" for part in INPUTS[1:-1]]
-    attributes = {attribute: getattr(packed, attribute) for attribute in ATTRIBUTES}
-    return helper.make_node(op, [x, *streams, bias], [y], name=name, domain=DOMAIN, **attributes)
+def make_node(op: str, name: str, x: ir.Value, streams: Sequence[ir.Value], bias: ir.Value, packed: Packed) -> ir.Node:
+    """Returns the node `op(x)` on the `streams` of `packed`; its one output has no name yet."""
+    attributes = {attribute: getattr(packed, field) for attribute, field in sorted(ATTRIBUTES.items())}
+    return ir.node(op, [x, *streams, bias], attributes, domain=DOMAIN, name=name)
 
 
-def initializers(prefix: str, packed: Packed) -> list[onnx.TensorProto]:
-    """The streams as `prefix.values`, `prefix.places`, `prefix.common`, `prefix.order`."""
-    return [numpy_helper.from_array(getattr(packed, part), f"{prefix}.{part}") for part in INPUTS[1:-1]]
+def stream_initializers(prefix: str, packed: Packed) -> list[ir.Value]:
+    """Returns the packed weight as initializers `prefix.values`, `prefix.places`, `prefix.common`, `prefix.order`."""
+    return [initializer(f"{prefix}.{stream}", getattr(packed, field)) for stream, field in STREAMS.items()]
 
 
-def bias_initializer(name: str, bias: Float32[np.ndarray, " rows"]) -> onnx.TensorProto:
-    """The bias as an initializer."""
-    return numpy_helper.from_array(bias.astype(np.float32), name)
+def initializer(name: str, array: np.ndarray) -> ir.Value:
+    """Returns an array as an initializer. It has no type or shape of its own, so no value_info is written for it."""
+    return ir.Value(name=name, const_value=ir.tensor(array, name=name))
 
 
 def function(op: str, opset: int) -> onnx.FunctionProto:
-    """The operator GEMM or CONV in plain ONNX, for runtimes that do not know it; `opset` is the file's own."""
+    """Returns the fallback of GEMM or CONV in standard operators of `opset`, the opset of the file."""
     body = [*_dense_weight()]
     if op == GEMM:
         body += [
@@ -54,13 +61,13 @@ def function(op: str, opset: int) -> onnx.FunctionProto:
             helper.make_node("Unsqueeze", ["weight", "taps"], ["kernel"]),
             helper.make_node("Conv", ["x", "kernel", "bias"], ["y"], kernel_shape=[1, 1]),
         ]
-    return helper.make_function(DOMAIN, op, INPUTS, ["y"], body, [helper.make_opsetid("", opset)], ATTRIBUTES)
+    return helper.make_function(DOMAIN, op, INPUTS, ["y"], body, [helper.make_opsetid("", opset)], list(ATTRIBUTES))
 
 
 def _dense_weight() -> list[onnx.NodeProto]:
-    """Nodes that make `weight` (rows, columns) of the streams: each value is added at row · width + column.
+    """Returns nodes that rebuild `weight` (rows, columns): each value is added at row · width + column of zeros.
 
-    One row and one column more than there are take what steps without a weight write, which is 0.
+    The zeros have one more row and one more column than the weight. Padded steps, whose value is 0, are added there.
     """
     node = helper.make_node
     return [
@@ -98,6 +105,7 @@ def _dense_weight() -> list[onnx.NodeProto]:
 
 
 def _constants(**values: int | Sequence[int]) -> list[onnx.NodeProto]:
+    """Returns an int64 Constant node per name."""
     return [
         helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, np.int64)))
         for name, value in values.items()
@@ -105,7 +113,7 @@ def _constants(**values: int | Sequence[int]) -> list[onnx.NodeProto]:
 
 
 def _attribute(name: str) -> onnx.NodeProto:
-    """An attribute of the operator as a value of that name."""
-    made = helper.make_node("Constant", [], [name])
-    made.attribute.add(name="value_int", ref_attr_name=name, type=onnx.AttributeProto.INT)
-    return made
+    """Returns a node that gives the operator's attribute `name` as a value of the same name."""
+    node = helper.make_node("Constant", [], [name])
+    node.attribute.add(name="value_int", ref_attr_name=name, type=onnx.AttributeProto.INT)
+    return node

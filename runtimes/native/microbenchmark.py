@@ -1,4 +1,4 @@
-"""One product as a model of its own, dense and native, timed in turns; and the shapes that products get in a file."""
+"""Times one masked GEMM as a model of one node, native and dense in turns, and finds the input shapes of GEMMs."""
 
 import math
 import time
@@ -25,42 +25,43 @@ PROVIDER = "CPUExecutionProvider"
 DEVICE = "cpu"
 BASELINE = "ONNX Runtime's dense kernel"
 BLOCK_MS = 2.0
-CALLS = 3  # to see how long one takes
+BLOCK_SIZING_CALLS = 3
 
 
 def measure(
     product: MaskedGemm,
-    made: Packed,
+    weight: Packed,
     x: tuple[int, ...],
     library: Path,
     threads: int | None,
     seconds: float,
 ) -> tuple[Timing, Timing, Speedup]:
-    """The dense node's time, the operator's, and the speedup, in turns of as many calls as take BLOCK_MS.
+    """Returns the times of the dense node and of the native one, and the speedup. `x` is the shape of the input.
 
-    Where the speedup's interval includes 1, as many rounds again are added, once: a busy moment is no verdict.
+    The two are timed in turns of as many calls as take BLOCK_MS. If the speedup's interval includes 1, as many rounds
+    are added once more, so that a short load of the machine does not decide. Raises BuildError.
     """
     runs = {
         "dense": one_node(dense_node(product), product, x, None, threads),
-        "native": one_node(native_node(product, made), product, x, library, threads),
+        "native": one_node(native_node(product, weight), product, x, library, threads),
     }
-    repeats = _repeats(runs["dense"])
+    repeats = _calls_per_block(runs["dense"])
     turns = {name: partial(_repeated, run, repeats) for name, run in runs.items()}
     samples = sample(turns, seconds)
     ratio = speedup(samples["dense"], samples["native"], BASELINE)
     if ratio.undecided:
         more = sample(turns, seconds)
-        samples = {name: np.concatenate([found, more[name]]) for name, found in samples.items()}
+        samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
         ratio = speedup(samples["dense"], samples["native"], BASELINE)
     dense, sparse = (timing(samples[name] / repeats, x[0], DEVICE) for name in runs)
     return dense, sparse, ratio
 
 
-def _repeats(run: Call) -> int:
-    """How many calls take BLOCK_MS: alone, a call of microseconds measures what else the machine does."""
+def _calls_per_block(run: Call) -> int:
+    """Returns how many calls take BLOCK_MS. A single call of microseconds would be dominated by other load."""
     run()
     calls_ns = []
-    for _ in range(CALLS):  # one alone may have been stalled
+    for _ in range(BLOCK_SIZING_CALLS):  # a single call may have been stalled
         started = time.perf_counter_ns()
         run()
         calls_ns.append(time.perf_counter_ns() - started)
@@ -73,7 +74,7 @@ def _repeated(run: Call, count: int) -> None:
 
 
 def dense_node(product: MaskedGemm) -> onnx.ModelProto:
-    """The product as ONNX Runtime's own operators, as a model of x -> y."""
+    """Returns the product in standard ONNX operators, as a model x -> y."""
     weight = product.weight
     if product.op == CONV:
         nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], kernel_shape=[1, 1])]
@@ -86,16 +87,16 @@ def dense_node(product: MaskedGemm) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
 
 
-def native_node(product: MaskedGemm, made: Packed) -> onnx.ModelProto:
-    """The product as the native operator, as a model of x -> y."""
-    whole = dense_node(product)
-    nodes = tuple(node.output[0] for node in whole.graph.node)
-    whole.graph.node[0].name = "product"
+def native_node(product: MaskedGemm, weight: Packed) -> onnx.ModelProto:
+    """Returns the product as the native operator, as a model x -> y."""
+    dense = dense_node(product)
+    nodes = tuple(node.output[0] for node in dense.graph.node)
+    dense.graph.node[0].name = "product"
     inner = MaskedGemm(
         product.layers, "product", product.op, "x", "y", nodes, product.initializer, product.pattern,
         product.weight, product.bias,
     )  # fmt: skip
-    return replace(whole, [inner], {inner.prefix: made})
+    return replace(dense, [inner], {inner.prefix: weight})
 
 
 def _float(name: str) -> onnx.ValueInfoProto:
@@ -103,7 +104,7 @@ def _float(name: str) -> onnx.ValueInfoProto:
 
 
 def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -> "onnxruntime.InferenceSession":
-    """A session on a model in memory."""
+    """Returns a session on a model in memory, with the kernel's operators if `library` is given."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -116,68 +117,70 @@ def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -
 
 
 class OneNode:
-    """A model of x -> y on one input, with its output's memory kept: only the node is timed."""
+    """A session on a model x -> y with bound input and output arrays, so that a call times the node alone."""
 
     def __init__(self, model: onnx.ModelProto, library: Path | None, threads: int | None) -> None:
         self._session = session(model, library, threads)
         self._binding = self._session.io_binding()
 
     def bind(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
-        """Fixes the arrays that calls read and write."""
+        """Binds the arrays that calls read and write."""
         self._arrays = (x, y)
         self._binding.bind_cpu_input("x", x)
         self._binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
 
     def __call__(self) -> None:
-        """One run; the input was bound before."""
+        """Runs the model on the bound arrays."""
         self._session.run_with_iobinding(self._binding)
 
 
 def one_node(
     model: onnx.ModelProto, product: MaskedGemm, x: tuple[int, ...], library: Path | None, threads: int | None
 ) -> OneNode:
-    """A session on one node, bound to random input of shape x. Raises BuildError."""
+    """Returns a session on one node, bound to random input of shape `x`. Raises BuildError."""
     try:
-        made = OneNode(model, library, threads)
+        node = OneNode(model, library, threads)
     except Exception as error:
         raise BuildError(f"{product.name}: ONNX Runtime cannot load it as a model of its own: {error}") from error
     axis = 1 if product.op == CONV else len(x) - 1
     y = (*x[:axis], len(product.weight), *x[axis + 1 :])
-    made.bind(np.random.default_rng(0).standard_normal(x, dtype=np.float32), np.empty(y, np.float32))
-    return made
+    node.bind(np.random.default_rng(0).standard_normal(x, dtype=np.float32), np.empty(y, np.float32))
+    return node
 
 
 def input_shapes(
     file: onnx.ModelProto, products: Sequence[MaskedGemm], images: NDArray[np.float32]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each product's input for such images: as the file says, or from a run where it leaves that open.
+    """Returns the input shape of each product, by tensor name, for a batch like `images`.
 
-    Raises BuildError where the file cannot be run.
+    Takes fixed shapes from the file. If the file leaves one free, runs the file on `images`; raises BuildError if that
+    fails.
     """
     known: dict[str, tuple[int, ...]] = {}
     for value in (*file.graph.input, *file.graph.value_info):
         sizes = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(size.HasField("dim_value") for size in sizes):
             known[value.name] = tuple(size.dim_value for size in sizes)
-    wanted = {product.x for product in products}
-    if missing := sorted(wanted - set(known)):
-        known |= _shapes_of_a_run(file, missing, images)
-    return {name: known[name] for name in wanted}
+    inputs = {product.x for product in products}
+    if missing := sorted(inputs - set(known)):
+        known |= _shapes_from_run(file, missing, images)
+    return {name: known[name] for name in inputs}
 
 
-def _shapes_of_a_run(
+def _shapes_from_run(
     file: onnx.ModelProto, names: Sequence[str], images: NDArray[np.float32]
 ) -> dict[str, tuple[int, ...]]:
+    """Runs the file on `images` with the named tensors as outputs, and returns their shapes. Raises BuildError."""
     model = onnx.ModelProto()
     model.CopyFrom(file)
     inputs, outputs = {value.name for value in file.graph.input}, {value.name for value in file.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in inputs | outputs)
-    asked = [name for name in names if name not in inputs]
+    computed = [name for name in names if name not in inputs]
     try:
-        found = session(model, None, None).run(asked, {file.graph.input[0].name: images})
-    except Exception as error:  # its own kinds, for which a file can give any reason
+        arrays = session(model, None, None).run(computed, {file.graph.input[0].name: images})
+    except Exception as error:  # ONNX Runtime raises its own types, and any of them can occur here
         raise BuildError(
             f"ONNX Runtime cannot run the file on images of shape {images.shape}: {cause_of(error)}"
         ) from error
-    shapes = {name: tuple(array.shape) for name, array in zip(asked, found, strict=True)}
+    shapes = {name: tuple(array.shape) for name, array in zip(computed, arrays, strict=True)}
     return {**shapes, **{name: tuple(images.shape) for name in names if name in inputs}}

@@ -1,7 +1,7 @@
-"""Where an ONNX file multiplies by proven N:M weights, and the same file with the native operator there.
+"""Finds the products with N:M masked weights in an ONNX file, and replaces them by the native operator.
 
-Anchor: a Gemm, a MatMul with the Add behind it, or a 1×1 Conv whose weight carries a proven mask. Check: a sentence
-where the operator cannot take its place. Rewrite: `replace`, for those that a measurement chose.
+Anchor: a Gemm, a MatMul with the Add behind it, or a 1×1 Conv, whose weight has a proven mask. Check: a reason if the
+native operator cannot compute the product. Rewrite: `replace`, for the products that were measured to be faster.
 """
 
 from collections import Counter
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from jaxtyping import Float32
-from onnx import helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mpcompile.errors import BuildError
 from mpcompile.export.mask_check import FileWeight, ProvenMask, file_weights
@@ -22,24 +23,24 @@ from mpcompile.runtimes.native.custom_op import (
     GEMM,
     OLDEST_OPSET,
     VERSION,
-    bias_initializer,
     function,
-    initializers,
+    initializer,
     make_node,
+    stream_initializers,
 )
 from mpcompile.runtimes.native.packing import Packed, pack, unpack
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedGemm:
-    """y = x · weightᵀ + bias in a file: one node, or a MatMul and its Add."""
+    """A product y = x · weightᵀ + bias of a file: one node, or a MatMul and its Add."""
 
-    layers: tuple[str, ...]  # several where they are tied
-    name: str
-    op: str  # NMGemm or NMConv, what may take its place
+    layers: tuple[str, ...]  # several if their weights are tied
+    name: str  # of the node that multiplies
+    op: str  # the native operator that can replace it: NMGemm or NMConv
     x: str
     y: str
-    nodes: tuple[str, ...]  # the outputs of the nodes that it consists of; the last is y
+    nodes: tuple[str, ...]  # the outputs of its nodes; the last is y
     initializer: str
     pattern: NM
     weight: Float32[np.ndarray, "out in_"]
@@ -47,13 +48,13 @@ class MaskedGemm:
 
     @property
     def prefix(self) -> str:
-        """The name of its streams in the file. Uses of one initializer share them, unless one turns it over."""
+        """The name of its packed streams. Products with the same weight share them, unless one transposes it."""
         return f"{self.initializer}.{self.weight.shape[0]}x{self.weight.shape[1]}.nm"
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A masked layer that the operator cannot compute, and why, as a sentence."""
+    """A product with a masked weight that the native operator cannot compute, and the reason as a sentence."""
 
     layers: tuple[str, ...]
     name: str
@@ -61,36 +62,33 @@ class Refused:
 
 
 def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[MaskedGemm], list[Refused]]:
-    """Every product with a proven mask, in the order of the file, and those that the operator cannot compute."""
-    rows: dict[str, list[ProvenMask]] = {}
+    """Returns the products whose weight has a proven mask, in file order, and those that the kernel cannot compute."""
+    by_initializer: dict[str, list[ProvenMask]] = {}
     for mask in masks:
-        rows.setdefault(mask.initializer, []).append(mask)
-    names = Counter(node.name for node in file.graph.node)
+        by_initializer.setdefault(mask.initializer, []).append(mask)
+    name_counts = Counter(node.name for node in file.graph.node)
     weights = {weight.node: weight for weight in file_weights(file)}
-    uses = _uses(file.graph)
-    constants = {tensor.name: tensor for tensor in file.graph.initializer}
     products: list[MaskedGemm] = []
     refused: list[Refused] = []
-    for node in file.graph.node:
-        weight = weights.get(node.name)
-        if weight is None or weight.op != node.op_type or weight.initializer not in rows:
+    for node in ir.from_proto(file).graph:
+        name = node.name or ""
+        weight = weights.get(name)
+        if weight is None or weight.op != node.op_type or weight.initializer not in by_initializer:
             continue
-        layers = tuple(dict.fromkeys(row.layer for row in rows[weight.initializer]))
-        reason = "its node has no name of its own" if names[node.name] > 1 or not node.name else None
-        reason = reason or _refusal(node, weight, constants, rows[weight.initializer][0].pattern)
+        rows = by_initializer[weight.initializer]
+        layers = tuple(dict.fromkeys(row.layer for row in rows))
+        reason = "its node has no name of its own" if name_counts[name] > 1 or not name else None
+        reason = reason or _refusal(node, weight, rows[0].pattern)
         if reason:
-            refused.append(Refused(layers, node.name, reason))
+            refused.append(Refused(layers, name, reason))
         else:
-            pattern = NM.parse(rows[weight.initializer][0].pattern)
-            products.append(_product(layers, node, weight, pattern, constants, uses))
+            products.append(_product(layers, node, weight, NM.parse(rows[0].pattern)))
     return products, refused
 
 
-def _refusal(
-    node: onnx.NodeProto, weight: FileWeight, constants: Mapping[str, onnx.TensorProto], pattern: str
-) -> str | None:
-    """Why the operator cannot take a node's place, or None."""
-    values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+def _refusal(node: ir.Node, weight: FileWeight, pattern: str) -> str | None:
+    """Returns why the native operator cannot replace a node, or None."""
+    given = node.attributes
     if weight.values.dtype != np.float32:
         return f"its weight is {weight.values.dtype}; the kernel computes in float32"
     if ":" not in pattern:
@@ -99,136 +97,105 @@ def _refusal(
         taps = weight.values.shape[2:]
         if taps != (1, 1):
             return f"it is a convolution of {'×'.join(map(str, taps))} taps; the kernel takes 1×1"
-        if values.get("group", 1) != 1 or any(s != 1 for s in values.get("strides", ())) or any(values.get("pads", ())):
+        strided = any(stride != 1 for stride in given.get_ints("strides", ()))
+        if given.get_int("group", 1) != 1 or strided or any(given.get_ints("pads", ())):
             return "it is a convolution with groups, strides or padding"
-        if values.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        if given.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
             return "it is a convolution with padding"
     elif node.op_type == "Gemm":
-        if values.get("transA", 0) or values.get("alpha", 1.0) != 1.0 or values.get("beta", 1.0) != 1.0:
+        if given.get_int("transA", 0) or given.get_float("alpha", 1.0) != 1 or given.get_float("beta", 1.0) != 1:
             return "it is a Gemm that scales or transposes its input"
-    elif node.input[0] in constants:
+    elif _constant(node.inputs[0]) is not None:
         return "its weight stands on the left of the product"
-    bias = node.input[2] if node.op_type != "MatMul" and len(node.input) > 2 else ""
-    if bias and (bias not in constants or np.prod(constants[bias].dims) != weight.values.shape[0]):
+    bias = _bias_input(node)
+    if bias is not None and ((stored := _constant(bias)) is None or stored.size != weight.values.shape[0]):
         return "its bias is not one constant an output"
     return None
 
 
-def _product(
-    layers: tuple[str, ...],
-    node: onnx.NodeProto,
-    weight: FileWeight,
-    pattern: NM,
-    constants: Mapping[str, onnx.TensorProto],
-    uses: Mapping[str, Sequence[onnx.NodeProto | None]],
-) -> MaskedGemm:
-    """The product that a node is, with the Add of its bias where that follows a MatMul."""
+def _bias_input(node: ir.Node) -> ir.Value | None:
+    """Returns the bias that a Gemm or a Conv reads, if it has one."""
+    return node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Returns the tensor of an initializer; None for a value that is computed or given."""
+    return value.const_value if value is not None and value.is_initializer() else None
+
+
+def _product(layers: tuple[str, ...], node: ir.Node, weight: FileWeight, pattern: NM) -> MaskedGemm:
+    """Returns the product that a node computes, with the bias of the Add behind a MatMul."""
     matrix = weight.values.reshape(weight.values.shape[:2])
-    nodes: tuple[str, ...] = (node.output[0],)
-    bias = None
-    if node.op_type == "MatMul":
-        after = uses.get(node.output[0], ())
-        if len(after) == 1 and after[0] is not None and after[0].op_type == "Add":
-            other = next((name for name in after[0].input if name != node.output[0]), "")
-            if other in constants and tuple(constants[other].dims) == (len(matrix),):
-                nodes, bias = (node.output[0], after[0].output[0]), other
-    elif len(node.input) > 2 and node.input[2]:
-        bias = node.input[2]
-    added = np.zeros(len(matrix), np.float32) if bias is None else numpy_helper.to_array(constants[bias]).reshape(-1)
-    op = CONV if node.op_type == "Conv" else GEMM
+    x, output, bias = node.inputs[0], node.outputs[0], _bias_input(node)
+    nodes: tuple[str, ...] = (str(output.name),)
+    if node.op_type == "MatMul" and len(output.uses()) == 1 and not output.is_graph_output():
+        [add] = output.consumers()
+        if add.op_type == "Add" and add.graph is node.graph:
+            added = next(value for value in add.inputs if value is not output)
+            stored = _constant(added)
+            if stored is not None and tuple(stored.shape) == (len(matrix),):
+                nodes, bias = (*nodes, str(add.outputs[0].name)), added
+    stored = _constant(bias)
     return MaskedGemm(
-        layers, node.name, op, node.input[0], nodes[-1], nodes, weight.initializer, pattern,
-        np.ascontiguousarray(matrix), added,
-    )  # fmt: skip
-
-
-def _uses(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto | None]]:
-    """Who reads each tensor; None stands for the graph's outputs and for graphs within nodes."""
-    uses: dict[str, list[onnx.NodeProto | None]] = {output.name: [None] for output in graph.output}
-    for node in graph.node:
-        for name in node.input:
-            uses.setdefault(name, []).append(node)
-        for inner in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
-            for name in _uses(inner):
-                uses.setdefault(name, []).append(None)
-    return uses
+        layers=layers,
+        name=str(node.name),
+        op=CONV if node.op_type == "Conv" else GEMM,
+        x=str(x.name if x is not None else ""),
+        y=nodes[-1],
+        nodes=nodes,
+        initializer=weight.initializer,
+        pattern=pattern,
+        weight=np.ascontiguousarray(matrix),
+        bias=np.zeros(len(matrix), np.float32) if stored is None else stored.numpy().reshape(-1),
+    )
 
 
 def packed(products: Iterable[MaskedGemm]) -> dict[str, Packed]:
-    """The streams of each weight, by prefix; read back and compared. Raises BuildError where they differ."""
-    made: dict[str, Packed] = {}
+    """Returns the packed weights by prefix. Raises BuildError if unpacking one does not give the weight again."""
+    by_prefix: dict[str, Packed] = {}
     for product in products:
-        if product.prefix not in made:
+        if product.prefix not in by_prefix:
             streams = pack(product.weight, product.pattern.of)
             if not np.array_equal(unpack(streams), product.weight, equal_nan=True):
-                raise BuildError(f"{product.name}: the packed weight is not the weight; please report this")
-            made[product.prefix] = streams
-    return made
+                raise BuildError(f"{product.name}: the packed weight differs from the weight; please report this")
+            by_prefix[product.prefix] = streams
+    return by_prefix
 
 
 def replace(
     file: onnx.ModelProto, products: Sequence[MaskedGemm], streams: Mapping[str, Packed] | None = None
 ) -> onnx.ModelProto:
-    """The file with the native operator in the place of these products; the one given is not changed.
+    """Returns a new file with the native operator in place of these products; without products, the file itself.
 
-    Names of tensors, shapes, metadata and the order of nodes stay; weights that nobody else reads go. It runs in any
-    ONNX Runtime: without the library as the dense product that it was.
+    Tensor names, shapes, metadata and the order of nodes stay. Weights that only the replaced products read are
+    removed. The file runs in any ONNX Runtime: without the kernel's library, the operator's fallback runs dense.
+    `streams` are the packed weights by prefix; by default they are packed here. Raises BuildError if the file's opset
+    is older than OLDEST_OPSET.
     """
-    streams = packed(products) if streams is None else streams
-    result = onnx.ModelProto()
-    result.CopyFrom(file)
-    ends = {product.y: product for product in products}
-    gone = {name for product in products for name in product.nodes}
-    named = {node.name: node for node in file.graph.node}
-    nodes = []
-    for node in result.graph.node:
-        product = ends.get(node.output[0])
-        if product is not None:
-            native = make_node(
-                product.op,
-                product.name,
-                product.x,
-                product.y,
-                product.prefix,
-                f"{product.y}.bias",
-                streams[product.prefix],
-            )
-            native.metadata_props.extend(named[product.name].metadata_props)
-            nodes.append(native)
-        elif node.output[0] not in gone:
-            nodes.append(node)
-    _set_nodes(result.graph, nodes)
-    _drop_unread(result.graph, {name for node in file.graph.node if node.output[0] in gone for name in node.input})
-    for prefix in dict.fromkeys(product.prefix for product in products):
-        result.graph.initializer.extend(initializers(prefix, streams[prefix]))
-    result.graph.initializer.extend(bias_initializer(f"{p.y}.bias", p.bias) for p in products)
-    inner = gone - set(ends)
-    shapes = [value for value in result.graph.value_info if value.name not in inner]
-    del result.graph.value_info[:]
-    result.graph.value_info.extend(shapes)
-    opset = next(o.version for o in file.opset_import if o.domain in ("", "ai.onnx"))
+    opset = next(entry.version for entry in file.opset_import if entry.domain in ("", "ai.onnx"))
     if opset < OLDEST_OPSET:
         raise BuildError(f"the file has opset {opset}; the native operator needs {OLDEST_OPSET} or newer")
-    present = {f.name for f in result.functions if f.domain == DOMAIN}
-    result.functions.extend(function(op, opset) for op in sorted({p.op for p in products} - present))
-    if products and not any(opset.domain == DOMAIN for opset in result.opset_import):
-        result.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
-    return result
-
-
-def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _drop_unread(graph: onnx.GraphProto, suspects: set[str]) -> None:
-    """Removes initializers, and nodes that turn or cast them, that only the replaced nodes have read."""
-    while suspects:
-        uses = _uses(graph)
-        unread = {name for name in suspects if name not in uses}
-        dead = [n for n in graph.node if n.output and all(o in unread for o in n.output)]
-        suspects = {name for node in dead for name in node.input}
-        _set_nodes(graph, [n for n in graph.node if n not in dead])
-        for place in reversed(range(len(graph.initializer))):
-            if graph.initializer[place].name in unread:
-                del graph.initializer[place]
+    if not products:
+        return file
+    model = ir.from_proto(file)
+    graph = model.graph
+    streams = packed(products) if streams is None else streams
+    values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+    stored = {p: stream_initializers(p, streams[p]) for p in dict.fromkeys(product.prefix for product in products)}
+    biases = [initializer(f"{product.y}.bias", product.bias.astype(np.float32)) for product in products]
+    for value in (*(stream for group in stored.values() for stream in group), *biases):
+        graph.register_initializer(value)
+    for product, bias in zip(products, biases, strict=True):
+        old = [node for output in product.nodes if (node := values[output].producer()) is not None]
+        packed_weight = streams[product.prefix]
+        native = make_node(product.op, product.name, values[product.x], stored[product.prefix], bias, packed_weight)
+        native.metadata_props.update(old[0].metadata_props)
+        outputs = [values[product.y]]
+        ir.convenience.replace_nodes_and_values(graph, old[-1], old, [native], outputs, native.outputs)
+        values[product.y] = native.outputs[0]
+    RemoveUnusedNodesPass()(model)
+    for op in sorted({product.op for product in products}):
+        fallback = ir.serde.deserialize_function(function(op, opset))
+        model.functions.setdefault(fallback.identifier(), fallback)
+    graph.opset_imports.setdefault(DOMAIN, VERSION)
+    return ir.to_proto(model)
