@@ -1,6 +1,6 @@
-"""Builds the library where the package lies: `python -m mpcompile.runtimes.native`.
+"""Builds the kernel's library inside the package: `python -m mpcompile.runtimes.native`.
 
-With `--widest avx2` it has no kernel for AVX-512: to test what runs on processors without it.
+`--widest avx2` leaves the AVX-512 kernel out, to test the kernel of CPUs without AVX-512.
 """
 
 import argparse

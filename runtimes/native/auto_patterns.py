@@ -1,7 +1,7 @@
-"""Which densities are worth having on this machine: the kernel beside ONNX Runtime's dense one, on one usual product.
+"""Measures which N:32 patterns are faster than dense on this machine, on one ViT-B shape, for `--pattern auto`.
 
-The kernel's speed goes by how much is kept and hardly by M, and of patterns of one density the widest keeps the most.
-So all are N of 32, and those stay that are surely faster.
+The kernel's speed depends on the density and hardly on M. Of patterns with the same density, the one with the widest
+groups keeps the most saliency. All candidates are therefore N:32, and those that are significantly faster are used.
 """
 
 import logging
@@ -22,45 +22,46 @@ log = logging.getLogger(__name__)
 
 GROUP = 32
 KEPT = (8, 12, 16, 20, 24, 28)
-TOKENS, CHANNELS = 197, 768  # ViT-B's, at 224 pixels
+TOKENS, CHANNELS = 197, 768  # ViT-B at 224 pixels
 
 
 def speedup_of(
     pattern: NM, out: int, in_: int, tokens: int, library: Path, threads: int | None = None, seconds: float = 0.2
 ) -> Speedup:
-    """How many times as fast as dense a product of that pattern and shape is here, on random weights."""
+    """Returns the measured speedup over dense of a GEMM of this pattern and shape, on random weights."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((out, in_)).astype(np.float32)
-    groups = np.abs(weight).reshape(out // pattern.rows, pattern.rows, in_ // pattern.of, pattern.of).sum(1)
-    order = np.argsort(-groups, axis=-1)[..., : pattern.keep]
-    kept = np.zeros(groups.shape, bool)
-    np.put_along_axis(kept, order, True, axis=-1)
-    weight *= np.repeat(kept.reshape(len(groups), in_), pattern.rows, axis=0)
+    scores = np.abs(weight).reshape(out // pattern.rows, pattern.rows, in_ // pattern.of, pattern.of).sum(1)
+    largest = np.argsort(-scores, axis=-1)[..., : pattern.keep]
+    kept = np.zeros(scores.shape, bool)
+    np.put_along_axis(kept, largest, True, axis=-1)
+    weight *= np.repeat(kept.reshape(len(scores), in_), pattern.rows, axis=0)
     product = MaskedGemm(("random",), "random", GEMM, "x", "y", ("y",), "w", pattern, weight, np.zeros(out, np.float32))
     return measure(product, pack(weight, pattern.of), (1, tokens, in_), library, threads, seconds)[2]
 
 
 def measured(library: Path) -> dict[NM, Speedup]:
-    """The speedup over dense of each pattern N of GROUP here, on CHANNELS inputs and outputs and TOKENS tokens."""
+    """Returns the measured speedup of each candidate pattern, with CHANNELS inputs and outputs and TOKENS tokens."""
     return {p: speedup_of(p, CHANNELS, CHANNELS, TOKENS, library) for p in (NM(kept, GROUP) for kept in KEPT)}
 
 
-def worth_having(found: Mapping[NM, Speedup]) -> tuple[NM, ...]:
-    """The patterns that are surely faster than dense, by what was measured. Raises UsageError where none is.
+def worth_having(speedups: Mapping[NM, Speedup]) -> tuple[NM, ...]:
+    """Returns the patterns that are significantly faster than dense. Raises UsageError if there is none.
 
-    What was measured is logged: as a warning where an interval includes 1, since another run may then choose otherwise.
+    The speedups are logged: as a warning if an interval includes 1, because the next run may then choose otherwise.
     """
-    faster = tuple(pattern for pattern, speedup in found.items() if speedup.faster)
-    undecided = [pattern for pattern, speedup in found.items() if speedup.undecided]
-    told = ", ".join(f"{pattern} {speedup.with_interval()}" for pattern, speedup in found.items())
+    faster = tuple(pattern for pattern, speedup in speedups.items() if speedup.faster)
+    undecided = [pattern for pattern, speedup in speedups.items() if speedup.undecided]
+    table = ", ".join(f"{pattern} {speedup.with_interval()}" for pattern, speedup in speedups.items())
     if not faster:
         raise UsageError(
-            f"--pattern auto: no pattern is surely faster than dense on this machine now ({told}); try again when the "
-            "machine is idle, name the patterns (--pattern 1:4,2:4), or choose by accuracy alone (--pattern auto:4)"
+            f"--pattern auto: no pattern is significantly faster than dense on this machine now ({table}); try again "
+            "when the machine is idle, name the patterns (--pattern 1:4,2:4), or choose by accuracy alone "
+            "(--pattern auto:4)"
         )
     if undecided:
         names = ", ".join(map(str, undecided))
-        log.warning("--pattern auto leaves out %s, whose speed cannot be told from dense here: %s", names, told)
+        log.warning("--pattern auto leaves out %s: the speedup over dense may be 1 on this machine: %s", names, table)
     else:
-        log.info("--pattern auto, measured here against dense: %s", told)
+        log.info("--pattern auto, measured here against dense: %s", table)
     return faster

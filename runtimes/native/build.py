@@ -1,8 +1,7 @@
-"""The shared library, built from the sources beside this file: by setup.py, and where that was skipped by
-`python -m mpcompile.runtimes.native`.
+"""Builds the kernel's shared library from `src/`: for setup.py and for `python -m mpcompile.runtimes.native`.
 
-Only the standard library is used, and nothing of mpcompile: setup.py runs this before anything is installed. The
-kernel is compiled once for every instruction set of the processor family; which one runs is decided when it runs.
+Imports only the standard library, because setup.py runs this before anything is installed. The kernel is compiled once
+per instruction set of the CPU family; the library selects one at run time.
 """
 
 import os
@@ -20,7 +19,7 @@ LIBRARY = "libmpcompile_native.so"
 SYSTEMS = ("Linux", "Darwin")
 SHARED = ("skinny_packing.cpp", "tile_scheduler.cpp", "cpu_dispatch.cpp", "ort_operator.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
-# A library that a session uses must not be unloaded: memory of ONNX Runtime's threads is freed by its code.
+# nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
 KERNELS = {
     "x86_64": {
@@ -33,11 +32,11 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {"baseline": ()}  # on aarch64 that is N
 
 
 class BuildFailed(Exception):
-    """The library was not built; the text is the compiler's, or why there was none to ask."""
+    """The library was not built. The text is the compiler's output, or why nothing can be compiled here."""
 
 
 def compiler() -> list[str] | None:
-    """The command of a C++ compiler: $CXX as build tools read it, or the first that is found."""
+    """Returns the command of the C++ compiler: $CXX split like a shell command, or the first on the PATH; else None."""
     named = shlex.split(os.environ.get("CXX", ""))
     if named:
         return named if shutil.which(named[0]) else None
@@ -45,7 +44,7 @@ def compiler() -> list[str] | None:
 
 
 def unbuildable() -> str | None:
-    """Why no library can be built here, or None."""
+    """Returns why the library cannot be built on this machine, or None."""
     if platform.system() not in SYSTEMS:
         return f"the N:M kernel is built on Linux and macOS, not on {platform.system()}"
     if compiler() is None:
@@ -55,21 +54,23 @@ def unbuildable() -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """What the kernel can be compiled for on this processor family, widest first."""
+    """Returns the instruction sets that the kernel can be compiled for on this CPU family, widest first."""
     return list(KERNELS.get(platform.machine(), ELSEWHERE))
 
 
 def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) -> list[Path]:
-    """The object files of everything but programs, compiled into a folder. Raises BuildFailed.
+    """Compiles all sources of the library into a folder and returns the object files. Raises BuildFailed.
 
-    The kernel is compiled for every instruction set, or from `widest` on for the narrower ones.
+    The kernel is compiled for every instruction set, or for `widest` and the narrower ones. `extra` are compiler flags.
     """
-    made = []
+    compiled = []
     every = KERNELS.get(platform.machine(), ELSEWHERE)
     chosen = instruction_sets()
     if widest is not None:
         if widest not in chosen:
-            raise BuildFailed(f"{widest!r} is no instruction set of {platform.machine()}; give {', '.join(chosen)}")
+            raise BuildFailed(
+                f"{widest!r} is not an instruction set of {platform.machine()}; choose one of {', '.join(chosen)}"
+            )
         chosen = chosen[chosen.index(widest) :]
     kernels = {name: every[name] for name in chosen}
     jobs = [
@@ -82,12 +83,12 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
     for source, name, flags in jobs:
         target = folder / f"{name}.o"
         run([*FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(target)])
-        made.append(target)
-    return made
+        compiled.append(target)
+    return compiled
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The compiler with these arguments. Raises BuildFailed with what it says."""
+    """Runs the compiler with these arguments. Raises BuildFailed with its command and output."""
     command = compiler()
     if command is None:
         raise BuildFailed(unbuildable())
@@ -97,14 +98,17 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def build(target: Path = HERE / LIBRARY, widest: str | None = None) -> Path:
-    """The library, written to `target` in one step, with no wider instruction set than `widest`. Raises BuildFailed."""
-    if why := unbuildable():
-        raise BuildFailed(why)
+    """Builds the library, replaces `target` atomically and returns it. Raises BuildFailed.
+
+    `widest` is the widest instruction set to compile the kernel for; by default all are compiled.
+    """
+    if obstacle := unbuildable():
+        raise BuildFailed(obstacle)
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / LIBRARY
-        run([*LINK[platform.system()], *map(str, objects(Path(folder), widest=widest)), "-o", str(made)])
+        library = Path(folder) / LIBRARY
+        run([*LINK[platform.system()], *map(str, objects(Path(folder), widest=widest)), "-o", str(library)])
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f"{target.name}.{os.getpid()}")
-        shutil.copyfile(made, beside)
-        beside.replace(target)  # a process that has the old one loaded keeps it
+        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copyfile(library, temporary)
+        temporary.replace(target)  # a process that has loaded the old library keeps it
     return target

@@ -1,10 +1,11 @@
-"""Whether a library and the installed ONNX Runtime understand each other: a tiny model, in a process of its own.
+"""Checks that a library of the kernel works with the installed ONNX Runtime, on a tiny model.
 
     python selftest.py LIBRARY
-    python selftest.py --installed        the library of the package that is installed
+    python selftest.py --installed        the library of the installed package
 
-A wrong guess about the C interface crashes, so this is run as a program that may. It imports nothing of mpcompile:
-that would take seconds. Exit code 0 and no output: right. Otherwise one sentence on standard error.
+If the two disagree about the C interface, the process crashes, so callers run this as a subprocess. It imports nothing
+of mpcompile, which would take seconds. On success the exit code is 0 and nothing is printed; otherwise one sentence is
+printed to standard error.
 """
 
 import sys
@@ -19,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def model() -> onnx.ModelProto:
-    """A product x W^T + bias with W = [[1, 0, 0, 2], [3, 0, 4, 0], [0, 0, 0, 5]], as two units of two rows."""
+    """Returns x W^T + bias with W = [[1, 0, 0, 2], [3, 0, 4, 0], [0, 0, 0, 5]], packed as two groups of two rows."""
     streams: dict[str, NDArray[Any]] = {
         "values": np.array([[[[1, 3], [2, 4]], [[5, 0], [0, 0]]]], np.float32),
         "places": np.array([[[[0, 0], [3, 2]], [[3, 4], [4, 4]]]], np.uint16),
@@ -39,7 +40,7 @@ def model() -> onnx.ModelProto:
 
 
 def main(library: str) -> str | None:
-    """What went wrong, or None."""
+    """Returns what the library computes wrongly, or None."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
@@ -54,7 +55,7 @@ def main(library: str) -> str | None:
 
 
 def installed() -> str:
-    """The library that came with the installed package."""
+    """Returns the path of the library in the installed package."""
     return next(str(f.locate()) for f in files("mpcompile") or () if f.name.startswith("libmpcompile_native"))
 
 
