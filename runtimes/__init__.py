@@ -1,9 +1,9 @@
-"""The deployment runtimes, one a file. RUNTIMES is the one table of targets that recipes know."""
+"""The deployment runtimes. RUNTIMES maps each target name that a recipe can use to its runtime."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-if __name__ == "runtimes":  # from the repository root this would succeed and make every class twice
+if __name__ == "runtimes":  # this import works in the repository root, and would define every class twice
     raise ImportError("import mpcompile.runtimes, not runtimes")
 
 from mpcompile.runtimes.eager import Eager

@@ -1,4 +1,4 @@
-"""Running batches of any size on an engine that takes some sizes only."""
+"""Runs a batch of any size on an engine that accepts only some batch sizes."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,17 @@ Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 def in_pieces(run: Run, images: NDArray[np.float32], smallest: int, largest: int) -> NDArray[np.float32]:
-    """The logits of all images, in pieces of `smallest` to `largest`; the last image fills one too short."""
+    """Returns the logits of all images, run in batches of `smallest` to `largest`.
+
+    A last batch that is too small is padded with its last image.
+    """
     count = len(images)
     if smallest <= count <= largest:
         return run(images)
-    found = []
+    logits = []
     for start in range(0, count, largest):
         piece = images[start : start + largest]
-        short = max(smallest - len(piece), 0)
-        padded = np.concatenate([piece, np.repeat(piece[-1:], short, axis=0)]) if short else piece
-        found.append(run(np.ascontiguousarray(padded))[: len(piece)])
-    return np.concatenate(found)
+        missing = max(smallest - len(piece), 0)
+        padded = np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)]) if missing else piece
+        logits.append(run(np.ascontiguousarray(padded))[: len(piece)])
+    return np.concatenate(logits)

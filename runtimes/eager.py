@@ -1,4 +1,4 @@
-"""PyTorch running the captured graph: the reference that every other runtime is compared with."""
+"""Target `eager`: the captured graph in PyTorch, the reference for every other runtime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
 
 @dataclass(frozen=True)
 class EagerEngine:
-    """The graph itself, in float32."""
+    """Runs the captured graph in float32."""
 
     model: Model
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits of a batch."""
+        """Returns the logits (b, outputs) of images (b, c, h, w)."""
         logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
         return logits
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
-        """One row a node of the graph."""
+        """Returns one row per node of the graph."""
         return [{"name": node.name, "op": node.op, "target": str(node.target)} for node in self.model.graph.graph.nodes]
 
     @property
@@ -37,23 +37,23 @@ class EagerEngine:
 
 @dataclass(frozen=True)
 class Eager(WithoutKernels):
-    """Target `eager`. It has no sparse kernels, and always runs in float32."""
+    """The target `eager`. It has no sparse kernels and always runs in float32."""
 
     name: ClassVar[str] = "eager"
     offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:
-        """Nothing: PyTorch is what mpcompile stands on."""
+        """Returns None: mpcompile requires PyTorch."""
         return None
 
     def idle(self) -> str | None:
-        """It runs wherever PyTorch does."""
+        """Returns None: it runs wherever PyTorch does."""
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """It runs the captured graph as it is, in the process that it is in."""
+        """Returns why it cannot use a precision other than fp32, or `--threads`."""
         if precision != "fp32":
-            return f"it runs the float32 graph, and not the file, so {precision} would not be measured"
+            return f"it runs the float32 graph and not the file, so {precision} would not be measured; use --target ort"
         if threads is not None:
             return "it runs on the threads of the process; leave --threads out"
         return None
@@ -62,11 +62,11 @@ class Eager(WithoutKernels):
         return {"torch": str(torch.__version__)}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """Nothing: it does not look at the file."""
+        """Returns nothing: it does not use the file."""
         return Prepared()
 
     def build(self, exported: Exported, build: Build) -> EagerEngine:
-        """The engine. Raises BuildError where there is only a file."""
+        """Returns the engine. Raises BuildError for an output folder, which has a file and no graph."""
         if not isinstance(exported, Lowered):
-            raise BuildError("target eager runs the captured graph, and an output folder holds none; use --target ort")
+            raise BuildError("target eager runs the captured graph, and an output folder has none; use --target ort")
         return EagerEngine(exported.model)

@@ -1,4 +1,4 @@
-"""Whether an NVIDIA GPU can be used, asked in a process of its own: TensorRT's runtime crashes without a driver."""
+"""Finds out in a subprocess whether an NVIDIA GPU can be used: TensorRT's runtime crashes without a driver."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
 cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
 print(json.dumps({"name": name.value.decode(), "capability": [major.value, minor.value]}))
 """
-SECONDS = 60  # a driver that has to wake its GPU takes some
+PROBE_SECONDS = 60  # waking a GPU takes a driver some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Gpu:
 
     @property
     def sm(self) -> str:
-        """As in names of files: sm80."""
+        """The capability as in file names, such as sm80."""
         return f"sm{self.capability[0]}{self.capability[1]}"
 
 
 def import_failure(module: str) -> str | None:
-    """Why a module of NVIDIA's does not import, in one line, or None; tried in another process, which it may crash."""
+    """Returns why a module does not import, in one line, or None. Tries it in a subprocess, because it may crash."""
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
     if done.returncode == 0:
         return None
@@ -50,14 +50,14 @@ def import_failure(module: str) -> str | None:
 
 
 def first_gpu() -> Gpu | str:
-    """The first GPU that the driver has, or why there is none."""
+    """Returns the driver's first GPU, or why there is none."""
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
         answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        return f"the NVIDIA driver does not answer within {SECONDS} s"
+        return f"the NVIDIA driver does not answer within {PROBE_SECONDS} s"
     except ValueError:
-        return f"the NVIDIA driver fails when it is asked for GPUs (exit code {done.returncode})"
+        return f"the NVIDIA driver fails when it lists GPUs (exit code {done.returncode})"
     if "error" in answer:
         return str(answer["error"])
     major, minor = answer["capability"]

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU and on an NVIDIA GPU."""
+"""The targets `ort` (ONNX Runtime on the CPU) and `ort-cuda` (on an NVIDIA GPU)."""
 
 from mpcompile.runtimes.ort.cpu import OnnxRuntime
 from mpcompile.runtimes.ort.cuda import OnnxRuntimeCuda

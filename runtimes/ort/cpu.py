@@ -1,8 +1,7 @@
-"""ONNX Runtime on the CPU. Target `ort`.
+"""Target `ort`: ONNX Runtime on the CPU.
 
-By itself it has no N:M kernels and runs a masked weight as a dense one; native/ adds one, which build() uses where it
-was built and measured to be faster. Sessions are checked for the provider that was asked for, because ONNX Runtime
-falls back silently.
+ONNX Runtime itself has no N:M kernels and runs masked weights as dense. native/ adds one. If its library is built,
+build() uses it for the products that are measured to be faster with it.
 """
 
 from collections.abc import Mapping
@@ -23,79 +22,83 @@ from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBas
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """Target `ort`."""
+    """The target `ort`."""
 
     name: ClassVar[str] = "ort"
     offline: ClassVar[bool] = False
 
     def kernels(self) -> str:
-        """Any, where our kernel is there."""
+        """Returns any N:M if the native kernel can be used, otherwise why not."""
         missing = native.missing()
         return f"none: {missing}" if missing else f"any N:M in float32 ({native.instruction_set()})"
 
     def has_kernel(self, pattern: NM) -> bool:
-        """Whether our kernel is there: it takes any pattern. That it is faster is measured when an engine is built."""
+        """Whether the native kernel can be used; it takes any pattern. build() measures whether it is faster."""
         return native.missing() is None
 
     def auto_patterns(self) -> tuple[NM, ...]:
-        """N of 32 for every N that is surely faster than dense on this machine."""
+        """Returns the N:32 patterns that are measured to be significantly faster than dense on this machine.
+
+        Raises UsageError if none is.
+        """
         from mpcompile.runtimes.native import auto_patterns as auto
 
         library = native.library()
         return auto.worth_having(auto.measured(library)) if library else ()
 
     def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
-        """How many times as fast as dense each product is here: measured on random weights, one of each shape."""
+        """Returns the measured speedup over dense of each product, on random weights; equal ones are measured once."""
         from mpcompile.runtimes.native.auto_patterns import speedup_of
 
         library = native.library()
         if library is None:
             return {}
-        known = {
+        speedups = {
             product: speedup_of(product.pattern, product.out, product.in_, product.tokens, library)
             for product in dict.fromkeys(products.values())
         }
-        return {name: known[product] for name, product in products.items()}
+        return {name: speedups[product] for name, product in products.items()}
 
     def references(
         self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
     ) -> Mapping[str, QuantizedBaseline | str]:
-        """The dense model in int8, by dynamic and by static quantisation, each as exact as this processor allows."""
+        """Returns the dense model in int8, by dynamic and static quantisation, as accurate as this CPU allows."""
         from mpcompile.runtimes.ort.int8 import quantised, saturates
 
         return quantised(exported, build.threads, images, folder, saturating=saturates())
 
     def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, OrtEngine] | None":
-        """`….native.onnx` on our kernel, with the layers on it that were chosen when the model was compiled."""
+        """Returns `….native.onnx`, whose native layers were selected at compile time, and its engine, if both exist."""
         file, library = native_file(exported.onnx), native.library()
         return (file, session_on(file, threads, library)) if library and file.is_file() else None
 
     def missing(self) -> str | None:
-        """What to install, or None."""
+        """Returns what to install, or None."""
         return missing_reason()
 
     def idle(self) -> str | None:
-        """It runs where it is installed."""
+        """Returns None: it runs where it is installed."""
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """It runs float32 and float16 on any number of threads."""
+        """Returns why it cannot run bf16; fp32 and fp16 run on any number of threads."""
         return "it has no bfloat16 kernels on a CPU; use fp32 or fp16" if precision == "bf16" else None
 
     def versions(self) -> Mapping[str, str]:
-        """The library's own word: it comes as onnxruntime or as onnxruntime-gpu."""
+        """Returns the versions of ONNX Runtime (onnxruntime or onnxruntime-gpu) and of the native kernel."""
         import onnxruntime
 
         kernel = {} if native.missing() else {"N:M kernel": native.instruction_set()}
         return {"onnxruntime": onnxruntime.__version__, **kernel}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """Nothing: it runs the file as it is."""
+        """Returns nothing: it runs the file as it is."""
         return Prepared()
 
     def build(self, exported: Exported, build: Build) -> OrtEngine:
-        """A session on the CPU, with that many threads or ONNX Runtime's own choice; masked products on our kernel
-        where that is faster here.
+        """Returns a session on the CPU, with `build.threads` threads or ONNX Runtime's default number.
+
+        Masked products run on the native kernel if that is measured to be faster. Raises RuntimeMissing or BuildError.
         """
         library = native.library() if build.sparse and exported.masks else None
         if library is None:

@@ -1,7 +1,7 @@
-"""ONNX Runtime on an NVIDIA GPU. Target `ort-cuda`: the strongest dense baseline where there is no TensorRT.
+"""Target `ort-cuda`: ONNX Runtime on an NVIDIA GPU, the strongest dense baseline without TensorRT.
 
-It has no sparse kernels. A session is checked for the provider that was asked for: ONNX Runtime lists providers that
-cannot load, and falls back to the CPU without an error.
+It has no sparse kernels. Each session's provider is checked, because ONNX Runtime lists providers that cannot load and
+falls back to the CPU without an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ PROVIDER = "CUDAExecutionProvider"
 
 @dataclass(frozen=True)
 class OrtCudaEngine(OrtEngine):
-    """One session on the first GPU, and its name."""
+    """A session on the first GPU, and the name of that GPU."""
 
     gpu: str
 
@@ -35,7 +35,10 @@ class OrtCudaEngine(OrtEngine):
         return self.gpu
 
     def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
-        """One call as the harness times it; without transfers images and logits stay on the GPU."""
+        """Returns the call that the harness times. Without `transfers`, images and logits stay on the GPU.
+
+        Raises BuildError with `graph`: this target has no CUDA graphs.
+        """
         if graph:
             raise BuildError("target ort-cuda records no CUDA graphs; leave --cuda-graph out")
         if transfers:
@@ -46,22 +49,22 @@ class OrtCudaEngine(OrtEngine):
         binding.bind_ortvalue_input(INPUT, onnxruntime.OrtValue.ortvalue_from_numpy(images, "cuda", 0))
         binding.bind_output(OUTPUT, "cuda", 0)
 
-        def once() -> None:
+        def run_bound() -> None:
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
 
-        return once
+        return run_bound
 
 
 @dataclass(frozen=True)
 class OnnxRuntimeCuda(WithoutKernels):
-    """Target `ort-cuda`."""
+    """The target `ort-cuda`."""
 
     name: ClassVar[str] = "ort-cuda"
     offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:
-        """What to install, or None."""
+        """Returns what to install, or None."""
         if isinstance(gpu := first_gpu(), str):
             return gpu
         import onnxruntime
@@ -69,30 +72,30 @@ class OnnxRuntimeCuda(WithoutKernels):
         if PROVIDER not in onnxruntime.get_available_providers():
             return (
                 "onnxruntime is installed without CUDA: pip uninstall onnxruntime onnxruntime-gpu, then pip install "
-                "onnxruntime-gpu; the two share their files, and the last one installed is the one that is there"
+                "onnxruntime-gpu; both write the same files, so only the one installed last can be used"
             )
         return None
 
     def idle(self) -> str | None:
-        """It runs where it is installed."""
+        """Returns None: it runs where it is installed."""
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """It runs any precision on the GPU."""
-        return None if threads is None else "threads are those of a CPU; leave --threads out"
+        """Returns why `--threads` cannot be used; any precision can."""
+        return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def versions(self) -> Mapping[str, str]:
-        """The library's own word."""
+        """Returns the version of ONNX Runtime."""
         import onnxruntime
 
         return {"onnxruntime": onnxruntime.__version__}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """Nothing: it runs the file as it is."""
+        """Returns nothing: it runs the file as it is."""
         return Prepared()
 
     def build(self, exported: Exported, build: Build) -> OrtCudaEngine:
-        """A session on the file, on the first GPU. Raises RuntimeMissing or BuildError."""
+        """Returns a session on the first GPU. Raises RuntimeMissing or BuildError."""
         if missing := self.missing():
             raise RuntimeMissing(f"target {self.name}: {missing}")
         gpu = first_gpu()
@@ -106,14 +109,14 @@ class OnnxRuntimeCuda(WithoutKernels):
             raise BuildError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {exported.onnx.name}: {error}"
             ) from error
-        return OrtCudaEngine(_on_gpu(session), exported.onnx, str(gpu.name) if isinstance(gpu, Gpu) else str(gpu))
+        return OrtCudaEngine(_require_cuda(session), exported.onnx, str(gpu.name) if isinstance(gpu, Gpu) else str(gpu))
 
 
-def _on_gpu(session: "onnxruntime.InferenceSession") -> Any:
-    """The session, if it is where it was asked to be. Raises RuntimeMissing."""
-    got = session.get_providers()
-    if got[0] != PROVIDER:
+def _require_cuda(session: "onnxruntime.InferenceSession") -> Any:
+    """Returns the session. Raises RuntimeMissing if it fell back to another provider."""
+    providers = session.get_providers()
+    if providers[0] != PROVIDER:
         raise RuntimeMissing(
-            f"ONNX Runtime was asked for {PROVIDER} and gave {', '.join(got)}: its CUDA libraries do not load"
+            f"ONNX Runtime was asked for {PROVIDER} and gave {', '.join(providers)}: its CUDA libraries do not load"
         )
     return session

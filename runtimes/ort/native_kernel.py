@@ -1,8 +1,8 @@
-"""ONNX Runtime on the CPU with the project's N:M kernel where that was measured to be faster.
+"""ONNX Runtime on the CPU with the native N:M kernel for the products that are measured to be faster with it.
 
-The file that runs is the model's own with native operators in place of some products. It is written beside it as
-`….native.onnx`: any ONNX Runtime runs it, since each operator has a body of plain ONNX, and one that has the kernel's
-library registered runs it fast.
+The engine runs a copy of the model's file in which native operators replace those products. The copy is written beside
+the file as `….native.onnx`. Any ONNX Runtime runs it, because each operator has a fallback in standard ONNX operators;
+with the kernel's library registered it runs the native kernel.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from mpcompile.runtimes.protocol import Build
 
 @dataclass(frozen=True)
 class NMEngine(OrtEngine):
-    """One session, and what was measured for each masked product."""
+    """A session, and the kernel selected for each masked product."""
 
     choices: tuple[Choice, ...]
 
@@ -36,13 +36,13 @@ class NMEngine(OrtEngine):
         images: NDArray[np.float32],
         unused: object = None,
     ) -> tuple[LayerVerdict, ...]:
-        """A row a masked layer, from what was measured when the engine was built."""
-        stored = {mask.layer: mask for mask in masks}
+        """Returns one row per masked layer, from the measurements made when the engine was built."""
+        by_layer = {mask.layer: mask for mask in masks}
         kernel = f"NMGemm, {native.instruction_set()}"
         rows = []
         for choice in self.choices:
             for layer in choice.layers:
-                mask = stored[layer]
+                mask = by_layer[layer]
                 rows.append(
                     LayerVerdict(
                         layer=layer,
@@ -62,22 +62,22 @@ class NMEngine(OrtEngine):
 
 
 def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
-    """The engine, choosing for the smallest batch that it will run, convolutions for the largest too.
+    """Builds the engine. Kernels are selected at the smallest batch of `build`, convolutions at the largest too.
 
     Raises BuildError.
     """
     rng = np.random.default_rng(0)
     sizes = [exported.batch] if exported.batch else sorted({min(build.batches), max(build.batches)})
-    smallest, *also = (rng.standard_normal((size, *exported.image_shape)).astype(np.float32) for size in sizes)
-    made = accelerate(onnx.load(exported.onnx), exported.masks, library, smallest, build.threads, also=also)
-    if not made.count:
-        return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, made.choices)
+    smallest, *larger = (rng.standard_normal((size, *exported.image_shape)).astype(np.float32) for size in sizes)
+    accelerated = accelerate(onnx.load(exported.onnx), exported.masks, library, smallest, build.threads, also=larger)
+    if not accelerated.count:
+        return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, accelerated.choices)
     with tempfile.TemporaryDirectory() as temporary:
         path = native_file((build.folder or Path(temporary)) / exported.onnx.name)
         onnx.save_model(
-            made.file,
+            accelerated.file,
             path,
-            save_as_external_data=made.file.ByteSize() > INLINE_LIMIT_BYTES,
+            save_as_external_data=accelerated.file.ByteSize() > INLINE_LIMIT_BYTES,
             location=f"{path.name}.data",
         )
-        return NMEngine(session_on(path, build.threads, library).session, path, made.choices)
+        return NMEngine(session_on(path, build.threads, library).session, path, accelerated.choices)

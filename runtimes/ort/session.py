@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on the CPU as engines."""
+"""Engines on sessions of ONNX Runtime's CPU provider."""
 
 import importlib.util
 import tempfile
@@ -23,20 +23,23 @@ PROVIDER = "CPUExecutionProvider"
 
 @dataclass(frozen=True)
 class OrtEngine:
-    """One session; calls are thread-safe, as ONNX Runtime's are."""
+    """A session on a file. Calls are thread-safe, because ONNX Runtime's are."""
 
     session: "onnxruntime.InferenceSession"
     file: Path
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits of a batch; one of another size than a fixed one is run in pieces of that size."""
+        """Returns the logits (b, outputs) of images (b, c, h, w). Raises BuildError.
+
+        If the file's batch is fixed, a batch of another size runs in pieces of the fixed size.
+        """
         try:
             fixed = self.session.get_inputs()[0].shape[0]
             return in_pieces(self._run, images, fixed, fixed) if isinstance(fixed, int) else self._run(images)
-        except Exception as error:  # its own kinds, and whatever a file without images or logits leads to
-            taken = " and ".join("×".join(map(str, given.shape)) for given in self.session.get_inputs()) or "nothing"
+        except Exception as error:  # ONNX Runtime's own types, and any error of a file with other inputs or outputs
+            accepted = " and ".join("×".join(map(str, given.shape)) for given in self.session.get_inputs()) or "nothing"
             raise BuildError(
-                f"{self.file.name} takes images of float32, {taken}, and could not run {images.dtype} of shape "
+                f"{self.file.name} takes images of float32, {accepted}, and could not run {images.dtype} of shape "
                 f"{images.shape}: {cause_of(error)}"
             ) from error
 
@@ -45,7 +48,7 @@ class OrtEngine:
         return logits
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
-        """One row a node of the file."""
+        """Returns one row per node of the file."""
         import onnx
 
         nodes = onnx.load(self.file, load_external_data=False).graph.node
@@ -57,12 +60,12 @@ class OrtEngine:
 
 
 def native_file(onnx: Path) -> Path:
-    """Where the file for our kernel lies that stands for another one."""
+    """Returns the path of the variant of an ONNX file with the native operator: `….native.onnx` beside it."""
     return onnx.with_name(f"{onnx.stem}.native.onnx")
 
 
 def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
-    """An engine on the CPU for any precision: a bfloat16 file runs as its copy in float32."""
+    """Returns an engine on the CPU for any precision; a bfloat16 file runs as its float32 copy."""
     if exported.precision != "bf16":
         return session_on(exported.onnx, threads)
     import onnx
@@ -74,20 +77,24 @@ def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
 
 
 def missing_reason() -> str | None:
-    """What to install to have ONNX Runtime, or None."""
+    """Returns what to install to use ONNX Runtime, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed: pip install onnxruntime (or mpcompile[gpu])"
     return None
 
 
 def session_on(file: Path, threads: int | None = None, library: Path | None = None) -> OrtEngine:
-    """An engine on any ONNX file; `library` holds operators to register. Raises RuntimeMissing or BuildError."""
+    """Returns an engine on an ONNX file. Raises RuntimeMissing or BuildError.
+
+    `library` is a shared library of custom operators to register. The session's provider is checked, because ONNX
+    Runtime falls back to another one silently.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise RuntimeMissing(missing_reason() or f"onnxruntime does not import: {error}") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; what it warns of, such as unused initializers, is no news here
+    options.log_severity_level = 3  # errors only; warnings, such as of unused initializers, do not concern users
     if threads:
         options.intra_op_num_threads = threads
     try:

@@ -1,4 +1,4 @@
-"""What a TensorRT engine made of each masked layer: the rules' verdicts, completed by its log, layers and times."""
+"""Completes the rules' verdict on each masked layer with the builder's log, the engine's layers and their times."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ def completed(
     dense_ms: Mapping[str, float],
     dense_layers: Sequence[EngineLayer] = (),
 ) -> tuple[LayerVerdict, ...]:
-    """The verdicts with what the engine chose, its kernels and their times.
+    """Returns the verdicts with the kernel that the engine chose for each masked layer, and its time.
 
-    Times are those of the layers of the engine (`sparse_ms`) and of one of the same file without sparse kernels
-    (`dense_ms`), by layer name; a layer that was fused with others has the time of all.
+    `log` and `layers` are those of the engine. `sparse_ms` are its times by layer name. `dense_ms` and `dense_layers`
+    are those of an engine of the same file without sparse kernels. A fused layer has the time of all its nodes.
     """
     nodes = {mask.initializer: set(mask.nodes) for mask in masks}
     eligible = {node for name in log.eligible_names for node in nodes_in(name)}
@@ -31,47 +31,46 @@ def completed(
     rows = []
     for verdict in verdicts:
         own = nodes[verdict.initializer]
-        holder = _holder(own, layers)
-        taken, reason = _told(verdict, own, log, eligible, chosen, holder)
-        before = _holder(own, dense_layers)
+        layer, dense_layer = _layer_of(own, layers), _layer_of(own, dense_layers)
+        sparse, reason = _sparse_kernel(verdict, own, log, eligible, chosen, layer)
         rows.append(
             replace(
                 verdict,
-                chosen=taken,
+                chosen=sparse,
                 reason=reason,
-                kernel=holder.kernel or None if holder else None,
-                sparse_ms=sparse_ms.get(holder.name) if holder else None,
-                dense_ms=dense_ms.get(before.name) if before else None,
+                kernel=layer.kernel or None if layer else None,
+                sparse_ms=sparse_ms.get(layer.name) if layer else None,
+                dense_ms=dense_ms.get(dense_layer.name) if dense_layer else None,
             )
         )
     return tuple(rows)
 
 
-def _holder(nodes: set[str], layers: Sequence[EngineLayer]) -> EngineLayer | None:
-    """The engine's layer that these nodes became a part of: of several, one that multiplies, not a copy or a cast."""
-    found = [layer for layer in layers if nodes.intersection(layer.onnx)]
+def _layer_of(nodes: set[str], layers: Sequence[EngineLayer]) -> EngineLayer | None:
+    """Returns the engine's layer that contains these nodes; of several, one that multiplies, not a copy or a cast."""
+    candidates = [layer for layer in layers if nodes.intersection(layer.onnx)]
 
     def rank(layer: EngineLayer) -> tuple[bool, bool]:
         return layer.sparse, bool(PRODUCT.search(f"{layer.kind} {layer.kernel}"))
 
-    return max(found, key=rank, default=None)
+    return max(candidates, key=rank, default=None)
 
 
-def _told(
+def _sparse_kernel(
     verdict: LayerVerdict,
     own: set[str],
     log: SparsityLog,
     eligible: set[str],
     chosen: set[str],
-    holder: EngineLayer | None,
+    layer: EngineLayer | None,
 ) -> tuple[bool | None, str]:
-    """Whether a sparse kernel was chosen, and how that is known or why not."""
+    """Returns whether the nodes `own` have a sparse kernel (None: unknown), and the evidence or the reason."""
     if own & chosen:
-        return True, "the builder's log says that it chose a sparse kernel"
-    if holder and holder.sparse:
-        return True, f"its kernel is a sparse one, {holder.kernel}"
+        return True, "the builder's log lists it among the layers with sparse kernels"
+    if layer and layer.sparse:
+        return True, f"its kernel is sparse: {layer.kernel}"
     if log.chosen is None:
-        return None, "the builder's log has no line on sparsity: it is cut off, or the sparsity flag was off"
+        return None, "the builder's log has no line on sparsity: it is truncated, or the sparsity flag was off"
     if own & eligible:
         return False, "the builder found it eligible and did not choose a sparse kernel"
     if verdict.eligible is False:
@@ -80,4 +79,4 @@ def _told(
         return False, f"the builder chose sparse kernels for none of {log.eligible or 0} eligible layers"
     if len(chosen) < log.chosen and not log.chosen_names:
         return None, f"the builder chose sparse kernels for {log.chosen} layers and its log does not name them"
-    return False, "the builder's log does not have it among the layers with sparse kernels"
+    return False, "the builder's log does not list it among the layers with sparse kernels"

@@ -1,9 +1,9 @@
-"""What TensorRT says of its engines: the `(Sparsity)` lines of its log and the inspector's JSON, of every era.
+"""Parses TensorRT's reports on its engines, of all versions: `(Sparsity)` log lines and the inspector's JSON.
 
-Up to early 10.x the log names layers only; later it counts them, and names them at VERBOSE. The lines come once for
-each round of tactics, so the last of each kind counts. The inspector of 11.x keeps format and type apart where 10.x
-had `Format/Datatype`; without DETAILED profiling its layers are plain names. What cannot be read is left out and never
-guessed: a log that was cut off says nothing, which is not the same as that no kernel was chosen.
+Up to early 10.x the log only names layers. Later versions count them, and name them at VERBOSE. The lines appear once
+per round of tactics, so the last of each kind is valid. The inspector of 11.x separates format and type; 10.x has one
+key `Format/Datatype`. Without DETAILED profiling its layers are plain names. What cannot be parsed is left out, never
+guessed: a truncated log gives "unknown", which differs from "no sparse kernel was chosen".
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# A line that does not end was cut off, and is not read.
+# A line without a line end was truncated, and is not parsed.
 REST = r"(?::[ \t]*(?P<names>[^\n]*))?[^\n]*\n"
 ELIGIBLE = re.compile(
     r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"
@@ -26,14 +26,14 @@ SPARSE_KERNEL = re.compile(r"spars|spmma|sptensor|sp_?gemm", re.IGNORECASE)
 HALF = re.compile(r"half|fp16|float16|bf16|fp8|int8", re.IGNORECASE)
 MHA = re.compile(r"_mha|mha_", re.IGNORECASE)
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-APART = re.compile(r"\s*(?:,| \+ | \|\| )\s*")
+NAME_SEPARATOR = re.compile(r"\s*(?:,| \+ | \|\| )\s*")
 DUMPED = re.compile(r"^Name: ([^,]+), LayerType: ([^,]+),(.*)$", re.MULTILINE)
 TACTIC = re.compile(r"TacticName: ([^,]*),")
 
 
 @dataclass(frozen=True, slots=True)
 class SparsityLog:
-    """How many layers, and which ones where the log names them; None where it has no such line."""
+    """Numbers of layers (None if the log has no such line), and their names if the log has them."""
 
     eligible: int | None
     eligible_names: tuple[str, ...]
@@ -43,54 +43,54 @@ class SparsityLog:
 
 @dataclass(frozen=True, slots=True)
 class EngineLayer:
-    """A layer of an engine: what was fused into it, its kernel, and the types of its inputs and results."""
+    """A layer of an engine: the ONNX nodes fused into it, its kernel, and the types of its inputs and outputs."""
 
     name: str
     kind: str
     kernel: str
-    onnx: tuple[str, ...]  # the nodes it came from, where that is told
+    onnx: tuple[str, ...]  # names of the fused nodes, if known
     types: tuple[str, ...]
 
     @property
     def sparse(self) -> bool:
-        """Whether its kernel's name is that of a sparse one."""
+        """Whether the kernel's name is that of a sparse kernel."""
         return bool(SPARSE_KERNEL.search(self.kernel))
 
     @property
     def in_half_precision(self) -> bool:
-        """Whether anything that goes in or comes out has 16 bits or fewer."""
+        """Whether an input, output or weight has 16 bits or fewer."""
         return any(HALF.search(kind) for kind in self.types)
 
     @property
     def attention(self) -> bool:
-        """Whether a whole attention runs in it."""
+        """Whether it is a whole attention fused into one kernel."""
         return bool(MHA.search(self.name) or MHA.search(self.kernel))
 
 
 def sparsity_in(log: str) -> SparsityLog:
-    """What a builder's log says of sparse tactics."""
+    """Returns the eligible and the chosen layers that a builder's log reports."""
     eligible, chosen = _last(ELIGIBLE, log), _last(CHOSEN, log)
     return SparsityLog(*(eligible or (None, ())), *(chosen or (None, ())))
 
 
 def _last(pattern: re.Pattern[str], log: str) -> tuple[int | None, tuple[str, ...]] | None:
-    """The count and the names of the last line of a kind."""
-    found = list(pattern.finditer(log))
-    if not found:
+    """Returns the count and the names in the last line that matches, or None."""
+    lines = list(pattern.finditer(log))
+    if not lines:
         return None
-    names = tuple(name for name in re.split(r"\s*,\s*", (found[-1]["names"] or "").strip()) if name)
-    if found[-1]["count"] is not None:
-        return int(found[-1]["count"]), names
+    names = tuple(name for name in re.split(r"\s*,\s*", (lines[-1]["names"] or "").strip()) if name)
+    if lines[-1]["count"] is not None:
+        return int(lines[-1]["count"]), names
     return len(names), names
 
 
 def nodes_in(layer: str) -> tuple[str, ...]:
-    """The ONNX nodes that a layer's name is made of, as `a + b` for fused ones and `a || b` for joined ones."""
-    return tuple(part for part in APART.split(layer) if part)
+    """Returns the ONNX nodes in a layer's name, in which TensorRT writes `a + b` and `a || b` for fused nodes."""
+    return tuple(part for part in NAME_SEPARATOR.split(layer) if part)
 
 
 def inspected(text: str) -> list[EngineLayer]:
-    """The layers in the inspector's JSON; none where the text is cut off or no JSON."""
+    """Returns the layers in the inspector's JSON; none if the text is truncated or not JSON."""
     try:
         content = json.loads(text)
     except ValueError:
@@ -101,28 +101,28 @@ def inspected(text: str) -> list[EngineLayer]:
 
 
 def _layer(row: str | Mapping[str, Any]) -> EngineLayer:
-    """One layer: a plain name, or all there is to say."""
+    """Returns one layer, from its plain name or from its JSON object."""
     if isinstance(row, str):
         return EngineLayer(row, "", "", nodes_in(row), ())
     name = str(row.get("Name", ""))
-    named = tuple(ONNX_LAYER.findall(str(row.get("Metadata", ""))))
+    nodes = tuple(ONNX_LAYER.findall(str(row.get("Metadata", ""))))
     tensors = [
         tensor
         for side in (row.get("Inputs"), row.get("Outputs"))
         for tensor in (side if isinstance(side, list) else ())
         if isinstance(tensor, Mapping)
     ]
-    said = [tensor.get("Datatype") or tensor.get("Format/Datatype") for tensor in tensors]
+    reported = [tensor.get("Datatype") or tensor.get("Format/Datatype") for tensor in tensors]
     weights = row.get("Weights")
-    said += [weights.get("Type")] if isinstance(weights, Mapping) else []
-    # Where the batch is free, types may be "N/A due to dynamic shapes", which says nothing.
-    types = tuple(str(kind) for kind in said if kind and not str(kind).startswith("N/A"))
+    reported += [weights.get("Type")] if isinstance(weights, Mapping) else []
+    # With a free batch, a type may be "N/A due to dynamic shapes".
+    types = tuple(str(kind) for kind in reported if kind and not str(kind).startswith("N/A"))
     kernel = str(row.get("TacticName", ""))
-    return EngineLayer(name, str(row.get("LayerType", "")), kernel, named or nodes_in(name), types)
+    return EngineLayer(name, str(row.get("LayerType", "")), kernel, nodes or nodes_in(name), types)
 
 
 def dumped(log: str) -> list[EngineLayer]:
-    """The layers that TensorRT for RTX writes into its log when it compiles at DETAILED."""
+    """Returns the layers that TensorRT for RTX writes into its log at DETAILED profiling verbosity."""
     layers = []
     for name, kind, rest in DUMPED.findall(log):
         tactic = TACTIC.search(rest)
@@ -132,9 +132,9 @@ def dumped(log: str) -> list[EngineLayer]:
 
 
 def kept_logger(trt: Any) -> Any:
-    """A logger for one of NVIDIA's modules that keeps every message."""
+    """Returns a logger for `trt`, the module tensorrt or tensorrt_rtx, that keeps every message."""
 
-    class Kept(trt.ILogger):  # type: ignore[misc] # a class of the bindings, known only once they are there
+    class KeptLogger(trt.ILogger):  # type: ignore[misc] # its base class is known only when the bindings are imported
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[tuple[Any, str]] = []
@@ -149,4 +149,4 @@ def kept_logger(trt: Any) -> Any:
             worst = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
             return "; ".join(" ".join(message.split()) for severity, message in self.messages if severity in worst)
 
-    return Kept()
+    return KeptLogger()

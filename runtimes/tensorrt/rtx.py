@@ -1,11 +1,11 @@
-"""TensorRT for RTX: NVIDIA's parser and compiler, which make real plans without a GPU. Target `rtx`.
+"""Target `rtx`: TensorRT for RTX, NVIDIA's parser and compiler, which compile plans without a GPU.
 
-Its plans are not TensorRT plans: the application that ships with TensorRT for RTX loads them, for the compute
-capabilities that they were compiled for. What it is used for here is to prove, on any machine, that NVIDIA's software
-takes the graph, what it fuses, and that the masked weights are in what it makes. No sparse speedup is claimed from it:
-its plans are the same, byte by byte, with the sparsity flag and without.
+Its plans are not TensorRT engines: an application that ships the runtime of TensorRT for RTX loads them, on the compute
+capabilities they were compiled for. Here the compiler proves, on any machine, that NVIDIA's software accepts the graph,
+which layers it fuses, and that the masked weights are in the plan. No sparse speedup is claimed: plans with and without
+the sparsity flag have the same bytes.
 
-The layers come out of the compiler's log, since nothing can be deserialised without a driver.
+The layers are read from the compiler's log, because a plan cannot be deserialised without a driver.
 """
 
 import importlib.util
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")  # A100, A40 and RTX 30, RTX 40, RTX 50; there is no SM90
 NO_RUN = (
-    "A plan of TensorRT for RTX was compiled and cannot run here: the application that ships the runtime loads it. "
-    "It is no TensorRT plan, and no speed is claimed from it"
+    "A plan of TensorRT for RTX was compiled and cannot run here: an application that ships its runtime loads it. "
+    "It is not a TensorRT engine, and no speed is claimed for it"
 )
 
 
 @dataclass(frozen=True)
 class SerializedPlan:
-    """A compiled plan, its fused layers, and the initializers whose numbers are all in it."""
+    """A compiled plan, its fused layers, and the initializers whose bytes were found in it."""
 
     data: bytes = field(repr=False)
     capabilities: tuple[str, ...]
@@ -49,13 +49,13 @@ class SerializedPlan:
 
     @property
     def attentions(self) -> int:
-        """How many attentions run as one kernel."""
+        """The number of attention layers that run as one fused kernel."""
         return sum(layer.attention for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class TensorRTForRTX(WithoutKernels):
-    """Target `rtx`. `capabilities` are those that a plan is compiled for."""
+    """The target `rtx`. `capabilities` are the compute capabilities that plans are compiled for."""
 
     name: ClassVar[str] = "rtx"
     offline: ClassVar[bool] = False
@@ -63,25 +63,25 @@ class TensorRTForRTX(WithoutKernels):
     capabilities: tuple[str, ...] = CAPABILITIES
 
     def missing(self) -> str | None:
-        """What to install, or None. No GPU is needed."""
+        """Returns what to install, or None. No GPU is needed."""
         if importlib.util.find_spec("tensorrt_rtx") is None:
             return "tensorrt-rtx is not installed: pip install 'mpcompile[rtx]' (NVIDIA's licence, 340 MB)"
         return None
 
     def idle(self) -> str | None:
-        """Plans are compiled and not run."""
+        """Returns why plans do not run: they are only compiled here."""
         return NO_RUN
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """It compiles any precision; threads are nothing that a plan has."""
-        return None if threads is None else "threads are those of a CPU; leave --threads out"
+        """Returns why `--threads` cannot be used; any precision can."""
+        return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def versions(self) -> Mapping[str, str]:
-        """The compiler's own word."""
+        """Returns the compiler's version."""
         return {"tensorrt-rtx": _bindings().__version__}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """The plan, written into `folder` with what is known of it beside it. Raises RuntimeMissing or BuildError."""
+        """Compiles the plan and writes it and a JSON description into `folder`. Raises RuntimeMissing or BuildError."""
         file = onnx.load(exported.onnx)
         try:
             plan = compiled(exported.onnx, self.capabilities, build.profile(exported))
@@ -94,7 +94,7 @@ class TensorRTForRTX(WithoutKernels):
         path = folder / f"{stem}.engine"
         path.write_bytes(plan.data)
         masked = {mask.initializer for mask in exported.masks}
-        sidecar = {
+        description = {
             "onnx": exported.onnx.name,
             "onnx_sha256": file_sha256(exported.onnx),
             "sha256": file_sha256(path),
@@ -105,7 +105,7 @@ class TensorRTForRTX(WithoutKernels):
             "masked_weights_not_found": sorted(masked - plan.found),
             "layers": [asdict(layer) for layer in plan.layers],
         }
-        (folder / f"{stem}.json").write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{stem}.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         notes = [
             f"{exported.onnx.name} compiles for {', '.join(plan.capabilities)}: {len(plan.layers)} layers, "
             f"{plan.attentions} attentions in one kernel each"
@@ -118,15 +118,16 @@ class TensorRTForRTX(WithoutKernels):
         return Prepared(notes=tuple(notes))
 
     def build(self, exported: Exported, build: Build) -> Engine:
-        """Nothing: see `idle`. Raises BuildError."""
+        """Raises BuildError: a plan cannot run here."""
         raise BuildError(NO_RUN)
 
 
 def compiled(
     file: Path, capabilities: Sequence[str], profile: tuple[tuple[int, ...], ...] | None = None
 ) -> SerializedPlan:
-    """The plan of an ONNX file for these compute capabilities. `profile` are the smallest, usual and largest shape of
-    the images where the batch is free. Raises RuntimeMissing or BuildError.
+    """Compiles an ONNX file for these compute capabilities. Raises RuntimeMissing or BuildError.
+
+    `profile` holds the smallest, usual and largest image shape, for a file with a free batch.
     """
     trt = _bindings()
     logger = kept_logger(trt)
@@ -135,42 +136,44 @@ def compiled(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        told = "; ".join(f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors)
-        raise BuildError(f"TensorRT for RTX {trt.__version__} does not take {file.name}: {told}")
+        reasons = "; ".join(f"{e.node_operator()} {e.node_name()}: {' '.join(e.desc().split())}" for e in errors)
+        raise BuildError(f"TensorRT for RTX {trt.__version__} cannot parse {file.name}: {reasons}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.num_compute_capabilities = len(capabilities)
-    for place, name in enumerate(capabilities):
-        known = getattr(trt.ComputeCapability, name, None)
-        if known is None:
+    for index, name in enumerate(capabilities):
+        capability = getattr(trt.ComputeCapability, name, None)
+        if capability is None:
             raise BuildError(f"TensorRT for RTX {trt.__version__} does not compile for {name}")
-        config.set_compute_capability(known, place)
+        config.set_compute_capability(capability, index)
     if profile is not None:
         shapes = builder.create_optimization_profile()
         shapes.set_shape(INPUT, *profile)
         config.add_optimization_profile(shapes)
-    # No timing cache: asking for one makes it look for a GPU.
+    # No timing cache: creating one looks for a GPU.
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(
             f"TensorRT for RTX {trt.__version__} cannot compile {file.name} for {', '.join(capabilities)}: "
-            f"{logger.errors() or 'it does not say why'}"
+            f"{logger.errors() or 'no reason given'}"
         )
     data = bytes(plan)
     return SerializedPlan(data, tuple(capabilities), tuple(dumped(logger.text())), found_in(data, onnx.load(file)))
 
 
 def found_in(plan: bytes, file: onnx.ModelProto) -> frozenset[str]:
-    """The constant weights of a file whose bytes are in a plan, as stored or in one of the orders of `_orders`."""
+    """Returns the initializers of a file's weights whose bytes are in a plan, in one of the layouts of `_layouts`."""
     stored = {tensor.name: tensor for tensor in file.graph.initializer}
     names = {weight.initializer for weight in file_weights(file)}
     return frozenset(
-        name for name in names if any(order.tobytes() in plan for order in _orders(numpy_helper.to_array(stored[name])))
+        name
+        for name in names
+        if any(layout.tobytes() in plan for layout in _layouts(numpy_helper.to_array(stored[name])))
     )
 
 
-def _orders(values: NDArray[Any]) -> Iterable[NDArray[Any]]:
-    """A weight as stored, turned, and with the input channels last, as tensor cores read them."""
+def _layouts(values: NDArray[Any]) -> Iterable[NDArray[Any]]:
+    """Yields a weight as stored, transposed, and with the input channels last, as tensor cores read it."""
     yield values
     if values.ndim == 2:
         yield np.ascontiguousarray(values.T)
@@ -180,7 +183,7 @@ def _orders(values: NDArray[Any]) -> Iterable[NDArray[Any]]:
 
 
 def _bindings() -> Any:
-    """The module tensorrt_rtx. Raises RuntimeMissing."""
+    """Imports tensorrt_rtx. Raises RuntimeMissing."""
     try:
         import tensorrt_rtx
     except ImportError as error:

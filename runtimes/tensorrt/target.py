@@ -1,8 +1,8 @@
-"""TensorRT 10 and 11. Target `trt`.
+"""Target `trt`: TensorRT 10 and 11.
 
-Networks are strongly typed: the precision is the file's, and nothing else is asked of the builder, since TensorRT 11
-has no other way. Nothing is used that is not in both. Without a GPU no engine can be built; then files are checked
-against the rules of tensorrt_rules.py, and the report says which commands to run where there is one.
+Networks are strongly typed, the only mode of TensorRT 11: the builder uses the precision of the file. Only what both
+versions have is used. Without a GPU no engine can be built. Files are then checked against the rules in rules.py, and
+the report lists the commands to run on a machine with a GPU.
 """
 
 import importlib.util
@@ -24,31 +24,30 @@ from mpcompile.runtimes.tensorrt.rules import AMPERE, TWO_FOUR, implies_two_four
 
 log = logging.getLogger(__name__)
 
-
 INSTALL = "pip install 'mpcompile[trt]'"
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """Target `trt`."""
+    """The target `trt`."""
 
     name: ClassVar[str] = "trt"
     offline: ClassVar[bool] = True
 
     def kernels(self) -> str:
-        """One, on GPUs with sparse tensor cores."""
+        """Returns 2:4, which sparse tensor cores compute."""
         return str(TWO_FOUR)
 
     def has_kernel(self, pattern: NM) -> bool:
-        """Whether no four channels keep more than two, as 1:4 or 2:8 do not either."""
+        """Whether every mask of the pattern is also 2:4, such as those of 1:4."""
         return implies_two_four(pattern)
 
     def auto_patterns(self) -> tuple[NM, ...]:
-        """The one that it has."""
+        """Returns 2:4."""
         return (TWO_FOUR,)
 
     def missing(self) -> str | None:
-        """What keeps engines from being built here, or None."""
+        """Returns why no engine can be built here and what to install, or None."""
         gpu = first_gpu()
         if isinstance(gpu, str):
             return f"{gpu}; TensorRT builds engines only on the GPU that they are for"
@@ -57,19 +56,19 @@ class TensorRT:
         if broken := import_failure("tensorrt"):
             return f"TensorRT is installed and does not import ({broken}): {INSTALL}"
         if not torch.cuda.is_available():
-            return f"torch {torch.__version__} is built without CUDA, and device memory is its: install one with CUDA"
+            return f"torch {torch.__version__} is built without CUDA, and TensorRT needs it: install one with CUDA"
         return None
 
     def idle(self) -> str | None:
-        """Where it is there, engines run."""
+        """Returns None: where engines can be built, they run."""
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """It takes any precision; threads are nothing that an engine has."""
-        return None if threads is None else "threads are those of a CPU; leave --threads out"
+        """Returns why `--threads` cannot be used; any precision can."""
+        return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def versions(self) -> Mapping[str, str]:
-        """The library's own word, where it can be asked."""
+        """Returns the TensorRT version; empty if it cannot be imported."""
         if self.missing():
             return {}
         import tensorrt as trt
@@ -77,7 +76,7 @@ class TensorRT:
         return {"tensorrt": trt.__version__}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """What the rules say of the file, and the commands that build and measure it on a GPU."""
+        """Returns the verdicts of the rules on the file, and the commands that build and measure it on a GPU."""
         file = onnx.load(exported.onnx, load_external_data=True)
         notes = [f"{exported.onnx.name}: TensorRT may refuse {refusal}" for refusal in refusals(file)]
         if not notes:
@@ -85,19 +84,19 @@ class TensorRT:
         return Prepared(verdicts_of(file, exported.masks), tuple(notes), trtexec(exported, build))
 
     def build(self, exported: Exported, build: Build) -> Engine:
-        """An engine, its files in `build.folder` if there is one. Raises RuntimeMissing or BuildError."""
+        """Builds an engine, with its files in `build.folder` if given. Raises RuntimeMissing or BuildError."""
         gpu = first_gpu()
         if isinstance(gpu, str) or (missing := self.missing()):
             raise RuntimeMissing(f"target {self.name}: {gpu if isinstance(gpu, str) else missing}")
-        from mpcompile.runtimes.tensorrt.engine import engine_from
+        from mpcompile.runtimes.tensorrt.builder import build_engine
 
         if build.sparse and exported.masks and gpu.capability < (8, 0):
             log.warning("%s has no sparse tensor cores: %s", gpu.name, AMPERE.says)
-        return engine_from(exported, build, gpu)
+        return build_engine(exported, build, gpu)
 
 
 def trtexec(exported: Exported, build: Build) -> tuple[str, ...]:
-    """The commands that build the file on a GPU with NVIDIA's own tool, and ours."""
+    """Returns the trtexec command that builds the file's engine on a GPU."""
     profile = build.profile(exported)
     shapes = ""
     if profile:

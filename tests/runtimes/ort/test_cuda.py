@@ -8,7 +8,7 @@ import pytest
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.runtimes import Build, OnnxRuntimeCuda
-from mpcompile.runtimes.ort.cuda import OrtCudaEngine, _on_gpu
+from mpcompile.runtimes.ort.cuda import OrtCudaEngine, _require_cuda
 from mpcompile.runtimes.ort.session import session_on
 from mpcompile.testing import tiny_mlp, tiny_vit
 
@@ -29,7 +29,7 @@ def test_it_says_what_is_missing(lowered: Lowered) -> None:
 
 def test_a_session_that_fell_back_to_the_cpu_is_not_taken_for_one_on_a_gpu(lowered: Lowered) -> None:
     with pytest.raises(RuntimeMissing, match="gave CPUExecutionProvider"):
-        _on_gpu(session_on(lowered.onnx).session)
+        _require_cuda(session_on(lowered.onnx).session)
 
 
 def test_a_graph_is_refused_and_a_call_with_transfers_is_the_session_s_own(lowered: Lowered) -> None:

@@ -1,4 +1,4 @@
-"""Target trt up to the GPU's edge: the static check, the failure without a driver, and every name that it uses, checked
+"""Target trt without a GPU: the static check, the failure without a driver, and every name that it uses, checked
 against NVIDIA's own bindings of TensorRT 10 and 11.
 """
 
@@ -23,7 +23,7 @@ from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Build, TensorRT
 from mpcompile.runtimes.batching import in_pieces
 from mpcompile.runtimes.nvidia import Gpu, first_gpu
-from mpcompile.runtimes.tensorrt.engine import engine_name
+from mpcompile.runtimes.tensorrt.builder import engine_name
 from mpcompile.runtimes.tensorrt.target import trtexec
 from mpcompile.testing import tiny_mlp
 
@@ -35,7 +35,7 @@ WITHOUT_GPU = TensorRT().missing()
 
 @pytest.fixture(scope="module", params=["10", "11"])
 def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What to add to the environment so that the bindings of a release import without TensorRT."""
+    """Returns environment variables with which the bindings of a release import without TensorRT's libraries."""
     wheel = BINDINGS / request.param
     if not wheel.is_dir():
         pytest.skip(f"the bindings of TensorRT {request.param} are not in {wheel}; make test puts them there")
@@ -47,7 +47,7 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         library = f"{name}.so.{request.param}"
         flags = ["-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(folder / library)]
         subprocess.run([compiler, str(Path(__file__).with_name("api_surface.c")), *flags], check=True)
-    # The wheel calls itself tensorrt_bindings; the package tensorrt hands that on.
+    # The wheel's module is tensorrt_bindings; the package tensorrt re-exports it.
     (folder / "tensorrt.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
     return {
         "LD_LIBRARY_PATH": str(folder),
@@ -72,38 +72,38 @@ def test_every_name_is_in_the_bindings_of_this_release(bindings: dict[str, str],
     package = tmp_path / "tensorrt"
     package.mkdir()
     text = (tmp_path / "tensorrt_bindings" / "tensorrt.pyi").read_text()
-    text = re.sub(r"^bool: DataType\n", "", text, flags=re.MULTILINE)  # it would hide the type of the same name
-    # That it is a buffer is not in its docstring, which is all that stubgen reads.
+    text = re.sub(r"^bool: DataType\n", "", text, flags=re.MULTILINE)  # this attribute would shadow the builtin bool
+    # stubgen reads docstrings only, and this one does not mention the buffer protocol.
     buffer = "    def __buffer__(self, flags: int) -> memoryview: ..."
     text = text.replace("class IHostMemory:\n", f"class IHostMemory:\n{buffer}\n")
     stub = package / "__init__.pyi"
-    file = "runtimes/tensorrt/engine.py"
+    files = ["runtimes/tensorrt/builder.py", "runtimes/tensorrt/engine.py"]
     command = [
         sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=skip", "--cache-dir=/dev/null",
         "--namespace-packages", "--explicit-package-bases",
     ]  # fmt: skip
-    for _ in range(20):  # stubgen writes some signatures that are no Python; their defaults go, line by line
+    for _ in range(20):  # stubgen writes some invalid signatures; their defaults are removed line by line
         try:
             ast.parse(text)
             break
         except SyntaxError as error:
-            place = (error.lineno or 1) - 1
+            number = (error.lineno or 1) - 1
         lines = text.split("\n")
-        assert " = ..." in lines[place], lines[place]
-        lines[place] = lines[place].replace(" = ...", "")
+        assert " = ..." in lines[number], lines[number]
+        lines[number] = lines[number].replace(" = ...", "")
         text = "\n".join(lines)
     stub.write_text(f"__version__: str\n{text}")
-    # The check would find a name that is gone in TensorRT 11.
+    # A probe with a name that TensorRT 11 removed, to show that the check finds it.
     probe = tmp_path / "probe.py"
     probe.write_text("import tensorrt as trt\n\nprint(trt.BuilderFlag.FP16)\nprint(trt.BuilderFlag.SPARSE_WEIGHTS)\n")
     done = subprocess.run(
-        [*command, file, str(probe), str(stub)],
+        [*command, *files, str(probe), str(stub)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(tmp_path)},
     )  # fmt: skip
-    told = done.stdout.splitlines()
-    assert "[syntax]" not in done.stdout, done.stdout  # for which mypy would check nothing else
-    assert [line for line in told if line.startswith(file)] == [], f"TensorRT {release}"
-    gone = [line for line in told if "probe.py" in line and "attr-defined" in line]
+    messages = done.stdout.splitlines()
+    assert "[syntax]" not in done.stdout, done.stdout  # after a syntax error mypy checks nothing else
+    assert [line for line in messages if line.startswith(tuple(files))] == [], f"TensorRT {release}"
+    gone = [line for line in messages if "probe.py" in line and "attr-defined" in line]
     assert len(gone) == (release == "11")
 
 
@@ -111,29 +111,29 @@ def test_without_a_driver_the_builder_says_so_and_does_not_crash(bindings: dict[
     code = """
 from pathlib import Path
 from mpcompile.errors import BuildError
-from mpcompile.runtimes.tensorrt.engine import planned
+from mpcompile.runtimes.tensorrt.builder import build_serialized
 import tensorrt
 print(tensorrt.__version__)
 try:
-    planned(Path("model.onnx"), None, sparse=True)
+    build_serialized(Path("model.onnx"), None, sparse=True)
 except BuildError as error:
     print(error)
 """
     done = run(code, bindings)
     assert done.returncode == 0, done.stderr
-    version, told = done.stdout.splitlines()
+    version, error = done.stdout.splitlines()
     assert version.startswith(bindings["RELEASE"])
-    assert told.startswith(f"TensorRT {version} has no builder here")
+    assert error.startswith(f"TensorRT {version} has no builder here")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small model of 6 layers, and its images."""
+    """A model of 6 layers, and its images."""
     return write_sparse_vit(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.skipif(WITHOUT_GPU is None, reason="there is a GPU")
-def test_an_engine_that_is_required_and_cannot_be_built_is_one_line_and_exit_code_7(
+def test_a_required_engine_that_cannot_be_built_is_one_line_and_exit_code_7(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     done = run_command(
@@ -148,7 +148,7 @@ def test_an_engine_that_is_required_and_cannot_be_built_is_one_line_and_exit_cod
 
 
 @pytest.mark.skipif(WITHOUT_GPU is None, reason="there is a GPU")
-def test_without_a_gpu_files_are_checked_and_the_report_says_how_to_go_on(
+def test_without_a_gpu_files_are_checked_and_the_report_names_the_commands(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     recipe = Recipe.checked(
@@ -191,21 +191,21 @@ def test_a_target_without_a_gpu_refuses_to_build(lowered: Lowered) -> None:
         TensorRT().build(lowered, Build())
 
 
-def test_engines_are_named_for_what_they_are(lowered: Lowered) -> None:
+def test_engine_names(lowered: Lowered) -> None:
     gpu = Gpu("NVIDIA A100", (8, 0))
     assert engine_name(lowered, Build(), "10.16.1", gpu) == f"{lowered.arch}-dense-fp16-bs8-trt10.16.1-sm80"
     assert trtexec(lowered, Build())[0].count("Shapes") == 0
 
 
 @pytest.mark.skipif(not isinstance(first_gpu(), str), reason="there is a GPU")
-def test_the_driver_is_asked_in_another_process() -> None:
+def test_the_driver_is_queried_in_a_subprocess() -> None:
     found = first_gpu()
     assert isinstance(found, str)
     assert "driver" in found
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(3, [3]), (1, [2]), (9, [4, 4, 2]), (8, [4, 4]), (4, [4])])
-def test_batches_of_any_size_run_on_an_engine_for_some(count: int, sizes: list[int]) -> None:
+def test_batches_of_any_size_run_on_an_engine_of_fixed_sizes(count: int, sizes: list[int]) -> None:
     seen = []
 
     def engine(images: np.ndarray) -> np.ndarray:
