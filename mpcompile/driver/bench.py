@@ -22,7 +22,6 @@ from mpcompile.driver.compare_engines import SECONDS, Settings, call_of, engine_
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
-from mpcompile.ir.pattern import NM
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import sample, speedup, timing
 from mpcompile.pipeline.pass_manager import Observer
@@ -183,7 +182,7 @@ def _built(
     off = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
     engines: dict[str, Engine] = {DENSE: runtime.build(before, off)}
     arms = [TimedEngine(name=DENSE, what="the dense model", file=before.onnx.name)]
-    if any(runtime.has_kernel(NM.parse(mask.pattern)) for mask in after.masks if ":" in mask.pattern):
+    if any(mask.nm is not None and runtime.has_kernel(mask.nm) for mask in after.masks):
         engines[UNUSED] = runtime.build(after, off)
         arms.append(
             TimedEngine(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name)

@@ -19,10 +19,12 @@ from onnx import numpy_helper
 
 from mpcompile.errors import MaskError
 from mpcompile.ir.model import LayerPlan
+from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import pattern_violation
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 METADATA_KEY = "mpcompile.sparsity"
+UNSTRUCTURED = "unstructured"  # the pattern of a mask that is not N:M
 # Operators that a weight may pass between its initializer and its product.
 CONSTANT_STEPS = ("Cast", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear")
 
@@ -55,6 +57,11 @@ class ProvenMask:
     group_size: int
     zeros: int
     size: int
+
+    @property
+    def nm(self) -> NM | None:
+        """The N:M pattern; None for an unstructured mask."""
+        return None if self.pattern == UNSTRUCTURED else NM.parse(self.pattern)
 
 
 def file_weights(file: onnx.ModelProto) -> list[FileWeight]:
@@ -185,7 +192,7 @@ def verify_mask(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
         nodes=(weight.node,),
         op=weight.op,
         axis=weight.axis,
-        pattern=str(plan.pattern) if plan.pattern else "unstructured",
+        pattern=str(plan.pattern) if plan.pattern else UNSTRUCTURED,
         group_size=plan.pattern.of if plan.pattern else 1,
         zeros=int(kept.numel() - kept.sum()),
         size=kept.numel(),

@@ -164,7 +164,7 @@ def _write_metadata(file: onnx.ModelProto, metadata: Mapping[str, str], masks: t
             "layers": [other.layer for other in masks if other.initializer == row.initializer],
             "axis": row.axis,
             "group_size": row.group_size,
-            "zero_count": row.group_size - int(row.pattern.split(":")[0]) if ":" in row.pattern else None,
+            "zero_count": row.nm.of - row.nm.keep if row.nm else None,
             "pattern": row.pattern,
             "zeros": row.zeros,
             "size": row.size,

@@ -78,21 +78,21 @@ def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[Maske
         rows = by_initializer[weight.initializer]
         layers = tuple(dict.fromkeys(row.layer for row in rows))
         reason = "its node has no name of its own" if name_counts[name] > 1 or not name else None
-        reason = reason or _refusal(node, weight, rows[0].pattern)
+        reason = reason or _refusal(node, weight, rows[0])
         if reason:
             refused.append(Refused(layers, name, reason))
         else:
-            products.append(_product(layers, node, weight, NM.parse(rows[0].pattern)))
+            products.append(_product(layers, node, weight, rows[0]))
     return products, refused
 
 
-def _refusal(node: ir.Node, weight: FileWeight, pattern: str) -> str | None:
+def _refusal(node: ir.Node, weight: FileWeight, mask: ProvenMask) -> str | None:
     """Returns why the native operator cannot replace a node, or None."""
     given = node.attributes
     if weight.values.dtype != np.float32:
         return f"its weight is {weight.values.dtype}; the kernel computes in float32"
-    if ":" not in pattern:
-        return f"its mask is {pattern}; the kernel takes N:M"
+    if mask.nm is None:
+        return f"its mask is {mask.pattern}; the kernel takes N:M"
     if node.op_type == "Conv":
         taps = weight.values.shape[2:]
         if taps != (1, 1):
@@ -123,8 +123,9 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if value is not None and value.is_initializer() else None
 
 
-def _product(layers: tuple[str, ...], node: ir.Node, weight: FileWeight, pattern: NM) -> MaskedGemm:
+def _product(layers: tuple[str, ...], node: ir.Node, weight: FileWeight, mask: ProvenMask) -> MaskedGemm:
     """Returns the product that a node computes, with the bias of the Add behind a MatMul."""
+    assert mask.nm is not None  # _refusal checks it
     matrix = weight.values.reshape(weight.values.shape[:2])
     x, output, bias = node.inputs[0], node.outputs[0], _bias_input(node)
     nodes: tuple[str, ...] = (str(output.name),)
@@ -144,7 +145,7 @@ def _product(layers: tuple[str, ...], node: ir.Node, weight: FileWeight, pattern
         y=nodes[-1],
         nodes=nodes,
         initializer=weight.initializer,
-        pattern=pattern,
+        pattern=mask.nm,
         weight=np.ascontiguousarray(matrix),
         bias=np.zeros(len(matrix), np.float32) if stored is None else stored.numpy().reshape(-1),
     )

@@ -94,7 +94,7 @@ def sparsity_of(file: onnx.ModelProto) -> list[WeightSparsity]:
     rows = []
     for weight in file_weights(file):
         kept = _nonzero_mask(weight.values)
-        two_four = _holds(kept, TWO_FOUR)
+        two_four = _follows_pattern(kept, TWO_FOUR)
         eligible, rule, reason = _eligible(weight, two_four, groups.get(weight.node, 1))
         rows.append(
             WeightSparsity(
@@ -153,7 +153,7 @@ def _nonzero_mask(values: NDArray[Any]) -> NDArray[np.bool_]:
     return kept
 
 
-def _holds(kept: NDArray[np.bool_], pattern: NM) -> bool:
+def _follows_pattern(kept: NDArray[np.bool_], pattern: NM) -> bool:
     """Whether every group along axis 1 of (out, in, *taps) keeps no more weights than the pattern allows.
 
     Adds strided slices: that is fast for a transposed weight too, unlike a sum over a short last axis.

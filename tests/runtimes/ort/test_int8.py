@@ -1,4 +1,4 @@
-"""The int8 files that ONNX Runtime's own tools make of a dense model: the best that they can do on each processor."""
+"""int8 baselines made by ONNX Runtime's own tools: with the better weight width on each CPU."""
 
 import json
 import shutil
@@ -22,19 +22,19 @@ from mpcompile.runtimes.ort.session import OrtEngine, session_on
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
 KINDS = ("int8, dynamic", "int8, static")
-# An x86 processor with AVX2 and without VNNI, in software.
+# Emulates an x86 CPU with AVX2 and without VNNI.
 EMULATOR = ("qemu-x86_64", "-cpu", "max")
 
 
 def exported_of(model: Model, folder: Path, batch: int | None = None) -> tuple[Exported, NDArray[np.float32]]:
-    """A dense file, and ten images to calibrate on."""
+    """Returns a dense file and 10 calibration images."""
     return lower(model, folder / "dense.onnx", batch=batch), tiny_data(model).calibration.first(10).numpy()
 
 
-def largest_weight(found: QuantizedBaseline) -> int:
-    """The largest weight by magnitude, as an integer."""
-    assert isinstance(found.engine, OrtEngine)
-    stored = map(onnx.numpy_helper.to_array, onnx.load(found.engine.file).graph.initializer)
+def largest_weight(baseline: QuantizedBaseline) -> int:
+    """Returns the largest absolute value of an int8 weight."""
+    assert isinstance(baseline.engine, OrtEngine)
+    stored = map(onnx.numpy_helper.to_array, onnx.load(baseline.engine.file).graph.initializer)
     return max(int(np.abs(values.astype(np.int32)).max()) for values in stored if values.dtype == np.int8)
 
 
@@ -42,17 +42,17 @@ def largest_weight(found: QuantizedBaseline) -> int:
 def test_int8_of_a_cnn_and_of_a_fixed_batch(tmp_path: Path, saturating: bool) -> None:
     for build, batch in ((tiny_cnn, None), (tiny_vit, 3)):
         exported, images = exported_of(build(), tmp_path, batch)
-        # Where the processor at hand saturates, 8-bit weights alone would be off by more than what is asked below.
+        # If this CPU saturates, 8-bit weights alone would exceed the tolerance below.
         made = quantised(exported, 1, images, tmp_path, saturating=saturating or saturates())
         assert tuple(made) == KINDS
         expected = session_on(exported.onnx, 1)(images)
         for found in made.values():
             assert isinstance(found, QuantizedBaseline), found
-            # Eight bits a number: some per cent of the largest logit after a few layers.
+            # 8 bits per number: an error of some per cent of the largest logit after a few layers.
             assert np.abs(found.engine(images) - expected).max() < 0.2 * np.abs(expected).max()
 
 
-def test_where_products_are_exact_weights_have_8_bits(tmp_path: Path) -> None:
+def test_weights_have_8_bits_if_products_are_exact(tmp_path: Path) -> None:
     exported, images = exported_of(tiny_vit(), tmp_path)
     for found in quantised(exported, 1, images, tmp_path, saturating=False).values():
         assert isinstance(found, QuantizedBaseline), found
@@ -61,13 +61,13 @@ def test_where_products_are_exact_weights_have_8_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("better", [7, 8])
-def test_where_products_saturate_the_width_nearer_to_dense_is_taken(
+def test_if_products_saturate_the_width_closer_to_dense_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: int
 ) -> None:
     exported, images = exported_of(tiny_vit(), tmp_path)
 
     def opened(file: Path, threads: int | None = None) -> OrtEngine:
-        """A session; one of the width that is to lose is off by a constant, as saturation would have it."""
+        """Opens a session; the logits of the width that must lose are shifted, as saturation would do."""
         session = session_on(file, threads)
         worse = file.stem.endswith(f"{15 - better}_bits")
         return Shifted(session.session, file) if worse else session
@@ -84,18 +84,18 @@ def test_where_products_saturate_the_width_nearer_to_dense_is_taken(
 
 
 class Shifted(OrtEngine):
-    """An engine whose logits are off."""
+    """An engine whose logits are shifted by a constant."""
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return super().__call__(images) + np.float32(9)
 
 
-def test_logits_that_are_not_finite_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_shift_infinitely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = np.full((2, 3), np.nan, np.float32)
     assert ort_int8._shift(nan, np.zeros((2, 3), np.float32)) == np.inf
 
 
-def test_a_width_that_fails_leaves_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_one_width_fails_the_other_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported, images = exported_of(tiny_vit(), tmp_path)
     plain = ort_int8.quantise_dynamic
 
@@ -122,11 +122,11 @@ def test_half_precision_is_not_quantised_and_says_so(tmp_path: Path) -> None:
     assert found == {"int8": "ONNX Runtime's tools quantise float32 files, and this one is fp16"}
 
 
-# ---- the processor
+# ---- saturation on the CPU
 
 
 def in_16_bits(x: NDArray[np.uint8], w: NDArray[np.int8]) -> NDArray[np.int32]:
-    """The product as `vpmaddubsw` makes it: neighbouring pairs are added in 16 bits, which saturate."""
+    """Returns the product as `vpmaddubsw` computes it: sums of neighbouring pairs saturate at 16 bits."""
     terms = x.astype(np.int32)[:, :, None] * w.astype(np.int32)[None]
     pairs = terms[:, 0::2] + terms[:, 1::2]
     summed: NDArray[np.int32] = pairs.clip(-(2**15), 2**15 - 1).sum(1, dtype=np.int32)
@@ -142,7 +142,7 @@ def test_seven_bit_weights_cannot_saturate(seed: int) -> None:
 
 
 @pytest.mark.parametrize("saturating", [False, True])
-def test_the_probe_tells_saturation_from_exact_products(monkeypatch: pytest.MonkeyPatch, saturating: bool) -> None:
+def test_the_probe_detects_saturation(monkeypatch: pytest.MonkeyPatch, saturating: bool) -> None:
     def product(model: onnx.ModelProto, x: NDArray[np.uint8]) -> NDArray[np.int32]:
         weight = onnx.numpy_helper.to_array(model.graph.initializer[0])
         return in_16_bits(x, weight) if saturating else x.astype(np.int32) @ weight.astype(np.int32)
@@ -151,14 +151,14 @@ def test_the_probe_tells_saturation_from_exact_products(monkeypatch: pytest.Monk
     assert saturates.__wrapped__() == saturating
 
 
-def test_the_probe_runs_on_this_processor() -> None:
+def test_the_probe_runs_on_this_cpu() -> None:
     assert saturates() in (False, True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(EMULATOR[0]) is None, reason="qemu-x86_64 is not installed: apt install qemu-user")
-def test_without_vnni_the_files_are_nearer_to_dense_than_with_8_bit_weights(tmp_path: Path) -> None:
-    """For real, on an emulated processor."""
+def test_without_vnni_the_files_are_closer_to_dense_than_with_8_bit_weights(tmp_path: Path) -> None:
+    """Runs on an emulated CPU."""
     exported, images = exported_of(tiny_vit(), tmp_path)
     labels = np.zeros(len(images), np.int64)
     np.savez(tmp_path / "images.npz", calibration=images, held_out=images, labels=labels)
@@ -166,8 +166,8 @@ def test_without_vnni_the_files_are_nearer_to_dense_than_with_8_bit_weights(tmp_
     command = [*EMULATOR, sys.executable, str(worker), str(exported.onnx.parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["saturates"] is True
-    shift = {(row["kind"], row["when"]): row["shift"] for row in told["rows"]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["saturates"] is True
+    shift = {(row["kind"], row["when"]): row["shift"] for row in result["rows"]}
     for kind in KINDS:
         assert shift[kind, "now"] <= shift[kind, "before"]

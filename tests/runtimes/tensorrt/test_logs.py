@@ -1,4 +1,4 @@
-"""TensorRT's log lines and inspector JSON of both eras, whole, cut off and garbled, and the verdicts from them."""
+"""TensorRT's log lines and inspector JSON, old and new, complete, truncated and garbled, and the verdicts from them."""
 
 import json
 
@@ -21,7 +21,7 @@ OLD_NONE = """\
 [TensorRT] INFO: (Sparsity) TRT inference plan picked sparse implementation for layers:
 [TensorRT] INFO: Total Host Persistent Memory: 160
 """
-# TensorRT 10.3 and later; names only at VERBOSE. The pair comes once for each round of tactics.
+# TensorRT 10.3 and later; names only at VERBOSE. The pair of lines appears once per round of tactics.
 NEW = """\
 [V] [TRT] (Sparsity) Found 39 layer(s) eligible to use sparse tactics
 [V] [TRT] (Sparsity) Chose 12 layer(s) using sparse tactics
@@ -33,7 +33,7 @@ NEW_NAMED = """\
 (Sparsity) Chose 1 layer(s) using sparse tactics: node_MatMul_2 + node_Add_3
 """
 SPARSE_KERNEL = "sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x64x64_sptensor16x8x32"
-# Written down after the keys of 10.x (`Format/Datatype`, `Bindings`) and of 11.x (`Datatype`, `I/O Tensors`).
+# Written by hand with the keys of 10.x (`Format/Datatype`, `Bindings`) and of 11.x (`Datatype`, `I/O Tensors`).
 INSPECTED_10 = json.dumps(
     {
         "Layers": [
@@ -69,41 +69,41 @@ INSPECTED_11 = json.dumps(
 )
 
 
-def test_the_older_lines_are_counted_by_their_names() -> None:
+def test_old_lines_are_counted_by_their_names() -> None:
     assert sparsity_in(OLD) == SparsityLog(
         3, ("MatMul_401", "Conv_619 + Relu_620", "Conv_626"), 1, ("Conv_619 + Relu_620",)
     )
     assert sparsity_in(OLD_NONE) == SparsityLog(1, ("Conv_0",), 0, ())
 
 
-def test_of_the_newer_lines_the_last_pair_counts() -> None:
+def test_the_last_pair_of_new_lines_is_used() -> None:
     assert sparsity_in(NEW) == SparsityLog(39, (), 0, ())
     named = sparsity_in(NEW_NAMED)
     assert (named.eligible, named.chosen) == (2, 1)
     assert named.chosen_names == ("node_MatMul_2 + node_Add_3",)
 
 
-def test_a_log_that_was_cut_off_says_nothing_rather_than_none() -> None:
+def test_a_truncated_log_gives_unknown_and_not_zero() -> None:
     for whole in (OLD, OLD_NONE, NEW_NAMED):
         start = whole.index("(Sparsity)", whole.index("(Sparsity)") + 1)
         end = whole.index("\n", start)
         assert sparsity_in(whole[: end + 1]).chosen is not None
-        for cut in range(start, end + 1):  # anywhere in the second line, and just before it ends
+        for cut in range(start, end + 1):  # at every position in the second line, and just before its end
             assert sparsity_in(whole[:cut]).chosen is None
 
 
 @given(st.data())
-def test_garbled_logs_never_fail_and_never_count_more_than_they_name(data: st.DataObject) -> None:
+def test_garbled_logs_are_parsed_without_errors(data: st.DataObject) -> None:
     text = data.draw(st.sampled_from([OLD, NEW_NAMED]))
-    place = data.draw(st.integers(0, len(text)))
+    position = data.draw(st.integers(0, len(text)))
     noise = data.draw(st.text(max_size=20))
-    found = sparsity_in(text[:place] + noise + text[data.draw(st.integers(place, len(text))) :])
+    found = sparsity_in(text[:position] + noise + text[data.draw(st.integers(position, len(text))) :])
     for count, names in ((found.eligible, found.eligible_names), (found.chosen, found.chosen_names)):
         assert count is None or count >= 0
         assert count is not None or not names
 
 
-def test_the_inspector_of_both_eras_is_read() -> None:
+def test_the_inspector_of_10_and_11_is_parsed() -> None:
     [old], [new] = inspected(INSPECTED_10), inspected(INSPECTED_11)
     assert old.onnx == ("node_MatMul_2", "node_Add_3")
     assert old.sparse
@@ -121,9 +121,9 @@ def test_without_detailed_profiling_layers_are_names_only() -> None:
 
 
 @given(st.integers(0, len(INSPECTED_10) - 1), st.text(max_size=5))
-def test_json_that_is_cut_off_or_garbled_gives_no_layers_or_fewer(cut: int, noise: str) -> None:
+def test_truncated_or_garbled_json_gives_no_layers_or_fewer(cut: int, noise: str) -> None:
     assert inspected(INSPECTED_10[:cut]) == []
-    inspected(INSPECTED_10[:cut] + noise + INSPECTED_10[cut:])  # whatever it says, it does not fail
+    inspected(INSPECTED_10[:cut] + noise + INSPECTED_10[cut:])  # it must not raise
 
 
 @given(
@@ -131,13 +131,13 @@ def test_json_that_is_cut_off_or_garbled_gives_no_layers_or_fewer(cut: int, nois
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
     )
 )
-def test_any_json_is_survived(content: object) -> None:
+def test_any_json_is_parsed_without_errors(content: object) -> None:
     inspected(json.dumps(content))
     inspected(json.dumps({"Layers": content}))
     inspected(json.dumps({"Layers": [{"Name": content, "Inputs": content, "Outputs": content, "TacticName": content}]}))
 
 
-def test_the_compilers_dump_of_layers_is_read() -> None:
+def test_the_layers_in_the_compilers_log_are_parsed() -> None:
     log = (
         "Name: __myl_Fc_myl0_5, LayerType: gemm, Inputs: [ { Name: a, Dimensions: [8,4], Datatype: Half, Format: x }], "
         "Outputs: [ { Name: b, Datatype: Half }], TacticName: sm80_gemm_mha_v2_0x1, StreamId: 0\n"
@@ -175,32 +175,32 @@ def test_each_layer_gets_its_kernel_its_times_and_its_reason() -> None:
     assert tally([one, two]) == ("2 of 2 masked layers are eligible for sparse kernels by the rules; 1 run on them.")
 
 
-def test_what_a_log_does_not_say_stays_unknown() -> None:
+def test_what_a_log_does_not_report_stays_unknown() -> None:
     masks = [mask("one", "node_MatMul_1")]
 
-    def told(log: str, eligible: bool | None = True) -> tuple[bool | None, str]:
+    def chosen_and_reason(log: str, eligible: bool | None = True) -> tuple[bool | None, str]:
         [row] = completed([verdict("one", eligible)], masks, sparsity_in(log), (), {}, {})
         return row.chosen, row.reason
 
-    chosen, reason = told("")
+    chosen, reason = chosen_and_reason("")
     assert chosen is None
     assert "no line on sparsity" in reason
-    chosen, reason = told(
+    chosen, reason = chosen_and_reason(
         "(Sparsity) Found 3 layer(s) eligible to use sparse tactics\n(Sparsity) Chose 2 layer(s) using sparse tactics\n"
     )
     assert chosen is None
     assert "does not name them" in reason
-    chosen, reason = told(NEW)
+    chosen, reason = chosen_and_reason(NEW)
     assert chosen is False
     assert "none of 39 eligible" in reason
-    assert told(NEW_NAMED, eligible=False) == (
+    assert chosen_and_reason(NEW_NAMED, eligible=False) == (
         False,
         "the builder found it eligible and did not choose a sparse kernel",
     )
-    assert told(OLD, eligible=False) == (False, "by the rules")
+    assert chosen_and_reason(OLD, eligible=False) == (False, "by the rules")
 
 
-def test_a_sparse_kernel_by_its_name_alone_counts() -> None:
+def test_a_sparse_kernel_is_recognised_by_its_name() -> None:
     [row] = completed(
         [verdict("two")], [mask("two", "node_MatMul_2")], sparsity_in(""), inspected(INSPECTED_10), {}, {}
     )

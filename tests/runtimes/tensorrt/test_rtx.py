@@ -1,4 +1,4 @@
-"""Target rtx: NVIDIA's own parser and compiler take our graphs, on a machine without a GPU."""
+"""Target rtx: NVIDIA's own parser and compiler accept exported graphs, on a machine without a GPU."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ needs_rtx = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 def masked(name: str, merged: int = 0) -> Model:
-    """A timm model with random weights, masked to 2:4."""
+    """Returns a timm model with random weights, masked to 2:4."""
     module = timm.create_model(name).eval()
     model = capture(module, source_of(module, name=name, arch=name, sha256=""))
     steps: list[Pass] = [NMMask(pattern=NM(2, 4), criterion="magnitude", refit="none")]
@@ -57,11 +57,11 @@ def test_masked_models_compile_and_every_masked_weight_is_in_the_plan(
     assert {mask.initializer for mask in lowered.masks} <= plan.found
     assert len(lowered.masks) == len(model.masks())
     blocks = len(parts(model.graph, model.example).tokens) // 2
-    assert plan.attentions == blocks  # each in one kernel; none where there is no attention
+    assert plan.attentions == blocks  # each fused into one kernel
 
 
 @needs_rtx
-def test_a_plan_holds_what_was_compiled_and_nothing_else(tmp_path: Path) -> None:
+def test_a_weight_with_one_changed_value_is_not_found_in_the_plan(tmp_path: Path) -> None:
     lowered = lower(masked("resnet18"), tmp_path / "m.onnx", precision="fp16", batch=1)
     plan = compiled(lowered.onnx, ["SM86"])
     file = onnx.load(lowered.onnx)
@@ -73,7 +73,7 @@ def test_a_plan_holds_what_was_compiled_and_nothing_else(tmp_path: Path) -> None
 
 
 @needs_rtx
-def test_a_model_goes_the_whole_way(example: Path, tmp_path: Path) -> None:
+def test_compile_writes_plans_for_the_target(example: Path, tmp_path: Path) -> None:
     recipe = Recipe.checked(
         {"passes": [{"nm-mask": {"pattern": "2:4"}}], "target": "rtx", "precision": "fp16", "data": {"held_out": 64}}
     )
@@ -97,7 +97,7 @@ def test_a_model_goes_the_whole_way(example: Path, tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_what_the_parser_refuses_is_told_with_its_rule(tmp_path: Path) -> None:
+def test_a_parser_error_names_the_broken_rule(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Constant", [], ["i"], value=onnx.numpy_helper.from_array(np.zeros((1, 4), np.int64))),
         helper.make_node("ScatterElements", ["images", "i", "images"], ["logits"], name="sum", reduction="add", axis=1),
@@ -106,19 +106,19 @@ def test_what_the_parser_refuses_is_told_with_its_rule(tmp_path: Path) -> None:
     graph = helper.make_graph(nodes, "g", shapes[:1], shapes[1:])
     lowered = lower(tiny_vit(), tmp_path / "m.onnx", batch=1)
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), lowered.onnx)
-    with pytest.raises(BuildError, match=r"does not take m\.onnx.*ScatterElements sum: its reduction is add"):
+    with pytest.raises(BuildError, match=r"cannot parse m\.onnx.*ScatterElements sum: its reduction is add"):
         TensorRTForRTX(("SM86",)).prepare(lowered, tmp_path, Build())
 
 
 @needs_rtx
-def test_a_capability_that_it_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_capability_is_refused(tmp_path: Path) -> None:
     lowered = lower(tiny_vit(), tmp_path / "m.onnx", batch=1)
     with pytest.raises(BuildError, match="does not compile for SM99"):
         compiled(lowered.onnx, ["SM99"])
 
 
 @needs_rtx
-def test_it_never_claims_to_run(tmp_path: Path) -> None:
+def test_build_says_that_plans_cannot_run_here(tmp_path: Path) -> None:
     lowered = lower(tiny_vit(), tmp_path / "m.onnx", batch=1)
     with pytest.raises(BuildError, match="cannot run here"):
         TensorRTForRTX().build(lowered, Build())

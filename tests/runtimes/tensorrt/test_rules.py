@@ -1,4 +1,4 @@
-"""The rules on weights and operators: each fires where it should, and agrees with NVIDIA's own checker."""
+"""The rules on weights and operators: each rejects what it names, and agrees with NVIDIA's own checker."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ from mpcompile.runtimes.tensorrt.rules import (
     NO_OPERATOR,
     OPERATOR_RULES,
     SPARSITY_RULES,
-    _holds,
+    _follows_pattern,
     refusals,
     sparsity_of,
     verdicts_of,
@@ -68,7 +68,7 @@ def file_of(
         ("Relu", ["x"], {}, None),
     ],
 )
-def test_rules_refuse_what_they_name(op: str, inputs: list[str], attributes: dict[str, str], rule: str | None) -> None:
+def test_rules_reject_what_they_name(op: str, inputs: list[str], attributes: dict[str, str], rule: str | None) -> None:
     constants = {"few": np.array([4], np.int64), "many": np.array([3841], np.int64)}
     node = helper.make_node(op, inputs, ["y"], name="n", **attributes)
     found = refusals(file_of([node], constants))
@@ -78,12 +78,12 @@ def test_rules_refuse_what_they_name(op: str, inputs: list[str], attributes: dic
         assert refusal.rule.source in str(refusal)
 
 
-def test_an_opset_that_is_not_read_is_said() -> None:
+def test_an_unsupported_opset_is_reported() -> None:
     [found] = refusals(file_of([helper.make_node("Relu", ["x"], ["y"])], opset=8))
     assert "opset 8" in str(found)
 
 
-def test_every_rule_has_a_source_and_a_name_of_its_own() -> None:
+def test_every_rule_has_a_source_and_a_unique_name() -> None:
     rules = (*SPARSITY_RULES, *OPERATOR_RULES)
     assert len({rule.name for rule in rules}) == len(rules)
     assert all(rule.source and rule.says and rule.standing in ("documented", "observed") for rule in rules)
@@ -91,20 +91,20 @@ def test_every_rule_has_a_source_and_a_name_of_its_own() -> None:
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 3), st.sampled_from(["2:4", "1:4", "8:16"]), st.data())
-def test_the_check_of_a_pattern_is_that_of_its_definition(
+def test_the_pattern_check_agrees_with_the_definition(
     rows: int, groups: int, taps: int, text: str, data: st.DataObject
 ) -> None:
     pattern = NM.parse(text)
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    share = data.draw(st.sampled_from([0.1, 0.3, 0.6]))
-    kept = rng.random((rows, groups * pattern.of, taps)) < share
+    density = data.draw(st.sampled_from([0.1, 0.3, 0.6]))
+    kept = rng.random((rows, groups * pattern.of, taps)) < density
     by_definition = all(
         kept[row, start : start + pattern.of, tap].sum() <= pattern.keep
         for row in range(rows)
         for start in range(0, groups * pattern.of, pattern.of)
         for tap in range(taps)
     )
-    assert _holds(kept, pattern) == by_definition
+    assert _follows_pattern(kept, pattern) == by_definition
 
 
 def masked(model: Model, pattern: str) -> Model:
@@ -114,7 +114,7 @@ def masked(model: Model, pattern: str) -> Model:
 
 @pytest.fixture(scope="module")
 def tiny_vit_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Lowered]:
-    """The tiny ViT at 2:4 as an ONNX file in a precision, each exported once."""
+    """Returns a function that exports the tiny ViT at 2:4 in a precision, once per precision."""
 
     @cache
     def exported(precision: Precision) -> Lowered:
@@ -125,7 +125,7 @@ def tiny_vit_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision
 
 
 @pytest.mark.parametrize(("precision", "eligible"), [("fp16", True), ("bf16", True), ("fp32", None)])
-def test_verdicts_go_by_the_type_of_the_weights(
+def test_eligibility_depends_on_the_type_of_the_weights(
     precision: Precision, eligible: bool | None, tiny_vit_at: Callable[[Precision], Lowered]
 ) -> None:
     lowered = tiny_vit_at(precision)
@@ -146,7 +146,7 @@ def test_another_pattern_and_other_channels_are_not_eligible(tmp_path: Path) -> 
     assert "3 input channels are not a multiple of 4" in stem.reason
 
 
-def test_grouped_convolutions_are_neither_yes_nor_no() -> None:
+def test_eligibility_of_grouped_convolutions_is_unknown() -> None:
     weight = np.zeros((8, 4, 3, 3), np.float16)
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="n", group=2)
     [row] = sparsity_of(file_of([node], {"w": weight}))
@@ -154,7 +154,7 @@ def test_grouped_convolutions_are_neither_yes_nor_no() -> None:
     assert "2 groups" in row.reason
 
 
-# Few layers of each kind, narrow.
+# Few, narrow layers of each kind.
 SMALL: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 96},
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (16, 32, 48, 64)},
@@ -168,7 +168,7 @@ SMALL: dict[str, dict[str, Any]] = {
         ("tiny_vit", "fp16"),
         ("tiny_vit", "fp32"),
         ("tiny_cnn", "fp16"),
-        # The tiny models have the kinds of layers of these two.
+        # The tiny models have the same kinds of layers as these two.
         pytest.param("vit_tiny_patch16_224", "fp32", marks=pytest.mark.slow),
         pytest.param("resnet18", "fp32", marks=pytest.mark.slow),
         ("convnextv2_atto", "fp32"),
@@ -187,20 +187,20 @@ def test_polygraphy_finds_the_same_weights_sparse(
     command = [polygraphy, "inspect", "sparsity", str(lowered.onnx)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = done.stdout + done.stderr
-    theirs = {line.rpartition(": ")[2].strip() for line in said.splitlines() if "Found sparse tensor" in line}
+    output = done.stdout + done.stderr
+    theirs = {line.rpartition(": ")[2].strip() for line in output.splitlines() if "Found sparse tensor" in line}
     assert {mask.initializer for mask in lowered.masks} <= theirs
     assert theirs == {row.initializer for row in rows if row.two_four}
 
 
 def of_timm(name: str, **args: Any) -> Model:
-    """A timm model with random weights."""
+    """Returns a timm model with random weights."""
     module = timm.create_model(name, **args).eval()
     return capture(module, source_of(module, name=name, arch=name, sha256=""))
 
 
 def check_reads(lowered: Lowered, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finds every mask of a file 2:4 while it reads each weight once."""
+    """Asserts that sparsity_of finds every mask of a file 2:4 and reads each weight once."""
     file, reads, read = onnx.load(lowered.onnx), Counter[str](), numpy_helper.to_array
 
     def counted(tensor: onnx.TensorProto) -> np.ndarray:
