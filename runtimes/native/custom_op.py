@@ -27,7 +27,7 @@ ATTRIBUTES: Mapping[str, str] = MappingProxyType(
     {"rows": "rows", "columns": "columns", "share": "rows_per_pattern", "block": "block", "chunk": "chunk"}
 )
 INPUTS = ("x", *STREAMS, "bias")
-OLDEST_OPSET = 18  # the first in which ScatterElements adds, which the fallback needs
+OLDEST_OPSET = 18  # the fallback uses a ScatterElements that adds
 
 
 def make_node(op: str, name: str, x: ir.Value, streams: Sequence[ir.Value], bias: ir.Value, packed: Packed) -> ir.Node:

@@ -45,7 +45,7 @@ class SerializedPlan:
     data: bytes = field(repr=False)
     capabilities: tuple[str, ...]
     layers: tuple[EngineLayer, ...]
-    found: frozenset[str]
+    initializers: frozenset[str]
 
     @property
     def attentions(self) -> int:
@@ -101,8 +101,8 @@ class TensorRTForRTX(WithoutKernels):
             "tensorrt-rtx": version,
             "compute_capabilities": plan.capabilities,
             "attentions_in_one_kernel": plan.attentions,
-            "masked_weights_found": sorted(masked & plan.found),
-            "masked_weights_not_found": sorted(masked - plan.found),
+            "masked_weights_found": sorted(masked & plan.initializers),
+            "masked_weights_not_found": sorted(masked - plan.initializers),
             "layers": [asdict(layer) for layer in plan.layers],
         }
         (folder / f"{stem}.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
@@ -112,8 +112,9 @@ class TensorRTForRTX(WithoutKernels):
         ]
         if masked:
             notes.append(
-                f"{len(masked & plan.found)} of its {len(masked)} masked weights are in the plan, every number, as "
-                "stored or with their axes reordered" + ("; the others were not found" if masked - plan.found else "")
+                f"{len(masked & plan.initializers)} of its {len(masked)} masked weights are in the plan, every number, "
+                "as stored or with their axes reordered"
+                + ("; the others were not found" if masked - plan.initializers else "")
             )
         return Prepared(notes=tuple(notes))
 
@@ -158,10 +159,12 @@ def compiled(
             f"{logger.errors() or 'no reason given'}"
         )
     data = bytes(plan)
-    return SerializedPlan(data, tuple(capabilities), tuple(dumped(logger.text())), found_in(data, onnx.load(file)))
+    return SerializedPlan(
+        data, tuple(capabilities), tuple(dumped(logger.text())), initializers_in(data, onnx.load(file))
+    )
 
 
-def found_in(plan: bytes, file: onnx.ModelProto) -> frozenset[str]:
+def initializers_in(plan: bytes, file: onnx.ModelProto) -> frozenset[str]:
     """Returns the initializers of a file's weights whose bytes are in a plan, in one of the layouts of `_layouts`."""
     stored = {tensor.name: tensor for tensor in file.graph.initializer}
     names = {weight.initializer for weight in file_weights(file)}

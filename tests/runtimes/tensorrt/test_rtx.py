@@ -22,7 +22,7 @@ from mpcompile.passes import NMMask, ToMe
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Build, TensorRTForRTX
-from mpcompile.runtimes.tensorrt.rtx import CAPABILITIES, compiled, found_in
+from mpcompile.runtimes.tensorrt.rtx import CAPABILITIES, compiled, initializers_in
 from mpcompile.testing import tiny_vit
 
 MISSING = TensorRTForRTX().missing()
@@ -54,7 +54,7 @@ def test_masked_models_compile_and_every_masked_weight_is_in_the_plan(
     model = masked(name, merged)
     lowered = lower(model, tmp_path / "m.onnx", precision=precision, batch=8)  # type: ignore[arg-type]
     plan = compiled(lowered.onnx, ["SM86"])
-    assert {mask.initializer for mask in lowered.masks} <= plan.found
+    assert {mask.initializer for mask in lowered.masks} <= plan.initializers
     assert len(lowered.masks) == len(model.masks())
     blocks = len(parts(model.graph, model.example).tokens) // 2
     assert plan.attentions == blocks  # each fused into one kernel
@@ -69,7 +69,7 @@ def test_a_weight_with_one_changed_value_is_not_found_in_the_plan(tmp_path: Path
     values = onnx.numpy_helper.to_array(changed).copy()
     values.flat[0] += 1  # one weight of one layer
     changed.CopyFrom(onnx.numpy_helper.from_array(values, changed.name))
-    assert plan.found - found_in(plan.data, file) == {changed.name}
+    assert plan.initializers - initializers_in(plan.data, file) == {changed.name}
 
 
 @needs_rtx
