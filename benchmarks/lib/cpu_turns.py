@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from lib.common import commit, rows_of
 from mpcompile.measure.timing import speedup
 from mpcompile.runtimes import native
+from mpcompile.system.hardware import cpuinfo
 
 
 def turns(
@@ -58,9 +58,7 @@ def shown(found: tuple[float, float, float]) -> str:
 
 def processor_name() -> str:
     """The CPU, and how many of its cores are ours."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
+    return f"{next(iter(cpuinfo('model name')), 'CPU')}, {os.cpu_count()} cores"
 
 
 def device() -> str:

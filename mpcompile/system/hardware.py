@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+CPUINFO = Path("/proc/cpuinfo")  # Linux only
+
 
 def environment(versions: Mapping[str, str], device: str) -> dict[str, str]:
     """The environment of a measurement: processor, cores, system, Python, device and the given versions."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": str(os.cpu_count()),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -20,13 +22,17 @@ def environment(versions: Mapping[str, str], device: str) -> dict[str, str]:
     }
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+def processor_name() -> str:
+    """The CPU's model name, or "unknown"."""
+    return next(iter(cpuinfo("model name")), "") or platform.processor() or "unknown"
+
+
+def cpuinfo(field: str, file: Path = CPUINFO) -> tuple[str, ...]:
+    """The values of one field of /proc/cpuinfo, one for each logical CPU; empty if the file or the field is absent."""
+    if not file.is_file():
+        return ()
+    lines = (line.partition(":") for line in file.read_text(encoding="utf-8").splitlines())
+    return tuple(value.strip() for name, _, value in lines if name.strip() == field)
 
 
 BUSY = 0.5  # load per core before the first call, above which the machine counts as busy
@@ -76,10 +82,7 @@ def disturbances(before: MachineState, after: MachineState) -> tuple[str, ...]:
 
 
 def _processor_mhz() -> float | None:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return None
-    rates = [float(line.partition(":")[2]) for line in info.read_text().splitlines() if line.startswith("cpu MHz")]
+    rates = [float(value) for value in cpuinfo("cpu MHz")]
     return sum(rates) / len(rates) if rates else None
 
 
