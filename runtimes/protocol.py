@@ -1,4 +1,9 @@
-"""What a runtime and an engine are: the protocols that every file beside this one fulfils, and what passes between."""
+"""The protocols of a runtime and of an engine, and the values that they exchange with the harness.
+
+Every runtime implements `Runtime`, every engine `Engine`. The other protocols are optional; the harness looks for their
+methods and works without them. Of a runtime: `RunsGraph`, `LoadsFile`, `ShipsFile`, `PredictsSpeed`,
+`HasQuantizedBaselines`. Of an engine: `TimesDevice`, `ReportsKernels`, `ReportsReference`.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +17,7 @@ from numpy.typing import NDArray
 
 from mpcompile.export.mask_check import ProvenMask
 from mpcompile.export.onnx_export import Exported
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup
@@ -21,26 +27,31 @@ NO_KERNELS = "none: masked layers run as dense"
 
 
 class WithoutKernels:
-    """What a runtime says that has no kernels for any pattern."""
+    """A base class for runtimes that have no sparse kernels: the three answers about kernels."""
 
     def kernels(self) -> str:
-        """None."""
+        """The text "none: masked layers run as dense"."""
         return NO_KERNELS
 
     def has_kernel(self, pattern: NM) -> bool:
-        """No."""
+        """False for every pattern."""
         return False
 
     def auto_patterns(self) -> tuple[NM, ...]:
-        """None."""
+        """No patterns."""
         return ()
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """How an engine is built. `batches` are those that will be run, which an engine that has to know its shapes is made
-    for where the file leaves the batch free. `sparse` lets it use sparse kernels. `folder` is where files of its own
-    go, if any.
+    """Options of one engine build.
+
+    Attributes:
+        threads: CPU threads; None leaves the number to the runtime.
+        sparse: whether the engine may use sparse kernels.
+        batches: the batch sizes that will be run. An engine with fixed shapes is built for these if the file leaves the
+            batch free.
+        folder: where the runtime writes its own files; None if nothing is to be kept.
     """
 
     threads: int | None = None
@@ -49,7 +60,7 @@ class Build:
     folder: Path | None = None
 
     def profile(self, exported: Exported) -> tuple[tuple[int, ...], ...] | None:
-        """The smallest, usual and largest shape of the images, or None where the file has one only."""
+        """The smallest, median and largest input shape (b, c, h, w), or None if the file's batch is fixed."""
         if exported.batch is not None:
             return None
         ordered = sorted(self.batches)
@@ -57,7 +68,7 @@ class Build:
         return tuple((size, *exported.image_shape) for size in sizes)
 
     def file_stem(self, exported: Exported) -> str:
-        """What tells the engines of a model apart, for the names of files: model, pattern, precision, batches."""
+        """A file name without suffix that differs between engines of one model: model, pattern, precision, batches."""
         patterns = sorted({mask.pattern for mask in exported.masks})
         pattern = "mixed" if len(patterns) > 1 else patterns[0].replace(":", "x") if patterns else exported.onnx.stem
         pattern += "-merged" if exported.merges else ""
@@ -70,8 +81,12 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a runtime makes of a file without running it: what becomes of each masked layer, sentences for the report,
-    and the commands that build and measure it where it can run.
+    """What a runtime reports about a file without running it.
+
+    Attributes:
+        verdicts: one per masked layer.
+        notes: sentences for the report.
+        commands: command lines that build and measure the engine on the target machine.
     """
 
     verdicts: tuple[LayerVerdict, ...] = ()
@@ -81,7 +96,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class GemmShape:
-    """A product of `tokens` rows with a weight (out, in_) of a pattern."""
+    """The shape of one masked matrix product: (tokens, in) times the transposed weight (out, in), and its pattern."""
 
     out: int
     in_: int
@@ -90,74 +105,43 @@ class GemmShape:
 
 
 @runtime_checkable
-class PredictsSpeed(Protocol):
-    """A runtime that can say beforehand how fast a masked product will be, by trying one like it."""
-
-    def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
-        """The measured speedup of each over dense, by name; those that it cannot try are left out."""
-        ...
-
-
-@runtime_checkable
-class HasQuantizedBaselines(Protocol):
-    """A runtime that can run the dense model quantised, as a user would try it instead of pruning."""
-
-    def references(
-        self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
-    ) -> "Mapping[str, QuantizedBaseline | str]":
-        """The best by kind of quantisation, or why there is none; `images` calibrate it, files go to `folder`."""
-        ...
-
-
-@runtime_checkable
-class ShipsFile(Protocol):
-    """A runtime whose output holds a file of its own, made when the model was compiled."""
-
-    def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, Engine] | None":
-        """That file, which lies beside `exported.onnx`, and its engine; None where there is none, or it cannot run."""
-        ...
-
-
-@runtime_checkable
 class Engine(Protocol):
-    """A model that runs: the harness times this call and compares what it returns."""
+    """A model that is ready to run. The harness times calls of it and compares what it returns."""
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (b, outputs) of images (b, c, h, w), both float32."""
         ...
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
-        """A row a layer of what the engine will really execute, as far as the runtime tells."""
+        """One row for each layer that the engine executes, as far as the runtime reports its layers."""
         ...
 
     @property
     def device(self) -> str:
-        """What it runs on, for people to read."""
+        """The name of the device that it runs on, for reports."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedBaseline:
-    """The dense model quantised: an engine, and how it was quantised and why so, as part of a sentence."""
-
-    engine: Engine
-    method: str
 
 
 @runtime_checkable
 class TimesDevice(Protocol):
-    """An engine on a device of its own, whose work can be timed apart from transfers."""
+    """An engine on a device of its own, such as a GPU, whose work can be timed without the transfers."""
 
     def staged(self, images: NDArray[np.float32], *, transfers: bool, graph: bool) -> Callable[[], object]:
-        """One call as it is timed: it returns when the device is done. With `graph` its work is recorded once and
-        started whole. Raises BuildError where that cannot be done.
+        """A function that runs one call and returns when the device has finished. This function is what is timed.
+
+        Args:
+            images: (b, c, h, w), float32.
+            transfers: whether a call copies images to the device and logits back.
+            graph: whether the device's work is recorded once as a CUDA graph and then launched as a whole.
+
+        Raises BuildError if the engine cannot do this.
         """
         ...
 
 
 @runtime_checkable
 class ReportsKernels(Protocol):
-    """An engine that tells what it chose for each masked layer."""
+    """An engine that reports which kernel it chose for each masked layer."""
 
     def judged(
         self,
@@ -166,47 +150,136 @@ class ReportsKernels(Protocol):
         images: NDArray[np.float32],
         unused: Any = None,
     ) -> tuple[LayerVerdict, ...]:
-        """The verdicts, completed; `unused` is an engine of the same kind and file without sparse kernels, if any."""
+        """The verdicts with chosen kernels and times filled in.
+
+        Args:
+            verdicts: those of `Runtime.prepare`.
+            masks: the masks in the engine's file.
+            images: a batch to profile with, (b, c, h, w), float32.
+            unused: an engine of the same kind, built from the same file without sparse kernels, for times to compare
+                with; None if there is none.
+        """
+        ...
+
+
+@runtime_checkable
+class ReportsReference(Protocol):
+    """An engine that reports whether it is the reference of parity checks: the ONNX file in ONNX Runtime on the CPU."""
+
+    @property
+    def is_reference(self) -> bool:
+        """If True, the engine is not compared with the reference. Engines without this property are compared."""
+        ...
+
+
+@runtime_checkable
+class PredictsSpeed(Protocol):
+    """A runtime that predicts the speedup of masked products by timing products of the same shape."""
+
+    def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
+        """The measured speedup over dense by layer name; products that it cannot time are left out."""
+        ...
+
+
+@runtime_checkable
+class HasQuantizedBaselines(Protocol):
+    """A runtime that can quantise the dense model: the alternative to pruning, as a baseline for `tune`."""
+
+    def references(
+        self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
+    ) -> "Mapping[str, QuantizedBaseline | str]":
+        """For each kind of quantisation the best engine, or the reason why there is none.
+
+        Args:
+            exported: the dense ONNX file.
+            build: options of the engines.
+            images: the calibration set, (b, c, h, w), float32.
+            folder: where files are written.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBaseline:
+    """An engine of the quantised dense model. `method` describes the quantisation and its reason, within a sentence."""
+
+    engine: Engine
+    method: str
+
+
+@runtime_checkable
+class ShipsFile(Protocol):
+    """A runtime that writes a file of its own into the output folder when a model is compiled."""
+
+    def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, Engine] | None":
+        """That file, which lies beside `exported.onnx`, and an engine on it.
+
+        None if there is no such file or it cannot run on this machine.
+        """
+        ...
+
+
+@runtime_checkable
+class LoadsFile(Protocol):
+    """A runtime that runs the files of an output folder as they are.
+
+    `Artifact.load("engine")` then loads the file instead of building an engine anew.
+    """
+
+    def load_file(self, exported: Exported, threads: int | None) -> Engine:
+        """An engine on the file that was written at compile time. Raises RuntimeMissing or BuildError."""
+        ...
+
+
+@runtime_checkable
+class RunsGraph(Protocol):
+    """A runtime that runs the captured graph in memory. An ONNX file alone is not enough for it.
+
+    `mpcompile bench` refuses such a target. `Artifact.load("engine")` rebuilds and captures the module for it.
+    """
+
+    def graph_engine(self, model: Model) -> Engine:
+        """An engine that runs the graph of `model`."""
         ...
 
 
 @runtime_checkable
 class Runtime(Protocol):
-    """Something that executes models, whether or not it is installed here."""
+    """Software that executes models, whether or not it is installed on this machine."""
 
     name: ClassVar[str]
-    offline: ClassVar[bool]  # whether files are prepared and checked for it where it is missing
+    offline: ClassVar[bool]  # whether files are prepared and checked for it although it is missing on this machine
 
     def kernels(self) -> str:
-        """For which patterns it has kernels, for people to read; any other runs as dense."""
+        """The patterns that it has sparse kernels for, for people to read. Other patterns run as dense."""
         ...
 
     def has_kernel(self, pattern: NM) -> bool:
-        """Whether it has one for this pattern."""
+        """Whether it has a sparse kernel for this pattern."""
         ...
 
     def auto_patterns(self) -> tuple[NM, ...]:
-        """The patterns that a budget chooses from with `--pattern auto`; none where it has no kernels."""
+        """The patterns that `--pattern auto` lets a budget choose from; empty if there are no sparse kernels."""
         ...
 
     def missing(self) -> str | None:
-        """What to install to use it here, or None: the one text for the command line, `doctor` and the tests."""
+        """What to install, or None if nothing is missing. The command line, `doctor` and skipped tests show it."""
         ...
 
     def idle(self) -> str | None:
-        """Why what it makes does not run here although nothing is missing, as a sentence, or None."""
+        """Why its engines do not run on this machine although nothing is missing, as a sentence, or None."""
         ...
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Why it cannot run so, or None: nothing that was asked for is left out silently."""
+        """Why it cannot run with these options, or None. An option is never ignored silently."""
         ...
 
     def versions(self) -> Mapping[str, str]:
-        """The versions of the software that decides how fast it is."""
+        """The versions of the software that its speed depends on, by name."""
         ...
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """What can be said and made of a file without running it; files go into `folder`. Raises BuildError."""
+        """What is known of a file without running it. The target's files are written to `folder`. Raises BuildError."""
         ...
 
     def build(self, exported: Exported, build: Build) -> Engine:
@@ -214,7 +287,7 @@ class Runtime(Protocol):
         ...
 
 
-# Names of version 0.1.
+# Class names of version 0.1.
 RENAMED: Mapping[str, str] = MappingProxyType(
     {
         "Judging": "ReportsKernels",

@@ -135,3 +135,7 @@ class Data:
     def for_passes(self) -> "Data":
         """The data without held-out images, for passes that change the model."""
         return replace(self, held_out=NONE)
+
+    def for_training(self) -> Split:
+        """The images that a distillation trains on: `training`, or `calibration` if there are none."""
+        return self.training if len(self.training) else self.calibration

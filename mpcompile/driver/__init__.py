@@ -1,1 +1,1 @@
-"""The front doors, a file each. They alone know both passes and runtimes."""
+"""The operations of the public API, one file each. Only this package imports both passes and runtimes."""

@@ -1,4 +1,7 @@
-"""The other front door: model -> ModelAnalysis of its layers and what a budget would plan. It changes nothing."""
+"""`analyze`: a model's spectra, the plan of a budget, and the speed that each target would reach.
+
+The model is not changed.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -30,28 +33,35 @@ STAGES = ("load", "capture", "spectra", "budget")
 
 
 class LayerAnalysis(Value):
-    """One layer: its fit and that of its null, or why it has none; its pattern, or why it stays dense."""
+    """One layer: its spectrum and its planned pattern, each with the reason where there is none.
+
+    `null` is the fit of the same weight with its entries shuffled.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    macs: float  # an image, dense
-    macs_share: float  # of the whole model's
+    macs: float  # of the dense layer, per image
+    macs_share: float  # of the dense model, in [0, 1]
     fit: Fit | None
     null: Fit | None
-    unfitted: str | None
+    unfitted: str | None  # why there is no fit
     pattern: NM | None
-    reason: str | None
+    reason: str | None  # why the layer stays dense
 
 
 class Forecast(Value):
-    """What a target would execute of the plan.
+    """The plan as one target would execute it.
 
-    `accelerated` are the planned patterns that it has kernels for; the others run as dense. `speedup_bound` is the
-    ratio of multiply-accumulates, by counting alone. `layers` is how many times as fast as dense each planned layer
-    will be, where the target can try a product like it here: 1 where `measured`, the speedup of that product with its
-    interval, is not surely above 1, since the layer then runs as dense. `speedup` is what `layers` come to for the
-    whole model if everything takes as long as its multiply-accumulates say.
+    Attributes:
+        accelerated: the planned patterns that the target has kernels for. Layers with other patterns run as dense.
+        macs: multiply-accumulates per image that the target executes.
+        weight_bytes: size of the weights as the target stores them.
+        speedup_bound: dense MACs over executed MACs; from counting, not measured.
+        layers: expected speedup over dense of each planned layer whose matrix product can be timed on this machine.
+            It is 1 if the interval of `measured` is not wholly above 1, because such a layer runs as dense.
+        measured: the measured speedup of each of those products.
+        speedup: speedup of the whole model by `layers`, if time is proportional to MACs; None if no layer was timed.
     """
 
     target: str
@@ -65,14 +75,14 @@ class Forecast(Value):
 
 
 class ModelAnalysis(Value):
-    """The spectra of a model's layers, a plan by the budget, and what that plan comes to."""
+    """The spectra of a model's layers, the plan of a budget, and a forecast of that plan for each target."""
 
     schema_version: int = 1
     version: str  # of mpcompile
     model: Source
     environment: dict[str, str]
     signal: str
-    dense_macs: float  # an image
+    dense_macs: float  # per image
     dense_weight_bytes: float
     planned_macs: float  # if every planned pattern has a kernel
     planned_weight_bytes: float  # packed
@@ -89,10 +99,15 @@ def analyze(
     plots: str | Path | None = None,
     observe: Callable[[Progress], None] | None = None,
 ) -> ModelAnalysis:
-    """The analysis; the model is left as it was.
+    """The analysis of a model, which is not changed. Raises a MpcompileError.
 
-    `budget` says what to plan (by default 2:4 on every eligible layer). `data` is needed for the signals that look at
-    activations. With `plots`, a folder, one SVG a layer and an overview are written there. Raises a MpcompileError.
+    Args:
+        model: a file, a name, a module, or a `Request`.
+        budget: plans the patterns; by default 2:4 on every eligible layer.
+        data: images; needed for budget signals that use activations.
+        choice: how `data` is divided into splits.
+        plots: a folder, where one SVG per layer and an overview are written.
+        observe: called as each stage and each step of a stage begins.
     """
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
@@ -108,7 +123,7 @@ def _analysis(
     plots: str | Path | None,
     observe: Observer,
 ) -> ModelAnalysis:
-    """`analyze`, with every default filled in."""
+    """The result of `analyze`, with all defaults resolved."""
     observe("load")
     loaded, leaves = loaded_from(model)
     observe("capture")
@@ -120,7 +135,7 @@ def _analysis(
     observe("budget")
     planned = budget.planned(dense, images.for_passes(), fits)
     if plots is not None:
-        write_plots({name: found for name, found in fits.items() if isinstance(found, SpectrumFit)}, Path(plots))
+        write_plots({name: fit for name, fit in fits.items() if isinstance(fit, SpectrumFit)}, Path(plots))
     patterns = {name: plan.pattern for name, plan in planned.plan.items() if plan.pattern is not None}
     return ModelAnalysis(
         version=version("mpcompile"),
@@ -137,17 +152,17 @@ def _analysis(
 
 
 def budget_from(params: Mapping[str, Any]) -> MPBudget:
-    """The budget pass with these parameters, as a recipe would give them. Raises UsageError."""
+    """The budget pass with parameters as a recipe writes them. Raises UsageError if one is unknown or not valid."""
     step = build_pass(Step(name=MPBudget.name, params=dict(params)))
     assert isinstance(step, MPBudget)
     return step
 
 
 def _rows(planned: Model, counted: Cost, fits: Mapping[str, SpectrumFit | str]) -> Iterator[LayerAnalysis]:
-    """A row for each layer that multiplies by weights, in order of definition."""
+    """One row for each layer with a weight, in order of definition."""
     for name, layer in planned.layers():
-        found, plan = fits[name], planned.plan_of(name)
-        fitted = found if isinstance(found, SpectrumFit) else None
+        fit, plan = fits[name], planned.plan_of(name)
+        fitted = fit if isinstance(fit, SpectrumFit) else None
         yield LayerAnalysis(
             name=name,
             kind=type(layer).__name__,
@@ -156,25 +171,26 @@ def _rows(planned: Model, counted: Cost, fits: Mapping[str, SpectrumFit | str]) 
             macs_share=counted.layers[name] / counted.macs,
             fit=fitted.fit if fitted else None,
             null=fitted.null if fitted else None,
-            unfitted=found if isinstance(found, str) else None,
+            unfitted=fit if isinstance(fit, str) else None,
             pattern=plan.pattern,
             reason=plan.skipped,
         )
 
 
 def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, NM]) -> Forecast:
-    """What a target executes: layers whose pattern it has no kernel for are dense."""
+    """The forecast for one target. Layers whose pattern has no kernel count as dense."""
     runtime = RUNTIMES[target]
-    fast = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
-    macs = counted.executed_macs(fast)
-    measured = runtime.predicted(_products(model, counted, fast)) if isinstance(runtime, PredictsSpeed) else {}
-    layers = {name: found.ratio if found.faster else 1.0 for name, found in measured.items()}
+    with_kernel = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
+    macs = counted.executed_macs(with_kernel)
+    products = _products(model, counted, with_kernel)
+    measured = runtime.predicted(products) if isinstance(runtime, PredictsSpeed) else {}
+    layers = {name: speedup.ratio if speedup.faster else 1.0 for name, speedup in measured.items()}
     executed = counted.macs - sum(counted.layers[name] * (1 - 1 / ratio) for name, ratio in layers.items())
     return Forecast(
         target=target,
-        accelerated=tuple(sorted(set(fast.values()), key=str)),
+        accelerated=tuple(sorted(set(with_kernel.values()), key=str)),
         macs=macs,
-        weight_bytes=counted.weight_bytes(fast),
+        weight_bytes=counted.weight_bytes(with_kernel),
         speedup_bound=counted.macs / macs,
         layers=layers,
         measured=dict(measured),
@@ -183,11 +199,14 @@ def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, N
 
 
 def _products(model: Model, counted: Cost, patterns: Mapping[str, NM]) -> dict[str, GemmShape]:
-    """The Linear layers with these patterns as products; what a convolution costs depends on its neighbours."""
-    found = {}
+    """The GEMM shape of each Linear layer with a pattern.
+
+    Convolutions are left out: their cost depends on the layers around them.
+    """
+    shapes = {}
     for name, pattern in patterns.items():
         layer = model.layer(name)
         if isinstance(layer, nn.Linear):
             out, in_ = layer.weight.shape
-            found[name] = GemmShape(out, in_, max(1, round(counted.layers[name] / (out * in_))), pattern)
-    return found
+            shapes[name] = GemmShape(out, in_, max(1, round(counted.layers[name] / (out * in_))), pattern)
+    return shapes

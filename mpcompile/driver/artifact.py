@@ -1,16 +1,16 @@
-"""Artifact: the output folder, what is in it, and the check that it still is what was proven.
+"""Artifact: an output folder, its files, and the check that they are unchanged since they were written.
 
-recipe.yaml         the recipe, every default written out
-model.safetensors   the compressed weights under their own names; loads into the original class
-masks.safetensors   the masks (True where kept), the patterns in its metadata
-model.onnx          the compressed model          (+ model.onnx.data over 2 GB)
-dense.onnx          the model it is compared with (+ dense.onnx.data over 2 GB)
-model.native.onnx   the compressed model for the CPU's N:M kernel, where that is faster
-*.engine .json .log what the target built of them, where it builds files
-report.json .md     what was done and measured; the hashes of the files above
-report.html         the same as one page, to look at and to print
-passes/             what each pass changed (--keep-passes), for --from
-bench/TARGET/       what `mpcompile bench` measured later
+recipe.yaml         the recipe with every default written out
+model.safetensors   the compressed weights under the names of the original class, which loads them
+masks.safetensors   the masks (True where a weight is kept); the patterns are in its metadata
+model.onnx          the compressed model               (+ model.onnx.data over 2 GB)
+dense.onnx          the dense model in the same precision (+ dense.onnx.data over 2 GB)
+model.native.onnx   the compressed model with N:M kernels for the CPU, if these are faster
+*.engine .json .log files that the target built from the ONNX files, if it builds files
+report.json .md     passes, measurements and results, with the hashes of the files above
+report.html         the same report as one page, for the browser and for printing
+passes/             the result of each pass (--keep-passes), for --from
+bench/TARGET/       results of a later `mpcompile bench`
 """
 
 import json
@@ -35,16 +35,15 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.recipe.schema import Recipe, explained, read_recipe
 from mpcompile.report.schema import FileRow, Report
+from mpcompile.runtimes import LoadsFile, RunsGraph
 from mpcompile.system.hashing import file_sha256
 from mpcompile.system.safetensors_io import read_tensors, tensor_bytes
 
 RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, PASSES = (
     "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx", "passes",
 )  # fmt: skip
-
-
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# The forms in which a model is loaded, and which arguments each takes.
+# The forms that `load` returns, and the arguments that each form accepts.
 FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "torch": ("model", "allow_factory"),
@@ -63,7 +62,7 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Artifact":
-        """The artifact in a folder. Raises LoadError where it is none."""
+        """The artifact in a folder. Raises LoadError if files are missing or the report cannot be read."""
         folder = Path(folder)
         needed = (RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, "report.json")
         try:
@@ -81,21 +80,21 @@ class Artifact:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe it was made by."""
+        """The recipe that the artifact was compiled with."""
         return read_recipe(self.folder / RECIPE)
 
     @property
     def onnx(self) -> Path:
-        """The compressed model."""
+        """The path of the compressed ONNX file."""
         return self.folder / COMPRESSED
 
     @property
     def dense_onnx(self) -> Path:
-        """The dense model in the same precision."""
+        """The path of the dense ONNX file, in the same precision."""
         return self.folder / DENSE
 
     def exported(self, file: Path, masks: tuple[ProvenMask, ...] = ()) -> Exported:
-        """What a runtime has to know of `onnx`, or of `dense_onnx`; `masks` are those proven in it."""
+        """`onnx` or `dense_onnx` with the facts that a runtime needs; `masks` are those that `verify` returned."""
         recipe, source = self.report.recipe, self.report.model
         return Exported(
             onnx=file,
@@ -137,39 +136,43 @@ class Artifact:
         threads: int | None = None,
         batches: Sequence[int] | None = None,
     ) -> nn.Module | Engine:
-        """The compressed model, ready to run. No pickled code is run for it.
+        """The compressed model, ready to run. No pickled code is executed.
 
-        `"torch"`: a module of the original class with the compressed weights, in evaluation mode, compared with
-        model.onnx on noise. timm's models are built again; so are those of `pkg.mod:factory`, where `allow_factory`
-        says that the report may name code to run; for one given in Python give a new instance as `model`, which is left
-        as it was. Refused where tokens are merged, which the original class does not do.
+        `"torch"`: a module of the original class with the compressed weights, in evaluation mode. Its outputs are
+        compared with model.onnx on noise. A timm model is built anew. A model of `pkg.mod:factory` is built anew only
+        with `allow_factory`, because the report then names code to run. If the model was given in Python, pass a new
+        instance as `model`; it is not changed. If tokens are merged, this form is refused: the original class does not
+        merge tokens.
 
-        `"onnx"`: ONNX Runtime on the CPU, on model.native.onnx where that is there and the N:M kernel works here, else
-        on model.onnx; `.file` says on which. A bfloat16 file runs in float32 on its rounded weights. Calls are
+        `"onnx"`: ONNX Runtime on the CPU. It runs model.native.onnx if that file and the N:M kernel are available, else
+        model.onnx; `.file` is the file that runs. A bfloat16 file runs in float32 on its rounded weights. Calls are
         thread-safe.
 
-        `"engine"`: what the recipe's target, or `runtime`, makes of the file here, for `batches` (by default the
-        recipe's); `model` and `allow_factory` are for target `eager`, as above.
+        `"engine"`: an engine of the recipe's target, or of `runtime`, for `batches` (by default the recipe's). `model`
+        and `allow_factory` are used as above if the target runs the graph and not a file (`eager`).
 
-        The last two take images (b, c, h, w) and return logits (b, outputs), both NumPy arrays of float32; images are
-        normalised as `report.model` says. Raises a MpcompileError: RuntimeMissing says what to install.
+        The last two forms take images (b, c, h, w) and return logits (b, outputs), NumPy arrays of float32. Images have
+        to be normalised with `report.model.mean` and `.std`. Raises a MpcompileError; RuntimeMissing names the package
+        to install.
         """
-        given: dict[str, object] = {"model": model, "allow_factory": allow_factory, "runtime": runtime}
-        given |= {"threads": threads, "batches": batches}
+        arguments: dict[str, object] = {"model": model, "allow_factory": allow_factory, "runtime": runtime}
+        arguments |= {"threads": threads, "batches": batches}
         if form not in FORMS:
-            raise UsageError(f"a model is loaded as one of {', '.join(FORMS)}; {form!r} is none of them")
-        excess = [name for name, value in given.items() if value not in (None, False) and name not in FORMS[form]]
+            raise UsageError(f"load({form!r}) is unknown; the forms are {', '.join(FORMS)}")
+        excess = [name for name, value in arguments.items() if value not in (None, False) and name not in FORMS[form]]
         if excess:
             raise UsageError(f"load({form!r}) takes no {', '.join(excess)}")
         exported = self.exported(self.onnx)
         if form == "torch":
             return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
-        target = self.report.recipe.target
-        if form == "onnx" or (runtime is None and target == "ort"):
+        if form == "onnx":
             return onnx_engine(exported, threads)
-        runtime = runtime or runtime_named(target)
+        if runtime is None:
+            runtime = runtime_named(self.report.recipe.target)
+            if isinstance(runtime, LoadsFile):
+                return runtime.load_file(exported, threads)
         captured = None
-        if runtime.name == "eager":
+        if isinstance(runtime, RunsGraph):
             module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
             captured = capture(module, self.report.model)
         else:
@@ -177,10 +180,10 @@ class Artifact:
         return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)
 
     def verify(self) -> tuple[ProvenMask, ...]:
-        """The masks, found again in the weights and in the ONNX file; then every file by its hash.
+        """The masks, checked in the weights and in the ONNX file; then the SHA-256 of every file is checked.
 
-        Raises MaskError, with the layer's name, where a mask does not hold, and LoadError where a file was changed
-        in another way.
+        Raises MaskError, which names the layer, if a mask does not hold, and LoadError if a file is missing, damaged or
+        changed.
         """
         import onnx
 
@@ -189,50 +192,52 @@ class Artifact:
             assert plan.mask is not None
             weight = weights.get(f"{name}.weight")
             if weight is None or weight.shape != plan.mask.shape:
-                raise MaskError(f"{name}: {WEIGHTS} holds no weight of the mask's shape {tuple(plan.mask.shape)}")
+                raise MaskError(f"{name}: {WEIGHTS} has no weight of the mask's shape {tuple(plan.mask.shape)}")
             if weight.dtype not in WEIGHT_TYPES or weight.ndim < 2:
-                what = str(weight.dtype).removeprefix("torch.")
-                raise LoadError(f"{name}: {WEIGHTS} holds {what} {tuple(weight.shape)}; that is no weight of a layer")
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise LoadError(
+                    f"{name}: {WEIGHTS} has {kind} {tuple(weight.shape)}; a weight is floating point, of 2 axes or more"
+                )
             if plan.pattern and (broken := pattern_violation(plan.mask, plan.pattern)):
                 raise MaskError(f"{name}: the mask itself is not {plan.pattern}: {broken}")
-            filled = int((weight[~plan.mask] != 0).sum())
-            if filled:
-                raise MaskError(f"{name}: {filled} weights that the mask zeroes are not zero in {WEIGHTS}")
+            nonzero = int((weight[~plan.mask] != 0).sum())
+            if nonzero:
+                raise MaskError(f"{name}: {nonzero} weights that the mask zeroes are not zero in {WEIGHTS}")
         try:
             file = onnx.load(self.onnx)
-        except Exception as error:  # protobuf's DecodeError and OSError alike
-            raise LoadError(f"{self.onnx} is not an ONNX file that can be read: {error}") from error
+        except Exception as error:  # protobuf's DecodeError, or OSError
+            raise LoadError(f"{self.onnx} cannot be read as an ONNX file: {error}") from error
         try:
             rows = verify_masks(file, plans, weights)
             size = tuple(axis.dim_value for axis in file.graph.input[0].type.tensor_type.shape.dim[1:])
         except MpcompileError:
             raise
-        except Exception as error:  # a graph that no exporter writes: inputs missing, cycles, axes that are not there …
-            raise LoadError(f"{self.onnx} is not the file of these masks, and is damaged: {cause_of(error)}") from error
+        except Exception as error:  # a graph that no exporter writes: missing inputs, cycles, missing axes …
+            raise LoadError(f"{self.onnx} is damaged, so its masks cannot be checked: {cause_of(error)}") from error
         if size != self.report.model.size:
-            raise LoadError(f"{self.onnx} takes images of {size}, and its report says {self.report.model.size}")
+            raise LoadError(f"{self.onnx} takes images of {size}, but its report says {self.report.model.size}")
         unlisted = {RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE} - {row.name for row in self.report.files}
         if unlisted:
             raise LoadError(
-                f"{self.folder / 'report.json'} does not list {', '.join(sorted(unlisted))}, so proves nothing of it"
+                f"{self.folder / 'report.json'} lists no hash of {', '.join(sorted(unlisted))}; compile again"
             )
         for row in self.report.files:
             path = self.folder / row.name
             if not path.is_file():
                 raise LoadError(f"{path} is missing")
             if file_sha256(path) != row.sha256:
-                raise LoadError(f"{path} is not the file that was proven: its SHA-256 differs from the report's")
+                raise LoadError(f"{path} was changed: its SHA-256 differs from the one in the report")
         return rows
 
 
 def write_weights(folder: Path, module: nn.Module, model: Model) -> None:
-    """Writes the compressed weights under the original module's names, and the masks."""
+    """Writes model.safetensors, under the original module's names, and masks.safetensors into `folder`."""
     new = model.graph.state_dict()
     aliases = _aliases(module)
     weights = {}
     for name, old in module.state_dict().items():
-        known = next((alias for alias in (name, *aliases.get(name, ())) if alias in new), None)
-        weights[name] = old if known is None else new[known]
+        alias = next((alias for alias in (name, *aliases.get(name, ())) if alias in new), None)
+        weights[name] = old if alias is None else new[alias]
     source = {"format": "pt", "arch": model.source.arch, "source_sha256": model.source.sha256}
     (folder / WEIGHTS).write_bytes(tensor_bytes(weights, source))
     patterns = {name: str(pattern) for name, pattern in model.patterns().items()}
@@ -240,7 +245,10 @@ def write_weights(folder: Path, module: nn.Module, model: Model) -> None:
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:
-    """For each parameter and buffer, every name it has: the graph knows a module used twice by one of its names."""
+    """All names of each parameter and buffer, by each of its names.
+
+    A module that is used under several names is in the graph under only one of them.
+    """
     names: dict[int, list[str]] = {}
     for own in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, value in own:
@@ -249,7 +257,7 @@ def _aliases(module: nn.Module) -> dict[str, list[str]]:
 
 
 def read_masks(path: Path) -> Mapping[str, LayerPlan]:
-    """The masked layers of a masks.safetensors. Raises LoadError."""
+    """The pattern and mask of each layer in a masks.safetensors, by layer name. Raises LoadError."""
     from safetensors import safe_open
 
     masks = read_tensors(path)
@@ -257,17 +265,17 @@ def read_masks(path: Path) -> Mapping[str, LayerPlan]:
         with safe_open(path, "pt") as file:
             patterns = json.loads((file.metadata() or {}).get("patterns", "{}"))
         parsed = {str(name): NM.parse(str(text)) for name, text in patterns.items()}
-    except Exception as error:  # SafetensorError, and all that JSON can be in place of patterns
-        raise LoadError(f"{path} names no patterns that can be read: {cause_of(error)}") from error
+    except Exception as error:  # SafetensorError, or JSON that is not a table of patterns
+        raise LoadError(f"{path}: the patterns in its metadata cannot be read: {cause_of(error)}") from error
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.ndim < 2:
             kind = str(mask.dtype).removeprefix("torch.")
-            raise LoadError(f"{path}: {name} is {kind} {tuple(mask.shape)}; a mask is bool, of two axes or more")
+            raise LoadError(f"{path}: {name} is {kind} {tuple(mask.shape)}; a mask is bool, of 2 axes or more")
     return {name: LayerPlan(pattern=parsed.get(name), mask=mask) for name, mask in masks.items()}
 
 
 def file_rows(folder: Path) -> tuple[FileRow, ...]:
-    """Name, size and hash of every file in a folder and below it."""
+    """Path, size and SHA-256 of every file in a folder and its subfolders."""
     return tuple(
         FileRow(name=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path))
         for path in sorted(folder.rglob("*"))

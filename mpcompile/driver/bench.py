@@ -1,9 +1,9 @@
-"""The front door of `mpcompile bench`: an output folder, timed on its target against the dense model.
+"""`mpcompile bench`: times the compressed model of an output folder against its dense model on one target.
 
-Three builds take turns: A, the dense file; B, the compressed file with sparse kernels not allowed; C, the same with
-them. B against A is what the graph alone is worth (merged tokens), C against B what sparse kernels are, and C against A
-what the user gets. C chooses its kernels anew, on this machine; where the folder ships a file that has them chosen,
-that is timed beside the three. All are the same precision, the same runtime and the same settings.
+Three engines are timed in interleaved rounds: A, the dense file; B, the compressed file without sparse kernels; C, the
+compressed file with sparse kernels. B/A is the speedup from the graph (merged tokens), C/B the speedup from sparse
+kernels, and C/A the total. C selects its kernels anew on this machine. If the folder holds a file with kernels selected
+at compile time, that file is timed as a fourth engine. Precision, runtime and settings are the same for all.
 """
 
 import shutil
@@ -28,26 +28,24 @@ from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BatchTimings, BenchReport, TimedEngine
 from mpcompile.report.schema import Parity
-from mpcompile.runtimes import Build, Engine, ReportsKernels, Runtime, ShipsFile, TimesDevice
+from mpcompile.runtimes import Build, Engine, ReportsKernels, RunsGraph, Runtime, ShipsFile, TimesDevice
 from mpcompile.system.hardware import disturbances, environment, machine_state
 from mpcompile.system.progress import Progress, stage_progress
 
-DENSE, UNUSED, COMPRESSED, SHIPPED = "dense", "masked, kernels off", "compressed", "as shipped"
-
-
+DENSE, KERNELS_OFF, COMPRESSED, SHIPPED = "dense", "masked, kernels off", "compressed", "as shipped"
 FOLDER = "bench"
 PARITY_IMAGES = 8
 
 
 def bench(folder: Path, settings: Settings, observe: Callable[[Progress], None] | None = None) -> BenchReport:
-    """The benchmark of an output folder, written into its folder `bench/TARGET`. Raises a MpcompileError."""
+    """The benchmark of an output folder, which is also written to `bench/TARGET` in it. Raises a MpcompileError."""
     artifact = Artifact.open(folder)
-    with stage_progress(observe, steps(artifact.recipe, settings)) as tell:
+    with stage_progress(observe, stages(artifact.recipe, settings)) as tell:
         return _benched(artifact, settings, tell)
 
 
 def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> BenchReport:
-    """`bench`, of a folder that was opened."""
+    """The benchmark of an artifact; its files replace those of an earlier benchmark of the same target."""
     recipe = artifact.recipe
     target = settings.target or recipe.target
     runtime = _runtime(target, recipe.precision, settings.threads)
@@ -58,6 +56,7 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
     masks = artifact.verify()
 
     before, after = artifact.exported(artifact.dense_onnx), artifact.exported(artifact.onnx, masks)
+    software = ", ".join(f"{name} {number}" for name, number in runtime.versions().items())
     output = artifact.folder / FOLDER / target
     output.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target}.partial-", dir=output.parent) as temporary:
@@ -65,7 +64,7 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
         partial_output.mkdir()
         build = Build(settings.threads, batches=batches, folder=partial_output)
         shipped = runtime.shipped(after, settings.threads) if isinstance(runtime, ShipsFile) else None
-        found = compared(runtime, before, after, build, settings, observe, shipped)
+        comparison = compared(runtime, before, after, build, settings, observe, shipped)
         result = BenchReport(
             version=version("mpcompile"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,13 +77,13 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
                 "CUDA graph": "yes" if settings.graph else "no",
                 "rounds within": f"{settings.seconds:g} s a batch",
             },
-            environment=environment(runtime.versions(), found.device),
-            baseline=f"the dense model of the same folder in {recipe.precision}, in {_spelt(runtime)}, same settings",
-            arms=found.arms,
-            meanings=found.meanings,
-            parity=found.parity,
-            batches=found.batches,
-            verdicts=found.verdicts,
+            environment=environment(runtime.versions(), comparison.device),
+            baseline=f"the dense model of the same folder in {recipe.precision}, in {software}, same settings",
+            arms=comparison.arms,
+            meanings=comparison.meanings,
+            parity=comparison.parity,
+            batches=comparison.batches,
+            verdicts=comparison.verdicts,
             command=command(target, batches, settings),
         )
         result.write(partial_output)
@@ -96,7 +95,7 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What was built and timed; `meanings` says what each comparison stands for."""
+    """The engines that were built and their measurements. `meanings` describes each comparison by its key."""
 
     arms: tuple[TimedEngine, ...]
     meanings: dict[str, str]
@@ -115,9 +114,18 @@ def compared(
     observe: Observer = lambda stage: None,
     shipped: tuple[Path, Engine] | None = None,
 ) -> Compared:
-    """A dense file and a compressed one, built and timed in turns at every batch of `build`, and what became of each
-    masked layer. `shipped` is a file that was made of the compressed one before, and its engine, which takes turns with
-    them. Files of the engines go into `build.folder`. Raises RuntimeMissing or BuildError.
+    """Engines of a dense and a compressed file, timed in interleaved rounds, and a verdict for each masked layer.
+
+    Args:
+        runtime: builds the engines.
+        before: the dense file.
+        after: the compressed file.
+        build: the options of the engines; every batch size in it is timed, and files go to its folder.
+        settings: how long to time, and whether transfers count.
+        observe: called as each stage begins.
+        shipped: a file that was made from the compressed one at compile time and its engine, which is timed too.
+
+    Raises RuntimeMissing, BuildError or ParityError.
     """
     observe("build")
     arms, engines = _built(runtime, before, after, build)
@@ -136,20 +144,20 @@ def compared(
         rows.append(_timed(engines, _images(after, batch), settings))
     with tempfile.TemporaryDirectory() as folder:
         verdicts = runtime.prepare(after, Path(folder), build).verdicts
-    judge = engines[COMPRESSED]
-    if isinstance(judge, ReportsKernels):
-        verdicts = judge.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(UNUSED))
+    compressed = engines[COMPRESSED]
+    if isinstance(compressed, ReportsKernels):
+        verdicts = compressed.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(KERNELS_OFF))
     return Compared(arms, _meanings(engines), parity, tuple(rows), verdicts, engines[DENSE].device)
 
 
-def steps(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
-    """The names of the stages that `bench` tells, in order."""
+def stages(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
+    """The names of the stages that `bench` reports to `observe`, in order."""
     batches = settings.batches or recipe.timed_batches
     return ("verify", "build", *(f"batch {batch}" for batch in batches))
 
 
 def command(target: str, batches: Sequence[int], settings: Settings | None = None) -> str:
-    """The command line that does this; OUT stands for the folder."""
+    """The command line of a benchmark with these settings; OUT stands for the output folder."""
     settings = settings or Settings()
     words = ["mpcompile bench OUT", f"--target {target}", f"--batch {','.join(map(str, batches))}"]
     words += [f"--threads {settings.threads}"] if settings.threads else []
@@ -160,70 +168,70 @@ def command(target: str, batches: Sequence[int], settings: Settings | None = Non
 
 
 def _runtime(target: str, precision: str, threads: int | None) -> Runtime:
-    """The runtime of a target, if it runs here. Raises UsageError or RuntimeMissing."""
+    """The runtime of a target. Raises RuntimeMissing if it does not run here, UsageError if it cannot be timed so."""
     runtime = runtime_named(target)
     if reason := runtime.missing() or runtime.idle():
         raise RuntimeMissing(f"target {target} cannot be timed here: {reason}")
-    if runtime.name == "eager":
-        raise UsageError("target eager runs a graph in memory and no file; compile with --target eager, which times it")
+    if isinstance(runtime, RunsGraph):
+        raise UsageError(
+            f"target {target} runs the graph in memory, not a file; compile with --target {target}, which times it"
+        )
     if refused := runtime.refuses(precision, threads):
         raise UsageError(f"target {target}: {refused}")
     return runtime
 
 
-def _spelt(runtime: Runtime) -> str:
-    return ", ".join(f"{name} {number}" for name, number in runtime.versions().items())
-
-
 def _built(
     runtime: Runtime, before: Exported, after: Exported, build: Build
 ) -> tuple[tuple[TimedEngine, ...], dict[str, Engine]]:
-    """The builds and their engines: two where the runtime has no sparse kernels, three where it has."""
-    off = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
-    engines: dict[str, Engine] = {DENSE: runtime.build(before, off)}
+    """The engines and their descriptions: three if the runtime has a sparse kernel for one of the masks, else two."""
+    without_kernels = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
+    engines: dict[str, Engine] = {DENSE: runtime.build(before, without_kernels)}
     arms = [TimedEngine(name=DENSE, what="the dense model", file=before.onnx.name)]
     if any(mask.nm is not None and runtime.has_kernel(mask.nm) for mask in after.masks):
-        engines[UNUSED] = runtime.build(after, off)
+        engines[KERNELS_OFF] = runtime.build(after, without_kernels)
         arms.append(
-            TimedEngine(name=UNUSED, what="the compressed model, sparse kernels not allowed", file=after.onnx.name)
+            TimedEngine(name=KERNELS_OFF, what="the compressed model, sparse kernels not allowed", file=after.onnx.name)
         )
     engines[COMPRESSED] = runtime.build(after, build)
     what = "the compressed model"
     if after.masks:
-        what += ", sparse kernels allowed" if UNUSED in engines else ", whose masked layers this target runs as dense"
+        what += (
+            ", sparse kernels allowed" if KERNELS_OFF in engines else ", whose masked layers this target runs as dense"
+        )
     arms.append(TimedEngine(name=COMPRESSED, what=what, file=after.onnx.name))
     return tuple(arms), engines
 
 
 def _meanings(builds: Collection[str]) -> dict[str, str]:
-    """What each comparison of these builds stands for, by its key."""
-    all_of_them = {
-        f"{UNUSED}/{DENSE}": "the graph alone",
-        f"{COMPRESSED}/{UNUSED}": "sparse kernels alone",
-        f"{COMPRESSED}/{DENSE}": "what is gained in all",
-        f"{SHIPPED}/{DENSE}": "what the file in the folder gains",
+    """The description of each comparison between these engines, by its key "engine/baseline"."""
+    descriptions = {
+        f"{KERNELS_OFF}/{DENSE}": "the graph alone",
+        f"{COMPRESSED}/{KERNELS_OFF}": "sparse kernels alone",
+        f"{COMPRESSED}/{DENSE}": "the total gain",
+        f"{SHIPPED}/{DENSE}": "the gain of the file in the folder",
     }
-    return {key: text for key, text in all_of_them.items() if set(key.split("/")) <= set(builds)}
+    return {key: text for key, text in descriptions.items() if set(key.split("/")) <= set(builds)}
 
 
 def _images(exported: Exported, batch: int) -> NDArray[np.float32]:
-    """A batch of noise about as large as normalised pixels: latency does not depend on what the numbers are."""
+    """Standard normal noise (batch, c, h, w), as large as normalised pixels: latency does not depend on the values."""
     return np.random.default_rng(0).standard_normal((batch, *exported.image_shape)).astype(np.float32)
 
 
 def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> BatchTimings:
-    """One batch size, all builds in turns."""
+    """The timings of all engines at one batch size."""
     calls = {name: call_of(engine, images, settings) for name, engine in engines.items()}
     on_gpu = any(isinstance(engine, TimesDevice) for engine in engines.values())
-    seen = [machine_state(on_gpu)]
-    samples = sample(calls, settings.seconds, lambda: seen.append(machine_state(on_gpu)))
-    cold, before, after = seen
-    before = replace(before, load=cold.load)  # before the first call; the clocks are those of a machine at work
+    conditions = [machine_state(on_gpu)]
+    samples = sample(calls, settings.seconds, lambda: conditions.append(machine_state(on_gpu)))
+    idle, before, after = conditions
+    before = replace(before, load=idle.load)  # load without our own calls; clocks under load
     size = len(images)
     return BatchTimings(
         batch=size,
-        timings={name: timing(found, size, engines[name].device) for name, found in samples.items()},
-        samples_ms={name: tuple(found.tolist()) for name, found in samples.items()},
+        timings={name: timing(times, size, engines[name].device) for name, times in samples.items()},
+        samples_ms={name: tuple(times.tolist()) for name, times in samples.items()},
         comparisons={
             key: speedup(samples[key.partition("/")[2]], samples[key.partition("/")[0]], key.partition("/")[2])
             for key in _meanings(engines)

@@ -1,4 +1,4 @@
-"""From a captured model to a finished folder: passes, both ONNX files, engines, what was measured, and the report."""
+"""Runs the passes on a captured model and writes the output folder: weights, ONNX files, engines and the report."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,14 @@ from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
 from mpcompile.driver.bench import command as bench_command
 from mpcompile.driver.compare_engines import engine_parity, images_for, in_turns, parity_of
-from mpcompile.driver.run_plan import RunPlan, build_of, engine_of, lowered
+from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.accuracy import Comparison, compare
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import speedup, timing
-from mpcompile.passes.distill.distill import images_of
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
@@ -33,15 +32,15 @@ from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.schema import DataUsed, Gate, Latency, LayerRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
 from mpcompile.report.sentences import verdict_on
-from mpcompile.runtimes import Engine, ReportsKernels, Runtime
+from mpcompile.runtimes import Engine, ReportsKernels, ReportsReference, Runtime
 from mpcompile.runtimes.ort.overflow import require_finite
-from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine
+from mpcompile.runtimes.ort.session import cpu_engine
 from mpcompile.system.hardware import environment
 
 PARITY_IMAGES = 32
 
 
-def produced(
+def build_artifact(
     loaded: Loaded,
     dense: Model,
     plan: RunPlan,
@@ -52,10 +51,24 @@ def produced(
     checkpoints: Checkpoints,
     keep_passes: bool,
 ) -> Report:
-    """Runs the passes of a plan and writes all files of the output into `folder`. Raises a MpcompileError."""
+    """Runs the passes of a plan, writes all files of the output into `folder`, and returns the report.
+
+    Args:
+        loaded: the module as it was given, whose parameter names model.safetensors keeps, and its source.
+        dense: the captured model.
+        plan: recipe, passes and runtime.
+        data: calibration, validation, training and held-out images.
+        folder: exists and is empty.
+        observe: called with the name of each stage as it begins.
+        tuning: the record of the search that chose the recipe, for the report.
+        checkpoints: results of earlier passes, to read and to write.
+        keep_passes: whether the checkpoints are copied into the folder.
+
+    Raises a MpcompileError.
+    """
     recipe = plan.recipe
     check = _check_images(data, dense)
-    export = partial(_exported, loaded.source, recipe, folder)
+    export = partial(_exported, plan, loaded.source.sha256, folder)
     observe("export dense")
     before = export(dense, DENSE)
     parity = _parity(before, check, "dense: ONNX Runtime against PyTorch")
@@ -72,7 +85,7 @@ def produced(
     comparison = compare(*engines, data.held_out) if len(data.held_out) else None
     observe("time")
     latency = () if plan.idle else _latencies(*engines, data, dense, recipe)
-    verdicts = built.verdicts if plan.idle else _judged(built, after, data, dense, recipe)
+    verdicts = built.verdicts if plan.idle else _verdicts(built, after, data, dense, recipe)
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -88,7 +101,7 @@ def produced(
         recipe=recipe,
         recipe_sha256=recipe.sha256,
         environment=environment({**_versions(plan.runtime), **plan.origins}, built.dense.device),
-        data=_used(data, model, recipe),
+        data=_data_used(data, model, recipe),
         passes=records,
         layers=layers,
         certificate=model.certificate,
@@ -114,7 +127,7 @@ def produced(
 
 
 def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
-    """The recipe's gates and whether they hold."""
+    """The recipe's accuracy gate with the measured drop; empty if there is no gate or no labelled held-out image."""
     limit = recipe.gates.max_drop
     if limit is None or comparison is None or comparison.dense is None or comparison.compressed is None:
         return ()
@@ -124,28 +137,28 @@ def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """Both files on the target, and what that made or said of them; `commands` do it elsewhere, where it runs."""
+    """The engines of both files on the target, and what the runtime reported about them."""
 
     dense: Engine
     compressed: Engine
     parity: tuple[Parity, ...]
     verdicts: tuple[LayerVerdict, ...]
     notes: tuple[str, ...]
-    commands: tuple[str, ...]
+    commands: tuple[str, ...]  # to build and time the engines on the target machine, if they do not run on this one
 
 
 def _built(plan: RunPlan, before: Lowered, after: Lowered, folder: Path, check: NDArray[np.float32]) -> Built:
-    """The engines, held against ONNX Runtime on the CPU. Raises BuildError or ParityError."""
+    """The engines, compared with ONNX Runtime on the CPU. Raises BuildError or ParityError."""
     recipe = plan.recipe
-    build = build_of(recipe, folder)
+    build = plan.build_options(folder)
     unmasked, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
     parity: list[Parity] = []
 
     def engine(exported: Lowered, name: str) -> Engine:
-        made = engine_of(plan, exported, build)
-        if type(made) is not OrtEngine:  # that one runs the very file that was compared before
-            parity.append(engine_parity(made, exported, check, f"{name}: target {recipe.target}"))
-        return made
+        built = plan.build_engine(exported, build)
+        if not (isinstance(built, ReportsReference) and built.is_reference):  # that was compared with PyTorch before
+            parity.append(engine_parity(built, exported, check, f"{name}: target {recipe.target}"))
+        return built
 
     dense, compressed = engine(before, "dense"), engine(after, "compressed")
     commands: tuple[str, ...] = ()
@@ -154,18 +167,18 @@ def _built(plan: RunPlan, before: Lowered, after: Lowered, folder: Path, check: 
     return Built(dense, compressed, tuple(parity), prepared.verdicts, (*unmasked.notes, *prepared.notes), commands)
 
 
-def _exported(source: Source, recipe: Recipe, folder: Path, model: Model, name: str) -> Lowered:
-    """An ONNX file of the output, which says what it comes from."""
+def _exported(plan: RunPlan, source_sha256: str, folder: Path, model: Model, name: str) -> Lowered:
+    """An ONNX file of the output. Its metadata has the version of mpcompile and the hashes of source and recipe."""
     metadata = {
         "mpcompile.version": version("mpcompile"),
-        "mpcompile.source_sha256": source.sha256,
-        "mpcompile.recipe_sha256": recipe.sha256,
+        "mpcompile.source_sha256": source_sha256,
+        "mpcompile.recipe_sha256": plan.recipe.sha256,
     }
-    return lowered(recipe, model, folder / name, metadata)
+    return plan.lower(model, folder / name, metadata)
 
 
-def _judged(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:
-    """What became of each masked layer, as the engine tells it where it can."""
+def _verdicts(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:
+    """A verdict for each masked layer, with the chosen kernel if the engine reports its kernels."""
     if not isinstance(built.compressed, ReportsKernels):
         return built.verdicts
     images = images_for(data.held_out, model.example.numpy(), recipe.timed_batches[-1])
@@ -173,19 +186,19 @@ def _judged(built: Built, after: Lowered, data: Data, model: Model, recipe: Reci
 
 
 def _accelerated(plan: RunPlan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:
-    """Whether masked layers run on sparse kernels: as seen of each, or else by what kernels the target has."""
+    """Whether masked layers run on sparse kernels: by the verdicts if the engine ran, else by the target's kernels."""
     if not plan.idle and verdicts:
         return any(row.chosen for row in verdicts)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
     return bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
 
 
-def _used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
-    """How many images were used for what."""
+def _data_used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
+    """The number of images in each split."""
     return DataUsed(
         calibration=len(data.calibration),
         validation=len(data.validation),
-        training=len(images_of(data)) if model.epochs else 0,
+        training=len(data.for_training()) if model.epochs else 0,
         held_out=len(data.held_out),
         seed=recipe.data.seed,
         notes=data.notes,
@@ -193,25 +206,25 @@ def _used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
 
 
 def _latencies(dense: Engine, compressed: Engine, data: Data, model: Model, recipe: Recipe) -> tuple[Latency, ...]:
-    """Both in turns at every batch size, on real images where there are enough."""
-    found = []
+    """Latency of both engines at every batch size, timed in interleaved rounds."""
+    rows = []
     engines, example = {"dense": dense, "compressed": compressed}, model.example.numpy()
     for batch in recipe.timed_batches:
         samples = in_turns(engines, data.held_out, example, batch, recipe.bench.seconds)
         before, after = (timing(samples[name], batch, engine.device) for name, engine in engines.items())
         ratio = speedup(samples["dense"], samples["compressed"], "dense")
-        found.append(Latency(dense=before, compressed=after, speedup=ratio))
-    return tuple(found)
+        rows.append(Latency(dense=before, compressed=after, speedup=ratio))
+    return tuple(rows)
 
 
 def _check_images(data: Data, model: Model) -> NDArray[np.float32]:
-    """Images to compare forms of the model on: calibration images where there are any, else the example."""
+    """The images for parity checks: up to 32 calibration images, or the example if there are none."""
     images = data.calibration.first(PARITY_IMAGES) if len(data.calibration) else model.example
     return np.ascontiguousarray(images.numpy())
 
 
 def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    """Every calibration image, or the example."""
+    """All calibration images in batches, or the example if there are none."""
     if not len(data.calibration):
         yield check
     for images, _ in data.calibration.batches():
@@ -219,11 +232,11 @@ def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.
 
 
 def _parity(exported: Lowered, images: NDArray[np.float32], what: str) -> Parity:
-    """The ONNX file against the graph that it was made from. Raises ParityError."""
-    expected, found = exported.model(torch.from_numpy(images)).numpy(), cpu_engine(exported)(images)
+    """The parity of an ONNX file with the graph that it was exported from. Raises ParityError."""
+    expected, outputs = exported.model(torch.from_numpy(images)).numpy(), cpu_engine(exported)(images)
     if exported.precision == "bf16":
         what += ", in float32 on the rounded weights"
-    return parity_of(expected, found, exported, what)
+    return parity_of(expected, outputs, exported, what)
 
 
 def _versions(runtime: Runtime) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Engines side by side: held against ONNX Runtime on the CPU, and called in turns on the same images."""
+"""Comparison of engines: parity with ONNX Runtime on the CPU, and interleaved timing on the same images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,20 @@ from mpcompile.report.schema import Parity
 from mpcompile.runtimes import Engine, TimesDevice
 from mpcompile.runtimes.ort.session import cpu_engine
 
-SECONDS = 4.0  # for each batch
+SECONDS = 4.0  # of timing for each batch size
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to time. `transfers`: whether copies to and from a GPU count; `graph`: whether a GPU's work is recorded once
-    as a CUDA graph and then started whole. None of `batches` and `target` mean the recipe's.
+    """How to time.
+
+    Attributes:
+        target: None is the recipe's.
+        batches: batch sizes to time; None is the recipe's.
+        threads: CPU threads; None leaves the number to the runtime.
+        seconds: of timing for each batch size.
+        transfers: whether copies to and from a GPU are timed.
+        graph: whether a GPU's work is recorded as a CUDA graph and launched as a whole.
     """
 
     target: str | None = None
@@ -34,29 +41,31 @@ class Settings:
 
 
 def engine_parity(engine: Engine, exported: Exported, images: NDArray[np.float32], what: str) -> Parity:
-    """An engine against ONNX Runtime on the CPU. Raises ParityError."""
-    return parity_of(cpu_engine(exported)(images), engine(images), exported, f"{what} against {_reference(exported)}")
+    """The parity of an engine with ONNX Runtime on the CPU. Raises ParityError if it exceeds the tolerance."""
+    return parity_of(
+        cpu_engine(exported)(images), engine(images), exported, f"{what} against {_reference_name(exported)}"
+    )
 
 
-def parity_of(expected: NDArray[np.float32], found: NDArray[np.float32], exported: Exported, what: str) -> Parity:
-    """The row for two forms of a model on the same images. Raises ParityError."""
-    difference = require_parity(expected, found, exported.precision, what, exported.merges)
+def parity_of(expected: NDArray[np.float32], outputs: NDArray[np.float32], exported: Exported, what: str) -> Parity:
+    """The report's row for two outputs (b, outputs) of one model. Raises ParityError if they differ too much."""
+    difference = require_parity(expected, outputs, exported.precision, what, exported.merges)
     if exported.merges:
-        largest = relative_difference(expected, found)
+        largest = relative_difference(expected, outputs)
         what += f", {PARITY_QUANTILE:.0%} of the images"
-        what += f" (rounding can merge other tokens; the largest is {largest:.1e})"
+        what += f" (rounding can change which tokens merge; the largest difference is {largest:.1e})"
     return Parity(what=what, difference=difference, tolerance=TOLERANCE[exported.precision], images=len(expected))
 
 
-def _reference(exported: Exported) -> str:
-    """What a file runs as on the CPU."""
+def _reference_name(exported: Exported) -> str:
+    """How the reference runs a file of this precision."""
     if exported.precision == "bf16":
         return "ONNX Runtime on the CPU, in float32 on the rounded weights"
     return "ONNX Runtime on the CPU"
 
 
 def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
-    """One call as it is timed. Raises UsageError where there is nothing to leave out."""
+    """The function that is timed. Raises UsageError if the settings need a GPU and the engine has none."""
     if isinstance(engine, TimesDevice):
         return engine.staged(images, transfers=settings.transfers, graph=settings.graph)
     if settings.graph or not settings.transfers:
@@ -67,13 +76,13 @@ def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> 
 def in_turns(
     engines: Mapping[str, Engine], images: Split, example: NDArray[np.float32], batch: int, seconds: float
 ) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds of each engine at a batch size, round by round, all on the same images."""
-    chosen = images_for(images, example, batch)
-    return sample({name: call_of(engine, chosen, Settings()) for name, engine in engines.items()}, seconds)
+    """Milliseconds per call of each engine, one value per round. All engines get the same batch of images."""
+    pixels = images_for(images, example, batch)
+    return sample({name: call_of(engine, pixels, Settings()) for name, engine in engines.items()}, seconds)
 
 
 def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
-    """A batch to time: real images where there are enough, else the example over and over."""
+    """A batch (b, c, h, w) to time: real images if there are enough, else copies of the example."""
     if len(images) >= batch:
         return np.ascontiguousarray(images.first(batch).numpy())
     return np.ascontiguousarray(np.resize(example, (batch, *example.shape[1:])))

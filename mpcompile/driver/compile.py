@@ -1,4 +1,4 @@
-"""The front door: model + recipe -> Artifact."""
+"""`compile`: runs a recipe on a model and writes the output folder."""
 
 import dataclasses
 import threading
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
-from mpcompile.driver.build_artifact import produced
+from mpcompile.driver.build_artifact import build_artifact
 from mpcompile.driver.inputs import data_for, decoded_for, loaded_from, path_of
 from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.run_plan import RunPlan, plan_of
-from mpcompile.driver.tune import tuned
+from mpcompile.driver.tune import search_recipe
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import Distill, NMMask
+from mpcompile.passes import NMMask
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
-from mpcompile.pipeline.pass_manager import Effect, Observer, Pass, PassManager
+from mpcompile.pipeline.pass_manager import Distributed, Effect, Observer, Pass, PassManager
 from mpcompile.pipeline.run_folder import note_written, working, written_by
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Runtime
@@ -49,20 +49,30 @@ def compile(
     keep_passes: bool = False,
     observe: Callable[[Progress], None] | None = None,
 ) -> Artifact:
-    """The compressed model, its files and its report, in the folder `output`.
+    """Compresses a model and returns the artifact in the folder `output`. The given model is not changed.
 
-    The folder appears whole or not at all; the model given is left as it was. What passes finish is kept beside it
-    until then, and a run that follows one that was stopped goes on after them. `start` names the pass to start from, if
-    those before it are there; `keep_passes` keeps them all in the folder.
+    The folder is written atomically: it is complete or absent. Until then the results of finished passes are kept
+    beside it as checkpoints; if the run is interrupted, the next run with the same arguments continues after them.
 
-    `passes` are those to run, in order, where the recipe names none: built-in ones or your own, which are written into
-    the recipe with every field. With `runtime` the result runs on that in place of the recipe's target. `observe` is
-    called in this thread as each stage begins, and each step of a pass; what it raises ends the run (out of a step as
-    the cause of a PassError).
+    Args:
+        model: a file, a name, a module, or a `Request`.
+        recipe: passes, target, precision, gates.
+        passes: the passes to run, in order, if the recipe names none: built-in ones or your own. They are recorded in
+            the recipe with every field.
+        runtime: runs the result in place of the recipe's target.
+        data: a folder of images, an .npz file, or `Data`.
+        output: the folder to write.
+        force: replace an output folder of an earlier run.
+        start: the name of the pass to start from; needs a checkpoint of the pass before it.
+        keep_passes: keep the checkpoints of all passes in the output folder.
+        observe: called in this thread as each stage and each step of a pass begins. An exception that it raises ends
+            the run; raised during a step it is the cause of a PassError.
 
-    One run at a time: what other threads compile meanwhile waits, since all runs measure speed and torch's exporter is
-    not made for threads. Raises a MpcompileError. Where only a gate of the recipe fails, the folder is written, its
-    report says so, and AccuracyError is raised: `Artifact.open(output)` has it then.
+    Calls from several threads run one after another, because every run measures speed and torch's exporter is not
+    thread-safe.
+
+    Raises a MpcompileError. If only an accuracy gate of the recipe fails, AccuracyError is raised after the folder was
+    written: `Artifact.open(output)` returns it, and its report has the failed gate.
     """
     plan = plan_of(recipe, passes, runtime)
     with ONE_RUN, stage_progress(observe, stages(plan.recipe)) as tell:
@@ -79,12 +89,12 @@ def _compiled(
     keep_passes: bool,
     observe: Observer,
 ) -> Artifact:
-    """`compile`, for the one thread that may."""
+    """The artifact of a plan; the caller holds ONE_RUN."""
     recipe = plan.recipe
     _require_tunable(plan)
     inputs = [path for path in map(path_of, (model, data)) if path is not None]
-    ended = written_by(output) if start is None else None
-    if ended is None:
+    written = written_by(output) if start is None else None
+    if written is None:
         require_writable(output, force, inputs)
     if recipe.gates.max_drop is not None and data is None:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
@@ -96,8 +106,8 @@ def _compiled(
         observe(name)
 
     needed_bytes = 0
-    short_of = partial(as_resource_errors, lambda: stage, output, lambda: needed_bytes)
-    with working(output) as work, short_of():
+    explain_shortage = partial(as_resource_errors, lambda: stage, output, lambda: needed_bytes)
+    with working(output) as work, explain_shortage():
         began("load")
         loaded, leaves = loaded_from(model)
         needed_bytes = output_bytes(loaded.module)
@@ -110,25 +120,25 @@ def _compiled(
         tuning = None
         if recipe.tune is not None:
             began("tune")
-            recipe, tuning = tuned(recipe, dense, images)
+            recipe, tuning = search_recipe(recipe, dense, images)
             plan = plan_of(recipe)
         facts = facts_of(dense, images, plan.passes, PassManager(plan.passes).shows_held_out)
         whole = facts[-1] | {"the recipe": recipe.sha256, "what is kept": str(keep_passes)}
-        if ended == whole:  # killed when all was written, and only the work folder was left to remove
+        if written == whole:  # the earlier run was killed after writing everything but before removing its work folder
             for step in plan.passes:
                 _skip(step)
             artifact = Artifact.open(output)
         else:
-            if ended is not None:
+            if written is not None:
                 require_writable(output, force, inputs)
             checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes, _skip)
             checkpoints.resume(start, output / PASSES)
             with (
                 written_atomically(output, force, inputs) as folder,
-                short_of(),  # here too, while what fills the disk is still there
+                explain_shortage(),  # also inside, where the partial output that fills the disk can still be measured
                 keeping(work, needed_bytes),
             ):
-                report = produced(loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes)
+                report = build_artifact(loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes)
                 note_written(work, folder, whole)
             artifact = Artifact(output, report)
     failed = [gate for gate in artifact.report.gates if not gate.holds]
@@ -138,7 +148,7 @@ def _compiled(
 
 
 def _require_tunable(plan: RunPlan) -> None:
-    """Raises UsageError where the recipe asks for a search that cannot be made."""
+    """Raises UsageError if the recipe asks for a search that is not possible."""
     if plan.recipe.tune is None:
         return
     if plan.recipe.gates.max_drop is None:
@@ -146,37 +156,40 @@ def _require_tunable(plan: RunPlan) -> None:
     if process_rank().size > 1:
         raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
     if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
-        raise UsageError(f"tune tries recipes, which know no {own[0]} that is {GIVEN}; install it with an entry point")
+        raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
 
 
 def output_bytes(module: nn.Module) -> int:
-    """About how large an output is: the weights as they are, in three ONNX files, and a byte for each mask's place."""
+    """The approximate size of an output folder in bytes: four copies of the weights, one byte of mask for each, 1 MiB.
+
+    The copies are model.safetensors and three ONNX files.
+    """
     tensors: list[Tensor] = list(module.state_dict().values())
     return sum(value.numel() * (4 * value.element_size() + 1) for value in tensors) + 2**20
 
 
 def _skip(step: Pass) -> None:
-    """Tells the processes beside this one of a pass that is taken from a checkpoint."""
-    if isinstance(step, Distill):
+    """Tells the other ranks that a pass is taken from a checkpoint."""
+    if isinstance(step, Distributed):
         step.skip()
 
 
 def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None) -> None:
-    """What a process does that torchrun started beside the first: trains along in each distillation, writes nothing.
+    """Runs a torchrun rank above 0: it takes part in each distributed pass, such as `distill`, and writes no files.
 
-    The first process calls `compile` with the same arguments. Raises a MpcompileError.
+    Rank 0 calls `compile` with the same arguments. Raises a MpcompileError.
     """
     plan = plan_of(recipe)
     loaded, leaves = loaded_from(model)
     dense = capture(loaded.module, loaded.source, leaves=leaves)
     images = data_for(data, dense, recipe.data)
     for step in plan.passes:
-        if isinstance(step, Distill):
+        if isinstance(step, Distributed):
             step.follow(images, dense.source)
 
 
 def stages(recipe: Recipe) -> tuple[str, ...]:
-    """The names of the stages that `compile` tells, in order."""
+    """The names of the stages that `compile` reports to `observe`, in order."""
     passes = tuple(step.name for step in recipe.passes)
     tune = () if recipe.tune is None else ("tune",)
     return (
@@ -196,9 +209,10 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
 def preview(
     model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None
 ) -> dict[str, Any]:
-    """What `compile` would do, without doing it: resolved recipe, stages, each layer's pattern or reason.
+    """What `compile` would do, as JSON values: the resolved recipe, the stages, each layer's pattern or reason.
 
-    Passes that only analyse are run, since they decide; of the others the first mask pass is asked.
+    Analysis passes are run, because they choose the patterns. Other passes are not run; mask passes only report
+    the pattern or the reason of each layer.
     """
     plan = plan_of(recipe)
     loaded, leaves = loaded_from(model)

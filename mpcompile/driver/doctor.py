@@ -1,11 +1,11 @@
-"""What works on this machine, what is missing, and how to get it."""
+"""`mpcompile doctor`: what works on this machine, what is missing, and how to install it."""
 
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 from mpcompile.driver.run_plan import Known, known
+from mpcompile.system.hardware import cpuinfo
 
 VECTOR_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "numpy", "scipy", "safetensors")
@@ -13,7 +13,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "n
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `remedy` says what to do where it does not work."""
+    """The result of one check. `remedy` says what to do if it does not work."""
 
     what: str
     works: bool
@@ -22,15 +22,15 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every finding: Python, libraries, targets, processor, GPU, and what others' packages offer."""
-    found = known()
+    """All findings: Python, libraries, targets, processor, GPU, and the passes of installed packages."""
+    offered = known()
     return [
         Finding("python", True, platform.python_version()),
         *(_library(name) for name in LIBRARIES),
-        *_targets(found),
+        *_targets(offered),
         _processor(),
         _gpu(),
-        *_offered(found),
+        *_installed_passes(offered),
     ]
 
 
@@ -41,44 +41,41 @@ def _library(name: str) -> Finding:
         return Finding(name, False, "not installed", f"pip install {name}")
 
 
-def _offered(found: Known) -> list[Finding]:
-    """Passes of others, whose they are, and entry points that cannot be used."""
-    passes = [Finding(what, True, origin) for what, origin in found.origins.items() if what.startswith("pass ")]
-    remedy = "mend or uninstall that package; everything else works"
-    return [*passes, *(Finding("entry point", False, sentence, remedy) for sentence in found.broken)]
+def _installed_passes(offered: Known) -> list[Finding]:
+    """The passes of installed packages with their origin, and the entry points that cannot be used."""
+    passes = [Finding(what, True, origin) for what, origin in offered.origins.items() if what.startswith("pass ")]
+    remedy = "repair or uninstall that package; everything else works"
+    return [*passes, *(Finding("entry point", False, sentence, remedy) for sentence in offered.broken)]
 
 
-def _targets(found: Known) -> list[Finding]:
+def _targets(offered: Known) -> list[Finding]:
+    """One finding for each target. A runtime of an installed package that raises does not stop the others."""
     findings = []
-    for name in found.runtimes:
-        origin = found.origins.get(f"target {name}")
+    for name in offered.runtimes:
+        origin = offered.origins.get(f"target {name}")
         try:
-            findings.append(_target(name, found))
+            findings.append(_target(name, offered))
         except Exception as error:
             if origin is None:
                 raise
-            told = f"it fails when it is asked: {type(error).__name__}: {error}"
-            findings.append(Finding(f"target {name}", False, told, f"mend or uninstall {origin}"))
+            failure = f"its checks fail with {type(error).__name__}: {error}"
+            findings.append(Finding(f"target {name}", False, failure, f"repair or uninstall {origin}"))
     return findings
 
 
-def _target(name: str, found: Known) -> Finding:
-    runtime, origin = found.runtimes[name], found.origins.get(f"target {name}")
+def _target(name: str, offered: Known) -> Finding:
+    runtime, origin = offered.runtimes[name], offered.origins.get(f"target {name}")
     if missing := runtime.missing():
-        told = "no engine can be built; files are checked" if runtime.offline else "not available"
-        return Finding(f"target {name}", False, told, missing)
+        effect = "no engine can be built; files are checked" if runtime.offline else "not available"
+        return Finding(f"target {name}", False, effect, missing)
     versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
-    whose = f"; from {origin}" if origin else ""
-    return Finding(f"target {name}", True, f"{versions}; patterns with kernels: {runtime.kernels()}{whose}")
+    source = f"; from {origin}" if origin else ""
+    return Finding(f"target {name}", True, f"{versions}; patterns with kernels: {runtime.kernels()}{source}")
 
 
 def _processor() -> Finding:
-    """The vector instructions that decide how fast a CPU target is."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    flags = next(
-        (line.partition(":")[2].split() for line in text.splitlines() if line.startswith(("flags", "Features"))), []
-    )
+    """The vector instructions that the speed of a CPU target depends on."""
+    flags = next(iter(cpuinfo("flags") or cpuinfo("Features")), "").split()
     vector = [flag for flag in VECTOR_FLAGS if flag in flags]
     return Finding("processor", True, f"{platform.machine()}: {', '.join(vector) or 'vector instructions unknown'}")
 

@@ -1,4 +1,4 @@
-"""What a run is given, a model and images by a path or in memory, made into a module and splits."""
+"""Loads the inputs of a run, a model and images, which are given by a path or in memory."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mpcompile.system.hashing import state_sha256
 
 
 def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
-    """The module, and the modules to keep whole when tracing it."""
+    """The module with its source, and the names of submodules that tracing keeps as leaves. Raises LoadError."""
     if isinstance(model, nn.Module):
         name = type(model).__name__
         return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), ()
@@ -25,19 +25,19 @@ def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[
 
 
 def path_of(given: object) -> Path | None:
-    """The file or folder that a model or images were named by."""
+    """The path of a model or of images, or None if they are in memory."""
     name = given.model if isinstance(given, Request) else given
     return Path(name) if isinstance(name, str | Path) else None
 
 
 def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -> Data:
-    """The images for a model: those given, or read from where they are. Raises LoadError."""
+    """The images of a run, divided into splits: as given, or read from a folder or an .npz file. Raises LoadError."""
     if data is None:
         return Data()
     if isinstance(data, Data):
         return data
     logits = dense(dense.example)
-    outputs = logits.shape[1] if logits.ndim == 2 else 0  # more axes are no classes to count hits in
+    outputs = logits.shape[1] if logits.ndim == 2 else 0  # outputs with more axes have no classes
     return load_data(
         Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed, choice.validation
     )

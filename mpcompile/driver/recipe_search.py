@@ -1,16 +1,17 @@
-"""The search for the fastest model within a loss of accuracy: which recipes are tried, in which order, what was found.
+"""The search of `tune` for the fastest recipe within an accuracy limit: which recipes are tried, and in which order.
 
-A recipe that may be tuned has some freedom: several patterns, a budget that decides how much is masked, tokens that
-merge. Each pattern and each way of giving that freedom back is a path of recipes from the one as written (strength 1)
-towards the dense model (strength 0):
+A recipe can be tuned if it has a budget, which decides how much is masked, or token merging. A path is a family of
+recipes from the given one (strength 1) towards the dense model (strength 0). There is one set of paths for each pattern
+of the budget:
 
-- masks: the budget leaves more multiply-accumulates;
-- tokens: fewer tokens merge;
+- masks: weaker recipes leave more multiply-accumulates;
+- tokens: weaker recipes merge fewer tokens;
 - both together.
 
-Along a path speed falls and accuracy rises, or so it is taken, and the strongest recipe that holds is found by halving:
-strength 1 first, then the middle of what is still open, down to steps of an eighth. Paths take turns, strongest open
-recipe first, until all are done or as many recipes were tried as allowed. The search is deterministic.
+The search assumes that accuracy rises and speed falls as the strength falls. It finds the strongest recipe of a path
+that keeps the limit by bisection: strength 1 first, then the middle of the open interval, in steps of 1/8. Paths are
+evaluated in turn, one recipe each, until all have ended or the allowed number of recipes was tried. The search is
+deterministic.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +23,12 @@ from mpcompile.ir.pattern import NM
 from mpcompile.recipe.schema import Recipe, Step
 from mpcompile.report.search_schema import Point
 
-STEPS = 8  # along a path
+STEPS = 8  # the strengths of a path are 1/8 to 8/8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe to try, and what is special about it."""
+    """A recipe to try. `name` describes how it differs from the given recipe."""
 
     name: str
     recipe: Recipe
@@ -35,25 +36,35 @@ class Candidate:
 
 @dataclass(frozen=True)
 class StrengthPath:
-    """Recipes by strength: `at` a number of eighths, from 1 to STEPS."""
+    """A family of recipes indexed by strength: `at(step)` is the one of strength step/8, for step 1 to STEPS."""
 
     name: str
     at: Callable[[int], Candidate]
 
 
-def held(drop: float, error: float, limit: float) -> bool:
-    """Whether a loss is within the limit: with its standard error, since the images that tell of it are few."""
+def within_limit(drop: float, error: float, limit: float) -> bool:
+    """Whether drop + error <= limit, all in points of top-1.
+
+    `error` is the standard error of the drop. It is added because the drop is measured on few images.
+    """
     return drop + error <= limit
 
 
 def search(
     paths: Sequence[StrengthPath], evaluate: Callable[[Candidate], Point], allowed: int, first: Sequence[Candidate] = ()
 ) -> tuple[tuple[Candidate, Point], ...]:
-    """Every candidate tried, with what was found, at most `allowed` of them; those of `first` before the paths."""
+    """The candidates that were tried, with their measurements, in order.
+
+    Args:
+        paths: searched in turn, one candidate each.
+        evaluate: measures a candidate. It is called once for each recipe, also if two paths contain it.
+        allowed: the largest number of candidates to evaluate.
+        first: candidates to evaluate before the paths.
+    """
     tried: dict[str, tuple[Candidate, Point]] = {}
 
-    def ask(candidate: Candidate) -> Point | None:
-        """What is known of a recipe, or None where it would take one evaluation too many."""
+    def point_of(candidate: Candidate) -> Point | None:
+        """The measurement of a candidate, or None if it would exceed the allowed number of evaluations."""
         key = candidate.recipe.sha256
         if key not in tried:
             if len(tried) >= allowed:
@@ -62,28 +73,31 @@ def search(
         return tried[key][1]
 
     for candidate in first:
-        ask(candidate)
-    turns = [_halving(path, ask) for path in paths]
+        point_of(candidate)
+    turns = [_bisection(path, point_of) for path in paths]
     while turns:
         turns = [turn for turn in turns if next(turn, None) is not None]
     return tuple(tried.values())
 
 
-def _halving(path: StrengthPath, ask: Callable[[Candidate], Point | None]) -> Iterator[bool]:
-    """Finds the strongest recipe of a path that holds, one evaluation at a time."""
-    low, high = 0, STEPS + 1  # low holds (or is the dense model), high does not
-    place = STEPS
+def _bisection(path: StrengthPath, point_of: Callable[[Candidate], Point | None]) -> Iterator[bool]:
+    """Searches the strongest recipe of a path that keeps the limit; yields after each evaluation."""
+    low, high = 0, STEPS + 1  # low keeps the limit (0 is the dense model), high does not
+    step = STEPS
     while high - low > 1:
-        point = ask(path.at(place))
+        point = point_of(path.at(step))
         if point is None:
             return
-        low, high = (place, high) if point.holds else (low, place)
-        place = (low + high) // 2
+        low, high = (step, high) if point.holds else (low, step)
+        step = (low + high) // 2
         yield True
 
 
 def fastest(tried: Sequence[tuple[Candidate, Point]]) -> tuple[Candidate, Point]:
-    """The fastest of those that hold; where none does, the one that lost least. Raises UsageError where all failed."""
+    """The fastest candidate that keeps the limit, or, if none does, the one with the smallest drop.
+
+    Raises UsageError if every candidate failed.
+    """
     holding = [pair for pair in tried if pair[1].holds]
     if holding:
         return max(holding, key=lambda pair: pair[1].speed)
@@ -95,9 +109,13 @@ def fastest(tried: Sequence[tuple[Candidate, Point]]) -> tuple[Candidate, Point]
 
 
 def paths_of(recipe: Recipe, least: Callable[[Recipe], float]) -> tuple[StrengthPath, ...]:
-    """Every path that a recipe's freedom allows. `least` tells which share of multiply-accumulates a recipe leaves.
+    """The paths of a recipe: for each pattern of its budget one by masks, one by tokens, one by both, as they apply.
 
-    Raises UsageError where there is no freedom.
+    Args:
+        recipe: without `restore`.
+        least: returns the share of dense multiply-accumulates, in [0, 1], that a recipe leaves.
+
+    Raises UsageError if the recipe has neither a budget nor token merging.
     """
     budget, tome = recipe.step("mp-budget"), recipe.step("tome")
     if budget is None and tome is None:
@@ -110,42 +128,52 @@ def paths_of(recipe: Recipe, least: Callable[[Recipe], float]) -> tuple[Strength
         floor = None if budget is None else least(base)
         ways = [(budget is not None, False), (False, tome is not None), (budget is not None, tome is not None)]
         for masks, tokens in dict.fromkeys(way for way in ways if any(way)):
-            what = " and ".join(word for word, given in (("masks", masks), ("tokens", tokens)) if given)
-            paths.append(StrengthPath(f"{name}{what}", _along(base, name, floor if masks else None, tokens)))
+            varied = " and ".join(word for word, used in (("masks", masks), ("tokens", tokens)) if used)
+            paths.append(StrengthPath(f"{name}{varied}", _candidates(base, name, floor if masks else None, tokens)))
     return tuple(paths)
 
 
 def _by_pattern(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """The recipe once for each pattern that its budget may give, where that mixes none."""
+    """One recipe for each pattern of the budget, with the prefix of its name.
+
+    A budget with `macs` mixes its patterns, and a budget with one pattern has nothing to split: the recipe is returned
+    unchanged.
+    """
     budget = recipe.step("mp-budget")
     patterns: Sequence[Any] = () if budget is None else budget.params.get("patterns", ())
     if budget is None or budget.params.get("macs") is not None or len(patterns) < 2:
         return [("", recipe)]
-    spelt = dict.fromkeys(str(NM.parse(str(pattern))) for pattern in patterns)
-    return [(f"{text}, ", recipe.with_params("mp-budget", {"patterns": [text]})) for text in spelt]
+    texts = dict.fromkeys(str(NM.parse(str(pattern))) for pattern in patterns)
+    return [(f"{text}, ", recipe.with_params("mp-budget", {"patterns": [text]})) for text in texts]
 
 
-def _along(base: Recipe, prefix: str, floor: float | None, tokens: bool) -> Callable[[int], Candidate]:
-    """The candidates of one path: `floor` is the share of multiply-accumulates at strength 1, where masks go back."""
+def _candidates(base: Recipe, prefix: str, floor: float | None, tokens: bool) -> Callable[[int], Candidate]:
+    """The function from step to candidate of one path.
 
-    def at(place: int) -> Candidate:
-        recipe, said = base, []
+    Args:
+        base: the recipe of strength 1.
+        prefix: of the candidates' names.
+        floor: the share of dense multiply-accumulates at strength 1; None keeps the masks.
+        tokens: whether token merging is weakened.
+    """
+
+    def at(step: int) -> Candidate:
+        recipe, changes = base, []
         if floor is not None:
-            macs = floor + (1 - floor) * (1 - place / STEPS)
-            if place < STEPS:
+            macs = floor + (1 - floor) * (1 - step / STEPS)
+            if step < STEPS:
                 recipe = recipe.with_params("mp-budget", {"macs": round(macs, 6)})
-                said.append(f"MACs {macs:.2f}")
-        if tokens and place < STEPS:
-            changed = weaker(recipe.step("tome"), place / STEPS)
-            recipe = recipe.with_params("tome", changed)
-            said.append(f"tokens {place}/{STEPS}")
-        return Candidate(f"{prefix}{', '.join(said) or 'as written'}", recipe)
+                changes.append(f"MACs {macs:.2f}")
+        if tokens and step < STEPS:
+            recipe = recipe.with_params("tome", weaker(recipe.step("tome"), step / STEPS))
+            changes.append(f"tokens {step}/{STEPS}")
+        return Candidate(f"{prefix}{', '.join(changes) or 'as written'}", recipe)
 
     return at
 
 
 def weaker(step: Step | None, strength: float) -> Mapping[str, Any]:
-    """Parameters of token merging that merges this share of what the step does."""
+    """Parameters of a `tome` step that merges `strength` times as many tokens as the given step (rounded down)."""
     params = {} if step is None else step.params
     r = params.get("r", 8)
     if r == "auto":

@@ -1,4 +1,4 @@
-"""Recipe -> the passes and the runtime that it names, checked before anything is computed; its files and engines."""
+"""RunPlan: a recipe with its passes and its runtime built and checked, before anything is computed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -46,33 +46,49 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a recipe comes to, checked before anything is computed.
+    """A recipe with its passes and its runtime, checked.
 
-    `recipe` is the one to record: passes and runtime given in Python stand in it. `origins` says of each that is not
-    built in whose code it is.
+    Attributes:
+        recipe: the recipe to record; it includes passes and runtime that were given in Python.
+        passes: in the order in which they run.
+        runtime: the recipe's target, or the runtime that was given in Python.
+        idle: why the target's engines do not run on this machine, although its files can be made and checked; None if
+            they run.
+        origins: the package or class of each pass and runtime that is not built in, by `pass NAME` and `target NAME`.
     """
 
     recipe: Recipe
     passes: tuple[Pass, ...]
     runtime: Runtime
-    idle: str | None = None  # why no engine of the target runs here, where its files are made and checked all the same
+    idle: str | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+
+    def lower(self, model: Model, path: Path, metadata: Mapping[str, str] | None = None) -> Lowered:
+        """The model as an ONNX file in the recipe's precision, batch and opset. Raises BuildError or MaskError."""
+        recipe = self.recipe
+        return lower(model, path, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata)
+
+    def build_options(self, folder: Path) -> Build:
+        """The options of the recipe's engines, whose own files are written to `folder`."""
+        return Build(threads=self.recipe.bench.threads, batches=self.recipe.timed_batches, folder=folder)
+
+    def build_engine(self, exported: Lowered, build: Build) -> Engine:
+        """The target's engine. If the target is idle, ONNX Runtime on the CPU runs the same file. Raises BuildError."""
+        return cpu_engine(exported) if self.idle else self.runtime.build(exported, build)
 
 
 @dataclass(frozen=True)
 class Known:
-    """All passes and runtimes that a recipe can name here, built-in ones first, whose code the others are, and a
-    sentence for each that is installed and cannot be used.
-    """
+    """All passes and runtimes that a recipe can name on this machine, by name, built-in ones first."""
 
     passes: Mapping[str, type[Any]]
     runtimes: Mapping[str, Runtime]
-    origins: Mapping[str, str]  # by `pass NAME` and `target NAME`
-    broken: tuple[str, ...]
+    origins: Mapping[str, str]  # the package of each that is not built in, by `pass NAME` and `target NAME`
+    broken: tuple[str, ...]  # a sentence for each installed entry point that cannot be used
 
 
 def known() -> Known:
-    """What can be named; every package that offers a pass or a runtime is loaded."""
+    """All known passes and runtimes. This imports every package that offers one."""
     passes, runtimes = installed_passes(), installed_runtimes()
     return Known(
         passes={**PASSES, **{name: foreign.value for name, foreign in passes.found.items()}},
@@ -86,15 +102,19 @@ def known() -> Known:
 
 
 def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runtime | None = None) -> RunPlan:
-    """The passes and the runtime of a recipe, or those given in their place. Raises UsageError or RuntimeMissing."""
+    """The plan of a recipe, or of passes and a runtime that are given in place of the recipe's.
+
+    Raises UsageError if the recipe does not fit its passes or its target, and RuntimeMissing if the target is not
+    installed and either cannot prepare files without it or an engine is required.
+    """
     origins: dict[str, str] = {}
     if passes is not None:
         recipe = _with_passes(recipe, passes)
-        places = {step.name: given_pass(step) for step in passes}
-        origins |= {f"pass {name}": place for name, place in places.items() if place}
+        classes = {step.name: given_pass(step) for step in passes}
+        origins |= {f"pass {name}": origin for name, origin in classes.items() if origin}
     if runtime is not None:
-        place = given_runtime(runtime)
-        origins |= {f"target {runtime.name}": place} if place else {}
+        origin = given_runtime(runtime)
+        origins |= {f"target {runtime.name}": origin} if origin else {}
         recipe = recipe.model_copy(update={"target": runtime.name})
     else:
         runtime = runtime_named(recipe.target)
@@ -118,23 +138,23 @@ def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runti
 
 
 def _with_passes(recipe: Recipe, passes: Sequence[Pass]) -> Recipe:
-    """The recipe with passes given in Python in it. Raises UsageError where it names others."""
+    """The recipe with the given passes in it. Raises UsageError if it names other passes or parameters."""
     steps = tuple(map(step_of, passes))
     if recipe.passes:
-        names = [step.name for step in recipe.passes], [step.name for step in steps]
-        same = names[0] == names[1] and all(
+        recipe_names, given_names = ([step.name for step in row] for row in (recipe.passes, steps))
+        same = recipe_names == given_names and all(
             _built(named, type(step)) == step for named, step in zip(recipe.passes, passes, strict=True)
         )
         if not same:
             raise UsageError(
-                f"the recipe names the passes {', '.join(names[0])}, and passes= gives {', '.join(names[1])} with "
-                "parameters of their own; leave one of them out"
+                f"the recipe names the passes {', '.join(recipe_names)}, and passes= gives {', '.join(given_names)} "
+                "with other parameters; leave one of the two out"
             )
     return recipe.model_copy(update={"passes": steps})
 
 
 def step_of(step: Pass) -> Step:
-    """A pass as a recipe names it, with every field. Raises UsageError where it cannot be read back as the same."""
+    """The step of a recipe for a pass, with every field. Raises UsageError if reading it back gives another pass."""
     given_pass(step)
     kind = type(step)
     try:
@@ -144,44 +164,46 @@ def step_of(step: Pass) -> Step:
         reason = explained(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"pass {step.name} cannot be written into a recipe: {reason}") from error
     for name in (row.name for row in dataclasses.fields(kind)):  # type: ignore[arg-type]
-        given, found = getattr(step, name), getattr(read, name)
-        if given != found or type(given) is not type(found):
-            raise UsageError(f"pass {step.name}: {name} is {given!r}, which a recipe reads as {found!r}; give it so")
+        given, read_back = getattr(step, name), getattr(read, name)
+        if given != read_back or type(given) is not type(read_back):
+            raise UsageError(
+                f"pass {step.name}: {name} is {given!r}, but a recipe would read it as {read_back!r}; give that value"
+            )
     return Step(name=step.name, params=params)
 
 
 def runtime_named(name: str) -> Runtime:
-    """The runtime of a target, built in or installed. Raises UsageError."""
+    """The runtime of a target, built in or installed. Raises UsageError if the name is unknown."""
     if name in RUNTIMES:
         return RUNTIMES[name]
     if foreign := installed_runtime(name):
         return foreign.value
     raise UsageError(
-        f"target {name!r} is unknown; the targets are {', '.join(RUNTIMES)}; one of another package has to be "
-        f"installed with the entry point {name!r} of {RUNTIME_GROUP}, or in Python given as runtime="
+        f"target {name!r} is unknown; the targets are {', '.join(RUNTIMES)}; for a runtime of your own install a "
+        f"package with the entry point {name!r} of {RUNTIME_GROUP}, or give runtime= in Python"
     )
 
 
 def build_pass(step: Step) -> Pass:
-    """The pass that a step of a recipe names, with its parameters checked. Raises UsageError."""
+    """The pass of a recipe's step. Raises UsageError if its name or a parameter is unknown, or a value is not valid."""
     kind = PASSES.get(step.name)
     if kind is None and (foreign := installed_pass(step.name)):
         kind = foreign.value
     if kind is None:
         raise UsageError(
-            f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}; one of another package has to be "
-            f"installed with the entry point {step.name!r} of {PASS_GROUP}, or in Python given with passes="
+            f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}; for a pass of your own install a "
+            f"package with the entry point {step.name!r} of {PASS_GROUP}, or give passes= in Python"
         )
     return _built(step, kind)
 
 
 def _built(step: Step, kind: type[Any]) -> Pass:
-    """A pass of a class with the parameters of a step. Raises UsageError."""
-    known = [row.name for row in dataclasses.fields(kind)]
-    unknown = [key for key in step.params if key not in known]
+    """An instance of a pass class with the parameters of a step. Raises UsageError."""
+    names = [row.name for row in dataclasses.fields(kind)]
+    unknown = [key for key in step.params if key not in names]
     if unknown:
         raise UsageError(
-            f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known) or 'none'}"
+            f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(names) or 'none'}"
         )
     try:
         built: Pass = TypeAdapter(kind).validate_python(step.params)
@@ -191,7 +213,7 @@ def _built(step: Step, kind: type[Any]) -> Pass:
 
 
 def recipe_schema(known: Known) -> dict[str, Any]:
-    """A JSON Schema of recipes, with the parameters of every pass, for editors."""
+    """The JSON Schema of recipes with the parameters of every pass, which editors use for completion."""
     schema = Recipe.model_json_schema()
     steps: list[dict[str, Any]] = [{"enum": list(known.passes)}]
     for name, kind in known.passes.items():
@@ -206,24 +228,10 @@ def recipe_schema(known: Known) -> dict[str, Any]:
 
 
 def auto_patterns(target: str, of: int | None = None) -> tuple[NM, ...]:
-    """The patterns that `auto` stands for: those that the target has kernels for, or all N:M of one M.
+    """The patterns that `auto` stands for. Raises UsageError if the target is unknown.
 
-    Without `of`, a target without kernels gets those of M = 4.
+    With `of`, all N:M with M = `of`. Otherwise the patterns that the target has fast kernels for, or all N:4 if it has
+    none.
     """
-    fast = runtime_named(target).auto_patterns() if of is None else ()
-    return fast or tuple(NM(keep, of or 4) for keep in range(1, of or 4))
-
-
-def lowered(recipe: Recipe, model: Model, path: Path, metadata: Mapping[str, str] | None = None) -> Lowered:
-    """The model as an ONNX file in the recipe's precision, batch and opset. Raises BuildError or MaskError."""
-    return lower(model, path, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata)
-
-
-def build_of(recipe: Recipe, folder: Path) -> Build:
-    """How the recipe's engines are built; what they need beside the file goes into `folder`."""
-    return Build(threads=recipe.bench.threads, batches=recipe.timed_batches, folder=folder)
-
-
-def engine_of(plan: RunPlan, exported: Lowered, build: Build) -> Engine:
-    """The target's engine; what runs nowhere here is judged by what runs the same file. Raises BuildError."""
-    return cpu_engine(exported) if plan.idle else plan.runtime.build(exported, build)
+    patterns = runtime_named(target).auto_patterns() if of is None else ()
+    return patterns or tuple(NM(keep, of or 4) for keep in range(1, of or 4))

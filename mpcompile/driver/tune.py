@@ -1,8 +1,8 @@
-"""The tuning loop: a recipe that leaves freedom -> the fastest recipe within its limit on accuracy, and what was tried.
+"""`tune`: measures candidate recipes and returns the fastest one within the accuracy limit.
 
-What is tried, and in which order, is decided in mpcompile/driver/recipe_search.py; here each recipe is carried out on
-calibration images and measured on validation images, against the dense model in the same runtime, in turns. Held-out
-images are not touched: the gate asks them once, about the recipe that was taken.
+mpcompile/driver/recipe_search.py decides which recipes are tried, and in which order. Here each recipe is run with the
+calibration set and measured on validation images; its engine and the dense model's, in the same runtime, are timed in
+interleaved rounds. Held-out images are not used: only the accuracy gate evaluates them, once, on the chosen recipe.
 """
 
 import math
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
 from mpcompile.driver.compare_engines import in_turns
-from mpcompile.driver.recipe_search import Candidate, fastest, held, paths_of, search
-from mpcompile.driver.run_plan import RunPlan, build_of, engine_of, lowered, plan_of
+from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search, within_limit
+from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.errors import MpcompileError, UsageError
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.ir.model import Model
@@ -29,131 +29,135 @@ from mpcompile.report.search_schema import Point, Tuning
 from mpcompile.runtimes import Build, Engine, HasQuantizedBaselines
 from mpcompile.system.progress import tracked
 
-QUANTISED_ON = 64  # calibration images that a quantised reference gets
+QUANTISATION_IMAGES = 64  # of the calibration set, for quantised baselines
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What all is measured against: the dense model in the target's runtime, and the images that it gets right."""
+    """The baseline of all measurements: the dense model in the target's runtime."""
 
     exported: Lowered
     engine: Engine
-    hits: NDArray[np.bool_]
+    hits: NDArray[np.bool_]  # per validation image, whether it is classified correctly
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Carries recipes out on one model and measures them; files go into the folder of `build`."""
+    """Runs candidate recipes on one model and measures them."""
 
     recipe: Recipe
     plan: RunPlan
-    limit: float  # points of top-1
+    limit: float  # largest drop, in points of top-1
     dense: Model
     data: Data
     build: Build
-    folder: Path
+    folder: Path  # for temporary files
     reference: Reference
 
     def point(self, candidate: Candidate) -> Point:
-        """What a recipe makes of the model; a recipe that fails is a point that says why."""
+        """The measurements of a candidate. If its recipe fails, `failed` is the reason."""
         try:
-            model, _ = PassManager(deciding(plan_of(candidate.recipe).passes)).run(self.dense, self.data)
-            engine = engine_of(self.plan, lowered(self.recipe, model, self.folder / "model.onnx"), self.build)
+            passes = passes_to_last_change(plan_of(candidate.recipe).passes)
+            model, _ = PassManager(passes).run(self.dense, self.data)
+            engine = self.plan.build_engine(self.plan.lower(model, self.folder / "model.onnx"), self.build)
         except MpcompileError as error:
             return Point(candidate.name, failed=" ".join(str(error).split()))
         macs = cost(model).executed_macs(model.patterns()) / self.reference.cost.macs
         return self._measured(candidate.name, engine, macs)
 
     def references(self) -> tuple[Point, ...]:
-        """The dense model as the runtime would quantise it, where it can."""
+        """The measurements of the quantised dense model; empty if the runtime has no quantised baselines."""
         runtime, calibration = self.plan.runtime, self.data.calibration
         if self.plan.idle or not isinstance(runtime, HasQuantizedBaselines):
             return ()
-        images = calibration.first(min(QUANTISED_ON, len(calibration))).numpy()
-        made = runtime.references(self.reference.exported, self.build, images, self.folder)
+        images = calibration.first(min(QUANTISATION_IMAGES, len(calibration))).numpy()
+        baselines = runtime.references(self.reference.exported, self.build, images, self.folder)
         return tuple(
-            Point(name, failed=found)
-            if isinstance(found, str)
-            else replace(self._measured(name, found.engine, None), method=found.method)
-            for name, found in made.items()
+            Point(name, failed=baseline)
+            if isinstance(baseline, str)
+            else replace(self._measured(name, baseline.engine, None), method=baseline.method)
+            for name, baseline in baselines.items()
         )
 
     def _measured(self, name: str, engine: Engine, macs: float | None) -> Point:
-        lost = self.reference.hits.astype(float) - hits(engine, self.data.validation)
-        drop, error = 100 * float(lost.mean()), 100 * float(lost.std()) / math.sqrt(len(lost))
+        """Accuracy and speed of an engine. Drop and standard error are in points of top-1, paired by image."""
+        losses = self.reference.hits.astype(float) - hits(engine, self.data.validation)
+        drop, error = 100 * float(losses.mean()), 100 * float(losses.std()) / math.sqrt(len(losses))
         batches = () if self.plan.idle else self.recipe.timed_batches
         speedups = tuple(self._speedup(engine, batch) for batch in batches)
-        return Point(name, macs, drop, error, speedups, held(drop, error, self.limit))
+        return Point(name, macs, drop, error, speedups, within_limit(drop, error, self.limit))
 
     def _speedup(self, engine: Engine, batch: int) -> Speedup:
+        """The speedup of an engine over the dense model's."""
         engines, example = {"dense": self.reference.engine, "tried": engine}, self.dense.example.numpy()
         samples = in_turns(engines, self.data.validation, example, batch, self.recipe.bench.seconds)
         return speedup(samples["dense"], samples["tried"], "dense")
 
 
-def tuned(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
-    """The recipe to carry out, which is the given one with other passes and no search, and the record of the search.
+def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
+    """The chosen recipe, which is the given one with other passes and without `tune`, and the record of the search.
 
-    Raises UsageError where there is nothing to search over, no limit, or no labelled validation images.
+    Raises UsageError if the recipe has nothing to search over or no accuracy limit, or if there are no labelled
+    validation images.
     """
-    limit, asked = recipe.gates.max_drop, recipe.tune
-    if asked is None or limit is None:
+    limit, options = recipe.gates.max_drop, recipe.tune
+    if options is None or limit is None:
         raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
     if not len(data.validation) or not data.validation.labelled:
         raise UsageError(
             f"tune measures on labelled validation images and has none; {'; '.join(data.notes) or 'give --data'}"
         )
-    seen, plan = data.for_passes(), plan_of(recipe)
+    images, plan = data.for_passes(), plan_of(recipe)
     first = [Candidate("as written, layers taken back", recipe)] if recipe.step("restore") else []
     counted = cost(dense)
-    paths = paths_of(recipe.without("restore"), lambda given: least_macs(given, dense, counted, seen))
-    steps = iter(tracked(range(asked.evaluations), lambda place: f"recipe {place + 1}"))
+    paths = paths_of(recipe.without("restore"), lambda base: least_macs(base, dense, counted, images))
+    steps = iter(tracked(range(options.evaluations), lambda index: f"recipe {index + 1}"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        build = build_of(recipe, folder)
-        exported = lowered(recipe, dense, folder / "dense.onnx")
-        engine = engine_of(plan, exported, build)
-        reference = Reference(exported, engine, hits(engine, seen.validation), counted)
-        trial = Trial(recipe, plan, limit, dense, seen, build, folder, reference)
+        build = plan.build_options(folder)
+        exported = plan.lower(dense, folder / "dense.onnx")
+        engine = plan.build_engine(exported, build)
+        reference = Reference(exported, engine, hits(engine, images.validation), counted)
+        trial = Trial(recipe, plan, limit, dense, images, build, folder, reference)
 
         def evaluate(candidate: Candidate) -> Point:
             next(steps)
             return trial.point(candidate)
 
-        tried = search(paths, evaluate, asked.evaluations, first)
+        tried = search(paths, evaluate, options.evaluations, first)
         chosen, point = fastest(tried)
         references = trial.references()
-    found = Tuning(
+    tuning = Tuning(
         limit=limit,
-        allowed=asked.evaluations,
+        allowed=options.evaluations,
         images=len(data.validation),
         batches=() if plan.idle else recipe.timed_batches,
         points=tuple(point for _, point in tried),
         chosen=point.name,
         references=references,
     )
-    return chosen.recipe.model_copy(update={"tune": None}), found
+    return chosen.recipe.model_copy(update={"tune": None}), tuning
 
 
 def least_macs(recipe: Recipe, dense: Model, counted: Cost, data: Data) -> float:
-    """The share of multiply-accumulates that a recipe's budget leaves, tokens unmerged."""
+    """The share of dense multiply-accumulates, in [0, 1], that a recipe's budget leaves, without token merging."""
     step = recipe.step("mp-budget")
     if step is not None and step.params.get("macs") is not None:
         return float(step.params["macs"])
-    passes = [one for one in plan_of(recipe).passes if one.name == "mp-budget"]
+    passes = [step for step in plan_of(recipe).passes if step.name == "mp-budget"]
     planned, _ = PassManager(passes).run(dense, data)
-    chosen = {name: layer.pattern for name, layer in planned.plan.items() if layer.pattern is not None}
-    return counted.executed_macs(chosen) / counted.macs
+    patterns = {name: layer.pattern for name, layer in planned.plan.items() if layer.pattern is not None}
+    return counted.executed_macs(patterns) / counted.macs
 
 
-def deciding(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """The passes up to the last that changes the model: what only analyses the result is left out."""
-    last = max((place for place, step in enumerate(passes) if step.effect is not Effect.ANALYSIS), default=-1)
+def passes_to_last_change(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes up to the last one that changes the model. Analyses of the result, such as `certify`, are left out."""
+    last = max((index for index, step in enumerate(passes) if step.effect is not Effect.ANALYSIS), default=-1)
     return tuple(passes[: last + 1])
 
 
 def hits(engine: Engine, images: Split) -> NDArray[np.bool_]:
-    """Which of the labelled images an engine gets right."""
-    found = [engine(pixels.numpy()).argmax(1) == labels.numpy() for pixels, labels in images.batches()]
-    return np.concatenate(found)
+    """For each labelled image (n,), whether the engine's top-1 class is its label."""
+    batches = [engine(pixels.numpy()).argmax(1) == labels.numpy() for pixels, labels in images.batches()]
+    return np.concatenate(batches)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpcompile.data.images import Data
 from mpcompile.errors import LayerFailure, MaskError, MpcompileError, PassError, UsageError
-from mpcompile.ir.model import LayerPlan, Model
+from mpcompile.ir.model import LayerPlan, Model, Source
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import merge_tokens, merges_tokens
@@ -48,6 +48,22 @@ class Pass(Protocol):
 
     def __call__(self, model: Model, data: Data) -> Model:
         """The model after the pass. The pass may edit the graph in place, since the manager works on a copy."""
+        ...
+
+
+@runtime_checkable
+class Distributed(Protocol):
+    """A pass that works in all processes of a torchrun group. Optional: a pass without these methods runs in rank 0.
+
+    Rank 0 calls the pass, which sends the model to the other ranks; each of them calls `follow` at the same time.
+    """
+
+    def follow(self, data: Data, source: Source) -> object:
+        """Does the part of a rank above 0. Returns when the pass has ended, or at once after `skip` in rank 0."""
+        ...
+
+    def skip(self) -> None:
+        """Called in rank 0 if a checkpoint replaces the pass: releases the ranks that wait in `follow`."""
         ...
 
 

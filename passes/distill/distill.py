@@ -136,7 +136,7 @@ class Distill:
     def __call__(self, model: Model, data: Data) -> Model:
         """The trained model, with an Epoch for each epoch. Raises PassError without enough training images."""
         assert model.dense is not None  # the pass manager stores it before the first lossy pass
-        images = images_of(data)
+        images = data.for_training()
         self._require(images)
         if len(images) <= len(data.calibration):
             log.warning(
@@ -157,7 +157,7 @@ class Distill:
 
         None if rank 0 takes the training from a checkpoint.
         """
-        images = images_of(data)
+        images = data.for_training()
         self._require(images)
         job: TrainingJob | str = broadcast(None)
         if not isinstance(job, TrainingJob):
@@ -218,8 +218,3 @@ class Distill:
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         )
         return training.run(images, source, self._augmentation, finished)
-
-
-def images_of(data: Data) -> Split:
-    """The training images; the calibration images if there are none."""
-    return data.training if len(data.training) else data.calibration

@@ -16,7 +16,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes import native
-from mpcompile.runtimes.ort.session import OrtEngine, missing_reason, native_file, session_on
+from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine, missing_reason, native_file, session_on
 from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
 
 
@@ -71,6 +71,11 @@ class OnnxRuntime:
         """Returns `….native.onnx`, whose native layers were selected at compile time, and its engine, if both exist."""
         file, library = native_file(exported.onnx), native.library()
         return (file, session_on(file, threads, library)) if library and file.is_file() else None
+
+    def load_file(self, exported: Exported, threads: int | None) -> OrtEngine:
+        """An engine on `….native.onnx` if that file and our kernel are there, else on the ONNX file itself."""
+        shipped = self.shipped(exported, threads)
+        return shipped[1] if shipped else cpu_engine(exported, threads)
 
     def missing(self) -> str | None:
         """Returns what to install, or None."""

@@ -43,6 +43,11 @@ class OrtEngine:
                 f"{images.shape}: {cause_of(error)}"
             ) from error
 
+    @property
+    def is_reference(self) -> bool:
+        """False for subclasses, which use other kernels or another device, and for files with native operators."""
+        return type(self) is OrtEngine and ".native" not in self.file.suffixes
+
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
         return logits

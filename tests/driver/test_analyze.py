@@ -1,4 +1,4 @@
-"""`mpcompile analyze`: spectra, plan and forecast of the trained example; nothing is changed."""
+"""`mpcompile analyze`: spectra, plan and forecast of the trained example, which is not changed."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ def module() -> nn.Module:
     return load(Request(str(example / "model.safetensors"))).module
 
 
-def test_every_layer_has_a_fit_with_its_null_or_a_reason(module: nn.Module) -> None:
+def test_every_layer_has_two_fits_or_a_reason(module: nn.Module) -> None:
     before = copy.deepcopy(module.state_dict())
     found = analyze(module)
     for row in found.layers:
@@ -40,9 +40,9 @@ def test_every_layer_has_a_fit_with_its_null_or_a_reason(module: nn.Module) -> N
     assert ModelAnalysis.model_validate_json(found.model_dump_json()) == found
 
 
-def test_shares_add_up_and_the_plan_is_counted(module: nn.Module) -> None:
+def test_macs_add_up_and_the_plan_is_counted(module: nn.Module) -> None:
     found = analyze(module, MPBudget(macs=0.7, null=False))
-    attention = 6 * 2 * 49 * 49 * 128  # of the whole model's, and no layer's
+    attention = 6 * 2 * 49 * 49 * 128  # MACs of attention, which belong to no layer with a weight
     assert sum(row.macs for row in found.layers) + attention == found.dense_macs
     planned = found.dense_macs - sum(row.macs / 2 for row in found.layers if row.pattern)
     assert found.planned_macs == pytest.approx(planned)
@@ -50,17 +50,17 @@ def test_shares_add_up_and_the_plan_is_counted(module: nn.Module) -> None:
     assert found.planned_weight_bytes < found.dense_weight_bytes
 
 
-def test_no_speedup_is_forecast_without_kernels(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_speedup_is_forecast_only_with_kernels(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     for forecast in analyze(module).forecasts:
         kernels = RUNTIMES[forecast.target].has_kernel(NM(2, 4))
         assert (forecast.speedup_bound > 1, bool(forecast.accelerated)) == (kernels, kernels)
     monkeypatch.setattr(type(RUNTIMES["ort"]), "has_kernel", lambda self, pattern: pattern == NM(2, 4))
     tried = {}
-    sure, doubtful = Speedup(1.5, (1.4, 1.6), 20, "dense"), Speedup(1.1, (0.9, 1.2), 20, "dense")
+    faster, undecided = Speedup(1.5, (1.4, 1.6), 20, "dense"), Speedup(1.1, (0.9, 1.2), 20, "dense")
 
     def predicted(self: object, products: dict[str, GemmShape]) -> dict[str, Speedup]:
         tried.update(products)
-        return {name: doubtful if name == "blocks.0.mlp.fc1" else sure for name in products}
+        return {name: undecided if name == "blocks.0.mlp.fc1" else faster for name in products}
 
     monkeypatch.setattr(type(RUNTIMES["ort"]), "predicted", predicted)
     found = analyze(module, MPBudget(null=False))
@@ -72,13 +72,13 @@ def test_no_speedup_is_forecast_without_kernels(module: nn.Module, monkeypatch: 
     assert tried == {  # the example has 49 tokens
         name: GemmShape(row.shape[0], row.shape[1], 49, NM(2, 4)) for name, row in planned.items()
     }
-    assert ort.measured == {name: doubtful if name == "blocks.0.mlp.fc1" else sure for name in planned}
+    assert ort.measured == {name: undecided if name == "blocks.0.mlp.fc1" else faster for name in planned}
     assert {name for name, ratio in ort.layers.items() if ratio == 1} == {"blocks.0.mlp.fc1"}
     saved = sum(row.macs for name, row in planned.items() if name != "blocks.0.mlp.fc1") / 3
     assert ort.speedup == pytest.approx(found.dense_macs / (found.dense_macs - saved))
 
 
-def test_parameters_are_checked_as_in_a_recipe() -> None:
+def test_budget_parameters_are_checked_as_in_a_recipe() -> None:
     assert budget_from({"patterns": ["2:4"], "macs": 0.5}) == MPBudget(macs=0.5)
     with pytest.raises(UsageError, match="pass mp-budget: signal: .*'mq'"):
         budget_from({"signal": "mq"})
@@ -101,8 +101,8 @@ def test_the_command(example: Path, tmp_path: Path) -> None:
         assert ET.parse(tmp_path / "plots" / name).getroot().tag.endswith("svg")
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, intervals: dict[str, tuple[float, float]]) -> None:
-    """A kernel is there, and each pattern has the speedup over dense that is given by its interval."""
+def patch_speedups(monkeypatch: pytest.MonkeyPatch, intervals: dict[str, tuple[float, float]]) -> None:
+    """Makes a kernel available for which each pattern has the speedup over dense with the given interval."""
 
     def speedup_of(pattern: NM, *shape_and_library: object) -> Speedup:
         low, high = intervals[str(pattern)]
@@ -114,26 +114,26 @@ def timed(monkeypatch: pytest.MonkeyPatch, intervals: dict[str, tuple[float, flo
     monkeypatch.setattr(type(RUNTIMES["ort"]), "predicted", lambda self, products: {})
 
 
-FAST, SLOW, DOUBTFUL = (1.4, 1.5), (0.7, 0.8), (0.9, 1.2)
+FAST, SLOW, UNDECIDED = (1.4, 1.5), (0.7, 0.8), (0.9, 1.2)
 
 
-def test_json_alone_on_standard_output(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse, medium = {"8:32", "12:32"}, {"16:32"}
-    timed(monkeypatch, {f"{n}:32": FAST if f"{n}:32" in sparse | medium else SLOW for n in auto.KEPT})
+def test_json_is_the_only_output(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = {"8:32", "12:32", "16:32"}
+    patch_speedups(monkeypatch, {f"{n}:32": FAST if f"{n}:32" in fast else SLOW for n in auto.KEPT})
     done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     used = {row["pattern"] for row in found["layers"]}
     assert None in used
     assert used - {None}
-    assert used <= {None, *sparse, *medium}
+    assert used <= {None, *fast}
     assert found["planned_macs"] <= 0.6 * found["dense_macs"] * (1 + 1e-6)
 
 
-def test_patterns_whose_speed_is_doubtful_are_left_out_and_named(
+def test_auto_leaves_out_and_names_patterns_without_significant_speedup(
     example: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed(monkeypatch, {f"{n}:32": FAST if n < 20 else DOUBTFUL if n == 20 else SLOW for n in auto.KEPT})
+    patch_speedups(monkeypatch, {f"{n}:32": FAST if n < 20 else UNDECIDED if n == 20 else SLOW for n in auto.KEPT})
     done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
     assert done.returncode == 0
     [line] = done.stderr.splitlines()
@@ -144,8 +144,8 @@ def test_patterns_whose_speed_is_doubtful_are_left_out_and_named(
     assert {row["pattern"] for row in json.loads(done.stdout)["layers"]} <= {None, "8:32", "12:32", "16:32"}
 
 
-def test_where_no_pattern_is_surely_faster_auto_refuses(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed(monkeypatch, {f"{n}:32": DOUBTFUL for n in auto.KEPT})
+def test_auto_is_refused_if_no_pattern_is_significantly_faster(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_speedups(monkeypatch, {f"{n}:32": UNDECIDED for n in auto.KEPT})
     done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no pattern is significantly faster than dense on this machine now (8:32 1.05 (0.90–1.20), " in done.stderr
@@ -153,7 +153,7 @@ def test_where_no_pattern_is_surely_faster_auto_refuses(example: Path, monkeypat
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_without_a_kernel_auto_means_the_patterns_of_four(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_kernel_auto_is_all_patterns_of_4(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
     assert (done.returncode, done.stderr) == (0, "")
@@ -161,7 +161,7 @@ def test_without_a_kernel_auto_means_the_patterns_of_four(example: Path, monkeyp
     assert used <= {None, "1:4", "2:4", "3:4"}
 
 
-def test_densities_are_measured_on_this_machine() -> None:
+def test_auto_patterns_are_measured_on_this_machine() -> None:
     library = native.library()
     if library is None:
         pytest.skip(native.missing() or "")
@@ -182,7 +182,7 @@ def test_densities_are_measured_on_this_machine() -> None:
         (("--plots", "/proc/plots"), 2, "/proc/plots cannot be written to"),
     ],
 )
-def test_mistakes(example: Path, words: tuple[str, ...], code: int, text: str) -> None:
+def test_wrong_options_are_refused_in_one_line(example: Path, words: tuple[str, ...], code: int, text: str) -> None:
     done = run(example / "model.safetensors", *words, "-q", "--no-null")
     assert done.returncode == code, done.stderr
     assert text in done.stderr
@@ -190,7 +190,7 @@ def test_mistakes(example: Path, words: tuple[str, ...], code: int, text: str) -
     assert done.stdout == ""
 
 
-def test_plots_are_the_same_for_the_same_spectra(tmp_path: Path) -> None:
+def test_plots_are_deterministic(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 128, generator=rng)
     weight += torch.randn(96, 1, generator=rng) * torch.randn(1, 128, generator=rng)

@@ -1,4 +1,4 @@
-"""The output folder as a value: its report, its weights in the original class, and the API that made it."""
+"""Artifact and `compile`: the report, the weights in the original class, accuracy gates, and refusals."""
 
 import copy
 import json
@@ -33,13 +33,13 @@ QUICK = {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small model and its images."""
+    """A folder with a small model and its images."""
     return write_sparse_vit(tmp_path_factory.mktemp("small"))[0].parent
 
 
 @dataclass(frozen=True)
 class Failed:
-    """An output folder whose gate failed, and the error that said so."""
+    """An output folder whose accuracy gate failed, and the AccuracyError."""
 
     folder: Path
     error: AccuracyError
@@ -60,7 +60,7 @@ def failed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Failed:
     return Failed(folder, error.value)
 
 
-def test_the_report_is_read_back_as_written(artifact: Artifact) -> None:
+def test_the_report_reads_back_as_written(artifact: Artifact) -> None:
     assert Report.read(artifact.folder) == artifact.report == Artifact.open(artifact.folder).report
     assert artifact.recipe.sha256 == artifact.report.recipe_sha256
 
@@ -90,8 +90,8 @@ def test_weights_load_into_the_original_class(artifact: Artifact, example: Path)
         assert_follows(layer.weight, NM(2, 4))
 
 
-def test_accuracy_is_that_of_the_weights_written(small: Path, failed: Failed) -> None:
-    """Independently: the state dict in plain timm, on images read with plain NumPy."""
+def test_reported_accuracy_is_that_of_the_written_weights(small: Path, failed: Failed) -> None:
+    """The reference is independent: the state dict in plain timm, on images read with plain NumPy."""
     loaded = load(Request(str(small / "model.safetensors")))
     arrays = np.load(small / "images.npz")
     mean, std = loaded.source.mean[0], loaded.source.std[0]
@@ -111,14 +111,14 @@ def test_accuracy_is_that_of_the_weights_written(small: Path, failed: Failed) ->
         assert accuracy is not None
         assert accuracy.count == len(images)
         counts.append(int((logits.argmax(1).numpy() == arrays["heldout_labels"]).sum()))
-        # ONNX Runtime sums in another order: its logits may differ by what parity allows, 1e-4 of the largest. An
-        # answer can turn only where the two largest logits are nearer than twice that.
+        # ONNX Runtime sums in another order: its logits may differ by the parity tolerance, 1e-4 of the largest logit.
+        # An answer can change only if the two largest logits differ by less than twice that.
         best = logits.topk(2).values
         near = int((best[:, 0] - best[:, 1] < 2e-4 * logits.abs().max()).sum())
         assert near <= 2
         assert abs(accuracy.top1 * len(images) - counts[-1]) <= near
     assert counts[0] == len(images)
-    assert counts[1] < 0.9 * len(images)  # two accuracies that differ, so that one cannot stand for the other
+    assert counts[1] < 0.9 * len(images)  # the two accuracies differ, so they cannot be confused
 
 
 def test_the_trained_example_is_as_accurate_as_its_readme_says(artifact: Artifact) -> None:
@@ -126,8 +126,8 @@ def test_the_trained_example_is_as_accurate_as_its_readme_says(artifact: Artifac
     assert comparison is not None
     assert comparison.dense is not None
     assert comparison.dense.count == 2000
-    # 88.3 % on all 10,000 test images, and 88.25 % on these 2,000: 25 answers more than asked for. Only one of them has
-    # its two largest logits within the 1e-4 that parity allows, so that no rounding loses 25.
+    # 88.3 % on all 10,000 test images and 88.25 % on these 2,000, which is 25 answers above the bound. Rounding cannot
+    # change 25 answers: only for one of them the two largest logits are within the parity tolerance of 1e-4.
     assert comparison.dense.top1 >= 0.87
 
 
@@ -144,15 +144,15 @@ def test_every_layer_has_a_mask_in_the_file_or_a_reason(artifact: Artifact) -> N
     }
 
 
-def test_the_verdict_says_what_masked_layers_run_on(artifact: Artifact) -> None:
+def test_the_verdict_states_whether_masked_layers_run_on_sparse_kernels(artifact: Artifact) -> None:
     assert artifact.report.accelerated == any(row.chosen for row in artifact.report.verdicts)
     verdict = " ".join(artifact.report.verdict)
     assert "24 of 26 layers are masked (24 at 2:4)" in verdict
-    # With the N:M kernel layers run on it, or were measured not to be faster; without it there is none.
+    # With the N:M kernel the verdict counts the layers on it; without it, the target has no kernels.
     assert ("run on them" in verdict) != ("has no kernels" in verdict)
 
 
-def test_the_markdown_says_what_the_json_says(artifact: Artifact) -> None:
+def test_markdown_and_json_agree(artifact: Artifact) -> None:
     text = (artifact.folder / "report.md").read_text()
     report = json.loads((artifact.folder / "report.json").read_text())
     for sentence in report["verdict"]:
@@ -163,19 +163,19 @@ def test_the_markdown_says_what_the_json_says(artifact: Artifact) -> None:
         assert row["sha256"] in text
 
 
-def test_files_are_readable_as_others_are(artifact: Artifact) -> None:
+def test_all_files_have_the_same_permissions(artifact: Artifact) -> None:
     modes = {path.stat().st_mode & 0o777 for path in artifact.folder.iterdir()}
     assert len(modes) == 1
 
 
-def test_other_folders_are_refused(tmp_path: Path) -> None:
+def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         LoadError, match="is not an output folder of mpcompile: recipe.yaml, model.safetensors, .* missing"
     ):
         Artifact.open(tmp_path)
 
 
-def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
+def test_a_module_in_memory_compiles_and_is_not_changed(tmp_path: Path) -> None:
     from mpcompile.data.images import Data
 
     class Net(TinyCNN):
@@ -183,14 +183,14 @@ def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
 
     module = Net().train()
     before = copy.deepcopy(module.state_dict())
-    heard: list[Progress] = []
+    events: list[Progress] = []
     artifact = mpcompile.compile(
-        module, Recipe.checked(QUICK), data=Data(), output=tmp_path / "out", observe=heard.append
+        module, Recipe.checked(QUICK), data=Data(), output=tmp_path / "out", observe=events.append
     )
     assert module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert artifact.report.comparison is None
-    assert tuple(at.stage for at in heard if at.step is None) == (
+    assert tuple(event.stage for event in events if event.step is None) == (
         "load",
         "capture",
         "export dense",
@@ -202,12 +202,12 @@ def test_a_module_in_memory_compiles_and_is_left_alone(tmp_path: Path) -> None:
         "write",
     )
     assert len(artifact.verify()) == 3  # body, grouped, odd
-    # Twice in one process, and over the first.
+    # A second run in the same process replaces the first.
     again = mpcompile.compile(module, Recipe.checked(QUICK), output=tmp_path / "out", force=True)
     assert again.report.layers == artifact.report.layers
 
 
-def test_half_precision_the_whole_way(small: Path, tmp_path: Path) -> None:
+def test_a_compile_in_half_precision(small: Path, tmp_path: Path) -> None:
     recipe = Recipe.checked({**QUICK, "precision": "fp16", "batch": 1})
     artifact = mpcompile.compile(
         small / "model.safetensors", recipe, data=small / "images.npz", output=tmp_path / "out"
@@ -223,7 +223,7 @@ def test_half_precision_the_whole_way(small: Path, tmp_path: Path) -> None:
     assert len(artifact.verify()) == 4
 
 
-def test_a_gate_that_fails_raises_with_the_folder_written(failed: Failed) -> None:
+def test_a_failed_gate_raises_after_the_folder_is_written(failed: Failed) -> None:
     assert re.search(r"fails its gate: top-1 drop in points is \d+\.\d+; 0 is allowed", str(failed.error))
     assert not Artifact.open(failed.folder).report.gates[0].holds
 
@@ -260,21 +260,21 @@ def test_outputs_with_more_axes_are_compared_without_accuracy(tmp_path: Path) ->
     assert "agreement with the dense model" in artifact.report.data.notes[0]
 
 
-def test_a_taken_folder_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused_before_any_work(example: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
-    heard: list[Progress] = []
+    events: list[Progress] = []
     with pytest.raises(UsageError, match="is not empty"):
-        mpcompile.compile(example / "model.safetensors", Recipe.checked(QUICK), output=tmp_path, observe=heard.append)
-    assert heard == []
+        mpcompile.compile(example / "model.safetensors", Recipe.checked(QUICK), output=tmp_path, observe=events.append)
+    assert events == []
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_runtimes_keep_their_protocol(name: str, tmp_path: Path) -> None:
+def test_runtimes_implement_their_protocol(name: str, tmp_path: Path) -> None:
     runtime = RUNTIMES[name]
     assert isinstance(runtime, Runtime)
     assert runtime.name == name
-    if absent := runtime.missing() or runtime.idle():
-        pytest.skip(absent)
+    if reason := runtime.missing() or runtime.idle():
+        pytest.skip(reason)
     model = capture(TinyCNN().eval(), tiny_source())
     engine = runtime.build(mpcompile.lower(model, tmp_path / "model.onnx"), Build())
     assert isinstance(engine, Engine)

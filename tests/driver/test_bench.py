@@ -1,4 +1,4 @@
-"""The harness: what it tells and what it refuses to tell, its figures against ONNX Runtime's own, and its files."""
+"""`mpcompile bench`: significance of speedups, times against ONNX Runtime's profiler, files, and refusals."""
 
 import json
 import math
@@ -34,22 +34,22 @@ from mpcompile.system.hardware import MachineState, disturbances, machine_state
 from mpcompile.testing import TinyMLP
 
 ROOT = Path(__file__).parents[2]
-# Large enough that a call takes about a millisecond, and its time is that of its products.
+# Large enough that a call takes about 1 ms, most of it in matrix products.
 WIDTH, HIDDEN, TOKENS = 512, 2048, 64
 
 
 class Machine:
-    """A clock that calls advance, on a machine that drifts, stalls and is shared: all drawn by a seed.
+    """A simulated clock of a machine with drift, stalls and changing load, all drawn from a seed.
 
-    It stands for `time` in mpcompile.measure.timing. A call takes its cost times what the machine does to all calls (a
-    drift, stalls of some calls in a row, and a load that lasts) times noise of the engine's own. That noise has a
-    standard deviation of `own` and a correlation of `kept` from round to round.
+    It replaces `time` in mpcompile.measure.timing. The duration of a call is its cost times the machine's slowdown
+    (drift, runs of stalled calls, correlated load) times noise of the engine. That noise has the standard deviation
+    `noise` and the correlation `correlation` from round to round.
     """
 
-    def __init__(self, seed: int, own: float, kept: float) -> None:
-        self.rng, self.own, self.kept = np.random.default_rng(seed), own, kept
+    def __init__(self, seed: int, noise: float, correlation: float) -> None:
+        self.rng, self.noise, self.correlation = np.random.default_rng(seed), noise, correlation
         self.now_ns, self.stalled = 0, False
-        self.slow: dict[str, float] = {}
+        self.state: dict[str, float] = {}
 
     def perf_counter_ns(self) -> int:
         return self.now_ns
@@ -59,46 +59,47 @@ class Machine:
 
     def call(self, name: str, cost_ms: float) -> None:
         """One call of an engine."""
-        noise = self._correlated(name, self.own, self.kept) + self._correlated("load", 0.1, 0.9)
+        noise = self._correlated(name, self.noise, self.correlation) + self._correlated("load", 0.1, 0.9)
         self.stalled = bool(self.rng.random() < (0.7 if self.stalled else 0.02))
         drift = 1 + 0.5 * self.perf_counter()
         self.now_ns += round(1e6 * cost_ms * drift * np.exp(noise) * (3 if self.stalled else 1))
 
-    def _correlated(self, name: str, deviation: float, kept: float) -> float:
-        fresh = deviation * math.sqrt(1 - kept**2) * float(self.rng.standard_normal())
-        self.slow[name] = kept * self.slow.get(name, 0.0) + fresh
-        return self.slow[name]
+    def _correlated(self, name: str, deviation: float, correlation: float) -> float:
+        """The next value of a stationary AR(1) process."""
+        innovation = deviation * math.sqrt(1 - correlation**2) * float(self.rng.standard_normal())
+        self.state[name] = correlation * self.state.get(name, 0.0) + innovation
+        return self.state[name]
 
 
-def speedups(seeds: int, costs_ms: dict[str, float], own: float, kept: float) -> list[Speedup]:
-    """The speedup of the second engine over the first, in as many runs of 200 rounds as there are seeds."""
-    found = []
+def speedups(seeds: int, costs_ms: dict[str, float], noise: float, correlation: float) -> list[Speedup]:
+    """The speedup of the second engine over the first in one run of 200 rounds for each seed."""
+    runs = []
     for seed in range(seeds):
-        machine = Machine(seed, own, kept)
+        machine = Machine(seed, noise, correlation)
         calls = {name: partial(machine.call, name, cost) for name, cost in costs_ms.items()}
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(timing, "time", machine)
             samples = timing.sample(calls, 10.0)
         first, second = samples
-        found.append(timing.speedup(samples[first], samples[second], first))
-    assert {each.count for each in found} == {200}
-    return found
+        runs.append(timing.speedup(samples[first], samples[second], first))
+    assert {run.count for run in runs} == {200}
+    return runs
 
 
-def test_of_two_equal_models_no_difference_is_told_more_often_than_intervals_err() -> None:
-    found = speedups(100, {"first": 1.0, "second": 1.0}, own=0.2, kept=0.5)
-    assert sum(each.significant for each in found) <= 5  # of 100, with intervals of 95 %; in 500 other runs 1.6 % are
-    # In 500 runs 90.6 % of the intervals hold the true ratio: a block bootstrap is a little narrow. Of 100 runs 82 are
-    # three standard errors below. A bootstrap round by round, which takes correlated rounds for independent, has 75.
-    assert sum(each.interval[0] <= 1 <= each.interval[1] for each in found) >= 82
+def test_equal_engines_rarely_differ_significantly() -> None:
+    runs = speedups(100, {"first": 1.0, "second": 1.0}, noise=0.2, correlation=0.5)
+    assert sum(each.significant for each in runs) <= 5  # of 100, at 95 % confidence; in 500 other runs 1.6 % are
+    # In 500 runs 90.6 % of the intervals hold the true ratio: a block bootstrap is a little narrow. 82 of 100 are three
+    # standard errors below that. A bootstrap of single rounds, which ignores their correlation, has 75.
+    assert sum(each.interval[0] <= 1 <= each.interval[1] for each in runs) >= 82
 
 
-def test_a_model_with_a_tenth_more_to_do_is_found() -> None:
-    found = speedups(40, {"first": 1.0, "second": 1.1}, own=0.05, kept=0.0)
-    assert all(each.significant and each.interval[1] < 1 for each in found)  # the truth is 1 / 1.1 = 0.91
-    # On a machine as noisy as that of the test above the difference may be missed, and is never told the wrong way.
-    found = speedups(40, {"first": 1.0, "second": 1.1}, own=0.2, kept=0.5)
-    assert not [each for each in found if each.significant and each.ratio > 1]
+def test_an_engine_that_is_a_tenth_slower_is_significantly_slower() -> None:
+    runs = speedups(40, {"first": 1.0, "second": 1.1}, noise=0.05, correlation=0.0)
+    assert all(each.significant and each.interval[1] < 1 for each in runs)  # the true ratio is 1 / 1.1 = 0.91
+    # With the noise of the test above the difference may be missed, but its sign is never wrong.
+    runs = speedups(40, {"first": 1.0, "second": 1.1}, noise=0.2, correlation=0.5)
+    assert not [each for each in runs if each.significant and each.ratio > 1]
 
 
 def mlp(path: Path) -> Path:
@@ -119,7 +120,7 @@ def mlp(path: Path) -> Path:
     return path
 
 
-def test_times_are_those_of_onnxruntimes_own_profiler(tmp_path: Path) -> None:
+def test_times_agree_with_onnxruntimes_profiler(tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(tmp_path / "profile")
@@ -132,8 +133,8 @@ def test_times_are_those_of_onnxruntimes_own_profiler(tmp_path: Path) -> None:
     events = json.loads(Path(session.end_profiling()).read_text())
     theirs = np.array([event["dur"] / 1000 for event in events if event["name"] == "model_run"])
     assert len(theirs) == timing.WARM_UP + len(ours)
-    # Call by call ours contains theirs, which has microseconds; its clock may be slewed by up to 500 ppm. From above,
-    # the calls together take no longer than the run of them all. Load lengthens both sides of either.
+    # Each of our times contains the profiler's, which is in whole microseconds; clock slew is up to 500 ppm. All calls
+    # together take no longer than the whole run. Other load lengthens both sides of both inequalities.
     assert (ours >= theirs[timing.WARM_UP :] * (1 - 5e-4) - 1e-3).all()
     assert ours.sum() <= whole
 
@@ -144,7 +145,7 @@ class Perceptron(TinyMLP):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> mpcompile.Artifact:
-    """A model of three layers, one at 2:4. If the CPU's kernel is there, a file with it for that layer is shipped."""
+    """The artifact of three layers, one at 2:4; with a native file for that layer if the N:M kernel is available."""
     torch.manual_seed(0)
     recipe = mpcompile.Recipe.checked(
         {
@@ -162,9 +163,9 @@ def found(compiled: mpcompile.Artifact) -> BenchReport:
     return bench(compiled.folder, Settings(batches=(1, 4), seconds=0.2, threads=1))
 
 
-def test_a_folder_is_timed_and_the_files_say_the_same(found: BenchReport, compiled: mpcompile.Artifact) -> None:
+def test_the_files_hold_the_same_results(found: BenchReport, compiled: mpcompile.Artifact) -> None:
     folder = compiled.folder / "bench" / "ort"
-    names = {path.name for path in folder.iterdir()} - {"model.native.onnx"}  # where the CPU's kernel is faster
+    names = {path.name for path in folder.iterdir()} - {"model.native.onnx"}  # if the N:M kernel is faster
     assert names == {"bench.json", "bench.md", "bench.svg"}
     assert BenchReport.model_validate_json((folder / "bench.json").read_text()) == found
     text = (folder / "bench.md").read_text()
@@ -174,22 +175,22 @@ def test_a_folder_is_timed_and_the_files_say_the_same(found: BenchReport, compil
         assert sentence in text
     assert found.command == "mpcompile bench OUT --target ort --batch 1,4 --threads 1 --seconds 0.2"
     assert found.command in text
-    compiled.verify()  # the folder is still the one that was proven
+    compiled.verify()  # the folder still passes verify
 
 
 def test_every_figure_follows_from_the_samples(found: BenchReport) -> None:
     for each in found.batches:
         dense, compressed = (np.array(each.samples_ms[name]) for name in ("dense", "compressed"))
-        told = each.timings["compressed"]
-        assert told.p50_ms == pytest.approx(np.median(compressed))
-        assert told.p99_ms == pytest.approx(np.percentile(compressed, 99))
-        assert told.images_per_second == pytest.approx(1000 * each.batch / np.median(compressed))
+        row = each.timings["compressed"]
+        assert row.p50_ms == pytest.approx(np.median(compressed))
+        assert row.p99_ms == pytest.approx(np.percentile(compressed, 99))
+        assert row.images_per_second == pytest.approx(1000 * each.batch / np.median(compressed))
         against = each.comparisons["compressed/dense"]
         assert against.ratio == pytest.approx(np.median(dense / compressed))
         assert against.interval[0] <= against.ratio <= against.interval[1]
 
 
-def test_the_plot_is_well_formed_and_names_what_it_shows(compiled: mpcompile.Artifact, found: BenchReport) -> None:
+def test_the_plot_is_well_formed_xml_with_labels(compiled: mpcompile.Artifact, found: BenchReport) -> None:
     root = ET.parse(compiled.folder / "bench" / "ort" / "bench.svg").getroot()
     words = " ".join("".join(node.itertext()) for node in root.iter() if node.tag.endswith("text"))
     for word in ("batch 1", "batch 4", "dense", "compressed", "95 % interval", "Perceptron"):
@@ -220,7 +221,7 @@ def test_a_runtime_with_sparse_kernels_gets_a_third_build(compiled: mpcompile.Ar
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-def test_the_file_that_was_shipped_is_timed_beside_them(compiled: mpcompile.Artifact, found: BenchReport) -> None:
+def test_the_shipped_file_is_timed_as_a_fourth_engine(compiled: mpcompile.Artifact, found: BenchReport) -> None:
     shipped = compiled.folder / "model.native.onnx"
     assert sum(node.domain == "mpcompile" for node in onnx.load(shipped).graph.node) == 1
     assert [arm.name for arm in found.arms] == ["dense", "masked, kernels off", "compressed", "as shipped"]
@@ -229,10 +230,10 @@ def test_the_file_that_was_shipped_is_timed_beside_them(compiled: mpcompile.Arti
         dense, ours = (np.array(each.samples_ms[name]) for name in ("dense", "as shipped"))
         assert each.comparisons["as shipped/dense"].ratio == pytest.approx(np.median(dense / ours))
     assert [row.what.split(":")[0] for row in found.parity] == [arm.name for arm in found.arms]
-    assert any("what the file in the folder gains" in sentence for sentence in found.sentences())
+    assert any("the gain of the file in the folder" in sentence for sentence in found.sentences())
 
 
-def test_work_on_a_device_is_staged_as_asked() -> None:
+def test_a_device_call_is_staged_with_the_settings() -> None:
     class Device:
         device = "a device"
 
@@ -254,20 +255,20 @@ def test_work_on_a_device_is_staged_as_asked() -> None:
     ("settings", "error", "message"),
     [
         (Settings(target="trrt"), UsageError, "target 'trrt' is unknown"),
-        (Settings(target="eager"), UsageError, "no file"),
+        (Settings(target="eager"), UsageError, "not a file"),
         (Settings(target="rtx"), RuntimeMissing, "target rtx cannot be timed here: it is left out"),
         (Settings(graph=True, batches=(1,)), UsageError, "no CUDA graph"),
         (Settings(transfers=False, batches=(1,)), UsageError, "no transfers"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(
+def test_targets_and_settings_that_cannot_be_timed_are_refused(
     settings: Settings,
     error: type[Exception],
     message: str,
     compiled: mpcompile.Artifact,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TensorRTForRTX, "missing", lambda self: "it is left out")  # where it is installed, too
+    monkeypatch.setattr(TensorRTForRTX, "missing", lambda self: "it is left out")  # also if it is installed
     before = set(compiled.folder.rglob("*"))
     with pytest.raises(error, match=message):
         bench(compiled.folder, settings)
@@ -296,12 +297,12 @@ def test_the_command_line_prints_the_table_and_refuses_in_one_line(
     )  # fmt: skip
 
 
-def test_commands_spell_only_what_is_not_usual() -> None:
+def test_commands_leave_out_default_options() -> None:
     assert command("trt", (1, 8)) == "mpcompile bench OUT --target trt --batch 1,8"
     assert command("trt", (1,), Settings(transfers=False, graph=True)).endswith("--batch 1 --no-transfers --cuda-graph")
 
 
-def test_what_disturbs_a_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_and_clock_changes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     calm = MachineState(0.1, 3000.0, 1400, 50, ())
     assert disturbances(calm, calm) == ()

@@ -21,19 +21,20 @@ from mpcompile.ir.parity import relative_difference
 from mpcompile.passes import NMMask
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Eager, OnnxRuntime, TensorRT, TensorRTForRTX, native
+from mpcompile.runtimes.ort.session import OrtEngine
 from mpcompile.testing import TinyMLP
 
 QUICK = Recipe.checked({"target": "eager", "bench": {"batches": [1], "seconds": 0.05}})
 
 
 class Net(TinyMLP):
-    """A module of a program of one's own."""
+    """A module that is given in Python."""
 
     pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}  # noqa: RUF012
 
 
 class Doubled(Net):
-    """The same weights, another function."""
+    """A module with the same weights that computes another function."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)  # type: ignore[no-any-return]
@@ -41,7 +42,7 @@ class Doubled(Net):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A module given in Python, compiled for target eager."""
+    """The artifact of a module given in Python, for target eager."""
     torch.manual_seed(0)
     return mpcompile.compile(Net(), QUICK, passes=[NMMask()], output=tmp_path_factory.mktemp("own") / "out")
 
@@ -54,7 +55,7 @@ def images_for(artifact: Artifact, count: int = 3) -> np.ndarray[tuple[int, ...]
 # ---- in the original class
 
 
-def test_a_timm_model_is_built_again(artifact: Artifact) -> None:
+def test_a_timm_model_is_built_anew(artifact: Artifact) -> None:
     module = artifact.load("torch")
     assert type(module).__name__ == "VisionTransformer"
     assert type(module).__module__.startswith("timm.")
@@ -68,7 +69,7 @@ def test_a_timm_model_is_built_again(artifact: Artifact) -> None:
     assert relative_difference(artifact.load("onnx")(images), found) < 1e-4
 
 
-def test_a_module_given_in_python_is_filled_and_the_instance_left_alone(own: Artifact) -> None:
+def test_weights_are_loaded_into_a_copy_of_the_given_module(own: Artifact) -> None:
     fresh = Net().train()
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
     module = own.load("torch", model=fresh)
@@ -80,43 +81,45 @@ def test_a_module_given_in_python_is_filled_and_the_instance_left_alone(own: Art
     assert own.load("torch", model=Net().half()).state_dict()["head.weight"].dtype == torch.float16
 
 
-def test_other_modules_are_refused(own: Artifact) -> None:
-    with pytest.raises(UsageError, match=r"the model was a Net given in Python, .*; give a new one, model="):
+def test_modules_of_another_class_are_refused(own: Artifact) -> None:
+    with pytest.raises(UsageError, match=r"the model was a Net given in Python, .*; give an instance, model="):
         own.load("torch")
     with pytest.raises(
-        LoadError, match=r"does not fit the Linear given: 1 missing: weight.*Is it built as the one comp"
+        LoadError, match=r"does not fit the given Linear: 1 missing: weight.*built with the same arguments"
     ):
         own.load("torch", model=nn.Linear(3, 3, bias=False))
-    with pytest.raises(ParityError, match=r"Doubled with the compressed weights is another function than model.onnx"):
+    with pytest.raises(
+        ParityError, match=r"Doubled with the compressed weights computes something else than model.onnx"
+    ):
         own.load("torch", model=Doubled())
 
 
-def test_merged_tokens_are_not_shown_in_the_original_class(artifact: Artifact) -> None:
+def test_the_original_class_is_refused_if_tokens_are_merged(artifact: Artifact) -> None:
     merging = replace(artifact.exported(artifact.onnx), merges=True)
-    with pytest.raises(UsageError, match=r"tokens are merged in model.onnx, which the original class .* does not do"):
+    with pytest.raises(UsageError, match=r"model.onnx merges tokens, which the original class .* does not do"):
         module_of(artifact.folder / "model.safetensors", artifact.report.model, merging, None, False)
 
 
-def test_what_a_report_names_is_not_called(own: Artifact) -> None:
+def test_a_function_that_a_report_names_is_not_called(own: Artifact) -> None:
     for text in ("antigravity:geohash", "shutil:rmtree"):
         source = replace(own.report.model, arch=text, arch_args={"path": "."})
         named = Artifact(own.folder, own.report.model_copy(update={"model": source}))
-        with pytest.raises(UsageError, match=f"the report names {text}, and a report can name any function"):
+        with pytest.raises(UsageError, match=f"the report names the function {text}, which loading would run"):
             named.load("torch")
 
 
 class Bomb:
-    """Runs code where it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (pytest.fail, ("pickled code was run",))
 
 
 def test_files_that_a_report_names_are_not_opened(artifact: Artifact) -> None:
-    named = {**(artifact.report.model.arch_args or {}), "checkpoint_path": "/etc/hostname"}
-    told = artifact.report.model_copy(update={"model": replace(artifact.report.model, arch_args=named)})
+    arguments = {**(artifact.report.model.arch_args or {}), "checkpoint_path": "/etc/hostname"}
+    report = artifact.report.model_copy(update={"model": replace(artifact.report.model, arch_args=arguments)})
     with pytest.raises(UsageError, match="checkpoint_path, which names other files to open"):
-        Artifact(artifact.folder, told).load("torch")
+        Artifact(artifact.folder, report).load("torch")
 
 
 def test_no_pickled_code_is_run(artifact: Artifact, tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_no_pickled_code_is_run(artifact: Artifact, tmp_path: Path) -> None:
         Artifact.open(folder).load("torch", model=Net())
 
 
-def test_arguments_that_no_report_can_hold_are_not_recorded() -> None:
+def test_arguments_that_json_cannot_hold_are_not_recorded() -> None:
     def recorded(arch_args: dict[str, object] | None) -> object:
         return source_of(nn.Identity(), name="x", arch="x", sha256="", arch_args=arch_args).arch_args
 
@@ -143,7 +146,7 @@ def test_arguments_that_no_report_can_hold_are_not_recorded() -> None:
 # ---- in ONNX Runtime
 
 
-def test_the_kernel_is_used_where_file_and_kernel_are_there(
+def test_the_native_file_is_loaded_if_it_and_the_kernel_are_available(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = images_for(artifact)
@@ -153,11 +156,12 @@ def test_the_kernel_is_used_where_file_and_kernel_are_there(
     monkeypatch.setattr(native, "library", lambda: None)
     plain = artifact.load("onnx")
     assert plain.file.name == "model.onnx"
+    assert plain.is_reference
     # Other kernels sum in another order: see mpcompile.ir.parity.
     assert relative_difference(plain(images), found(images)) < 1e-4
 
 
-def test_images_of_another_type_or_shape_are_told(artifact: Artifact) -> None:
+def test_images_of_another_shape_are_refused(artifact: Artifact) -> None:
     engine = artifact.load("onnx")
     with pytest.raises(
         BuildError, match=r"takes images of float32, batch×1×28×28, and could not run float32 of shape \("
@@ -168,9 +172,11 @@ def test_images_of_another_type_or_shape_are_told(artifact: Artifact) -> None:
 # ---- as an engine
 
 
-def test_the_engine_is_that_of_the_target(artifact: Artifact, own: Artifact) -> None:
+def test_engines_of_several_targets_agree(artifact: Artifact, own: Artifact) -> None:
     images = images_for(artifact)
     engine = artifact.load("engine", threads=1)
+    assert isinstance(engine, OrtEngine)
+    assert engine.file == artifact.load("onnx").file  # target ort loads the file that was written at compile time
     eager = artifact.load("engine", runtime=Eager())
     again = artifact.load("engine", runtime=OnnxRuntime(), batches=(1,))
     for other in (eager, again):
@@ -180,7 +186,7 @@ def test_the_engine_is_that_of_the_target(artifact: Artifact, own: Artifact) -> 
         own.load("engine")
 
 
-def test_an_engine_that_does_not_run_here_says_what_is_missing(artifact: Artifact) -> None:
+def test_a_target_that_does_not_run_is_refused_with_what_is_missing(artifact: Artifact) -> None:
     for runtime in (TensorRT(), TensorRTForRTX()):
         if reason := runtime.missing() or runtime.idle():
             with pytest.raises(RuntimeMissing) as error:
