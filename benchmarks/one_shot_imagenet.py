@@ -25,7 +25,7 @@ from mpcompile.data.load_data import load_data
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.pattern import NM
-from mpcompile.measure.accuracy import Turned
+from mpcompile.measure.accuracy import ChangedAnswers
 from mpcompile.passes import NMMask, Permute
 from mpcompile.pipeline.pass_manager import PassManager
 
@@ -44,7 +44,7 @@ COLUMNS = ("method", "seed", "top-1", "of dense", "answers put right, put wrong"
 def measured(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """What is said of one model against the dense one."""
     right, before = (z.argmax(1) == labels for z in (found, dense))
-    turned = Turned.between(before.numpy(), right.numpy())
+    turned = ChangedAnswers.between(before.numpy(), right.numpy())
     return {
         "top1": float(right.double().mean()),
         "dense_top1": float(before.double().mean()),

@@ -1,1 +1,1 @@
-"""Measurements: latency side by side, accuracy on images, and what became of each layer."""
+"""Measurements: interleaved latency, accuracy on held-out images, and a verdict for each masked layer."""

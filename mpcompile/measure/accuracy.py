@@ -1,4 +1,4 @@
-"""Two engines on the same held-out images: accuracy of each, agreement, and how far the logits moved."""
+"""Comparison of two engines on the same held-out images: accuracy, agreement and logit shift."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ from numpy.typing import NDArray
 from mpcompile.data.images import Split
 from mpcompile.errors import ParityError
 
-SIGNIFICANCE = 0.05  # a difference in top-1 that chance makes less often is called one
+SIGNIFICANCE = 0.05  # level of the exact McNemar test on top-1
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Shares of images in [0, 1], with the count that they rest on."""
+    """Top-1 and top-5 accuracy as shares in [0, 1], and the number of images."""
 
     top1: float
-    top5: float | None  # None where there are five outputs or fewer
+    top5: float | None  # None if the model has 5 outputs or fewer
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Turned:
-    """How many answers became right, how many wrong, and how often chance alone turns as unequal numbers.
+class ChangedAnswers:
+    """The numbers of images whose top-1 answer became right or wrong, with the p-value of their difference.
 
-    `chance` is the p-value of McNemar's test in its exact form: if an answer that turns may as well turn the other way,
-    the smaller number is binomial. It holds for any number of images; both models answer the same ones.
+    `chance` is the p-value of the exact McNemar test. Its null hypothesis is that each changed answer is as likely to
+    become right as to become wrong, so the smaller number is binomial. The test is exact for any number of images.
     """
 
     right: int
@@ -35,18 +35,21 @@ class Turned:
     chance: float
 
     @classmethod
-    def between(cls, dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> "Turned":
-        """From which answers are right, in the same order."""
+    def between(cls, dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> "ChangedAnswers":
+        """The changes between two models. Both arrays (n,) say for each image, in one order, whether it is right."""
         right, wrong = int((compressed & ~dense).sum()), int((dense & ~compressed).sum())
-        return cls(right, wrong, _chance(right, wrong))
+        return cls(right, wrong, _p_value(right, wrong))
 
     def __str__(self) -> str:
-        counts = f"{self.right:,} answers put right and {self.wrong:,} put wrong"
-        made = "seldom makes" if self.chance < SIGNIFICANCE else "can make"
-        return f"{counts}, a difference that chance alone {made}: p = {self.chance:.2g} (exact McNemar test)"
+        result = "significant" if self.chance < SIGNIFICANCE else "not significant"
+        return (
+            f"{self.right:,} answers became right and {self.wrong:,} wrong; this change is {result} "
+            f"(p = {self.chance:.2g}, exact McNemar test)"
+        )
 
 
-def _chance(one: int, other: int) -> float:
+def _p_value(one: int, other: int) -> float:
+    """The two-sided p-value of the exact McNemar test; 1 if no answer changed."""
     from scipy.stats import binomtest
 
     return float(binomtest(min(one, other), one + other).pvalue) if one + other else 1.0
@@ -54,27 +57,30 @@ def _chance(one: int, other: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model against the dense one on the same images.
+    """A compressed model compared with the dense one on the same images.
 
-    The logit shift of an image is max over outputs of |logit − dense logit|; `logit_range` is the mean over
-    images of the dense model's max − min logit, which tells what a shift means.
+    The logit shift of an image is the maximum over outputs of |logit − dense logit|. `logit_range` is the mean over
+    images of the dense model's max − min logit, the scale to compare shifts with.
     """
 
-    dense: Accuracy | None  # None where the images have no labels
+    dense: Accuracy | None  # None if the images have no labels
     compressed: Accuracy | None
-    agreement: float
+    agreement: float  # share of images with the same top-1 answer
     logit_shift_mean: float
     logit_shift_p99: float
     logit_shift_max: float
     logit_range: float
     count: int
-    turned: Turned | None = None  # as `dense`
+    turned: ChangedAnswers | None = None  # None if the images have no labels
 
 
 def compare(
     dense: Run, compressed: Run, images: Split, observe: Callable[[int], None] = lambda done: None
 ) -> Comparison:
-    """Both engines over every image of the split, batch by batch. Raises ParityError on outputs that are not finite."""
+    """The comparison of two engines over all images of a split, batch by batch.
+
+    `observe` is called with the number of images done. Raises ParityError if outputs are not finite.
+    """
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []
     for pixels, classes in images.batches():
@@ -98,12 +104,12 @@ def compare(
         logit_shift_max=float(shift.max()),
         logit_range=float(np.ptp(before, axis=1).mean()),
         count=len(before),
-        turned=Turned.between(answers[0] == truth, answers[1] == truth) if images.labelled else None,
+        turned=ChangedAnswers.between(answers[0] == truth, answers[1] == truth) if images.labelled else None,
     )
 
 
 def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
-    """Top-1 and top-5 of logits (n, outputs); a tie counts for the lower index."""
+    """Top-1 and top-5 accuracy of logits (n, outputs) against labels (n,). In a tie the lower index ranks first."""
     order = np.argsort(-logits, axis=1, kind="stable")
     hits = order == labels[:, None]
     top5 = float(hits[:, :5].any(axis=1).mean()) if logits.shape[1] > 5 else None

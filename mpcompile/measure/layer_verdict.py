@@ -1,7 +1,7 @@
-"""What a runtime makes of each masked layer, step by step, and where a step fails, why.
+"""LayerVerdict: whether a masked layer runs on a sparse kernel, and if not, at which step it fails and why.
 
-masked → found again in the file → eligible by the runtime's rules → sparse kernel chosen → timed. A step that was not
-looked at is None: that an engine was not built, or does not tell, is neither a yes nor a no.
+The steps: masked, mask found in the ONNX file, eligible by the runtime's rules, sparse kernel chosen, timed. A step
+that was not checked is None, which means unknown: the engine was not built or does not report its kernels.
 """
 
 from collections.abc import Sequence
@@ -11,42 +11,43 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One condition of a runtime, where it stands, and whether its maker says so or it was only seen."""
+    """One condition of a runtime for sparse kernels."""
 
     name: str
-    says: str
-    source: str
+    says: str  # the condition, as a sentence
+    source: str  # where it is documented, or how it was observed
     standing: Literal["documented", "observed"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerVerdict:
-    """One masked layer. `rule` names the rule that decided on `eligible`; `reason` says where its way ends, or that
-    nothing is known yet. Times are those of the engine's layer that holds it, which may hold its neighbours too.
+    """The verdict on one masked layer.
+
+    Times are those of the engine's layer that contains it. After fusion that layer may contain its neighbours too.
     """
 
-    layer: str
-    initializer: str
+    layer: str  # qualified module name
+    initializer: str  # its weight in the ONNX file
     op: str
     pattern: str
     eligible: bool | None
-    rule: str
-    reason: str
-    chosen: bool | None = None
+    rule: str  # the name of the rule that decided `eligible`
+    reason: str  # the step at which the layer fails and why, or that this is unknown
+    chosen: bool | None = None  # whether the engine runs it on a sparse kernel
     kernel: str | None = None
     dense_ms: float | None = None
     sparse_ms: float | None = None
 
 
 def tally(verdicts: Sequence[LayerVerdict]) -> str:
-    """How many layers come how far, in a sentence."""
+    """A sentence with the numbers of layers that are eligible and that run on sparse kernels."""
     count = len(verdicts)
     eligible = sum(v.eligible is True for v in verdicts)
-    told = f"{eligible} of {count} masked layers are eligible for sparse kernels by the rules"
-    if unsaid := sum(v.eligible is None for v in verdicts):
-        told += f", of {unsaid} more the rules say nothing"
+    sentence = f"{eligible} of {count} masked layers are eligible for sparse kernels by the rules"
+    if undecided := sum(v.eligible is None for v in verdicts):
+        sentence += f", {undecided} more are not covered by the rules"
     if any(v.chosen is not None for v in verdicts):
-        told += f"; {sum(v.chosen is True for v in verdicts)} run on them"
+        sentence += f"; {sum(v.chosen is True for v in verdicts)} run on them"
         if unknown := sum(v.chosen is None for v in verdicts):
-            told += f", and of {unknown} it is not known"
-    return f"{told}."
+            sentence += f", {unknown} are unknown"
+    return f"{sentence}."

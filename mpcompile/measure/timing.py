@@ -1,13 +1,13 @@
-"""Latency of several engines side by side: interleaved rounds -> a Timing each, and the speedup between two.
+"""Latency of several engines, measured in interleaved rounds: a Timing of each engine and the Speedup between two.
 
-Engines take turns, and the order of the turn is reversed every round, so that a machine that drifts or is shared
-slows all of them alike. A speedup is the median of the ratios round by round; a single time on such a machine means
-little, a ratio within one run means something. Intervals are bootstrapped in blocks of neighbouring rounds, since what
-disturbs one round disturbs the next: the blocks are as long as the rounds are correlated, and where few of them fit
-into a run the interval is widened as Student's t says.
+In each round every engine is called once, and the order is reversed from round to round, so that clock drift and other
+load slow all engines equally. A speedup is the median of the ratios within rounds: on a shared machine a ratio within
+one run is reliable where a single time is not. Confidence intervals come from a block bootstrap, because neighbouring
+rounds are correlated; the block length follows from that correlation. If a run holds few blocks, the interval is
+widened by the ratio of Student's t to the normal quantile.
 
-A difference is told only where the whole interval is past INDISTINCT: two builds of one computation differ by a few per
-cent from memory layout alone.
+A difference is significant only if the whole interval lies outside 1 ± INDISTINCT: memory layout alone makes two builds
+of the same computation differ by a few per cent.
 """
 
 import time
@@ -18,45 +18,45 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-WARM_UP = 3
-ROUNDS = (15, 200)
-RESAMPLES = 2000
-INDISTINCT = 0.03
-NORMAL = 1.96  # half the width of a 95 % interval, in deviations
+WARM_UP = 3  # calls of each engine before the first round
+ROUNDS = (15, 200)  # least and most
+RESAMPLES = 2000  # of the bootstrap
+INDISTINCT = 0.03  # largest relative difference that is never significant
+NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds a call: percentiles, the number of calls, and a 95 % interval of the median."""
+    """Latency of one engine in milliseconds per call: percentiles, and the 95 % confidence interval of the median."""
 
     p50_ms: float
     p90_ms: float
     p99_ms: float
-    count: int
+    count: int  # calls
     batch: int
     interval_ms: tuple[float, float]
     device: str
 
     @property
     def images_per_second(self) -> float:
-        """Throughput at the median."""
+        """Throughput at the median latency."""
         return 1000 * self.batch / self.p50_ms
 
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """How many times as fast as the baseline: the median ratio, its 95 % interval, and the number of rounds."""
+    """The median ratio of baseline time to engine time, above 1 if the engine is faster than the baseline."""
 
     ratio: float
-    interval: tuple[float, float]
-    count: int
+    interval: tuple[float, float]  # 95 % confidence
+    count: int  # rounds
     baseline: str
 
     @property
     def significant(self) -> bool:
-        """Whether the interval supports a difference."""
+        """Whether the whole interval lies outside 1 ± INDISTINCT."""
         return self.interval[0] > 1 + INDISTINCT or self.interval[1] < 1 - INDISTINCT
 
     @property
@@ -76,23 +76,26 @@ class Speedup:
         return self.interval[0] <= 1 <= self.interval[1]
 
     def with_interval(self) -> str:
-        """The ratio and its interval in figures."""
+        """The ratio and its interval: `1.32 (1.28–1.37)`."""
         return f"{self.ratio:.2f} ({self.interval[0]:.2f}–{self.interval[1]:.2f})"
 
     def describe(self, baseline: str) -> str:
-        """The comparison in words, with its interval."""
+        """The comparison with a baseline of this name as part of a sentence, with interval and number of rounds."""
         interval = f"interval {self.interval[0]:.2f} to {self.interval[1]:.2f}, {self.count} rounds"
         if not self.significant:
-            return f"no difference from {baseline} can be told from noise ({interval})"
+            return f"no significant difference from {baseline} was measured ({interval})"
         return f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
 
 
 def sample(
     calls: Mapping[str, Call], seconds: float, watch: Callable[[], None] = lambda: None
 ) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds of each call, round by round; ROUNDS bounds how many, whatever the time allowed.
+    """Milliseconds per call of each engine, one value per round (rounds,).
 
-    `watch` is called once when all are warm, and once at the end, while a GPU is still at work's clock.
+    Args:
+        calls: by name; each runs one call and returns when it is done.
+        seconds: of rounds; at least ROUNDS[0] and at most ROUNDS[1] rounds are measured.
+        watch: called after warm-up and again after the last round, while a GPU still has its clock under load.
     """
     for call in calls.values():
         for _ in range(WARM_UP):
@@ -102,30 +105,33 @@ def sample(
     end = time.perf_counter() + seconds
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.perf_counter() < end):
         order = list(calls)[:: -1 if len(rounds) % 2 else 1]
-        turn = {}
+        times_ms = {}
         for name in order:
             started = time.perf_counter_ns()
             calls[name]()
-            turn[name] = (time.perf_counter_ns() - started) / 1e6
-        rounds.append(turn)
+            times_ms[name] = (time.perf_counter_ns() - started) / 1e6
+        rounds.append(times_ms)
     watch()
-    return {name: np.array([turn[name] for turn in rounds]) for name in calls}
+    return {name: np.array([times_ms[name] for times_ms in rounds]) for name in calls}
 
 
 def timing(samples_ms: NDArray[np.float64], batch: int, device: str) -> Timing:
-    """The summary of one engine's samples."""
+    """Percentiles and interval of one engine's samples (rounds,)."""
     p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99)).tolist()
     return Timing(p50, p90, p99, len(samples_ms), batch, median_interval(samples_ms), device)
 
 
 def speedup(baseline_ms: NDArray[np.float64], samples_ms: NDArray[np.float64], baseline: str) -> Speedup:
-    """Baseline time over time, round by round: above 1 is faster than the baseline."""
+    """The median over rounds of baseline time / time, both (rounds,). `baseline` is the baseline's name."""
     ratios = baseline_ms / samples_ms
     return Speedup(float(np.median(ratios)), median_interval(ratios), len(ratios), baseline)
 
 
 def median_interval(samples: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """A 95 % interval of the median, by a circular block bootstrap, widened for few blocks."""
+    """The 95 % confidence interval of the median of samples (rounds,) by a circular block bootstrap.
+
+    It is widened by Student's t for the number of blocks, and clipped to the range of the samples.
+    """
     from scipy.stats import t as student
 
     rng = np.random.default_rng(seed)
@@ -133,18 +139,18 @@ def median_interval(samples: NDArray[np.float64], seed: int = 0) -> tuple[float,
     length = _block_length(samples)
     blocks = -(-count // length)
     starts = rng.integers(0, count, (RESAMPLES, blocks))
-    places = (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :count] % count
-    ends = np.percentile(np.median(samples[places], axis=1), (2.5, 97.5))
-    middle = float(np.median(samples))
-    wider = float(student.ppf(0.975, max(blocks - 1, 1)) / NORMAL)
-    low, high = (middle + wider * (ends - middle)).tolist()
+    indices = (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :count] % count
+    ends = np.percentile(np.median(samples[indices], axis=1), (2.5, 97.5))
+    median = float(np.median(samples))
+    factor = float(student.ppf(0.975, max(blocks - 1, 1)) / NORMAL)
+    low, high = (median + factor * (ends - median)).tolist()
     return max(low, float(samples.min())), min(high, float(samples.max()))
 
 
 def _block_length(samples: NDArray[np.float64]) -> int:
-    """n^(1/3), or as many rounds as one has in common with its neighbours: (1 + ρ) / (1 − ρ), ρ between ranks.
+    """The larger of n^(1/3) and (1 + ρ) / (1 − ρ), in rounds; at most n / 4. ρ is the lag-1 rank autocorrelation.
 
-    Ranks, since a single stall would hide the correlation of all others; at most a quarter of the rounds.
+    Ranks are used because a single stall would hide the correlation of the other rounds.
     """
     count = len(samples)
     ranks = np.argsort(np.argsort(samples)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Timing, evaluation and parity: the figures against plain NumPy, and what they refuse."""
+"""Timing, accuracy and parity against plain NumPy, and the errors that they raise."""
 
 import math
 from functools import partial
@@ -11,12 +11,12 @@ from torch import Tensor
 from mpcompile.data.images import Split
 from mpcompile.errors import ParityError
 from mpcompile.ir.parity import relative_difference, require_parity
-from mpcompile.measure.accuracy import Turned, accuracy, compare
+from mpcompile.measure.accuracy import ChangedAnswers, accuracy, compare
 from mpcompile.measure.timing import ROUNDS, WARM_UP, Speedup, median_interval, sample, speedup, timing
 
 
-class Listed:
-    """Images in a list."""
+class ListedImages:
+    """Random images with labels, in memory."""
 
     def __init__(self, count: int, classes: int = 4) -> None:
         rng = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ class Listed:
         return self.pixels[index], int(self.labels[index])
 
 
-def test_engines_take_turns_and_the_turn_is_reversed() -> None:
+def test_rounds_are_interleaved_and_their_order_alternates() -> None:
     calls: list[str] = []
     runs = {name: partial(calls.append, name) for name in ("a", "b")}
     samples = sample(runs, seconds=0.0)
@@ -41,7 +41,7 @@ def test_engines_take_turns_and_the_turn_is_reversed() -> None:
 
 
 class Clock:
-    """A clock that only calls advance; it stands for `time` in mpcompile.measure.timing."""
+    """A clock that only calls advance. It replaces `time` in mpcompile.measure.timing."""
 
     def __init__(self) -> None:
         self.now_ns = 0
@@ -53,11 +53,11 @@ class Clock:
         return self.now_ns / 1e9
 
     def advance(self, ms: int) -> None:
-        """A call that takes so long."""
+        """A call that takes `ms` milliseconds."""
         self.now_ns += ms * 1_000_000
 
 
-def test_a_slower_engine_is_told_from_a_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slower_engine_is_significantly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("mpcompile.measure.timing.time", clock)
     samples = sample({"fast": partial(clock.advance, 1), "slow": partial(clock.advance, 4)}, seconds=0.1)
@@ -71,7 +71,7 @@ def test_a_slower_engine_is_told_from_a_faster(monkeypatch: pytest.MonkeyPatch) 
         assert found.told
 
 
-def test_summary_is_percentiles_in_milliseconds() -> None:
+def test_a_timing_has_percentiles_in_milliseconds() -> None:
     values = np.arange(1.0, 101.0)
     found = timing(values, batch=8, device="cpu")
     assert (found.p50_ms, found.count, found.batch) == (50.5, 100, 8)
@@ -79,22 +79,22 @@ def test_summary_is_percentiles_in_milliseconds() -> None:
     assert found.interval_ms[0] < 50.5 < found.interval_ms[1]
 
 
-def test_interval_covers_the_median_as_often_as_it_says() -> None:
+def test_intervals_cover_the_median_at_the_nominal_rate() -> None:
     rng = np.random.default_rng(1)
     covered = sum(low <= 0 <= high for low, high in (median_interval(rng.standard_normal(40), s) for s in range(200)))
     # 95 % nominal; 200 draws have a standard deviation of 1.5 points, and the bootstrap is a little narrow at n = 40.
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_accuracy_against_counting_by_hand() -> None:
+def test_accuracy_against_a_count_by_hand() -> None:
     logits = np.array([[0, 1, 2, 3, 4, 5.0], [5, 4, 3, 2, 1, 0], [1, 1, 0, 0, 0, 0]], np.float32)
     found = accuracy(logits, np.array([5, 5, 1]))
     assert (found.top1, found.top5, found.count) == (1 / 3, 2 / 3, 3)  # in the tie, index 0 is first
     assert accuracy(logits[:, :5], np.array([4, 0, 0])).top5 is None
 
 
-def test_comparison_counts_every_image_once() -> None:
-    images = Listed(150)
+def test_a_comparison_counts_every_image_once() -> None:
+    images = ListedImages(150)
     weight = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
 
     def dense(pixels: np.ndarray) -> np.ndarray:
@@ -121,29 +121,29 @@ def test_comparison_counts_every_image_once() -> None:
 
 
 @pytest.mark.parametrize(("right", "wrong"), [(0, 0), (1, 0), (0, 5), (0, 6), (3, 14), (20, 33), (31, 30)])
-def test_chance_turns_answers_either_way(right: int, wrong: int) -> None:
-    one = np.array([False] * right + [True] * wrong + [True, False])
-    other = np.array([True] * right + [False] * wrong + [True, False])
-    found = Turned.between(one, other)
+def test_the_p_value_is_the_binomial_tail(right: int, wrong: int) -> None:
+    dense = np.array([False] * right + [True] * wrong + [True, False])
+    compressed = np.array([True] * right + [False] * wrong + [True, False])
+    found = ChangedAnswers.between(dense, compressed)
     assert (found.right, found.wrong) == (right, wrong)
     tail = sum(math.comb(right + wrong, k) for k in range(min(right, wrong) + 1)) / 2 ** (right + wrong)
     assert found.chance == pytest.approx(min(1, 2 * tail), rel=1e-12)
-    assert ("seldom makes" in str(found)) == (found.chance < 0.05)
+    assert ("this change is significant" in str(found)) == (found.chance < 0.05)
 
 
-def test_without_labels_there_is_agreement_and_no_accuracy() -> None:
+def test_without_labels_a_comparison_has_agreement_but_no_accuracy() -> None:
     found = compare(
-        lambda x: x.reshape(len(x), -1), lambda x: x.reshape(len(x), -1), Split(Listed(3), (0, 1, 2), False)
+        lambda x: x.reshape(len(x), -1), lambda x: x.reshape(len(x), -1), Split(ListedImages(3), (0, 1, 2), False)
     )
     assert (found.dense, found.compressed, found.agreement) == (None, None, 1.0)
 
 
-def test_outputs_that_are_not_finite_stop_an_evaluation() -> None:
+def test_outputs_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(ParityError, match="the compressed model returns numbers that are not finite"):
         compare(
             lambda x: x.reshape(len(x), -1),
             lambda x: x.reshape(len(x), -1) * np.float32(np.inf),
-            Split(Listed(3), (0,), False),
+            Split(ListedImages(3), (0,), False),
         )
 
 
