@@ -76,7 +76,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/one_shot.py
 	$(BIN)/python benchmarks/certificates.py
 	$(BIN)/python benchmarks/token_merging.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/tables.py
 
 # The N:M kernel on this CPU: products, whole ViTs, and twenty minutes of a server's life. Hours where both cores are busy.
 bench-cpu: bench-models
@@ -86,12 +86,12 @@ bench-cpu: bench-models
 	$(BIN)/python benchmarks/cpu_vit.py --threads 2
 	$(BIN)/python benchmarks/cpu_choice.py
 	$(BIN)/python benchmarks/server.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/tables.py
 
 # Needs Fashion-MNIST, Debian's package dataset-fashion-mnist.
 bench-distill: $(READY)
 	$(BIN)/python benchmarks/distill.py --data $(or $(DATA),/usr/share/datasets/fashion-mnist)
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/tables.py
 
 # Needs a GPU of compute capability 8.0 or newer and `pip install -e '.[trt]'`.
 bench-gpu: $(READY)

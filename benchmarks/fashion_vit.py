@@ -72,7 +72,7 @@ def measure(pattern: str, precision: str, folder: Path) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """The row of README's table."""
+    """The row of the table in docs/results-accuracy.md."""
     c = row["comparison"]
     batch8 = next(pair for pair in row["latency"] if pair["dense"]["batch"] == 8)["speedup"]
     return (

@@ -5,57 +5,34 @@ import dataclasses
 import functools
 import importlib.util
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_readme import known_options
-from typer.main import get_command
+from doc_pages import DOCS, LINK, PAGES, ROOT, commands, fenced, known_options, parse, slug, tables
 
 from mpcompile import errors
-from mpcompile.cli.app import app
 from mpcompile.cli.inspect_commands import _spelt
 from mpcompile.driver.run_plan import RUNTIMES, plan_of
 from mpcompile.passes import PASSES
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes.tensorrt.rules import SPARSITY_RULES
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
-LINK = re.compile(r"\]\(([^)\s]+)\)")
 pages = pytest.mark.parametrize("page", PAGES)
 
 
-def fenced(text: str, language: str) -> list[str]:
-    """The code blocks of a language; those without one have the language ''."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [body for of, body in blocks if of == language]
-
-
-def commands(text: str) -> list[list[str]]:
-    """The words of every command line that is shown, its continuations joined."""
-    lines = "\n".join(fenced(text, "")).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line for line in words if line]
-
-
-def tables(text: str) -> Iterator[list[dict[str, str]]]:
-    """The rows of every table, by the heads of their columns."""
-    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", re.MULTILINE):
-        head, _, *rows = [
-            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in block.splitlines()
-        ]
-        yield [dict(zip(head, row, strict=True)) for row in rows]
-
-
-def slug(heading: str) -> str:
-    """The anchor of a heading on a repository page."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def test_contributing_names_what_there_is() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = [link for link in LINK.findall(text) if not link.startswith("http")]
+    assert files
+    for path in (*files, *re.findall(r"`((?:mpcompile|passes|runtimes|tests|benchmarks)/[\w./]*)`", text)):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make ([\w-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
 
 
 @pages
@@ -71,11 +48,20 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in map(slug, headings), link
 
 
-def test_every_page_is_reached() -> None:
-    for page in PAGES.keys() - {"index"}:
-        assert f"({page}.md)" in PAGES["index"], page
-        assert f"{page}.md" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), page
+def test_pages_stand_in_one_order() -> None:
+    """Navigation and overview name every page once, in the same order."""
+    navigation = re.findall(r"^\s*- .*: ([\w-]+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    overview = re.findall(r"^\| \[[^]]+\]\(([\w-]+)\.md\)", PAGES["index"], re.MULTILINE)
+    assert navigation == ["index", *overview]
+    assert sorted(navigation) == sorted(PAGES)
     assert "](docs/index.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pages
+def test_every_page_has_an_example_that_is_tested(page: str) -> None:
+    """Python is run, a recipe is read, a command is parsed: by the tests below."""
+    shown = [words for words in commands(PAGES[page]) if words[0] == "mpcompile"]
+    assert shown or fenced(PAGES[page], "python") or fenced(PAGES[page], "yaml")
 
 
 @pages
@@ -83,13 +69,6 @@ def test_options_exist(page: str) -> None:
     own = "".join(line for line in PAGES[page].splitlines(keepends=True) if "python benchmarks/" not in line)
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", own))
     assert shown <= known_options(), shown - known_options()
-
-
-def parse(args: list[str]) -> None:
-    """Parses a command line and runs nothing. Raises what the command would say."""
-    known = get_command(app).commands  # type: ignore[attr-defined]
-    verb, *rest = args if args[0] in known else ["compile", *args]
-    known[verb].make_context(verb, rest).close()
 
 
 @pages
@@ -119,7 +98,8 @@ def test_recipes_shown_are_recipes(page: str) -> None:
 
 
 @pages
-def test_python_shown_runs(page: str) -> None:
+def test_python_shown_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     blocks = fenced(PAGES[page], "python")
     if not blocks:
         pytest.skip("no Python on this page")
