@@ -1,6 +1,5 @@
-"""Every pass in PASSES, and the example pass of CONTRIBUTING.md, against one contract."""
+"""Every pass in PASSES against one contract."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,6 @@ from mpcompile.ir.model import Model
 from mpcompile.passes import PASSES, NMMask
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
-
-CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 
 def skip_where_refused(name: str, model: Model) -> None:
@@ -43,14 +40,3 @@ def test_every_result_exports(name: str, tmp_path: Path) -> None:
     result = check_contract(PASSES[name](), model, tiny_data(model) if name == "distill" else None)
     batch = 2 if name == "tome" else None  # test_tome.py exports a free batch
     assert lower(result, tmp_path / "model.onnx", batch=batch).onnx.is_file()
-
-
-def test_a_stranger_can_write_a_pass() -> None:
-    """The code blocks of CONTRIBUTING.md, in order, as one program; its asserts are the test."""
-    blocks = re.findall(r"^```python\n(.*?)^```", CONTRIBUTING.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 2
-    source = "\n".join(blocks)
-    assert "check_contract(" in source
-    namespace: dict[str, object] = {"__name__": "stranger"}
-    exec(compile(source, str(CONTRIBUTING), "exec"), namespace)
-    assert "RoundToBF16" in namespace
