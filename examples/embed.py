@@ -1,8 +1,8 @@
-"""Compress a model as one step of a program of your own: tells progress, and handles a gate that fails.
+"""Compress a model as one step of your own program: shows progress, and handles a gate that fails.
 
     python examples/embed.py OUTPUT
 
-Tries a sparse pattern first, and a less sparse one where accuracy falls by more than the gate allows.
+Tries a sparse pattern first, and a less sparse one if accuracy falls by more than the gate allows.
 """
 
 import sys
@@ -23,13 +23,13 @@ RECIPE = Recipe(
 
 
 def show(at: Progress) -> None:
-    """One line a stage; `at.step` and `at.done` of `at.total` tell the layers within one, for a bar."""
+    """Prints one line per stage. Within a stage, `at.step` is `at.done` of `at.total` steps, for a progress bar."""
     if at.step is None:
         print(at, file=sys.stderr)
 
 
 def compress(output: Path) -> Artifact:
-    """The sparsest of two that passes the gate. Raises AccuracyError where neither does."""
+    """Returns the sparser of two models that passes the gate. Raises AccuracyError if neither does."""
     patterns = [NM(1, 64), NM(2, 4)]
     for pattern in patterns:
         folder = output / str(pattern).replace(":", "x")
@@ -42,7 +42,7 @@ def compress(output: Path) -> Artifact:
                 output=folder,
                 observe=show,
             )
-        except AccuracyError as error:  # the folder is written all the same: Artifact.open(folder) has the evidence
+        except AccuracyError as error:  # the folder is written all the same: Artifact.open(folder)
             print(error, file=sys.stderr)
             if pattern == patterns[-1]:
                 raise
@@ -52,7 +52,7 @@ def compress(output: Path) -> Artifact:
 if __name__ == "__main__":
     try:
         artifact = compress(Path(sys.argv[1]))
-    except MpcompileError as failure:  # what mpcompile explains; each kind has the exit code of the command line
+    except MpcompileError as failure:  # each class has the exit code of the command line
         print(failure, file=sys.stderr)
         raise SystemExit(failure.exit_code) from None
     print(artifact.folder, *artifact.report.verdict, sep="\n")

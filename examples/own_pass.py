@@ -1,4 +1,4 @@
-"""A pass of your own: a frozen dataclass, checked against what every pass has to keep, then used in a recipe.
+"""A pass of your own: a frozen dataclass, checked against the contract of passes, then used in a recipe.
 
 python examples/own_pass.py OUTPUT
 """
@@ -19,7 +19,7 @@ from mpcompile.testing import check_contract, tiny_vit
 
 @dataclass(frozen=True, slots=True)
 class ClipOutliers:
-    """Clips weights at so many standard deviations of their layer, which helps formats of few bits."""
+    """Clips weights at `deviations` standard deviations of their layer, which helps formats with few bits."""
 
     name: ClassVar[str] = "clip-outliers"
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -29,9 +29,9 @@ class ClipOutliers:
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
-        """The model with clipped weights; zeros stay zeros, so masks hold."""
+        """Returns the model with clipped weights. Zeros stay zeros, so masks hold."""
         layers = dict(model.layers())
-        for name in tracked(layers):  # tells progress
+        for name in tracked(layers):  # reports progress
             with on_layer(name):  # a failure in here names the layer
                 weight = layers[name].weight
                 limit = self.deviations * float(weight.std())
@@ -40,7 +40,7 @@ class ClipOutliers:
 
 
 def main(output: Path) -> None:
-    """Checks the pass, runs it alone, and compiles with it."""
+    """Checks the pass, runs it alone, then compiles with it."""
     check_contract(ClipOutliers(deviations=3.0), tiny_vit())
 
     _, [record] = PassManager([ClipOutliers()]).run(tiny_vit(), Data())

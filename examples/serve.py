@@ -1,4 +1,4 @@
-"""Serve an output folder: every request is an image's bytes, and is answered with its class, from several threads.
+"""Serve an output folder from several threads: a request is an image's bytes, the answer is its class.
 
 python examples/serve.py OUTPUT [PORT]
 curl --data-binary @image.raw http://127.0.0.1:PORT      # bytes, channel by channel, row by row
@@ -15,10 +15,10 @@ from mpcompile import Artifact, MpcompileError
 
 
 def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
-    """A server of this machine alone; port 0 takes a free one. Raises a MpcompileError."""
+    """Returns a server on 127.0.0.1; port 0 takes a free port. Raises MpcompileError."""
     artifact = Artifact.open(folder)
-    artifact.verify()  # what is served is what was proven
-    engine = artifact.load("onnx", threads=1)  # a thread a request, so that requests do not wait for each other
+    artifact.verify()  # the files are those that were checked
+    engine = artifact.load("onnx", threads=1)  # one thread per request, so that requests do not wait for each other
     source = artifact.report.model
     mean, std = (np.array(values)[:, None, None] for values in (source.mean, source.std))
 
@@ -26,7 +26,7 @@ def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if len(body) != math.prod(source.size):
-                self.send_error(400, f"an image is {'x'.join(map(str, source.size))} bytes, and {len(body)} came")
+                self.send_error(400, f"an image has {'x'.join(map(str, source.size))} bytes, found {len(body)}")
                 return
             pixels = np.frombuffer(body, np.uint8).reshape(1, *source.size)
             [logits] = engine(((pixels / 255 - mean) / std).astype(np.float32))
@@ -40,7 +40,7 @@ def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
             self.wfile.write(answer)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class names it so)
-            """Nothing: a line a request is the caller's business."""
+            """Logs nothing: logging is the caller's decision."""
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 

@@ -44,11 +44,10 @@ def slug(heading: str) -> str:
 
 def known_options() -> set[str]:
     """Every option of every command."""
-    from typer.main import get_command
-
+    group = get_command(app)
     return {
         option
-        for command in get_command(app).commands.values()  # type: ignore[attr-defined]
+        for command in (group, *group.commands.values())  # type: ignore[attr-defined]
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }

@@ -4,7 +4,7 @@
 
 The data are the four idx files of https://github.com/zalandoresearch/fashion-mnist (MIT); Debian carries them
 as the package `dataset-fashion-mnist`. 5,000 training images are held out for choosing epochs, rate and
-augmentation; the test images are looked at once, after the last epoch.
+augmentation; the test images are used once, after the last epoch.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CLASSES = [
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {
     "img_size": 28,
-    "patch_size": 4,  # 49 tokens: enough for token merging to have something to merge
+    "patch_size": 4,  # 49 tokens, enough for token merging
     "in_chans": 1,
     "embed_dim": 128,
     "depth": 6,
@@ -114,7 +114,7 @@ def main() -> None:
         print(f"epoch {epoch + 1}: loss {total / steps:.4f}, held-out {checked:.4f}, {seconds:.0f} s", flush=True)
 
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    model.load_state_dict(half)  # what is measured is what is stored
+    model.load_state_dict(half)  # so that the stored weights are measured
     tested = accuracy(model, *tensors(args.data, "t10k"))
     print(f"test accuracy of the stored weights: {tested:.4f} (10,000 images)")
 
