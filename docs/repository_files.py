@@ -1,8 +1,8 @@
-"""For mkdocs: the repository's own files that the pages link to, as part of the site.
+"""A mkdocs hook that adds the repository files that the pages link to.
 
-On a repository page `../benchmarks/results/budget.md` is a link like any other; a site has no such file. Here every
-file that is reached by links from the pages, one after another, is put under `repository/`, and links are turned to
-it. A link to a folder keeps its text alone.
+In the repository, `../benchmarks/results/budget.md` is a valid link; the built site has no such file. This hook copies
+every file that the pages link to, directly or through other files, into `repository/`, and rewrites the links. A link
+to a folder becomes plain text.
 """
 
 import re
@@ -17,7 +17,7 @@ LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The pages, and the files that they lead to."""
+    """Adds the linked repository files to the site's files."""
     pages = Path(config["docs_dir"])
     root = pages.parent
     todo = [(path.relative_to(root).as_posix(), path) for path in pages.glob("*.md")]
@@ -37,19 +37,19 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """The page with its links turned to where these files are on the site."""
+    """Returns the page with its links rewritten to paths on the site."""
     pages = Path(config["docs_dir"])
     root = pages.parent
     here = page.file.src_uri
     name = here.removeprefix(f"{UNDER}/") if here.startswith(f"{UNDER}/") else f"{pages.name}/{here}"
 
-    def turned(match: re.Match[str]) -> str:
+    def rewritten(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
         linked = normpath(f"{name}/../{target}")
         if not (root / linked).is_file():
-            return text.strip("![]") if (root / linked).exists() else match[0]  # mkdocs tells of what is not there
+            return text.strip("![]") if (root / linked).exists() else match[0]  # mkdocs reports missing files
         inside = linked.startswith(f"{pages.name}/")
         site = linked.removeprefix(f"{pages.name}/") if inside else f"{UNDER}/{linked}"
         return f"{text}({relpath(site, here.rpartition('/')[0] or '.')}{anchor})"
 
-    return LINK.sub(turned, markdown)
+    return LINK.sub(rewritten, markdown)

@@ -7,16 +7,18 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from doc_pages import DOCS, LINK, PAGES, ROOT, commands, fenced, known_options, parse, slug, tables
 
-from mpcompile import errors
+import mpcompile
+from mpcompile import NM, errors
 from mpcompile.cli.inspect_commands import _spelt
 from mpcompile.driver.run_plan import RUNTIMES, plan_of
-from mpcompile.passes import PASSES
+from mpcompile.passes import PASSES, NMMask
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes.tensorrt.rules import SPARSITY_RULES
 
@@ -104,6 +106,26 @@ def test_python_shown_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not blocks:
         pytest.skip("no Python on this page")
     exec(compile("\n".join(blocks), str(DOCS / f"{page}.md"), "exec"), {"__name__": "shown"})
+
+
+def test_the_runtime_shown_works_from_a_package_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's first two blocks as a package with the entry point that the page shows, also with a fixed batch."""
+    page = PAGES["writing-a-runtime"]
+    package, info = tmp_path / "your_package", tmp_path / "your_package-1.0.dist-info"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "runtime.py").write_text("\n".join(fenced(page, "python")[:2]), encoding="utf-8")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: your-package\nVersion: 1.0\n", encoding="utf-8")
+    [project] = fenced(page, "toml")
+    [(name, target)] = tomllib.loads(project)["project"]["entry-points"]["mpcompile.runtimes"].items()
+    (info / "entry_points.txt").write_text(f"[mpcompile.runtimes]\n{name} = {target}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = Recipe.checked({"target": name, "batch": 1, "bench": {"batches": [1], "seconds": 0.1}})
+    model = mpcompile.Request("mpcompile.testing:TinyMLP", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
+    artifact = mpcompile.compile(model, recipe, passes=[NMMask(NM(2, 4))], output=tmp_path / "out")
+    assert artifact.report.environment[f"target {name}"] == f"your-package 1.0 ({target})"
+    assert artifact.report.latency
 
 
 def test_parameters_are_those_of_the_passes() -> None:
