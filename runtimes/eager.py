@@ -68,7 +68,7 @@ class Eager(WithoutKernels):
     def build(self, exported: Exported, build: Build) -> EagerEngine:
         """Returns the engine. Raises BuildError for an output folder, which has a file and no graph."""
         if not isinstance(exported, Lowered):
-            raise BuildError("target eager runs the captured graph, and an output folder holds none; use --target ort")
+            raise BuildError("target eager runs the captured graph, and an output folder has none; use --target ort")
         return self.graph_engine(exported.model)
 
     def graph_engine(self, model: Model) -> EagerEngine:
