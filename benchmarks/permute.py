@@ -39,8 +39,8 @@ from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.permute.coupling import couple
-from mpcompile.passes.permute.order_search import ideal, kept, search, serpentine
-from mpcompile.passes.permute.permute import OrderingProblem, job_of, scores_by_axis
+from mpcompile.passes.permute.order_search import kept_score, search, serpentine, upper_bound
+from mpcompile.passes.permute.permute import OrderingProblem, ordering_problem, scores_by_axis
 
 SWEEPS = 10
 CHUNK = 64  # pairs of groups at once
@@ -66,12 +66,13 @@ def models() -> Iterator[tuple[str, Model]]:
         yield arch, capture(module, source_of(module, name=arch, arch=arch, sha256=""))
 
 
-def jobs(model: Model, pattern: NM, layer: str) -> list[OrderingProblem]:
-    """The searches for the cells that a layer reads."""
+def problems(model: Model, pattern: NM, layer: str) -> list[OrderingProblem]:
+    """The searches for the exchangeable sets of channels that a layer reads."""
     patterns = {name: pattern for name, reason in eligible(model, pattern).items() if reason is None}
     scores = scores_by_axis(model, patterns, {})
     groups = [g for g in couple(model).groups if any(axis.owner == f"{layer}.weight" for axis in g.readers)]
-    return [job for group in groups for cell in group.cells if (job := job_of(cell, scores))]
+    sets = [channels for group in groups for channels in group.sets]
+    return [problem for channels in sets if (problem := ordering_problem(channels, scores))]
 
 
 def interleave(x: Tensor, of: int) -> Tensor:
@@ -83,7 +84,7 @@ def best_random(x: Tensor, pattern: NM, count: int = 200) -> Tensor:
     """The best of some random orders."""
     rng = torch.Generator().manual_seed(0)
     orders = [torch.randperm(x.shape[1], generator=rng) for _ in range(count)]
-    return max(orders, key=lambda order: kept(x[:, order], pattern))
+    return max(orders, key=lambda order: kept_score(x[:, order], pattern))
 
 
 SUBSETS = [s for s in itertools.combinations(range(8), 4) if 0 in s]  # one of each of the 35 ways, by its first group
@@ -154,18 +155,18 @@ def methods(pattern: NM, limit: float) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def measure(model: Model, arch: str, kind: str, layer: str, pattern: NM) -> dict[str, Any]:
-    """The row for one layer's cells."""
-    own = jobs(model, pattern, layer)
+    """The row for one layer's exchangeable sets of channels."""
+    own = problems(model, pattern, layer)
     started = time.perf_counter()
-    ours = [search(job.score, pattern, job.work(SWEEPS)) for job in own]
+    ours = [search(problem.score, pattern, problem.work(SWEEPS)) for problem in own]
     seconds = {"ours": time.perf_counter() - started}
     before, after = sum(f.before for f in ours), {"ours": sum(f.after for f in ours)}
     limit = max(10 * seconds["ours"], 15.0) / len(own)
     for name, order in methods(pattern, limit).items():
         started = time.perf_counter()
-        after[name] = sum(kept(job.score[:, order(job.score)], pattern) for job in own)
+        after[name] = sum(kept_score(problem.score[:, order(problem.score)], pattern) for problem in own)
         seconds[name] = time.perf_counter() - started
-    best = sum(ideal(job.score, pattern) for job in own)
+    best = sum(upper_bound(problem.score, pattern) for problem in own)
     shape = f"{len(own)} × " if len(own) > 1 else ""
     return {
         "model": arch,

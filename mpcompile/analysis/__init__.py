@@ -1,1 +1,1 @@
-"""Read-only facts of a model: spectra, multiply-accumulates, which layers can be masked, attention."""
+"""Read-only facts of a model: spectra, multiply-accumulates, eligible layers, attention, and torch's operator sets."""

@@ -1,6 +1,7 @@
-"""What flows into each layer on calibration images: how large every input channel is, and how much it alone tells.
+"""Per-channel input statistics from calibration images.
 
-Sums are kept in float64 and only they are kept, so memory does not grow with the number of images.
+RMS, and the standard deviation that remains after regressing a channel on the layer's other channels. Only sums are
+kept, in float64, so memory does not grow with the number of images.
 """
 
 import torch
@@ -11,16 +12,15 @@ from mpcompile.analysis.layer_interpreter import LayerHook, LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.ir.model import Model
 
-BATCH = 32
-MIN_ROWS_PER_CHANNEL = 16  # rows a channel, after which a covariance is known well enough
-DAMPING = 0.02  # of the mean variance; also what a refit adds unless it is told otherwise
+BATCH = 32  # images
+MIN_ROWS_PER_CHANNEL = 16  # rows per input channel, after which a covariance estimate is accurate enough
+DAMPING = 0.02  # share of the mean variance that is added to the diagonal; also the default of a refit
 
 
 def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " channels"]]:
-    """For each layer the root mean square of its inputs over images and positions, channel by channel, in float64.
+    """For each layer, the root mean square of each input channel over images and positions, in float64.
 
-    Channels are those of the layer's input: all groups' for a grouped convolution. Layers that the images do not
-    reach are left out.
+    A grouped convolution has the channels of all its groups. Layers that the images do not reach are left out.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -31,17 +31,18 @@ def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " chann
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts.get(name, 0) + len(rows)
 
-    _watched(model, images, add)
+    _run_with_hook(model, images, add)
     return {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 
 
-def unexplained_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " channels"]]:
-    """For each layer and input channel the deviation of what the other channels do not tell of it, in float64.
+def conditional_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " channels"]]:
+    """For each layer, the conditional standard deviation of each input channel given the others, in float64.
 
-    That is 1/√[(C + λI)⁻¹]_cc, C the covariance of the channels over images and positions and λ a share of its mean
-    diagonal. A weight times it is, squared, what removing that weight costs once all others have been refitted (Optimal
-    Brain Surgeon, Hassibi and Stork 1993); for a kernel of several taps each is taken as if it were alone. Channels as
-    for `input_scales`, those of a group among themselves.
+    That is 1/√[(C + λI)⁻¹]_cc, with C the covariance of the channels over images and positions, and λ = DAMPING times
+    its mean diagonal. Its square times a squared weight is the cost of removing that weight if all others are refitted:
+    the saliency of Optimal Brain Surgeon (Hassibi and Stork 1993). For a kernel with several taps, each tap is treated
+    as if it were the only one. Channels are as for `input_scales`; in a grouped convolution, each is conditioned on the
+    channels of its group. A covariance takes no further batch once it has MIN_ROWS_PER_CHANNEL rows for each channel.
     """
     shifts: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
@@ -53,7 +54,7 @@ def unexplained_scales(model: Model, images: Split) -> dict[str, Float[Tensor, "
         by_group = (rows := _rows(layer, x)).reshape(len(rows), groups, -1).movedim(1, 0)
         if counts.get(name, 0) >= MIN_ROWS_PER_CHANNEL * by_group.shape[-1]:
             return
-        # Less the first mean, so that a large one costs float32 no digits.
+        # The first batch's mean is subtracted, so that a large mean does not cost float32 digits.
         shift = shifts.setdefault(name, by_group.mean(1, keepdim=True))
         moved = by_group - shift
         total, gram = moved.sum(1, dtype=torch.float64), (moved.mT @ moved).double()
@@ -61,7 +62,7 @@ def unexplained_scales(model: Model, images: Split) -> dict[str, Float[Tensor, "
         grams[name] = grams[name] + gram if name in grams else gram
         counts[name] = counts.get(name, 0) + len(rows)
 
-    _watched(model, images, add)
+    _run_with_hook(model, images, add)
     scales = {}
     for name, count in counts.items():
         mean = sums[name] / count
@@ -75,23 +76,26 @@ def unexplained_scales(model: Model, images: Split) -> dict[str, Float[Tensor, "
 
 
 def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows channels"]:
-    """The inputs with a row for each image and position."""
+    """The layer's inputs as a matrix with one row for each image and position."""
     channels_last = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
     return channels_last.reshape(-1, channels_last.shape[-1])
 
 
-def _watched(model: Model, images: Split, see: LayerHook) -> None:
-    """Runs the model on the images; `see` is told of every layer's inputs."""
-    watcher = LayerInterpreter(model.graph, see)
+def _run_with_hook(model: Model, images: Split, hook: LayerHook) -> None:
+    """Runs the model on the images in batches, and calls `hook` for each application of each layer."""
+    interpreter = LayerInterpreter(model.graph, hook)
     with torch.no_grad():
         for pixels, _ in images.announced(BATCH):
-            watcher.run(pixels.to(model.example.dtype))
+            interpreter.run(pixels.to(model.example.dtype))
 
 
 def per_weight(layer: nn.Linear | nn.Conv2d, scales: Float[Tensor, " channels"]) -> Float[Tensor, "out in_ *taps"]:
-    """The scales laid out to multiply the layer's weight: for each weight that of its own input channel."""
+    """The scales of a layer's input channels, expanded to the shape of its weight.
+
+    Each weight gets the scale of the input channel that it multiplies.
+    """
     if isinstance(layer, nn.Linear):
         return scales[None, :].expand(layer.weight.shape)
-    of_group = scales.reshape(layer.groups, -1)
-    rows = of_group.repeat_interleave(layer.out_channels // layer.groups, 0)
+    by_group = scales.reshape(layer.groups, -1)
+    rows = by_group.repeat_interleave(layer.out_channels // layer.groups, 0)
     return rows[:, :, None, None].expand(layer.weight.shape)

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
@@ -34,7 +33,6 @@ PLAIN_CLASSES = frozenset(
         "timm.layers.conv2d_same.Conv2dSame",
     }
 )
-WEIGHT_FUNCTIONS = frozenset({F.linear, F.conv2d, torch.conv2d})
 EXCLUDED = "excluded by"  # how the reason of a layer begins that was named to be left out
 
 

@@ -6,14 +6,11 @@ next layer, before or after it.
 
 from collections.abc import Callable, Iterable
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from mpcompile.analysis.eligibility import weight_sites
+from mpcompile.analysis.operator_sets import ATTENTION_FUNCTIONS
 from mpcompile.ir.model import Model
-
-FUNCTIONS = frozenset({F.scaled_dot_product_attention, F.softmax, torch.softmax, torch.nn.functional.softmax})
 
 
 def attention_layers(model: Model) -> frozenset[str]:
@@ -28,7 +25,7 @@ def attention_layers(model: Model) -> frozenset[str]:
     def attends(node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(modules[str(node.target)], nn.Softmax | nn.MultiheadAttention)
-        return node.target in FUNCTIONS or (node.op == "call_method" and node.target == "softmax")
+        return node.target in ATTENTION_FUNCTIONS or (node.op == "call_method" and node.target == "softmax")
 
     def meets_attention(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
         """Whether a walk along the graph reaches an attention product before the next layer."""

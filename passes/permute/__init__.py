@@ -1,4 +1,4 @@
-"""Channels reordered so that a pattern keeps more, folded into the weights around them."""
+"""Channel reordering, folded into the weights, so that an N:M pattern keeps more of them."""
 
 from mpcompile.passes.permute.permute import Permute
 

@@ -1,15 +1,24 @@
-"""What is learnt of channels on the way through a graph: which are one, which stay, which stay together."""
+"""Constraints on the order of channels, collected while a graph is traced.
+
+Which channels are the same channel, which must keep their position, and which may only be permuted among themselves.
+"""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-CONSTANT, UNKNOWN = -1, -2  # in a plane: a number alike for all channels (padding), and one of no known channel
+# Negative values of a label tensor: elements that belong to no channel.
+CONSTANT = -1  # a constant that is the same for all channels (padding), so that reordering does not change it
+UNKNOWN = -2  # an element whose channel is not known
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a parameter or buffer; for a grouped convolution's inputs, of the rows start to stop of one group."""
+    """One axis of a parameter or buffer.
+
+    `owner` is its qualified name. `rows` restricts the input axis of a grouped convolution to the rows (start, stop) of
+    one group.
+    """
 
     owner: str
     dim: int
@@ -18,52 +27,63 @@ class Axis:
 
 @dataclass
 class ChannelConstraints:
-    """What a run through the graph learnt about atoms.
+    """What tracing found out about channel ids, the integers 0 … `count` − 1.
 
-    `axes` holds the atoms along each parameter's axis, `equal` pairs of atoms that are one, `fixed` atoms that stay
-    where they are, each with a reason, `together` sets that may only be mixed within themselves.
+    Attributes:
+        count: how many ids were assigned.
+        axes: the ids along each parameter's axis.
+        inputs: the axes that a layer sums over.
+        equal: pairs of ids of the same channel, arrays of shape (n, 2).
+        fixed: ids that must keep their position, each array with the reason.
+        together: sets of ids; a permutation must map each set to itself.
     """
 
     count: int = 0
     axes: dict[Axis, "np.ndarray"] = field(default_factory=dict)
-    inputs: set[Axis] = field(default_factory=set)  # those that a layer sums over
-    equal: list["np.ndarray"] = field(default_factory=list)  # (n, 2)
+    inputs: set[Axis] = field(default_factory=set)
+    equal: list["np.ndarray"] = field(default_factory=list)
     fixed: list[tuple["np.ndarray", str]] = field(default_factory=list)
     together: list["np.ndarray"] = field(default_factory=list)
 
-    def fresh(self, size: int) -> "np.ndarray":
-        """New atoms."""
+    def new_ids(self, size: int) -> "np.ndarray":
+        """Assigns `size` new channel ids and returns them."""
         self.count += size
         return np.arange(self.count - size, self.count)
 
-    def fix(self, atoms: "np.ndarray", reason: str) -> None:
-        """These stay where they are."""
-        known = np.unique(atoms[atoms >= 0])
-        if len(known):
-            self.fixed.append((known, reason))
+    def fix(self, ids: "np.ndarray", reason: str) -> None:
+        """Records that these channels must keep their position."""
+        channels = np.unique(ids[ids >= 0])
+        if len(channels):
+            self.fixed.append((channels, reason))
 
-    def unify(self, a: "np.ndarray", b: "np.ndarray", what: str) -> None:
-        """Atoms at the same place are one; where one is of no known channel, the other is fixed."""
+    def unify(self, a: "np.ndarray", b: "np.ndarray", operation: str) -> None:
+        """Records that ids at the same position of `a` and `b` are one channel.
+
+        Where one of the two is UNKNOWN, the other is fixed; `operation` names the graph node in the reason.
+        """
         a, b = np.broadcast_arrays(a, b)
         both = (a >= 0) & (b >= 0)
         if both.any():
             self.equal.append(np.unique(np.stack([a[both], b[both]], 1), axis=0))
-        for one, other in ((a, b), (b, a)):
-            self.fix(one[other == UNKNOWN], f"{what} pairs it with what is no channel")
+        for ids, other in ((a, b), (b, a)):
+            self.fix(ids[other == UNKNOWN], f"{operation} combines it with values of no known channel")
 
     def keep_together(self, sets: "np.ndarray") -> None:
-        """Each row is a set of atoms that may only be mixed within itself."""
+        """Records that the ids of each row of `sets` may only be permuted among themselves."""
         for row in np.unique(sets, axis=0):
             self.together.append(np.unique(row[row >= 0]))
 
-    def bind(self, axis: Axis, atoms: "np.ndarray", what: str) -> None:
-        """The parameter's axis holds these atoms."""
+    def bind(self, axis: Axis, ids: "np.ndarray", operation: str) -> None:
+        """Records the ids along a parameter's axis; ids recorded before are unified with them.
+
+        Positions without a channel get new ids, which are fixed.
+        """
         if axis in self.axes:
-            self.unify(self.axes[axis], atoms, what)
+            self.unify(self.axes[axis], ids, operation)
             return
-        missing = atoms < 0
+        missing = ids < 0
         if missing.any():
-            atoms = atoms.copy()
-            atoms[missing] = self.fresh(int(missing.sum()))
-            self.fix(atoms[missing], f"{what} has inputs there that are no channels")
-        self.axes[axis] = atoms
+            ids = ids.copy()
+            ids[missing] = self.new_ids(int(missing.sum()))
+            self.fix(ids[missing], f"{operation} has inputs of no known channel at its position")
+        self.axes[axis] = ids

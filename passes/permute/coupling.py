@@ -1,10 +1,15 @@
-"""Groups of channels that must move together, and which of them may be exchanged.
+"""Groups of channels that must be reordered together, and which of their channels may be exchanged.
 
-From what passes/permute/channel_tracing.py learnt: atoms that were made one are one class, and a class has a slot on
-every parameter axis on which one of its atoms lies. Exchanging two classes on all these axes at once changes no output
-if they lie on the same axes and in the same sets that have to stay together, and nothing fixes them. Classes with that
-in common are a Cell. Cells that share an axis are a Group: the values of one attention with a cell for each head, the
-residual stream, the hidden layer of one MLP.
+Input: the ChannelConstraints of passes/permute/channel_tracing.py. Ids that were unified are one channel: channels are
+the connected components of the graph of equal ids. A channel has one position on each parameter axis that holds one of
+its ids. Two channels may be exchanged, on all these axes at once, without changing the model's outputs if
+
+- both lie on the same axes,
+- both belong to the same sets of channels that must stay together,
+- neither is fixed.
+
+Channels that agree in all this form an ExchangeableSet. Exchangeable sets that share a layer's input form a Group, for
+example the values of one attention (a set for each head), the residual stream, or the hidden layer of one MLP.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,142 +26,155 @@ from mpcompile.passes.permute.constraints import Axis
 
 @dataclass(frozen=True)
 class ExchangeableSet:
-    """Classes that may be exchanged for each other: for each axis their slots, in one common order of the classes."""
+    """Channels that may be exchanged for each other.
 
-    slots: Mapping[Axis, "np.ndarray"]
+    `positions` holds, for each parameter axis they lie on, the positions of the channels; entry i is the same channel
+    on every axis.
+    """
+
+    positions: Mapping[Axis, "np.ndarray"]
 
     @property
     def size(self) -> int:
-        """How many classes there are."""
-        return len(next(iter(self.slots.values())))
+        """The number of channels."""
+        return len(next(iter(self.positions.values())))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that share an axis; `blocked` are reasons for which some of the classes on these axes stay."""
+    """Exchangeable sets that share axes.
 
-    cells: tuple[ExchangeableSet, ...]
+    Attributes:
+        sets: the exchangeable sets, at least one.
+        axes: all axes that their channels lie on.
+        readers: those of `axes` that a layer sums over.
+        fixed_reasons: why other channels on these axes must keep their position, each reason once.
+    """
+
+    sets: tuple[ExchangeableSet, ...]
     axes: tuple[Axis, ...]
-    readers: tuple[Axis, ...]  # those that a layer sums over
-    blocked: tuple[str, ...]
+    readers: tuple[Axis, ...]
+    fixed_reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        sizes = sorted({cell.size for cell in self.cells})
-        what = f"{sum(cell.size for cell in self.cells)} channels"
-        if len(self.cells) > 1:
-            what += f" in {len(self.cells)} sets of {', '.join(map(str, sizes))}"
-        lines = [f"{what} read by {_listed(self.readers)}"]
-        writers = [axis for axis in self.axes if axis not in self.readers]
-        if writers:
-            lines.append(f"  kept in step: {_listed(writers)}")
-        lines += [f"  not moved: {reason}" for reason in self.blocked]
+        sizes = sorted({channels.size for channels in self.sets})
+        text = f"{sum(channels.size for channels in self.sets)} channels"
+        if len(self.sets) > 1:
+            text += f" in {len(self.sets)} sets of {', '.join(map(str, sizes))}"
+        lines = [f"{text} read by {_listed(self.readers)}"]
+        others = [axis for axis in self.axes if axis not in self.readers]
+        if others:
+            lines.append(f"  reordered with them: {_listed(others)}")
+        lines += [f"  not moved: {reason}" for reason in self.fixed_reasons]
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """All groups of a model, and for each axis that a layer sums over the reason why its channels stay, if they do."""
+    """All groups of a model; `unmoved` maps each input axis outside all groups to the reason it is not reordered."""
 
     groups: tuple[Group, ...]
-    stays: Mapping[Axis, str]
+    unmoved: Mapping[Axis, str]
 
 
 def _listed(axes: Sequence[Axis]) -> str:
+    """The names of the axes' parameters, at most six of them."""
     names = dict.fromkeys(axis.owner for axis in axes)
     shown = ", ".join(list(names)[:6])
     return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def couple(model: Model) -> Coupling:
-    """The coupling of a model's channels, found by following them through its graph on the example."""
-    tracker = ChannelTracer(model.graph)
+    """The coupling of a model's channels, found by tracing them through its graph on the first example image."""
+    tracer = ChannelTracer(model.graph)
     with torch.no_grad():
-        tracker.run(model.example[:1])
-    ledger = tracker.ledger
-    classes = _classes(ledger.count, ledger.equal)
-    axes = {axis: classes[atoms] for axis, atoms in ledger.axes.items()}
-    reasons: dict[int, str] = {}
-    for atoms, reason in ledger.fixed:
-        for found in np.unique(classes[atoms]).tolist():
-            reasons.setdefault(found, reason)
-    for axis, found in axes.items():
-        values, counts = np.unique(found, return_counts=True)
-        for value in values[counts > 1].tolist():
-            reasons.setdefault(value, f"it appears more than once along {axis.owner}")
-    cells = list(_cells(axes, [np.unique(classes[atoms]) for atoms in ledger.together], reasons))
-    groups = tuple(_groups(cells, axes, ledger.inputs, reasons))
+        tracer.run(model.example[:1])
+    constraints = tracer.constraints
+    channel_of_id = _components(constraints.count, constraints.equal)
+    axes = {axis: channel_of_id[ids] for axis, ids in constraints.axes.items()}
+    fixed: dict[int, str] = {}  # channel -> the first reason found
+    for ids, reason in constraints.fixed:
+        for channel in np.unique(channel_of_id[ids]).tolist():
+            fixed.setdefault(channel, reason)
+    for axis, channels in axes.items():
+        distinct, counts = np.unique(channels, return_counts=True)
+        for channel in distinct[counts > 1].tolist():
+            fixed.setdefault(channel, f"it appears more than once along {axis.owner}")
+    together = [np.unique(channel_of_id[ids]) for ids in constraints.together]
+    sets = list(_exchangeable_sets(axes, together, fixed))
+    groups = tuple(_groups(sets, axes, constraints.inputs, fixed))
     moved = {axis for group in groups for axis in group.readers}
-    stays = {}
-    for axis in ledger.inputs - moved:
-        why = [reasons[value] for value in axes[axis].tolist() if value in reasons]
-        stays[axis] = why[0] if why else "no two of its channels may be exchanged"
-    return Coupling(groups, stays)
+    unmoved = {}
+    for axis in constraints.inputs - moved:
+        reasons = [fixed[channel] for channel in axes[axis].tolist() if channel in fixed]
+        unmoved[axis] = reasons[0] if reasons else "no two of its channels may be exchanged"
+    return Coupling(groups, unmoved)
 
 
-def _classes(count: int, equal: Sequence["np.ndarray"]) -> "np.ndarray":
-    """The class of each atom."""
+def _components(count: int, pairs: Sequence["np.ndarray"]) -> "np.ndarray":
+    """The connected component of each of `count` nodes, given edges as arrays of shape (n, 2)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    pairs = np.concatenate(equal) if equal else np.empty((0, 2), np.int64)
-    graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    found: np.ndarray = connected_components(graph, directed=False)[1]
-    return found
+    edges = np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
+    graph = coo_matrix((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    components: np.ndarray = connected_components(graph, directed=False)[1]
+    return components
 
 
-def _cells(
+def _exchangeable_sets(
     axes: Mapping[Axis, "np.ndarray"], together: Sequence["np.ndarray"], fixed: Mapping[int, str]
 ) -> Iterator[ExchangeableSet]:
-    """Sets of classes, two or more, with the same axes and the same sets, none of them fixed."""
-    marks: dict[int, list[int]] = {}
+    """Sets of two or more channels that lie on the same axes and in the same sets of `together`, none of them fixed."""
+    memberships: dict[int, list[int]] = {}  # channel -> indices of the axes and sets that hold it
     for index, members in enumerate([*axes.values(), *together]):
-        for value in members.tolist():
-            if value not in fixed:
-                marks.setdefault(value, []).append(index)
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for value, where in marks.items():
-        alike.setdefault(tuple(where), []).append(value)
-    names = list(axes)
-    for signature, values in alike.items():
-        own = [names[index] for index in signature if index < len(names)]
-        if len(values) < 2 or not own:
+        for channel in members.tolist():
+            if channel not in fixed:
+                memberships.setdefault(channel, []).append(index)
+    by_membership: dict[tuple[int, ...], list[int]] = {}
+    for channel, indices in memberships.items():
+        by_membership.setdefault(tuple(indices), []).append(channel)
+    all_axes = list(axes)
+    for indices_of_set, channels in by_membership.items():
+        own = [all_axes[index] for index in indices_of_set if index < len(all_axes)]
+        if len(channels) < 2 or not own:
             continue
-        first = {value: slot for slot, value in enumerate(axes[own[0]].tolist())}
-        ordered = np.array(sorted(values, key=first.__getitem__))
-        yield ExchangeableSet({axis: _slots_of(axes[axis], ordered) for axis in own})
+        position = {channel: index for index, channel in enumerate(axes[own[0]].tolist())}
+        ordered = np.array(sorted(channels, key=position.__getitem__))
+        yield ExchangeableSet({axis: _positions_of(ordered, axes[axis]) for axis in own})
 
 
-def _slots_of(axis: "np.ndarray", values: "np.ndarray") -> "np.ndarray":
-    """Where these classes lie on an axis."""
-    order = np.argsort(axis, kind="stable")
-    found: np.ndarray = order[np.searchsorted(axis, values, sorter=order)]
-    return found
+def _positions_of(channels: "np.ndarray", along_axis: "np.ndarray") -> "np.ndarray":
+    """The position of each channel on an axis, given the channels along that axis."""
+    order = np.argsort(along_axis, kind="stable")
+    positions: np.ndarray = order[np.searchsorted(along_axis, channels, sorter=order)]
+    return positions
 
 
 def _groups(
-    cells: Sequence[ExchangeableSet], axes: Mapping[Axis, "np.ndarray"], inputs: set[Axis], fixed: Mapping[int, str]
+    sets: Sequence[ExchangeableSet], axes: Mapping[Axis, "np.ndarray"], inputs: set[Axis], fixed: Mapping[int, str]
 ) -> Iterator[Group]:
-    """Cells joined where one layer sums over both; those that no layer sums over have nothing to gain."""
-    of_layer: dict[str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        for axis in cell.slots:
+    """Sets merged into a group where one layer sums over both. Sets that no layer sums over gain nothing: left out."""
+    sets_of_layer: dict[str, list[int]] = {}
+    for index, channels in enumerate(sets):
+        for axis in channels.positions:
             if axis in inputs:
-                of_layer.setdefault(axis.owner, []).append(index)
-    pairs = [np.array([(found[0], other) for other in found]) for found in of_layer.values()]
-    joined = _classes(len(cells), pairs)
-    for number in dict.fromkeys(joined[index] for found in of_layer.values() for index in found):
-        own = [cell for index, cell in enumerate(cells) if joined[index] == number]
-        met = tuple(dict.fromkeys(axis for cell in own for axis in cell.slots))
-        blocked = dict.fromkeys(fixed[v] for axis in met for v in axes[axis].tolist() if v in fixed)
-        yield Group(tuple(own), met, tuple(axis for axis in met if axis in inputs), tuple(blocked))
+                sets_of_layer.setdefault(axis.owner, []).append(index)
+    pairs = [np.array([(indices[0], other) for other in indices]) for indices in sets_of_layer.values()]
+    group_of_set = _components(len(sets), pairs)
+    for number in dict.fromkeys(group_of_set[index] for indices in sets_of_layer.values() for index in indices):
+        own = [channels for index, channels in enumerate(sets) if group_of_set[index] == number]
+        own_axes = tuple(dict.fromkeys(axis for channels in own for axis in channels.positions))
+        reasons = dict.fromkeys(fixed[c] for axis in own_axes for c in axes[axis].tolist() if c in fixed)
+        yield Group(tuple(own), own_axes, tuple(axis for axis in own_axes if axis in inputs), tuple(reasons))
 
 
-def apply_order(model: Model, cell: ExchangeableSet, order: "np.ndarray") -> None:
-    """Moves the channels of a cell in place: the class at place i becomes the one that was at place order[i]."""
+def apply_order(model: Model, channels: ExchangeableSet, order: "np.ndarray") -> None:
+    """Reorders the channels in place, on all their axes: channel i becomes what channel order[i] was."""
     tensors = {**dict(model.graph.named_parameters()), **dict(model.graph.named_buffers())}
-    for axis, slots in cell.slots.items():
+    for axis, positions in channels.positions.items():
         tensor: Tensor = tensors[axis.owner].data
         index = np.arange(tensor.shape[axis.dim])
-        index[slots] = slots[order]
+        index[positions] = positions[order]
         part = tensor if axis.rows is None else tensor[slice(*axis.rows)]
         part.copy_(part.index_select(axis.dim, torch.from_numpy(index)))

@@ -16,19 +16,21 @@ that do not depend on the image are followed: batch normalisation with its store
 branch, and what changes nothing outside of training.
 """
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
+from mpcompile.analysis.operator_sets import (
+    ADDITIONS,
+    AXIS_PERMUTATIONS,
+    AXIS_TRANSPOSES,
+    EVAL_IDENTITY_MODULES,
+    MULTIPLICATIONS,
+)
 from mpcompile.ir.model import Model
 
-SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-PERMUTATIONS = (torch.permute, torch.transpose, "permute", "transpose")
-UNCHANGED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 UNCHANGED_CALLS = {"dropout": 2, "stochastic_depth": 3}  # functions by name, and where `training` stands, to be False
 SMALLEST = 1e-3  # of the largest factor: channels below it hardly reach the sum, and nothing is asked of them
 
@@ -56,7 +58,7 @@ def join_after(model: Model, node: fx.Node) -> ResidualAdd | None:
     at, undo = node, list[Undo]()
     while len(at.users) == 1:
         [user] = at.users
-        if user.target in SUMS:
+        if user.target in ADDITIONS:
             other = _other(user, at)
             if other is not None and _shape(other) != _shape(user):
                 return None
@@ -88,7 +90,7 @@ def _other(user: fx.Node, at: fx.Node) -> fx.Node | None:
 def _unchanged(model: Model, node: fx.Node) -> bool:
     """Whether a node gives what it gets."""
     if node.op == "call_module":
-        return isinstance(model.graph.get_submodule(str(node.target)), UNCHANGED)
+        return isinstance(model.graph.get_submodule(str(node.target)), EVAL_IDENTITY_MODULES)
     at = UNCHANGED_CALLS.get(getattr(node.target, "__name__", ""))
     return at is not None and [node.kwargs.get("training"), *node.args[at : at + 1]][-1] is False
 
@@ -107,7 +109,7 @@ def _normalised(model: Model, node: fx.Node) -> Undo | None:
 
 def _scaled(model: Model, node: fx.Node, at: fx.Node) -> Undo | None:
     """Undoes a product with a parameter."""
-    other = _other(node, at) if node.target in PRODUCTS else None
+    other = _other(node, at) if node.target in MULTIPLICATIONS else None
     factor = None if other is None else _parameter(model, other)
     return None if factor is None else _division(factor)
 
@@ -128,14 +130,14 @@ def _parameter(model: Model, node: fx.Node) -> Tensor | None:
 
 def _permuted(node: fx.Node) -> Undo | None:
     """Undoes a permutation of axes."""
-    if node.target not in PERMUTATIONS or node.kwargs:
+    if node.target not in AXIS_PERMUTATIONS or node.kwargs:
         return None
     _, *rest = node.args
     axes = [*rest[0]] if len(rest) == 1 and isinstance(rest[0], tuple | list) else rest
     dims = [dim for dim in axes if isinstance(dim, int)]
     if len(dims) != len(axes):
         return None
-    if node.target in (torch.transpose, "transpose"):
+    if node.target in AXIS_TRANSPOSES:
         return lambda lost: lost.transpose(dims[0], dims[1])
     back = sorted(range(len(dims)), key=lambda axis: dims[axis] % len(dims))
     return lambda lost: lost.permute(back)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpcompile.analysis.attention import Attention, attentions, shape_of
+from mpcompile.analysis.operator_sets import MEANS
 from mpcompile.errors import PassError
 from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference
@@ -28,7 +29,6 @@ from mpcompile.ir.token_merging import log_size, mean_by_size, merge_tokens, mer
 # Relative difference: float32 sums over a few hundred tokens in another order, in each of about ten blocks, stay below
 # it; a position or a window changes outputs by several per cent.
 LAW_TOLERANCE = 1e-3
-MEANS = frozenset({torch.mean, "mean"})
 
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 

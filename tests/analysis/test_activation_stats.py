@@ -1,4 +1,4 @@
-"""Scales of inputs: against the layer's inputs taken by hand, and the layout on weights of grouped convolutions."""
+"""Input scales: compared with inputs computed by hand, and their layout on the weights of grouped convolutions."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpcompile.analysis.activation_stats import input_scales, per_weight, unexplained_scales
+from mpcompile.analysis.activation_stats import conditional_scales, input_scales, per_weight
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.data.npz import ArrayImages
@@ -32,14 +32,14 @@ def test_scales_are_root_mean_squares_over_every_image() -> None:
     stem, hidden = model.layer("stem"), model.layer("hidden")
     assert isinstance(stem, nn.Linear)
     first = F.gelu(stem(x.flatten(1)))
-    # float32 forward passes in other batch sizes.
+    # float32 forward passes with different batch sizes.
     torch.testing.assert_close(found["hidden"], first.double().square().mean(0).sqrt(), rtol=1e-5, atol=0)
     assert found["hidden"].dtype == torch.float64
     second = F.gelu(hidden(first))
     torch.testing.assert_close(found["head"], second.double().square().mean(0).sqrt(), rtol=1e-5, atol=0)
 
 
-def test_convolutions_have_a_scale_a_channel_and_groups_their_own() -> None:
+def test_grouped_convolutions_have_a_scale_for_each_channel_of_each_group() -> None:
     model = tiny_cnn()
     found = input_scales(model, images())
     layer = model.layer("grouped")
@@ -51,9 +51,7 @@ def test_convolutions_have_a_scale_a_channel_and_groups_their_own() -> None:
 
 
 @pytest.mark.parametrize(("make", "name", "groups"), [(tiny_mlp, "hidden", 1), (tiny_cnn, "grouped", 2)])
-def test_what_others_do_not_tell_is_the_residual_of_a_regression(
-    make: Callable[[], Model], name: str, groups: int
-) -> None:
+def test_conditional_scales_are_the_residual_of_a_regression(make: Callable[[], Model], name: str, groups: int) -> None:
     model, split = make(), images()
     seen: list[torch.Tensor] = []
     LayerInterpreter(model.graph, lambda n, layer, x, y: seen.append(x.detach()) if n == name else None).run(
@@ -61,23 +59,23 @@ def test_what_others_do_not_tell_is_the_residual_of_a_regression(
     )
     x = seen[0].double()
     rows = (x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)).numpy()
-    # As many rows as are taken in before there are enough: whole batches of 32 images.
+    # Rows are collected in whole batches of 32 images until there are enough.
     per = rows.shape[1] // groups
     rows = rows[: len(rows) * 32 // 40] if len(rows) * 32 // 40 >= 16 * per else rows
-    found = unexplained_scales(model, split)[name].numpy()
+    found = conditional_scales(model, split)[name].numpy()
     for group in range(groups):
         own = rows[:, group * per : (group + 1) * per] - rows[:, group * per : (group + 1) * per].mean(0)
-        pull = 0.02 * np.square(own).mean() * len(own)
+        damping = 0.02 * np.square(own).mean() * len(own)
         for channel in range(per):
             others = np.delete(own, channel, axis=1)
-            told = np.linalg.solve(others.T @ others + pull * np.eye(per - 1), others.T @ own[:, channel])
-            # The ridge residual with its pull: 1 / [(C + λI)⁻¹]_cc by block inversion.
-            left = own[:, channel] @ own[:, channel] + pull - own[:, channel] @ others @ told
-            assert found[group * per + channel] == pytest.approx(np.sqrt(left / len(own)), rel=1e-4)  # float32
+            coefficients = np.linalg.solve(others.T @ others + damping * np.eye(per - 1), others.T @ own[:, channel])
+            # The ridge residual with its damping: 1 / [(C + λI)⁻¹]_cc by block inversion.
+            residual = own[:, channel] @ own[:, channel] + damping - own[:, channel] @ others @ coefficients
+            assert found[group * per + channel] == pytest.approx(np.sqrt(residual / len(own)), rel=1e-4)  # float32
 
 
-def test_a_channel_that_never_varies_and_a_layer_whose_inputs_never_do() -> None:
-    class Still(nn.Module):
+def test_constant_channels_and_constant_inputs_have_finite_scales() -> None:
+    class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.body, self.head = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 2)
@@ -88,13 +86,13 @@ def test_a_channel_that_never_varies_and_a_layer_whose_inputs_never_do() -> None
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.body(self.stem(x.flatten(1))))  # type: ignore[no-any-return]
 
-    found = unexplained_scales(capture(Still().eval(), tiny_source()), images())
+    found = conditional_scales(capture(Constant().eval(), tiny_source()), images())
     assert all(bool(value.isfinite().all()) for value in found.values())
     assert float(found["body"][:4].max()) < float(found["body"][4:].min())
 
 
-def test_fetched_weights_are_seen() -> None:
-    class Fetched(nn.Module):
+def test_functional_layers_are_seen() -> None:
+    class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.head = nn.Linear(64, 4), nn.Linear(4, 2)
@@ -102,14 +100,14 @@ def test_fetched_weights_are_seen() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(F.linear(x.flatten(1), self.stem.weight))  # type: ignore[no-any-return]
 
-    found = input_scales(capture(Fetched(), tiny_source()), images())
+    found = input_scales(capture(Functional(), tiny_source()), images())
     assert found["stem"].shape == (64,)
 
 
-def test_progress_is_told_to_the_one_who_listens() -> None:
-    heard: list[tuple[str, int, int]] = []
-    with listening(lambda what, done, total: heard.append((what, done, total))):
+def test_progress_is_reported_to_the_listener() -> None:
+    events: list[tuple[str, int, int]] = []
+    with listening(lambda what, done, total: events.append((what, done, total))):
         input_scales(tiny_mlp(), images(40))
-    assert heard == [("image 0", 0, 2), ("image 32", 1, 2)]
+    assert events == [("image 0", 0, 2), ("image 32", 1, 2)]
     input_scales(tiny_mlp(), images(40))
-    assert len(heard) == 2
+    assert len(events) == 2
