@@ -1,10 +1,12 @@
-"""What a transformer costs part by part, and the paper's way of charging it beside the true one.
+"""MACs of each transformer block, counted exactly and by the paper's convention (tokens entering the block).
 
-A graph with attentions falls into parts: each attention, up to the sum with its stream; what follows it until the
-stream of the next (the MLP, which has fewer tokens where some were merged after the attention); and the rest.
+A graph with attentions is divided into parts: each attention, up to its residual add; the nodes from there to the
+stream of the next attention (the MLP, which has fewer tokens if some were merged after the attention); and the rest,
+which belongs to no part.
 
-- True: every part at the tokens that it has.
-- As in arXiv 2606.02608: the whole block at the tokens that enter it, so that a merge saves from the next block on.
+- Exact count: each part with the number of tokens that it processes.
+- Convention of arXiv 2606.02608: the whole block with the number of tokens that enter it, so that a merge saves MACs
+  only from the next block on.
 """
 
 from collections.abc import Mapping
@@ -24,81 +26,89 @@ from mpcompile.ir.token_merging import merge_tokens
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a graph with L attentions. `of` maps a node to 2ℓ for attention ℓ and 2ℓ + 1 for what follows it.
+    """The parts of a graph with L attentions.
 
-    `tokens` has, for each part, how many there are: 2 L numbers.
+    Attributes:
+        part_of: the part of each node: 2ℓ for attention ℓ (counted from 0), 2ℓ + 1 for the nodes after it.
+        tokens: the number of tokens in each part, 2 L numbers.
     """
 
-    of: Mapping[fx.Node, int]
+    part_of: Mapping[fx.Node, int]
     tokens: tuple[int, ...]
 
 
 def parts(graph: fx.GraphModule, example: torch.Tensor) -> Parts:
-    """The parts of a graph; none where it has no attention that is added to its tokens."""
+    """The parts of a graph; empty if no attention is added to a residual stream. Runs ShapeProp on the example."""
     with torch.no_grad():
         ShapeProp(graph).propagate(example)
     found = attentions(graph.graph, dict(graph.named_modules()))
-    sites = list({site.total: site for site in found if site.total}.values())
-    if not sites:
+    # Parallel attentions that share a residual add are one block.
+    blocks = list({attention.total: attention for attention in found if attention.total}.values())
+    if not blocks:
         return Parts({}, ())
-    leaving = [_merged_after(site) for site in sites]
-    of: dict[fx.Node, int] = {}
-    for place, site in enumerate(sites):
-        assert site.stream is not None
-        assert site.total is not None
-        # Before the first attention this is −1: no part.
-        of |= {node: 2 * place - 1 for node in _upto(site.stream) if node not in of}
-        of |= {node: 2 * place for node in _upto(site.total) if node not in of}
-    last = sites[-1].tokens - leaving[-1]
+    merged = [_merged_after(block) for block in blocks]
+    part_of: dict[fx.Node, int] = {}
+    for index, block in enumerate(blocks):
+        assert block.stream is not None
+        assert block.total is not None
+        # Nodes before the first attention get −1, which is no part.
+        part_of |= {node: 2 * index - 1 for node in _with_ancestors(block.stream) if node not in part_of}
+        part_of |= {node: 2 * index for node in _with_ancestors(block.total) if node not in part_of}
+    last_tokens = blocks[-1].tokens - merged[-1]
     for node in graph.graph.nodes:
-        if node not in of and len(shape_of(node)) == 3 and shape_of(node)[1] == last:
-            of[node] = 2 * len(sites) - 1
+        if node not in part_of and len(shape_of(node)) == 3 and shape_of(node)[1] == last_tokens:
+            part_of[node] = 2 * len(blocks) - 1
     return Parts(
-        {node: part for node, part in of.items() if part >= 0},
-        tuple(n for site, r in zip(sites, leaving, strict=True) for n in (site.tokens, site.tokens - r)),
+        {node: part for node, part in part_of.items() if part >= 0},
+        tuple(n for block, r in zip(blocks, merged, strict=True) for n in (block.tokens, block.tokens - r)),
     )
 
 
-def _upto(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from."""
+def _with_ancestors(node: fx.Node) -> set[fx.Node]:
+    """A node and all nodes that it is computed from."""
     return {node, *ancestors(node)}
 
 
-def _merged_after(site: Attention) -> int:
-    """How many tokens are merged into others behind an attention."""
-    assert site.total is not None
-    merges = [user for user in site.total.users if user.target is merge_tokens]
+def _merged_after(attention: Attention) -> int:
+    """The number of tokens that are merged into others after an attention."""
+    assert attention.total is not None
+    merges = [user for user in attention.total.users if user.target is merge_tokens]
     return int(str(merges[0].args[3])) if merges else 0
 
 
 def merges(graph: fx.GraphModule, example: torch.Tensor) -> tuple[int, ...]:
-    """The schedule that is written in a graph: tokens merged after each attention."""
+    """The token merging schedule of a graph: the number of tokens merged after each attention."""
     tokens = parts(graph, example).tokens
     return tuple(before - after for before, after in zip(tokens[::2], tokens[1::2], strict=True))
 
 
 def as_published(model: Model) -> Cost:
-    """The cost by the paper's convention: the whole block charged at the tokens that enter it."""
-    found, divided = cost(model), parts(model.graph, model.example)
-    factors = {node.name: divided.tokens[part - part % 2] / divided.tokens[part] for node, part in divided.of.items()}
-    sites, _ = weight_sites(model.graph)
+    """The cost of one image by the paper's convention: each block with the tokens that enter it."""
+    exact, divided = cost(model), parts(model.graph, model.example)
+    tokens = divided.tokens
+    factors = {node.name: tokens[part - part % 2] / tokens[part] for node, part in divided.part_of.items()}
+    applied_at, _ = weight_sites(model.graph)
     return replace(
-        found,
-        nodes=tuple(replace(row, macs=row.macs * factors.get(row.node, 1.0)) for row in found.nodes),
+        exact,
+        nodes=tuple(replace(row, macs=row.macs * factors.get(row.node, 1.0)) for row in exact.nodes),
         layers={
-            name: macs * (factors.get(sites[name][0].name, 1.0) if name in sites else 1.0)
-            for name, macs in found.layers.items()
+            name: macs * (factors.get(applied_at[name][0].name, 1.0) if name in applied_at else 1.0)
+            for name, macs in exact.layers.items()
         },
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Charged:
-    """Multiply-accumulates of one image, zeros of the patterns skipped, whatever the target makes of them.
+    """Multiply-accumulates of one image. The patterns' zeros are not counted, whether or not the target skips them.
 
-    `compressed` is the true count; `as_published` charges each block at the tokens that enter it, as the paper does.
-    Token merging itself needs `merging` more. `tokens` are those that enter each attention and those that leave the
-    last; where there is no attention, none. `merged` are those that token merging takes away after each.
+    Attributes:
+        dense: the dense model.
+        compressed: the compressed model, exact count.
+        as_published: the compressed model by the paper's convention: each block with the tokens that enter it.
+        merging: token merging itself; not part of the other counts.
+        tokens: the tokens that enter each attention, then those that leave the last; empty without attention.
+        merged: the tokens that token merging removes after each attention.
     """
 
     dense: float
@@ -110,34 +120,37 @@ class Charged:
 
 
 def charged(dense: Model, compressed: Model) -> Charged:
-    """What a compressed model costs beside the dense one, by both conventions."""
-    return charged_by(cost(dense), cost(compressed), compressed)
+    """The MACs of a dense and of a compressed model, by both conventions."""
+    return charged_from_costs(cost(dense), cost(compressed), compressed)
 
 
-def charged_by(dense: Cost, found: Cost, compressed: Model) -> Charged:
-    """The same of models whose costs, zeros not yet skipped, are known: `dense`, and `found` of the compressed one."""
+def charged_from_costs(dense: Cost, compressed_cost: Cost, compressed: Model) -> Charged:
+    """As `charged`, from costs that are already computed, both without subtraction of the patterns' zeros."""
     patterns, tokens = compressed.patterns(), parts(compressed.graph, compressed.example).tokens
     return Charged(
         dense=dense.macs,
-        compressed=found.executed_macs(patterns),
+        compressed=compressed_cost.executed_macs(patterns),
         as_published=as_published(compressed).executed_macs(patterns),
-        merging=found.merging_macs,
+        merging=compressed_cost.merging_macs,
         tokens=(*tokens[::2], *tokens[-1:]),
         merged=merges(compressed.graph, compressed.example),
     )
 
 
 def macs_of_parts(model: Model, patterns: Mapping[str, NM]) -> tuple[list[float], float]:
-    """Multiply-accumulates of each part with these layers at their pattern, and those outside all parts."""
-    found, divided = cost(model), parts(model.graph, model.example)
-    sites, _ = weight_sites(model.graph)
-    part_of = {node.name: part for node, part in divided.of.items()}
+    """The MACs of each part of one image, with these layers executed at their pattern, and the MACs outside all parts.
+
+    Token merging itself is not counted.
+    """
+    dense, divided = cost(model), parts(model.graph, model.example)
+    applied_at, _ = weight_sites(model.graph)
+    part_of = {node.name: part for node, part in divided.part_of.items()}
     sums = [0.0] * len(divided.tokens)
-    for row in found.nodes:
+    for row in dense.nodes:
         if row.node in part_of and not row.merging:
             sums[part_of[row.node]] += row.macs
     for name, pattern in patterns.items():
-        part = divided.of.get(sites[name][0])
+        part = divided.part_of.get(applied_at[name][0])
         if part is not None:
-            sums[part] -= found.layers[name] * (1 - pattern.density)
-    return sums, found.executed_macs(patterns) - sum(sums)
+            sums[part] -= dense.layers[name] * (1 - pattern.density)
+    return sums, dense.executed_macs(patterns) - sum(sums)

@@ -1,15 +1,15 @@
 """Multiply-accumulates and bytes of a captured model, dense and as executed with the patterns in its plan.
 
-Counted by running the graph node by node on its example under PyTorch's own FLOP counter, so every product counts:
-layers, attention, products inside modules that tracing kept whole. One multiply-accumulate is two of its FLOPs;
-additions of biases, norms and activations are not counted, as is usual. All figures are for one image.
+The graph is run node by node on its example under PyTorch's FLOP counter, so all products are counted: layers,
+attention, and products inside modules that tracing kept whole. One multiply-accumulate is two FLOPs of that counter.
+Additions of biases, norms and activations are not counted, as is usual. All figures are for one image.
 
-What token merging itself multiplies (finding partners and adding tokens up) is counted apart: it is no part of the
-model, and no convention charges it.
+The products of token merging itself (matching tokens and averaging them) are counted separately: they are not part of
+the model, and published counts leave them out.
 
-A layer with the pattern N:M executes N/M of its multiply-accumulates where its runtime has a kernel for it, and all of
-them where not. Packed, a kept weight needs its own bits and ⌈log₂ M⌉ more for its place in the group; `rows` rows that
-share a pattern share that place.
+A layer with the pattern N:M executes N/M of its multiply-accumulates if its runtime has a kernel for it, otherwise all
+of them. Packed, a kept weight needs its own bits and ⌈log₂ M⌉ more for its index in the group; rows that share a
+pattern share that index.
 """
 
 import math
@@ -30,30 +30,33 @@ from mpcompile.ir.token_merging import merge_tokens
 
 @dataclass(frozen=True, slots=True)
 class NodeCost:
-    """One node of the graph, for one image: multiply-accumulates, and bytes of what it writes (a view: none)."""
+    """One node of the graph, for one image: multiply-accumulates, and bytes of its outputs (0 for a view)."""
 
     node: str
     macs: float
     activation_bytes: float
-    merging: bool = False  # whether it merges tokens
+    merging: bool = False  # whether the node is token merging itself
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one image costs: every node, and what of it each Linear and Conv2d does.
+    """The cost of one image in a dense model, by node and by layer.
 
-    `layers` maps a layer to its multiply-accumulates, `weights` to its number of weights (without bias; 0 where it
-    shares them with a layer before it).
+    Attributes:
+        nodes: all nodes that compute something, in order of execution.
+        layers: the multiply-accumulates of each Linear and Conv2d; part of those of the nodes.
+        weights: the number of weights of each Linear and Conv2d, without bias; 0 if an earlier layer shares its weight.
+        other_parameters: the number of all other parameters: biases, norms, embeddings.
     """
 
     nodes: tuple[NodeCost, ...]
     layers: Mapping[str, float]
     weights: Mapping[str, int]
-    other_parameters: int  # biases, norms, embeddings
+    other_parameters: int
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates of the dense model, without those of token merging itself."""
+        """Multiply-accumulates of all nodes except token merging itself, every layer dense."""
         return sum((node.macs for node in self.nodes if not node.merging), 0.0)
 
     @property
@@ -63,31 +66,31 @@ class Cost:
 
     @property
     def activation_bytes(self) -> float:
-        """Bytes that all nodes together write, in float32."""
+        """Bytes of the outputs of all nodes together."""
         return sum(node.activation_bytes for node in self.nodes)
 
     def executed_macs(self, patterns: Mapping[str, NM]) -> float:
-        """Multiply-accumulates with these layers executed at their pattern; every other node is dense."""
+        """Multiply-accumulates with these layers executed at their pattern and every other node dense."""
         return self.macs - sum(self.layers[name] * (1 - pattern.density) for name, pattern in patterns.items())
 
     def weight_bytes(self, patterns: Mapping[str, NM], bytes_each: int = 4) -> float:
-        """Bytes of all parameters with these layers packed, `bytes_each` a number."""
+        """Bytes of all parameters with these layers packed, at `bytes_each` bytes for a value."""
         total = self.other_parameters * bytes_each + 0.0
         for name, count in self.weights.items():
             pattern = patterns.get(name)
             if pattern is None:
                 total += count * bytes_each
             else:
-                place_bits = math.ceil(math.log2(pattern.of)) / pattern.rows
-                total += count * pattern.density * (bytes_each + place_bits / 8)
+                index_bits = math.ceil(math.log2(pattern.of)) / pattern.rows
+                total += count * pattern.density * (bytes_each + index_bits / 8)
         return total
 
 
 def cost(model: Model) -> Cost:
-    """What one image costs in the dense model, counted on the example."""
+    """The cost of one image, every layer dense, counted by running the model on its example."""
     counter = _Counter(model.graph)
     batch = len(model.example)
-    # Fused attention has kernels that the counter does not know on every device; taken apart it is two products.
+    # The counter does not know the fused attention kernels of every device; the MATH backend runs two plain products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         counter.run(model.example)
     weights: dict[str, int] = {}
@@ -105,33 +108,33 @@ def cost(model: Model) -> Cost:
 
 
 class _Counter(LayerInterpreter):
-    """Runs a graph and counts, node by node and layer by layer."""
+    """Runs a graph and counts multiply-accumulates of each node and layer, for the whole batch."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, self._count_layer)
-        self.rows: list[tuple[str, float, int, bool]] = []
+        self.rows: list[tuple[str, float, int, bool]] = []  # node, multiply-accumulates, bytes written, merging
         self.layers: dict[str, float] = {}
 
     def _count_layer(self, name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
-        positions = y.numel() / layer.weight.shape[0]  # at each of them every filter is applied once
+        positions = y.numel() / layer.weight.shape[0]  # each output channel is computed once at each position
         self.layers[name] = self.layers.get(name, 0.0) + positions * layer.weight.numel()
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A parameter or buffer, out of reach of autograd: the counter wants to know how a view of one was made."""
+        """A parameter or buffer, detached: the counter would otherwise inspect how autograd made a view of it."""
         value = super().get_attr(target, args, kwargs)
         return value.detach() if isinstance(value, Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node's result; its count is kept."""
-        from torch.utils.flop_counter import FlopCounterMode  # loads compilers, as importing mpcompile must not
+        """The node's result; its counts are added to `rows`."""
+        from torch.utils.flop_counter import FlopCounterMode  # imports compilers, which importing mpcompile must not
 
         if n.op in ("placeholder", "get_attr", "output"):
             return super().run_node(n)
         with FlopCounterMode(display=False) as counted:
             result = super().run_node(n)
         args = self.fetch_args_kwargs_from_env(n)
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors(args)}
-        written = (t for t in _tensors(result) if t.untyped_storage().data_ptr() not in given)
+        inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors(args)}
+        written = (t for t in _tensors(result) if t.untyped_storage().data_ptr() not in inputs)
         size = sum(t.numel() * t.element_size() for t in written)
         self.rows.append((n.name, counted.get_total_flops() / 2, size, n.target is merge_tokens))
         return result

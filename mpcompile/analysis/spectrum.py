@@ -1,23 +1,22 @@
-"""Marchenko–Pastur on arrays: density, distribution, fit of σ, edge, and how well the law fits.
+"""The Marchenko–Pastur law on arrays: density, distribution, fit of σ, edge, and goodness of fit.
 
-One convention throughout. A weight is a matrix of p × n entries, p ≤ n, turned if need be; q = p/n ≤ 1. Its spectrum
-is that of the p × p matrix W Wᵀ / n. If the entries are independent with mean 0 and variance σ², then, as p and n
-grow, the eigenvalues follow the Marchenko–Pastur law with density
+One convention is used throughout. A weight is a p × n matrix W with p ≤ n, transposed if necessary; q = p/n ≤ 1. Its
+spectrum is that of the p × p matrix W Wᵀ / n. If the entries are independent with mean 0 and variance σ², then, as p
+and n grow, the eigenvalues follow the Marchenko–Pastur law with density
 
     f(x) = √((λ₊ − x)(x − λ₋)) / (2π σ² q x)   on [λ₋, λ₊],   λ± = σ² (1 ± √q)².
 
-Trained layers are this bulk plus some eigenvalues above it ("spikes") that carry structure.
+The spectrum of a trained layer is such a bulk plus some eigenvalues above it ("spikes") that carry structure.
 
-- σ² is fitted to the middle of the spectrum, which spikes do not reach: least squares of eigenvalues on quantiles of
+- σ² is fitted to the middle of the spectrum, which contains no spikes: least squares of the eigenvalues on quantiles of
   the law, through the origin (BEMA: Ke, Ma and Lin, arXiv 2006.00436), with the plotting positions (k − ½)/p.
 - The largest eigenvalue of pure noise exceeds λ₊ by a Tracy–Widom fluctuation (Johnstone 2001). The edge
 
       T₊ = σ² [(1 + √q)² + t n^(−2/3) q^(−1/6) (1 + √q)^(4/3)]
 
-  is passed by noise with probability `level`, where t is the (1 − level) quantile of the Tracy–Widom law of order 1.
-- As a singular value of W the bulk ends at σ₊ = √(n λ₊) = σ (√n + √p).
-- The same fit on the layer's own entries, shuffled, is the null: what a layer of just these numbers without any
-  arrangement would show.
+  is exceeded by noise with probability `level`; t is the (1 − level) quantile of the Tracy–Widom law of order 1.
+- In singular values of W, the bulk ends at σ₊ = √(n λ₊) = σ (√n + √p).
+- The null model is the same fit to the layer's own entries in random order: the same values without any structure.
 """
 
 from dataclasses import dataclass, field
@@ -29,29 +28,38 @@ from numpy import ndarray
 
 from mpcompile.ir.results import Spectrum
 
-CENTRE = 0.25  # the share of eigenvalues left out of the fit at either end
-HEAVY_ENTRIES = 3  # one or two outliers are known of trained layers, and leave one or two spikes
-HEAVY_SHARE = 0.25  # of the spikes that single entries may account for, where there are so many entries
-TAIL = 20  # how many of the largest eigenvalues tell the exponent of the tail
-SMALLEST_SIDE = 64  # below this the law is off by more than a hundredth by finite size alone
+CENTRE = 0.25  # share of the eigenvalues left out of the fit at each end
+HEAVY_ENTRIES = 3  # trained layers are known to have one or two outliers, which leave one or two spikes
+HEAVY_SHARE = 0.25  # share of the spikes that may come from single entries, if there are HEAVY_ENTRIES or more of these
+TAIL = 20  # number of largest eigenvalues from which the tail exponent is estimated
+SMALLEST_SIDE = 64  # below this, finite size alone makes the law wrong by more than 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A Marchenko–Pastur law fitted to a spectrum, and how far the spectrum is from it.
+    """A Marchenko–Pastur law fitted to a spectrum, with the distance between the two.
 
-    `edge` and `bulk_edge` are singular values of the weight: T₊ with its Tracy–Widom correction, and σ₊ without.
-    `spikes` counts eigenvalues above T₊, `spike_mass` is their share of the sum of squares of the weight, and
-    `bulk_share` the share of eigenvalues inside [λ₋, λ₊]. `tail_exponent` is Hill's estimate from the TAIL largest
-    eigenvalues, 1 + 1 / mean(log λᵢ − log λ_TAIL), infinite where they are all equal. The errors are largest distances
-    between the empirical and the fitted distribution function: over the middle half of the spectrum, and over all of
-    it.
+    Attributes:
+        p: the smaller side of the weight.
+        n: its larger side.
+        sigma: σ, fitted to the middle of the spectrum.
+        sigma_median: σ from the median eigenvalue alone (Gavish and Donoho).
+        edge: √(n T₊), the edge with its Tracy–Widom correction as a singular value of the weight.
+        bulk_edge: σ₊ = √(n λ₊), the edge without correction as a singular value of the weight.
+        spikes: the number of eigenvalues above T₊.
+        spike_mass: their share of the sum of all eigenvalues, which is that of the sum of squared weights.
+        bulk_share: the share of eigenvalues in [λ₋, λ₊].
+        tail_exponent: Hill's estimate from the TAIL largest eigenvalues, 1 + 1 / mean(log λᵢ − log λ_TAIL); infinite
+            if they are all equal.
+        central_error: the largest distance between the empirical and the fitted distribution function, over the middle
+            half of the spectrum.
+        full_error: the same over the whole spectrum.
     """
 
     p: int
     n: int
     sigma: float
-    sigma_median: float  # Gavish and Donoho's estimate, from the median alone
+    sigma_median: float
     edge: float
     bulk_edge: float
     spikes: int
@@ -71,24 +79,24 @@ class Fit:
 
 
 def support(q: float, variance: float = 1.0) -> tuple[float, float]:
-    """λ₋ and λ₊."""
+    """The ends of the support, (λ₋, λ₊)."""
     return variance * (1 - q**0.5) ** 2, variance * (1 + q**0.5) ** 2
 
 
 def density(x: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Float[ndarray, "*n"]:
-    """The density f at x; 0 outside the support."""
+    """The density f of the law at x; 0 outside the support."""
     low, high = support(q, variance)
     inside = np.clip((high - x) * (x - low), 0, None)
     return np.sqrt(inside) / (2 * np.pi * variance * q * np.where(inside > 0, x, 1.0))
 
 
 def distribution(x: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Float[ndarray, "*n"]:
-    """F at x, in closed form; exactly 0 below the support and exactly 1 above it."""
+    """The distribution function F of the law at x, in closed form; exactly 0 below the support and 1 above it."""
     low, high = support(q, variance)
     y = np.clip(x, low, high)
     root = np.sqrt(np.clip((high - y) * (y - low), 0, None))
     first = np.arcsin(np.clip((2 * y - low - high) / (high - low), -1, 1))
-    # At q = 1 the support begins at 0, and the term has no weight there.
+    # At q = 1 the support begins at 0, where the factor of this term is 0.
     ratio = ((low + high) * y - 2 * low * high) / np.where(y > 0, y, 1.0) / (high - low)
     second = np.arcsin(np.clip(ratio, -1, 1))
     value = 0.5 + (root / variance + (1 + q) * first - (1 - q) * second) / (2 * np.pi * q)
@@ -96,7 +104,7 @@ def distribution(x: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Fl
 
 
 def quantile(share: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Float[ndarray, "*n"]:
-    """The inverse of `distribution`, by bisection to the last bit that matters (60 halvings of the support)."""
+    """The inverse of `distribution`: x with F(x) = share, by bisection (60 halvings of the support)."""
     ends = support(q, variance)
     low, high = np.full(share.shape, ends[0]), np.full(share.shape, ends[1])
     for _ in range(60):
@@ -112,7 +120,8 @@ def quantile(share: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Fl
 def tracy_widom_distribution(s: float, nodes: int = 60) -> float:
     """F₁(s), as the Fredholm determinant det(I − ½ Ai((x + y)/2)) on (s, ∞) (Ferrari and Spohn 2005).
 
-    Gauss–Legendre in Bornemann's manner; the Airy function is below 1e-17 beyond 16.
+    Evaluated by Gauss–Legendre quadrature with `nodes` nodes, after Bornemann, on (s, max(16, s + 16)): the Airy
+    function is below 1e-17 beyond 16.
     """
     import scipy.special
 
@@ -126,14 +135,14 @@ def tracy_widom_distribution(s: float, nodes: int = 60) -> float:
 
 @lru_cache(maxsize=32)
 def tracy_widom_quantile(share: float) -> float:
-    """The t with F₁(t) = share."""
+    """The quantile of the Tracy–Widom law of order 1: t with F₁(t) = share."""
     import scipy.optimize
 
     return float(scipy.optimize.brentq(lambda s: tracy_widom_distribution(s) - share, -8.0, 8.0, xtol=1e-10))
 
 
 def noise_edge(p: int, n: int, variance: float = 1.0, level: float = 0.05) -> float:
-    """T₊: the eigenvalue that the largest of pure noise exceeds with probability `level`."""
+    """T₊, which the largest eigenvalue of a pure noise matrix exceeds with probability `level`."""
     q = p / n
     t = tracy_widom_quantile(1 - level)
     return float(variance * ((1 + q**0.5) ** 2 + t * n ** (-2 / 3) * q ** (-1 / 6) * (1 + q**0.5) ** (4 / 3)))
@@ -143,7 +152,7 @@ def noise_edge(p: int, n: int, variance: float = 1.0, level: float = 0.05) -> fl
 
 
 def eigenvalues(weight: Float[ndarray, "rows columns"]) -> Float[ndarray, " p"]:
-    """The spectrum of W Wᵀ / n in ascending order, p values, from the smaller Gram matrix in float64."""
+    """The p eigenvalues of W Wᵀ / n in ascending order, computed in float64 from the smaller Gram matrix."""
     import scipy.linalg
 
     matrix = np.asarray(weight, np.float64)
@@ -155,7 +164,10 @@ def eigenvalues(weight: Float[ndarray, "rows columns"]) -> Float[ndarray, " p"]:
 
 
 def fit_spectrum(values: Float[ndarray, " p"], n: int, level: float = 0.05) -> Fit:
-    """The fit to eigenvalues of W Wᵀ / n in ascending order."""
+    """The fit to the eigenvalues of W Wᵀ / n, given in ascending order.
+
+    `level` is the probability with which the largest eigenvalue of pure noise exceeds the edge.
+    """
     p = len(values)
     q = p / n
     share = (np.arange(p) + 0.5) / p
@@ -165,7 +177,7 @@ def fit_spectrum(values: Float[ndarray, " p"], n: int, level: float = 0.05) -> F
     edge = noise_edge(p, n, variance, level)
     low, high = support(q, variance)
     above = values > edge
-    # The empirical distribution steps at each value: the farther of its two sides counts.
+    # The empirical distribution function jumps at each eigenvalue: the distance is that of the farther side.
     law = distribution(values, q, variance)
     tail = values[-TAIL:]
     spread = float(np.log(tail[1:] / tail[0]).mean()) if tail[0] > 0 else np.inf
@@ -190,14 +202,15 @@ def fit_spectrum(values: Float[ndarray, " p"], n: int, level: float = 0.05) -> F
 
 
 class NoFitError(ValueError):
-    """A matrix to which the law cannot be fitted; the text says why, as a sentence for the report."""
+    """Raised for a matrix to which the law cannot be fitted; the text is the reason in the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpectrumFit:
-    """The fit to a weight, and the same fit to its own entries shuffled (None where it was not asked for).
+    """The fit to a weight and the fit to its null model (its own entries in random order).
 
-    `values` are the eigenvalues that were fitted, of W Wᵀ / n in ascending order; `null_values` those of the null.
+    `values` are the fitted eigenvalues of W Wᵀ / n in ascending order, `null_values` those of the null model. `null`
+    and `null_values` are None if the null model was not requested.
     """
 
     fit: Fit
@@ -207,7 +220,7 @@ class SpectrumFit:
 
     @property
     def summary(self) -> Spectrum:
-        """What goes into the layer's plan."""
+        """The summary that is stored in the layer's plan."""
         return Spectrum(
             q=self.fit.q,
             sigma=self.fit.sigma,
@@ -220,17 +233,17 @@ class SpectrumFit:
 
 
 def unfolded(weight: Float[ndarray, "out in_ *taps"]) -> Float[ndarray, "out inputs"]:
-    """A Linear's weight as it is; a convolution's as out × (in_ · kh · kw)."""
+    """The weight as a matrix: unchanged for a Linear, out × (in_ · kh · kw) for a convolution."""
     return weight.reshape(weight.shape[0], -1)
 
 
 def analyse(
     weight: Float[ndarray, "out in_ *taps"], *, null: bool = True, level: float = 0.05, seed: int = 0
 ) -> SpectrumFit:
-    """The fit to a layer's weight and to its null.
+    """The fit to a layer's weight and, if `null`, to its null model, shuffled with `seed`.
 
-    Raises NoFitError for weights that are not finite, all zero or of vanishing rank, with a side under
-    SMALLEST_SIDE, or with entries so heavy-tailed that single ones stand out of the bulk.
+    Raises NoFitError for a weight that is not finite or all zero, that has a side below SMALLEST_SIDE, of which more
+    than half of the singular values are zero, or whose entries are heavy-tailed: single entries make spikes.
     """
     matrix = unfolded(np.asarray(weight, np.float64))
     p, n = sorted(matrix.shape)
@@ -241,16 +254,16 @@ def analyse(
     if not matrix.any():
         raise NoFitError("all its weights are zero")
     values = eigenvalues(matrix)
-    # Rounding leaves eigenvalues of a low-rank matrix at 1e-16 of the largest, not at 0.
+    # Rounding leaves the zero eigenvalues of a low-rank matrix at 1e-16 of the largest.
     if np.median(values) <= 1e-12 * values[-1]:
         raise NoFitError("more than half of its singular values are zero: it has no bulk")
     fit = fit_spectrum(values, n, level)
-    # A single entry θ makes an eigenvalue of its own above the bulk from θ = σ (pn)^¼ on (Baik, Ben Arous and Péché).
-    alone = int((np.abs(matrix) > fit.sigma * (p * n) ** 0.25).sum())
-    if alone >= HEAVY_ENTRIES and alone > HEAVY_SHARE * fit.spikes:
+    # A single entry θ > σ (pn)^¼ makes one eigenvalue above the bulk (Baik, Ben Arous and Péché).
+    outliers = int((np.abs(matrix) > fit.sigma * (p * n) ** 0.25).sum())
+    if outliers >= HEAVY_ENTRIES and outliers > HEAVY_SHARE * fit.spikes:
         raise NoFitError(
-            f"its entries are heavy-tailed: {alone} of them are each large enough to make a spike of their own (it has "
-            f"{fit.spikes}), so that a spike need not be structure"
+            f"its entries are heavy-tailed: {outliers} of them are each large enough to make a spike of their own (it "
+            f"has {fit.spikes}), so that a spike need not be structure"
         )
     if not null:
         return SpectrumFit(fit, None, values)

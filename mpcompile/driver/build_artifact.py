@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpcompile.analysis.block_macs import charged_by
+from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
@@ -92,7 +92,7 @@ def build_artifact(
     if keep_passes:
         checkpoints.copy_to(folder / PASSES)
     layers = layer_rows(model, after, dense_cost, cost_left)
-    costs = charged_by(dense_cost, cost_left, model)
+    costs = charged_from_costs(dense_cost, cost_left, model)
     accelerated = _accelerated(plan, layers, verdicts)
     report = Report(
         version=version("mpcompile"),

@@ -1,4 +1,4 @@
-"""Multiply-accumulates and bytes: against closed forms of known networks, and against PyTorch's counter by module."""
+"""Multiply-accumulates and bytes, compared with closed forms of known networks and with PyTorch's FLOP counter."""
 
 import pytest
 import timm
@@ -25,8 +25,8 @@ def vit_base() -> Cost:
     return cost(captured("vit_base_patch16_224"))
 
 
-def test_vit_base_is_its_closed_form(vit_base: Cost) -> None:
-    """Linear 12 D² n and attention 2 n² D a block, patches, head: 17.5638 G (D = 768, n = 197)."""
+def test_vit_base_equals_its_closed_form(vit_base: Cost) -> None:
+    """12 D² n for the Linears and 2 n² D for attention of each block, patches, head: 17.5638 G (D = 768, n = 197)."""
     found = vit_base
     d, n = 768, 197
     blocks = 12 * (12 * d * d * n + 2 * n * n * d)
@@ -36,32 +36,32 @@ def test_vit_base_is_its_closed_form(vit_base: Cost) -> None:
     assert found.weight_bytes({}) == 4 * 86_567_656
 
 
-def test_resnet50_is_as_published() -> None:
+def test_resnet50_equals_the_published_count() -> None:
     found = cost(captured("resnet50"))
     assert round(found.macs / 1e9, 3) == 4.089
     assert sum(found.layers.values()) == found.macs
 
 
-def test_halves_of_block_linears(vit_base: Cost) -> None:
-    """The shares of arXiv 2606.02608 for patterns alone: 2:4 on every block Linear leaves 52.37 % of ViT-B."""
+def test_half_of_all_block_linears_saves_the_published_share(vit_base: Cost) -> None:
+    """By arXiv 2606.02608, 2:4 on every Linear of the blocks leaves 52.37 % of ViT-B's MACs."""
     found = vit_base
     patterns = {name: NM(6, 12) for name in found.layers if name.startswith("blocks.")}
     assert 1 - found.executed_macs(patterns) / found.macs == pytest.approx(0.4763, abs=5e-5)
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_cnn])
-def test_total_is_that_of_an_ungraphed_count(build: object) -> None:
+def test_total_equals_the_counter_on_the_whole_model(build: object) -> None:
     model = build()  # type: ignore[operator]
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model.graph(model.example)
     found = cost(model)
     missing = counted.get_total_flops() / 2 / len(model.example)
-    # On a CPU the plain counter does not know fused attention: 2 blocks of 2 n² D, n = 17 and D = 32.
+    # On a CPU the counter does not count fused attention: 2 blocks of 2 n² D, n = 17 and D = 32.
     assert found.macs - missing == pytest.approx(2 * 2 * 17 * 17 * 32 if build is tiny_vit else 0)
 
 
 class Fetched(nn.Module):
-    """Multiplies by the weight of a layer that it does not call, and twice by that of one that it does."""
+    """A functional call with a layer's weight, and a weight that two layers share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Fetched(nn.Module):
         return self.tied(self.twice(self.twice(y).relu()).relu())  # type: ignore[no-any-return]
 
 
-def test_layers_are_counted_however_they_are_applied() -> None:
+def test_functional_and_tied_layers_are_counted() -> None:
     found = cost(capture(Fetched(), tiny_source()))
     assert found.layers == {"stem": 64 * 16, "twice": 2 * 256, "tied": 256}
     assert found.macs == 64 * 16 + 3 * 256
@@ -86,13 +86,13 @@ def test_packed_bytes() -> None:
     found = cost(capture(TinyMLP(), tiny_source()))
     dense = 4 * (64 * 32 + 32 * 32 + 32 * 10 + 32 + 32 + 10)
     assert found.weight_bytes({}) == dense
-    # Half the values, and 2 bits for the place of each of them; in half precision likewise.
+    # Half the values, and 2 bits for the index of each in its group; in half precision likewise.
     assert found.weight_bytes({"hidden": NM(2, 4)}) == dense - 4 * 1024 + 512 * 4 + 512 * 2 / 8
     assert found.weight_bytes({"hidden": NM(2, 4)}, 2) == dense / 2 - 2 * 1024 + 512 * 2 + 512 * 2 / 8
     assert found.weight_bytes({"hidden": NM(2, 4, rows=4)}) == dense - 4 * 1024 + 512 * 4 + 512 * 2 / 8 / 4
 
 
-def test_views_write_nothing() -> None:
+def test_views_have_no_activation_bytes() -> None:
     found = {row.node: row for row in cost(capture(TinyMLP(), tiny_source())).nodes}
     assert found["flatten"].activation_bytes == 0
     assert found["stem"].activation_bytes == 32 * 4

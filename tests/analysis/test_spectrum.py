@@ -1,4 +1,4 @@
-"""Marchenko–Pastur: the law against quadrature, the fit on matrices whose σ is known, and the published mistakes."""
+"""Marchenko–Pastur: the law against quadrature, the fit to matrices of known σ, and errors of published code."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_distribution_is_the_integral_of_the_density(q: float, variance: float) 
         return float(density(np.array([x]), q, variance)[0])
 
     for x, found in zip(points, distribution(points, q, variance), strict=True):
-        # At q = 1 the density is unbounded at 0: in √x it is not.
+        # At q = 1 the density is unbounded at 0; as a density of √x it is bounded.
         expected, _ = scipy.integrate.quad(
             lambda r: integrand(r * r) * 2 * r, low**0.5, x**0.5, epsabs=1e-13, limit=500
         )
@@ -63,11 +63,11 @@ def test_quantile_is_the_inverse(q: float, variance: float, share: float) -> Non
     assert abs(distribution(x, q, variance)[0] - share) < 1e-9
 
 
-def test_tracy_widom_is_that_of_published_tables() -> None:
-    """Quantiles and moments of the law of order 1: Bejan 2005 (quantiles), Bornemann 2010 (moments)."""
+def test_tracy_widom_matches_published_tables() -> None:
+    """Quantiles and mean of the law of order 1: Bejan 2005 (quantiles), Bornemann 2010 (moments)."""
     table = {0.05: -3.1804, 0.10: -2.7824, 0.5: -1.2686, 0.90: 0.4501, 0.95: 0.9793, 0.99: 2.0234, 0.999: 3.2722}
     for share, value in table.items():
-        assert tracy_widom_quantile(share) == pytest.approx(value, abs=1e-4)  # as many digits as are printed
+        assert tracy_widom_quantile(share) == pytest.approx(value, abs=1e-4)  # the digits printed there
     s = np.linspace(-9, 7, 1601)
     values = np.array([tracy_widom_distribution(float(x)) for x in s[::8]])
     mean = s[::8][-1] - scipy.integrate.simpson(values, x=s[::8])
@@ -87,18 +87,18 @@ def test_the_edge_has_the_exponent_four_thirds() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sigma_of_noise(shape: tuple[int, int]) -> None:
     fits = [fit_spectrum(eigenvalues(gaussian(shape, seed)), max(shape)) for seed in range(20)]
-    # Even the best estimate of σ from pn numbers has a relative error of 1/√(2pn): 1.1 % at 64 × 64, so there the mean
-    # of 20 draws is held to 1 %, and each draw where its own error allows.
+    # Even the best estimate of σ from pn numbers has a relative error of 1/√(2pn), which is 1.1 % at 64 × 64. So the
+    # mean of 20 draws must be within 1 %, and each draw only for larger matrices.
     assert abs(np.mean([fit.sigma for fit in fits]) / SIGMA - 1) < 0.01
     if shape[0] * shape[1] >= 2**16:
         assert max(abs(fit.sigma / SIGMA - 1) for fit in fits) < 0.01
     assert abs(np.mean([fit.sigma_median for fit in fits]) / SIGMA - 1) < 0.02
-    # Eigenvalues are rigid: each stays within about one spacing of its quantile.
+    # Eigenvalues are rigid: each is within about one spacing of its quantile.
     assert np.mean([fit.central_error for fit in fits]) < 3 / min(shape)
 
 
 @pytest.mark.parametrize("shape", [(100, 400), (200, 200)])
-def test_noise_passes_the_edge_as_often_as_the_level_says(shape: tuple[int, int]) -> None:
+def test_noise_exceeds_the_edge_with_probability_level(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
     edge = noise_edge(min(shape), max(shape), level=0.05)
     passed = np.mean([eigenvalues(rng.standard_normal(shape))[-1] > edge for _ in range(600)])
@@ -108,14 +108,14 @@ def test_noise_passes_the_edge_as_often_as_the_level_says(shape: tuple[int, int]
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 12), st.sampled_from([(128, 512), (300, 150), (256, 256)]), st.integers(0, 1000))
 def test_planted_spikes_are_counted(rank: int, shape: tuple[int, int], seed: int) -> None:
-    """Signals well above the threshold of Baik, Ben Arous and Péché, σ (pn)^¼, each leave one eigenvalue."""
+    """Each signal well above the threshold of Baik, Ben Arous and Péché, σ (pn)^¼, makes one spike."""
     rng = np.random.default_rng(seed)
     left = np.linalg.qr(rng.standard_normal((shape[0], max(rank, 1))))[0]
     right = np.linalg.qr(rng.standard_normal((shape[1], max(rank, 1))))[0]
     threshold = SIGMA * (shape[0] * shape[1]) ** 0.25
     strengths = threshold * np.linspace(3, 6, max(rank, 1)) * (rank > 0)
     signal = left * strengths @ right.T
-    # At a level of 1e-6 noise adds a spike of its own once in a million draws.
+    # At level 1e-6, noise alone makes a spike once in a million draws.
     fit = fit_spectrum(eigenvalues(gaussian(shape, seed) + signal), max(shape), level=1e-6)
     assert fit.spikes == rank
     assert (fit.spike_mass > 0) == (rank > 0)
@@ -131,7 +131,7 @@ def test_plotting_positions_are_centred() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e-3, 7.0])
-def test_scaling_scales(factor: float) -> None:
+def test_sigma_and_edges_scale_with_the_weight(factor: float) -> None:
     weight = gaussian((96, 200))
     one, other = analyse(weight).fit, analyse(weight * factor).fit
     for name in ("sigma", "sigma_median", "edge", "bulk_edge"):
@@ -147,7 +147,7 @@ def test_orientation_and_order_of_channels_do_not_matter() -> None:
     expected = analyse(weight).fit
     for other in (mixed, weight.T):
         found = analyse(other).fit
-        # Sums in another order: float64 rounding through an eigenvalue solver.
+        # float64 sums in another order, through an eigenvalue solver.
         assert found.sigma == pytest.approx(expected.sigma, rel=1e-10)
         assert (found.p, found.n, found.spikes) == (expected.p, expected.n, expected.spikes)
 
@@ -158,8 +158,8 @@ def test_convolutions_are_unfolded() -> None:
     assert (analyse(weight).fit.p, analyse(weight).fit.n) == (128, 144)
 
 
-def test_structure_shows_against_the_null() -> None:
-    """Unequal channels are structure that a shuffle removes."""
+def test_structure_fits_worse_than_the_null_model() -> None:
+    """Unequal channels are structure, which shuffling removes."""
     weight = gaussian((128, 256)) * np.linspace(0.2, 2, 128)[:, None]
     found = analyse(weight)
     assert found.null is not None
@@ -182,13 +182,13 @@ def test_structure_shows_against_the_null() -> None:
         (np.random.default_rng(0).standard_t(3, (768, 768)), "heavy-tailed"),
     ],
 )
-def test_what_cannot_be_fitted_has_a_reason(weight: np.ndarray, reason: str) -> None:
+def test_unfit_matrices_are_refused_with_a_reason(weight: np.ndarray, reason: str) -> None:
     with pytest.raises(NoFitError, match=reason):
         analyse(weight)
 
 
 @pytest.mark.parametrize("name", ["laplace", "uniform"])
-def test_other_entries_with_light_tails_follow_the_law_too(name: str) -> None:
+def test_light_tailed_entries_follow_the_law(name: str) -> None:
     weight = getattr(np.random.default_rng(0), name)(-1 if name == "uniform" else 0, 1, (256, 512))
     found = analyse(weight)
     assert found.fit.sigma == pytest.approx(weight.std(), rel=0.01)
