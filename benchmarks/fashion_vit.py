@@ -15,6 +15,7 @@ from typing import Any
 from lib.common import RESULTS, ROOT, markdown, write
 
 from mpcompile import Recipe, compile
+from mpcompile.report.run_tables import summary
 
 EXAMPLE = ROOT / "examples" / "fashion_vit"
 CASES = [
@@ -66,7 +67,7 @@ def measure(pattern: str, precision: str, folder: Path) -> dict[str, Any]:
         "weights": artifact.report.weights(),
         "nonzero": artifact.report.nonzero(),
         "bytes": files,
-        "summary": artifact.report.summary(),
+        "summary": summary(artifact.report).texts(),
         **{key: report[key] for key in keys},
     }
 

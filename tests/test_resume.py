@@ -95,7 +95,7 @@ def test_passes_are_kept_on_demand_and_gone_on_from(tmp_path: Path) -> None:
     again = compiled(output, start="certify", force=True)
     assert [record.resumed for record in again.report.passes] == [True, True, False]
     assert again.report.passes[0].seconds == first.report.passes[0].seconds
-    assert "; finished before a stop |" in (output / "report.md").read_text()
+    assert "; taken from a checkpoint |" in (output / "report.md").read_text()
     assert not (output / "passes").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(

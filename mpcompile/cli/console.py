@@ -19,6 +19,7 @@ from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BenchReport
+from mpcompile.report.run_tables import summary
 from mpcompile.report.schema import Report
 from mpcompile.system.progress import Progress
 
@@ -106,7 +107,7 @@ def report_table(report: Report) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("", "dense", "compressed", "difference"):
         table.add_column(name, justify="left" if not name else "right", overflow="fold")
-    for row in report.summary():
+    for row in summary(report).texts():
         table.add_row(*row)
     return table
 

@@ -29,6 +29,7 @@ from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.layer_rows import layer_rows
+from mpcompile.report.render import write as write_report
 from mpcompile.report.schema import DataUsed, Gate, Latency, LayerRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
 from mpcompile.report.sentences import verdict_on
@@ -122,7 +123,7 @@ def build_artifact(
             layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle, model.certificate
         ),
     )
-    report.write(folder)
+    write_report(report, folder)
     return report
 
 

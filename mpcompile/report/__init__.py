@@ -1,4 +1,4 @@
-"""The report of an output folder: its values, and the tables, charts and sentences made of them."""
+"""The report of an output folder: its values (schema.py), and the tables, charts and sentences that show them."""
 
 from mpcompile.report.schema import Report
 

@@ -1,4 +1,4 @@
-"""BenchReport: the samples of every engine, their medians and confidence intervals. Markdown and plot are its views."""
+"""BenchReport: the content of bench.json, with all latency samples; bench.md and bench.svg are rendered from it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +16,15 @@ COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b")
 
 
 class TimedEngine(Value):
-    """One build that took turns with the others."""
+    """One engine that was timed in turns with the others."""
 
     name: str
-    what: str  # in words: which file, which kernels
+    what: str  # description: the file and the kernels
     file: str
 
 
 class BatchTimings(Value):
-    """One batch size: a timing and every sample of each arm, and the comparisons between them."""
+    """One batch size: the timing and all samples of each engine (ms), and the speedups between engines."""
 
     batch: int
     timings: dict[str, Timing]
@@ -36,7 +36,7 @@ class BatchTimings(Value):
 
 
 class BenchReport(Value):
-    """A whole benchmark; `meanings` says what each comparison stands for."""
+    """The content of bench.json. `meanings` has a description for each key of `comparisons`."""
 
     schema_version: int = 1
     version: str  # of mpcompile
@@ -49,7 +49,7 @@ class BenchReport(Value):
     baseline: str
     arms: tuple[TimedEngine, ...]
     meanings: dict[str, str]
-    parity: tuple[Parity, ...]  # each build against ONNX Runtime on the CPU
+    parity: tuple[Parity, ...]  # each engine against ONNX Runtime on the CPU
     batches: tuple[BatchTimings, ...]
     verdicts: tuple[LayerVerdict, ...]
     command: str
@@ -60,44 +60,44 @@ class BenchReport(Value):
 
         (folder / "bench.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (folder / "bench.md").write_text(self.markdown(), encoding="utf-8")
-        with rc_context({"svg.hashsalt": "mpcompile", "svg.fonttype": "none"}):  # the same picture, the same file
+        with rc_context({"svg.hashsalt": "mpcompile", "svg.fonttype": "none"}):  # equal plots, equal bytes
             self.plot().savefig(folder / "bench.svg", format="svg", metadata={"Date": None})
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A row a batch and arm: batch, arm, p50, p90, p99, images a second, against the baseline."""
-        found = []
+        """One row for each batch size and engine: batch, engine, p50, p90 and p99 in ms, images/s, speedup."""
+        rows = []
         for each in self.batches:
             for arm in self.arms:
                 timing = each.timings[arm.name]
                 against = each.comparisons.get(f"{arm.name}/{self.arms[0].name}")
-                told = "baseline"
+                speed = "baseline"
                 if against is not None:
-                    told = f"{against.ratio:.2f} [{against.interval[0]:.2f}, {against.interval[1]:.2f}]"
-                    told += "" if against.significant else ", not told from noise"
+                    speed = f"{against.ratio:.2f} [{against.interval[0]:.2f}, {against.interval[1]:.2f}]"
+                    speed += "" if against.significant else ", no significant difference"
                 milliseconds = (f"{ms:.3f}" for ms in (timing.p50_ms, timing.p90_ms, timing.p99_ms))
-                found.append((str(each.batch), arm.name, *milliseconds, f"{timing.images_per_second:,.0f}", told))
-        return found
+                rows.append((str(each.batch), arm.name, *milliseconds, f"{timing.images_per_second:,.0f}", speed))
+        return rows
 
     def sentences(self) -> list[str]:
-        """What each comparison found, and what may have disturbed it."""
-        found = []
-        unchosen = bool(self.verdicts) and all(row.chosen is False for row in self.verdicts)
+        """One sentence for each comparison and each possible disturbance of it, then the count of sparse kernels."""
+        sentences = []
+        all_dense = bool(self.verdicts) and all(row.chosen is False for row in self.verdicts)
         for each in self.batches:
             for key, comparison in each.comparisons.items():
                 baseline = key.partition("/")[2]
-                told = f"Batch {each.batch}, {self.meanings[key]}: {comparison.describe(baseline)}."
-                if unchosen and comparison.significant and baseline != self.arms[0].name:  # of two masked builds
-                    told += " No sparse kernel was chosen, so this is another choice of dense ones, or noise."
-                found.append(told)
-            found += [f"Batch {each.batch}: {told}." for told in each.disturbances]
+                text = f"Batch {each.batch}, {self.meanings[key]}: {comparison.describe(baseline)}."
+                if all_dense and comparison.significant and baseline != self.arms[0].name:  # two masked builds
+                    text += " No sparse kernel was chosen, so the cause is another choice of dense kernels, or noise."
+                sentences.append(text)
+            sentences += [f"Batch {each.batch}: {disturbance}." for disturbance in each.disturbances]
         if self.verdicts:
-            found.append(tally(self.verdicts))
-        return found
+            sentences.append(tally(self.verdicts))
+        return sentences
 
     def markdown(self) -> str:
-        """The benchmark for people, as Markdown."""
+        """The benchmark as Markdown."""
         table = [
-            "| batch | build | p50 ms | p90 ms | p99 ms | images/s | times as fast as the baseline |",
+            "| batch | build | p50 ms | p90 ms | p99 ms | images/s | speedup over the baseline |",
             "|---|---|---|---|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in self.rows()),
         ]
@@ -105,31 +105,31 @@ class BenchReport(Value):
             f"# {self.model} on {self.target}, {self.precision}",
             "\n".join(self.sentences()),
             "\n".join(table),
-            "Builds, timed in turns in one process:\n\n" + "\n".join(f"- {arm.name}: {arm.what}" for arm in self.arms),
+            "Engines, timed in turns in one process:\n\n" + "\n".join(f"- {arm.name}: {arm.what}" for arm in self.arms),
             f"Baseline: {self.baseline}.",
             ", ".join(f"{key} {value}" for key, value in {**self.settings, **self.environment}.items()) + ".",
         ]
-        checked = (f"{row.what} {row.difference:.1e}, {row.tolerance:.0e} allowed" for row in self.parity)
-        parts.append(f"Largest difference of the logits, as a share of the largest: {'; '.join(checked)}.")
+        parity = (f"{row.what} {row.difference:.1e}, {row.tolerance:.0e} allowed" for row in self.parity)
+        parts.append(f"Largest difference of the logits, relative to the largest logit: {'; '.join(parity)}.")
         if self.verdicts:
             parts.append(verdict_table(self.verdicts).markdown())
-        parts.append(f"Made by `{self.command}`; every sample is in bench.json. ![Latency by batch](bench.svg)")
+        parts.append(f"Made by `{self.command}`; bench.json has all samples. ![Latency by batch size](bench.svg)")
         return "\n\n".join(parts) + "\n"
 
     def plot(self) -> "Figure":
-        """Median latency of each build with its interval, one panel a batch."""
+        """Bars of the median latency of each engine with its 95 % interval, one panel for each batch size."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(3.2 * len(self.batches) + 0.8, 3.4), layout="constrained")
         panels = figure.subplots(1, len(self.batches), squeeze=False)[0]
         for axes, each in zip(panels, self.batches, strict=True):
-            for place, arm in enumerate(self.arms):
+            for n, arm in enumerate(self.arms):
                 timing = each.timings[arm.name]
                 low, high = timing.interval_ms
                 error = [[timing.p50_ms - low], [high - timing.p50_ms]]
-                axes.bar(place, timing.p50_ms, color=COLORS[place], yerr=error, capsize=5, width=0.65)
+                axes.bar(n, timing.p50_ms, color=COLORS[n], yerr=error, capsize=5, width=0.65)
                 axes.annotate(
-                    f"{timing.p50_ms:.3g}", (place, high), xytext=(0, 3), textcoords="offset points", ha="center",
+                    f"{timing.p50_ms:.3g}", (n, high), xytext=(0, 3), textcoords="offset points", ha="center",
                     fontsize=8,
                 )  # fmt: skip
             axes.set_xticks(range(len(self.arms)), [arm.name.replace(", ", "\n") for arm in self.arms], fontsize=8)

@@ -1,4 +1,4 @@
-"""Model and file -> a row for each layer of the report."""
+"""Builds the report's rows of layers from the model and the exported file."""
 
 from mpcompile.analysis.macs import Cost
 from mpcompile.export.onnx_export import Lowered
@@ -7,16 +7,16 @@ from mpcompile.report.schema import LayerRow
 
 
 def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) -> tuple[LayerRow, ...]:
-    """A row for each layer that multiplies by weights: its pattern and where the file holds it, or why it is dense.
+    """One row for each layer with weights: its pattern and its weight in the file, or the reason why it is dense.
 
-    `dense` and `compressed` are what one image costs before and after, zeros not yet skipped.
+    `dense` and `compressed` are the MACs of one image before and after compression, with the zeros of masks counted.
     """
-    proven, patterns = {row.layer: row for row in lowered.masks}, model.patterns()
+    masks, patterns = {row.layer: row for row in lowered.masks}, model.patterns()
     names = dict.fromkeys([*(name for name, _ in model.layers()), *model.plan])
     rows = []
     for name in names:
-        plan, found, module = model.plan_of(name), proven.get(name), model.graph.get_submodule(name)
-        # The weight proper; MultiheadAttention, which has none of that name, is known by its first matrix.
+        plan, mask, module = model.plan_of(name), masks.get(name), model.graph.get_submodule(name)
+        # MultiheadAttention has no parameter called "weight": its first matrix is taken.
         weight = next(p for n, p in module.named_parameters() if n == "weight" or p.ndim > 1)
         left = compressed.layers.get(name)
         if left is not None and name in patterns:
@@ -31,8 +31,8 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
                 macs=dense.layers.get(name),
                 macs_left=left,
                 reason=None if plan.mask is not None else _reason(plan),
-                initializer=found.initializer if found else None,
-                axis=found.axis if found else None,
+                initializer=mask.initializer if mask else None,
+                axis=mask.axis if mask else None,
                 spectrum=plan.spectrum,
                 unfitted=plan.unfitted,
                 missed=plan.relative_error,
@@ -44,6 +44,6 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
 
 
 def _reason(plan: LayerPlan) -> str:
-    """Why a layer is dense, and whether its weights are its own."""
-    reason = plan.skipped or "no pass planned anything for it"
-    return reason if plan.relative_error is None else f"{reason}; fitted anew to what the dense model gives"
+    """Why a layer is dense, and whether it was refitted all the same."""
+    reason = plan.skipped or "no pass assigned a pattern to it"
+    return reason if plan.relative_error is None else f"{reason}; refitted to the dense model's outputs"

@@ -1,14 +1,16 @@
-"""A report as Markdown and as one HTML page: the same tables and sentences, and charts where they can be drawn."""
+"""Renders a Report as Markdown and as one HTML page with the same tables and sentences; the page also has charts."""
 
 import base64
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mpcompile.report.layer_charts as layer_charts
 import mpcompile.report.layer_tables as layers
 import mpcompile.report.run_charts as charts
 import mpcompile.report.run_tables as tables
-import mpcompile.report.search_chart as tuning_chart
+import mpcompile.report.search_chart as search_chart
+from mpcompile.report.chart import Chart
 from mpcompile.report.schema import Report
 from mpcompile.report.sentences import command, command_terms, proven, searched
 from mpcompile.report.table import verdict_table
@@ -19,29 +21,43 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+def write(report: Report, folder: Path) -> None:
+    """Writes report.json, report.md and report.html into a folder."""
+    (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(html(report), encoding="utf-8")
+
+
 def markdown(report: Report) -> str:
     """The report as Markdown."""
-    return _environment(escaping=False).get_template("report.md.j2").render(_known(report))
+    return _environment(escaping=False).get_template("report.md.j2").render(_variables(report))
 
 
 def html(report: Report) -> str:
-    """The report as one HTML page that loads nothing; names of models and layers are text in it, whatever they hold."""
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    # The page allows this script alone: one that came in with a name would not run.
+    """The report as one HTML page that loads nothing else. Names of models and layers are escaped."""
+    script = _read("report.js")
+    # The Content-Security-Policy allows only the script with this hash, so that a script in a name cannot run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _environment(escaping=True).get_template("report.html.j2")
     return page.render(
-        _known(report),
+        _variables(report),
         charts=charts,
-        search_chart=tuning_chart.tuning(report.tuning) if report.tuning else None,
-        style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        layer_charts=layer_charts,
+        search_chart=search_chart.tuning(report.tuning) if report.tuning else None,
+        style=_read("chart.css") + _read("report.css"),
         script=script,
         script_sha256=digest,
     )
 
 
-def _known(report: Report) -> dict[str, Any]:
-    """What both templates have."""
+def svg(chart: Chart) -> str:
+    """A chart as an SVG file of its own, with its title, its background and the colours of the light or dark scheme."""
+    template = _environment(escaping=True).get_template("chart.svg.j2")
+    return template.render(chart=chart, style=_read("chart.css"))
+
+
+def _variables(report: Report) -> dict[str, Any]:
+    """The variables of both report templates."""
     return {
         "report": report,
         "tables": tables,
@@ -54,13 +70,19 @@ def _known(report: Report) -> dict[str, Any]:
     }
 
 
+def _read(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
 def _environment(escaping: bool) -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=escaping,
     )
+    environment.filters["px"] = "{:.2f}".format  # coordinates of charts
+    return environment

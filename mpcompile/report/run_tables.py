@@ -1,42 +1,42 @@
-"""The tables of a report but those with a row a layer: each number once, spelt, with its place in report.json."""
+"""Tables of a report, except those with one row for each layer (layer_tables.py)."""
 
 from collections.abc import Iterable
 
 from mpcompile.report.schema import Report
-from mpcompile.report.table import Cell, Column, Table, columns, shown
+from mpcompile.report.table import Cell, Column, Table, columns, number
 
 
 def summary(report: Report) -> Table:
-    """The few rows that matter most: what, dense, compressed, and the difference."""
+    """The main results: one row for each measure, with its dense and compressed values and their difference."""
     rows: list[tuple[Cell, ...]] = []
     c = report.comparison
     if c and c.dense and c.compressed:
         sides = (
-            shown(a.top1, "{:.2%}", f".comparison.{n}.top1")
+            number(a.top1, "{:.2%}", f".comparison.{n}.top1")
             for n, a in (("dense", c.dense), ("compressed", c.compressed))
         )
         gained = "100 * (.comparison.compressed.top1 - .comparison.dense.top1)"
-        drop = shown(100 * (c.compressed.top1 - c.dense.top1), "{:+.2f} points", gained)
+        drop = number(100 * (c.compressed.top1 - c.dense.top1), "{:+.2f} points", gained)
         rows.append((Cell(f"top-1, {c.count:,} held-out images"), *sides, drop))
     if c:
-        same = shown(c.agreement, "{:.2%}", ".comparison.agreement")
+        same = number(c.agreement, "{:.2%}", ".comparison.agreement")
         rows.append((Cell(f"same answer as dense, {c.count:,} images"), Cell(), same, Cell()))
         rows.append(
             (
                 Cell("logit shift, mean (largest)"),
-                shown(c.logit_range, "range {:.2f}", ".comparison.logit_range"),
-                shown(c.logit_shift_mean, "{:.3f}", ".comparison.logit_shift_mean"),
-                shown(c.logit_shift_max, "({:.3f})", ".comparison.logit_shift_max"),
+                number(c.logit_range, "range {:.2f}", ".comparison.logit_range"),
+                number(c.logit_shift_mean, "{:.3f}", ".comparison.logit_shift_mean"),
+                number(c.logit_shift_max, "({:.3f})", ".comparison.logit_shift_max"),
             )
         )
     if report.certificate:
         p = report.certificate
-        share = shown(p.proven / p.images, "{:.2%}", ".certificate.proven / .certificate.images")
+        share = number(p.proven / p.images, "{:.2%}", ".certificate.proven / .certificate.images")
         rows.append((Cell(f"proven unchanged, {p.images:,} held-out images"), Cell(), share, Cell()))
-        bound = shown(p.agreement_bound, "at least {:.2%}", ".certificate.agreement_bound")
+        bound = number(p.agreement_bound, "at least {:.2%}", ".certificate.agreement_bound")
         rows.append((Cell(f"same answer on unseen images, at {p.confidence:.0%}"), Cell(), bound, Cell()))
     rows.append((Cell("ONNX file"), *_compared(*(_onnx(report, name) for name in ("dense.onnx", "model.onnx")))))
-    # jq can count these from the layers' shapes and densities, but not in a line that anyone would read.
+    # No jq key: the expression that sums these over the layers would be too long to read.
     weights, nonzero = report.weights(), report.nonzero()
     counts = (Cell(f"{count / 1e6:.2f} M", float(count)) for count in (weights, nonzero))
     rows.append((Cell("non-zero weights"), *counts, Cell(f"{nonzero / weights:.2f}×", nonzero / weights)))
@@ -44,15 +44,15 @@ def summary(report: Report) -> Table:
     rows.append((Cell("multiply-accumulates, zeros skipped"), *_macs(k.dense, k.compressed, ".cost.compressed")))
     if report.merges_tokens():
         cells = _macs(k.dense, k.as_published, ".cost.as_published")
-        rows.append((Cell("the same, blocks charged as in the paper"), *cells))
-    for place, pair in enumerate(report.latency):
-        key, (low, high) = f".latency[{place}]", pair.speedup.interval
+        rows.append((Cell("multiply-accumulates, counted as in the paper"), *cells))
+    for n, pair in enumerate(report.latency):
+        key, (low, high) = f".latency[{n}]", pair.speedup.interval
         rows.append(
             (
                 Cell(f"median latency, batch {pair.dense.batch}, {pair.speedup.count} rounds"),
-                shown(pair.dense.p50_ms, "{:.2f} ms", f"{key}.dense.p50_ms"),
-                shown(pair.compressed.p50_ms, "{:.2f} ms", f"{key}.compressed.p50_ms"),
-                shown(pair.speedup.ratio, f"{{:.2f}}× as fast [{low:.2f}, {high:.2f}]", f"{key}.speedup.ratio"),
+                number(pair.dense.p50_ms, "{:.2f} ms", f"{key}.dense.p50_ms"),
+                number(pair.compressed.p50_ms, "{:.2f} ms", f"{key}.compressed.p50_ms"),
+                number(pair.speedup.ratio, f"{{:.2f}}× as fast [{low:.2f}, {high:.2f}]", f"{key}.speedup.ratio"),
             )
         )
     names = ("", "dense", "compressed", "difference")
@@ -60,32 +60,32 @@ def summary(report: Report) -> Table:
 
 
 def _onnx(report: Report, name: str) -> Cell:
-    """The size of an ONNX file."""
+    """The size of an ONNX file with its external weights."""
     keys = [f".files[{n}].bytes" for n, row in enumerate(report.files) if row.name in (name, f"{name}.data")]
     return Cell(f"{report.onnx_bytes(name) / 1e6:.2f} MB", float(report.onnx_bytes(name)), " + ".join(keys), name)
 
 
 def _compared(dense: Cell, compressed: Cell) -> tuple[Cell, Cell, Cell]:
-    """Two numbers, and how many times the first the second is."""
+    """Both cells, and the ratio compressed / dense."""
     assert dense.value is not None
     assert compressed.value is not None
-    ratio = shown(compressed.value / dense.value, "{:.2f}×", f"({compressed.key}) / ({dense.key})")
+    ratio = number(compressed.value / dense.value, "{:.2f}×", f"({compressed.key}) / ({dense.key})")
     return dense, compressed, ratio
 
 
 def _macs(dense: float, left: float, key: str) -> tuple[Cell, Cell, Cell]:
-    """The cells of two counts."""
-    spelling, change = "{:.4g} G", shown(left / dense - 1, "{:+.2%}", f"{key} / .cost.dense - 1")
-    return shown(dense, spelling, ".cost.dense", 1e-9), shown(left, spelling, key, 1e-9), change
+    """MACs of the dense and of the compressed model in G, and their relative change."""
+    change = number(left / dense - 1, "{:+.2%}", f"{key} / .cost.dense - 1")
+    return number(dense, "{:.4g} G", ".cost.dense", 1e-9), number(left, "{:.4g} G", key, 1e-9), change
 
 
 def gates(report: Report) -> Table:
-    """A row a limit of the recipe."""
+    """One row for each limit of the recipe."""
     rows = (
         (
             Cell(gate.name),
-            shown(gate.limit, "{}", f".gates[{n}].limit"),
-            shown(gate.found, "{:.3f}", f".gates[{n}].found"),
+            number(gate.limit, "{}", f".gates[{n}].limit"),
+            number(gate.found, "{:.3f}", f".gates[{n}].found"),
             Cell("yes" if gate.holds else "no"),
         )
         for n, gate in enumerate(report.gates)
@@ -94,55 +94,50 @@ def gates(report: Report) -> Table:
 
 
 def tuning(report: Report) -> Table:
-    """A row a recipe that the search tried, and a row a model that it is compared with."""
-    t = report.tuning
-    batches = t.batches if t else ()
-    placed = (
-        [
-            (f".tuning.{name}[{n}]", point)
-            for name, found in (("points", t.points), ("references", t.references))
-            for n, point in enumerate(found)
-        ]
-        if t
-        else []
-    )
-    failed = any(point.failed for _, point in placed)
+    """One row for each recipe that the search tried, then one for each int8 reference."""
+    found = report.tuning
+    batches = found.batches if found else ()
+    keyed = []
+    if found:
+        keyed += [(f".tuning.points[{n}]", point) for n, point in enumerate(found.points)]
+        keyed += [(f".tuning.references[{n}]", point) for n, point in enumerate(found.references)]
+    failed = any(point.failed for _, point in keyed)
     rows = []
-    for key, point in placed:
+    for key, point in keyed:
         speeds = []
         for n in range(len(batches)):
             cell = Cell()
             if n < len(point.speedups):
                 s = point.speedups[n]
-                spelling = f"{{:.2f}} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]"
-                cell = shown(s.ratio, spelling, f"{key}.speedups[{n}].ratio")
+                form = f"{{:.2f}} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]"
+                cell = number(s.ratio, form, f"{key}.speedups[{n}].ratio")
             speeds.append(cell)
         rows.append(
             (
                 Cell(point.name),
-                shown(point.macs, "{:.1f} %", f"{key}.macs", 100),
-                shown(point.drop, "{:.2f}", f"{key}.drop"),
-                shown(point.error, "{:.2f}", f"{key}.error"),
+                number(point.macs, "{:.1f} %", f"{key}.macs", 100),
+                number(point.drop, "{:.2f}", f"{key}.drop"),
+                number(point.error, "{:.2f}", f"{key}.error"),
                 Cell("" if point.failed else "yes" if point.holds else "no"),
                 *speeds,
                 *([Cell(point.failed or "")] if failed else []),
             )
         )
     speeds_at = tuple(f"speed, batch {batch}" for batch in batches)
-    why = ("why it made no model",) if failed else ()
+    why = ("reason of the failure",) if failed else ()
     names = ("recipe", "MACs left", "drop in points", "standard error", "holds", *speeds_at, *why)
     numbers = (*names[1:4], *speeds_at)
     return Table(columns(*names, numbers=numbers), tuple(rows), ".tuning")
 
 
 def checks(report: Report) -> Table:
-    """A row a pair of forms of one model that have to agree."""
+    """One row for each comparison of two forms of one model, which have to agree within a tolerance."""
     rows = (
         (
             Cell(row.what),
-            shown(row.difference, "{:.1e}", f".parity[{n}].difference"),
-            shown(row.tolerance, "{:.0e}", f".parity[{n}].tolerance"),
-            shown(row.images, "{:.0f}", f".parity[{n}].images"),
+            number(row.difference, "{:.1e}", f".parity[{n}].difference"),
+            number(row.tolerance, "{:.0e}", f".parity[{n}].tolerance"),
+            number(row.images, "{:.0f}", f".parity[{n}].images"),
         )
         for n, row in enumerate(report.parity)
     )
@@ -151,42 +146,42 @@ def checks(report: Report) -> Table:
 
 
 def passes(report: Report) -> Table:
-    """A row a pass, in their order."""
+    """One row for each pass, in execution order."""
     rows = (
         (
             Cell(row.name),
             Cell(str(row.effect)),
-            shown(row.seconds, "{:.2f}", f".passes[{n}].seconds"),
-            shown(row.drift, "{:.1e}", f".passes[{n}].drift"),
-            Cell(("; ".join(row.notes) or "nothing") + ("; finished before a stop" if row.resumed else "")),
+            number(row.seconds, "{:.2f}", f".passes[{n}].seconds"),
+            number(row.drift, "{:.1e}", f".passes[{n}].drift"),
+            Cell(("; ".join(row.notes) or "none") + ("; taken from a checkpoint" if row.resumed else "")),
         )
         for n, row in enumerate(report.passes)
     )
-    names = ("pass", "effect", "seconds", "drift on the example", "what it wrote")
+    names = ("pass", "effect", "seconds", "drift on the example", "notes")
     return Table(columns(*names, numbers=names[2:4]), tuple(rows), ".passes")
 
 
 def epochs(report: Report) -> Table:
-    """A row an epoch of training."""
+    """One row for each epoch of training."""
     rows = (
         (
             Cell(str(n + 1), float(n + 1)),
-            shown(row.steps, "{:.0f}", f".epochs[{n}].steps"),
-            shown(row.loss, "{:.4f}", f".epochs[{n}].loss"),
-            shown(row.labels_loss, "{:.4f}", f".epochs[{n}].labels_loss"),
-            shown(row.teacher_loss, "{:.4f}", f".epochs[{n}].teacher_loss"),
-            shown(row.rate, "{:.1e}", f".epochs[{n}].rate"),
-            shown(row.edge, "{:.4f}", f".epochs[{n}].edge"),
-            shown(row.spikes, "{:.0f}", f".epochs[{n}].spikes"),
+            number(row.steps, "{:.0f}", f".epochs[{n}].steps"),
+            number(row.loss, "{:.4f}", f".epochs[{n}].loss"),
+            number(row.labels_loss, "{:.4f}", f".epochs[{n}].labels_loss"),
+            number(row.teacher_loss, "{:.4f}", f".epochs[{n}].teacher_loss"),
+            number(row.rate, "{:.1e}", f".epochs[{n}].rate"),
+            number(row.edge, "{:.4f}", f".epochs[{n}].edge"),
+            number(row.spikes, "{:.0f}", f".epochs[{n}].spikes"),
         )
         for n, row in enumerate(report.epochs)
     )
-    names = ("epoch", "steps", "loss", "to the labels", "to the dense model", "last rate", "σ₊", "spikes")
+    names = ("epoch", "steps", "loss", "label loss", "teacher loss", "last learning rate", "σ₊", "spikes")
     return Table(columns(*names, numbers=names), tuple(rows), ".epochs")
 
 
 def latency(report: Report) -> Table:
-    """Two rows a batch: dense and compressed."""
+    """Two rows for each batch size: dense and compressed."""
     rows = []
     for n, pair in enumerate(report.latency):
         for name, t in (("dense", pair.dense), ("compressed", pair.compressed)):
@@ -194,12 +189,12 @@ def latency(report: Report) -> Table:
             rows.append(
                 (
                     Cell(name),
-                    shown(t.batch, "{:.0f}", f"{key}.batch"),
-                    shown(t.p50_ms, "{:.3f}", f"{key}.p50_ms"),
+                    number(t.batch, "{:.0f}", f"{key}.batch"),
+                    number(t.p50_ms, "{:.3f}", f"{key}.p50_ms"),
                     Cell(f"{low:.3f} to {high:.3f}", low, f"{key}.interval_ms[0]"),
-                    shown(t.p90_ms, "{:.3f}", f"{key}.p90_ms"),
-                    shown(t.p99_ms, "{:.3f}", f"{key}.p99_ms"),
-                    shown(t.count, "{:.0f}", f"{key}.count"),
+                    number(t.p90_ms, "{:.3f}", f"{key}.p90_ms"),
+                    number(t.p99_ms, "{:.3f}", f"{key}.p99_ms"),
+                    number(t.count, "{:.0f}", f"{key}.count"),
                     Cell(t.device),
                 )
             )
@@ -208,7 +203,7 @@ def latency(report: Report) -> Table:
 
 
 def budget(report: Report) -> Table:
-    """A row a pattern: how many layers have it, what they cost of the dense model, and what is left of that."""
+    """One row for each pattern: the number of its layers, their MACs, and their remaining MACs, as shares of dense."""
     rows = []
     for pattern in dict.fromkeys(row.pattern for row in report.layers):
         chosen = [row for row in report.layers if row.pattern == pattern]
@@ -221,25 +216,25 @@ def budget(report: Report) -> Table:
                 Cell(f"{100 * after / report.cost.dense:.1f} %", after / report.cost.dense),
             )
         )
-    names = ("pattern", "layers", "MACs, of the dense model", "MACs left, of the dense model")
+    names = ("pattern", "layers", "MACs (share of dense)", "MACs left (share of dense)")
     return Table(columns(*names, numbers=names[1:]), tuple(rows), ".layers")
 
 
 def _total(counts: Iterable[float | None]) -> float:
-    """Their sum, where None counts for nothing."""
+    """The sum of the counts that are not None."""
     return sum((count for count in counts if count is not None), 0.0)
 
 
 def environment(report: Report) -> Table:
-    """What the numbers were measured on."""
+    """One row for each property of the machine and each library version."""
     rows = ((Cell(key), Cell(value)) for key, value in report.environment.items())
     return Table((Column(""), Column("")), tuple(rows), ".environment")
 
 
 def files(report: Report) -> Table:
-    """A row a file of the folder."""
+    """One row for each file of the output folder."""
     rows = (
-        (Cell(row.name, file=row.name), shown(row.bytes, "{:.0f}", f".files[{n}].bytes"), Cell(row.sha256))
+        (Cell(row.name, file=row.name), number(row.bytes, "{:.0f}", f".files[{n}].bytes"), Cell(row.sha256))
         for n, row in enumerate(report.files)
     )
     return Table(columns("file", "bytes", "SHA-256", numbers=("bytes",)), tuple(rows), ".files")

@@ -1,4 +1,4 @@
-"""Report: what was done, kept, skipped and measured. JSON is the truth; the other forms are its views."""
+"""Report: the values of report.json. report.md and report.html are rendered from them (render.py)."""
 
 import math
 from pathlib import Path
@@ -18,16 +18,16 @@ from mpcompile.report.search_schema import Tuning
 
 
 class Value(BaseModel):
-    """A frozen part of a report."""
+    """Base class of the parts of a report: frozen, and unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LayerRow(Value):
-    """What became of one layer. `density` is the kept share of its weights.
+    """One layer with weights. `density` is the share of its weights that are kept.
 
-    `macs` are its multiply-accumulates for one image in the dense model, `macs_left` those that are left where its
-    zeros are skipped and merged tokens are gone; None for a module that the count does not take apart.
+    `macs` are the layer's multiply-accumulates for one image in the dense model. `macs_left` are those that remain if
+    zeros are skipped and tokens are merged. Both are None for a module whose MACs are not counted one by one.
     """
 
     name: str
@@ -37,18 +37,18 @@ class LayerRow(Value):
     density: float
     macs: float | None
     macs_left: float | None
-    reason: str | None  # why it stays dense
-    initializer: str | None  # its weight in the ONNX file
-    axis: int | None  # where the groups lie in that weight
-    spectrum: Spectrum | None  # its Marchenko–Pastur fit, where a budget made one
-    unfitted: str | None  # why it has none
+    reason: str | None  # why the layer stays dense
+    initializer: str | None  # name of its weight in the ONNX file
+    axis: int | None  # axis of that weight along which the groups of M lie
+    spectrum: Spectrum | None  # Marchenko–Pastur fit, if a budget pass made one
+    unfitted: str | None  # why there is no fit
     permuted: bool  # whether its input channels were reordered
-    missed: float | None  # of the power of what it was fitted to, on calibration images
-    unpermuted: str | None  # why not, where a permutation looked at it
+    missed: float | None  # relative squared error of the refit on calibration images
+    unpermuted: str | None  # why its channels were not reordered, if `permute` examined it
 
 
 class Parity(Value):
-    """Two forms of one model on the same images: max |Δ| / max |expected| over their logits."""
+    """Largest difference between two forms of one model on the same images: max |Δ| / max |expected| of the logits."""
 
     what: str
     difference: float
@@ -57,7 +57,7 @@ class Parity(Value):
 
 
 class Latency(Value):
-    """Dense and compressed in the same run, in turns."""
+    """Latency of the dense and the compressed model, timed in turns in one run."""
 
     dense: Timing
     compressed: Timing
@@ -73,7 +73,7 @@ class FileRow(Value):
 
 
 class DataUsed(Value):
-    """How many images were used for what, which the seed chose, and what is to be known of them."""
+    """Number of images for each purpose, the seed that selected them, and notes about the data."""
 
     calibration: int
     validation: int
@@ -84,7 +84,7 @@ class DataUsed(Value):
 
 
 class Gate(Value):
-    """A limit that the recipe sets, and whether it holds."""
+    """A limit of the recipe, the measured value, and whether the limit holds."""
 
     name: str
     limit: float
@@ -96,7 +96,7 @@ class Gate(Value):
 
 
 class Report(Value):
-    """The whole report; `schema_version` changes when a key changes its meaning or goes."""
+    """The content of report.json. `schema_version` is raised if a key is removed or changes its meaning."""
 
     schema_version: Literal[1] = 1
     version: str  # of mpcompile
@@ -108,14 +108,14 @@ class Report(Value):
     data: DataUsed
     passes: tuple[PassRecord, ...]
     layers: tuple[LayerRow, ...]
-    accelerated: bool  # whether masked layers run on sparse kernels, or can where no engine ran
+    accelerated: bool  # whether masked layers run on sparse kernels; if no engine ran: whether the target has them
     parity: tuple[Parity, ...]
-    idle: str | None  # why no engine of the target ran here
-    notes: tuple[str, ...]  # what the target made or said of the file
-    commands: tuple[str, ...]  # that build and measure it where it can run
-    verdicts: tuple[LayerVerdict, ...]  # what the target makes of each masked layer, where it tells
+    idle: str | None  # why no engine of the target ran on this machine
+    notes: tuple[str, ...]  # notes of the target about the ONNX file
+    commands: tuple[str, ...]  # commands that build and time the engine on a machine that has the target
+    verdicts: tuple[LayerVerdict, ...]  # kernel choice for each masked layer, if the target reports it
     comparison: Comparison | None
-    tuning: Tuning | None = None  # the search that found the recipe, where there was one
+    tuning: Tuning | None = None  # the search that found the recipe, if there was one
     certificate: Certificate | None
     cost: Charged
     epochs: tuple[Epoch, ...]
@@ -124,49 +124,25 @@ class Report(Value):
     files: tuple[FileRow, ...]
     verdict: tuple[str, ...]
 
-    def write(self, folder: Path) -> None:
-        """Writes report.json, report.md and report.html."""
-        (folder / "report.json").write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
-        (folder / "report.html").write_text(self.html(), encoding="utf-8")
-
     @classmethod
     def read(cls, folder: Path) -> "Report":
         """The report of an output folder."""
         return cls.model_validate_json((folder / "report.json").read_text(encoding="utf-8"))
 
-    def markdown(self) -> str:
-        """The report for people, as Markdown."""
-        from mpcompile.report.render import markdown
-
-        return markdown(self)
-
-    def html(self) -> str:
-        """The report for people, as one HTML page that needs nothing else."""
-        from mpcompile.report.render import html
-
-        return html(self)
-
-    def summary(self) -> list[tuple[str, ...]]:
-        """The few rows that matter most: what, dense, compressed, and the difference."""
-        from mpcompile.report.run_tables import summary
-
-        return [tuple(cell.text for cell in row) for row in summary(self).rows]
-
     def merges_tokens(self) -> bool:
-        """Whether any tokens are merged into others."""
+        """Whether any tokens are merged."""
         return any(self.cost.merged)
 
     def onnx_bytes(self, name: str) -> int:
-        """The size of an ONNX file, with the file of weights beside it where there is one."""
+        """The size of an ONNX file in bytes, including its external weight file NAME.data."""
         return sum(row.bytes for row in self.files if row.name in (name, f"{name}.data"))
 
     def spectra(self) -> list[LayerRow]:
-        """The layers that a budget looked at."""
+        """The layers that a budget pass examined, fitted or not."""
         return [row for row in self.layers if row.spectrum or row.unfitted]
 
     def refitted(self) -> bool:
-        """Whether any layer says what it misses."""
+        """Whether any layer has the error of a refit."""
         return any(row.missed is not None for row in self.layers)
 
     def critical(self) -> bool:
@@ -174,15 +150,15 @@ class Report(Value):
         return self.certificate is not None and any(row.critical is not None for row in self.certificate.layers)
 
     def unmoved(self) -> list[LayerRow]:
-        """The layers whose channels a permutation left as they were."""
+        """The layers that a permutation examined and did not reorder."""
         return [row for row in self.layers if row.unpermuted]
 
     def weights(self) -> int:
-        """How many weights the Linear and Conv2d layers have."""
+        """The number of weights of all layers."""
         return sum(math.prod(row.shape) for row in self.layers)
 
     def nonzero(self) -> int:
-        """How many of them are kept."""
+        """The number of weights that are kept."""
         return sum(round(row.density * math.prod(row.shape)) for row in self.layers)
 
 

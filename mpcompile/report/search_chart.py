@@ -1,67 +1,82 @@
-"""The chart of a search: what each recipe tried loses, against how fast it is."""
+"""Chart of accuracy against speed: the recipes that a search tried, beside the dense model and its int8 versions."""
 
 from collections.abc import Sequence
 
-from mpcompile.report.chart import Chart, Dot, Label, Line, Number, Scale, across, ticks, upward
+from mpcompile.report.chart import Chart, Dot, Label, Line, Mark, Number, Scale, ticks, x_axis, y_axis
 from mpcompile.report.search_schema import Point, Tuning
 
 WIDE, HIGH = 1000.0, 300.0
 LEFT, TOP, BOTTOM = 60.0, 14.0, 258.0
-SHOWN = 5  # limits deep is the picture; what lost more stands at its lower edge
+SHOWN_LIMITS = 5  # the y axis ends at 5 times the limit; points that lost more are drawn at its lower edge
 
 
 def tuning(found: Tuning) -> Chart:
-    """A dot a recipe, by its number in the table: to the right is faster, higher up is more accurate.
+    """The chart of a search. Recipes are labelled by their row in the table, and the chosen one by its name."""
+    labels = [point.name if point.name == found.chosen else str(n) for n, point in enumerate(found.points, 1)]
+    lowest = -max(SHOWN_LIMITS * found.limit, 1.0)
+    speed = "speedup over dense" if found.batches else "dense multiply-accumulates / remaining ones"
+    chart = accuracy_speed(
+        found.points, labels, found.references, limit=found.limit, lowest=lowest, speed=speed, chosen=found.chosen
+    )
+    description = f"{chart.description} Chosen: {found.chosen}; the limit is {found.limit:g} points."
+    return Chart(chart.width, chart.height, chart.title, description, chart.marks)
 
-    The dense model is at 1 and 0; the line is the limit. Recipes that hold are filled, and the one taken is named.
+
+def accuracy_speed(
+    points: Sequence[Point],
+    labels: Sequence[str],
+    references: Sequence[Point] = (),
+    *,
+    limit: float | None = None,
+    lowest: float,
+    speed: str,
+    chosen: str = "",
+) -> Chart:
+    """One dot for each model: x is its speed, y its change of top-1 in percentage points. Dense is at (1, 0).
+
+    Lines through the dots are 95 % intervals of the speed. `labels` has one text for each of `points`; `references` are
+    labelled with their names. Points that hold are dark, `chosen` is labelled in bold, and a red line marks the limit.
+    The y axis ends at `lowest` or higher. `speed` is the text below the x axis.
     """
-    points = [point for point in found.points if point.drop is not None]
-    references = [point for point in found.references if point.drop is not None]
-    everyone = [*points, *references]
-    deepest = -max(SHOWN * found.limit, 1.0)
-    gained = [-_drop(point) for point in everyone]
-    up = Scale(max(deepest, min([-1.2 * found.limit, -0.2, *gained])) * 1.05, max([0.1, *gained]) * 1.2, BOTTOM, TOP)
-    speeds = [1.0, *(point.speed for point in everyone)]
+    measured = [(point, label) for point, label in zip(points, labels, strict=True) if point.drop is not None]
+    compared = [point for point in references if point.drop is not None]
+    everyone = [*(point for point, _ in measured), *compared]
+    changes = [_change(point) for point in everyone]
+    bottom = max(lowest, min([-1.2 * (limit or 0.0), -0.2, *changes])) * 1.05
+    highest = max([0.1, *changes])
+    up = Scale(bottom, highest + 0.1 * (highest - bottom), BOTTOM, TOP)  # room for the labels above the dots
+    speeds = [1.0, *(end for point in everyone for end in point.speed_interval)]
     spread = max(speeds) - min(speeds) or 1.0
-    place = Scale(min(speeds) - 0.06 * spread, max(speeds) + 0.16 * spread, LEFT, WIDE)
-    grid, numbers = across(place, ticks(place.low, place.high, 8), TOP, BOTTOM)
-    levels, heights = upward(up, ticks(up.low, up.high, 5), LEFT, WIDE, "{:+g}")
-    limit = Line(((LEFT, up(-found.limit)), (WIDE, up(-found.limit))), "null", f"limit: {found.limit:g} points")
-    dots = [Dot(place(1.0), up(0.0), "dense", "the dense model", 5)]
-    labels = [*numbers, *heights, Label(place(1.0) + 9, up(0.0) + 4, "dense", kind="strong")]
-    labels.append(Label(WIDE - 4, up(-found.limit) - 5, f"limit {found.limit:g}", "end", "tick"))
-    for number, point in enumerate(found.points, 1):
-        if point.drop is not None:
-            dot = _dot(place, up, point, "compressed" if point.holds else "other")
-            named = point.name == found.chosen
-            dots.append(dot)
-            text = (point.name if named else str(number)) + _beyond(up, point)
-            labels.append(Label(dot.x + 7, dot.y + 4, text, kind="strong" if named else "label"))
-    for point in references:
-        dot = _dot(place, up, point, "dense")
-        dots.append(dot)
-        labels.append(Label(dot.x + 7, dot.y + 4, point.name + _beyond(up, point)))
-    what = "times as fast as dense" if found.batches else "dense multiply-accumulates over those left"
-    title = f"Points of top-1 gained or lost on validation images, against {what}"
-    labels.append(Label(WIDE, HIGH - 8, what, "end", "tick"))
-    return Chart(WIDE, HIGH, title, _words(everyone, found), (), (*grid, *levels, limit), tuple(dots), tuple(labels))
+    across = Scale(min(speeds) - 0.06 * spread, max(speeds) + 0.06 * spread, LEFT, WIDE)
+    marks = x_axis(across, ticks(across.low, across.high, 8), TOP, BOTTOM)
+    marks += y_axis(up, ticks(up.low, up.high, 5), LEFT, WIDE, "{:+g}")
+    if limit is not None:
+        marks.append(Line(((LEFT, up(-limit)), (WIDE, up(-limit))), "red", f"limit: {limit:g} points"))
+        marks.append(Label(WIDE - 4, up(-limit) - 5, f"limit {limit:g}", "end", "tick"))
+    marks.append(Dot(across(1.0), up(0.0), "dense", "the dense model", 5))
+    marks.append(Label(across(1.0), up(0.0) - 9, "dense", "middle", "strong"))
+    for point in compared:
+        marks += _point(across, up, point, point.name, "dense", "label")
+    for point, label in measured:
+        bold = "strong" if point.name == chosen else "label"
+        marks += _point(across, up, point, label, "compressed" if point.holds else "other", bold)
+    marks.append(Label(WIDE, HIGH - 8, speed, "end", "tick"))
+    title = f"Change of top-1 in percentage points, against {speed}"
+    texts = (f"{point.name} {_change(point):+.2f} points at {point.speed:.2f}" for point in everyone)
+    return Chart(WIDE, HIGH, title, f"{'; '.join(texts)}.", tuple(marks))
 
 
-def _drop(point: Point) -> Number:
-    return 0.0 if point.drop is None else point.drop
+def _point(across: Scale, up: Scale, point: Point, label: str, style: str, label_style: str) -> list[Mark]:
+    """The dot of a model, the 95 % interval of its speed and its label; an arrow marks a dot below the y axis."""
+    below = _change(point) < up.low
+    tooltip = f"{point.name}: {_change(point):+.2f} points, {point.speed:.2f}" + (", below the axis" if below else "")
+    dot = Dot(across(point.speed), up(max(_change(point), up.low)), style, tooltip)
+    low, high = point.speed_interval
+    interval = Line(((across(low), dot.y), (across(high), dot.y)), "axis", tooltip)
+    text = label + (" ↓" if below else "")
+    return [interval, dot, Label(dot.x, dot.y - 8, text, "middle", label_style)]
 
 
-def _dot(place: Scale, up: Scale, point: Point, kind: str) -> Dot:
-    told = f"{point.name}: {-_drop(point):+.2f} points, {point.speed:.2f}"
-    told += ", below the picture" if _beyond(up, point) else ""
-    return Dot(place(point.speed), up(max(-_drop(point), up.low)), kind, told)
-
-
-def _beyond(up: Scale, point: Point) -> str:
-    """An arrow where a point lies below the picture."""
-    return " ↓" if -_drop(point) < up.low else ""
-
-
-def _words(points: Sequence[Point], found: Tuning) -> str:
-    told = "; ".join(f"{point.name} {-_drop(point):+.2f} points at {point.speed:.2f}" for point in points)
-    return f"{told}. Taken: {found.chosen}; the limit is {found.limit:g} points."
+def _change(point: Point) -> Number:
+    """The change of top-1 in percentage points; negative is a loss."""
+    return 0.0 if point.drop is None else -point.drop

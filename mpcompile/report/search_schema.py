@@ -1,4 +1,4 @@
-"""The record of a search for a recipe: what was asked, each model tried, and which was taken."""
+"""The record of a search for a recipe: its limits, every model that was tried, and the chosen one."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from mpcompile.measure.timing import Speedup
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One model on validation images, against the dense one.
+    """One model compared with the dense model on validation images.
 
-    `drop` is in points of top-1, `error` its standard error (of the paired difference), `macs` the share of
-    multiply-accumulates left, `speedups` one for each batch size timed. `failed` says why a recipe made no model,
-    `method` how a quantised model was quantised and why so.
+    `drop` is the loss of top-1 in percentage points, `error` the standard error of that paired difference, `macs` the
+    share of multiply-accumulates that remain, `speedups` one value for each batch size. `failed` is the reason why a
+    recipe produced no model, `method` how an int8 model was quantised, and why.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Point:
 
     @property
     def speed(self) -> float:
-        """How many times as fast as dense, the geometric mean over batches; by multiply-accumulates where untimed."""
+        """Speedup over dense, the geometric mean over batch sizes; the ratio of MACs if nothing was timed."""
         if not self.speedups:
             return 1 / self.macs if self.macs else 0.0
         return _geometric_mean([found.ratio for found in self.speedups])
 
     @property
     def speed_interval(self) -> tuple[float, float]:
-        """The geometric means of the lower and of the upper ends of the speedups' intervals; `speed` where untimed."""
+        """Geometric means of the lower and of the upper ends of the speedup intervals; `speed` twice if not timed."""
         if not self.speedups:
             return self.speed, self.speed
         low, high = zip(*(found.interval for found in self.speedups), strict=True)
@@ -47,26 +47,23 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What was asked of the search, every recipe that was tried, and which was taken.
+    """The limits of the search, every recipe that was tried, and the name of the chosen one.
 
-    `references` are the dense model quantised, for comparison: they were not candidates.
+    `references` are int8 versions of the dense model. They are for comparison and cannot be chosen.
     """
 
-    limit: float  # points of top-1
-    allowed: int  # evaluations
-    images: int  # for validation
+    limit: float  # largest drop of top-1, in percentage points
+    allowed: int  # largest number of recipes to try
+    images: int  # number of validation images
     batches: tuple[int, ...]
     points: tuple[Point, ...]
     chosen: str
     references: tuple[Point, ...] = ()
 
     def as_fast(self) -> tuple[str, ...]:
-        """The other recipes within the limit whose speed interval overlaps that of the chosen one."""
-        taken = next(point for point in self.points if point.name == self.chosen)
-        others = (point for point in self.points if point.holds and point.name != self.chosen)
-        (low, high), timed = taken.speed_interval, bool(self.batches)
-        return tuple(
-            other.name
-            for other in others
-            if timed and other.speed_interval[0] <= high and low <= other.speed_interval[1]
-        )
+        """Names of the other recipes that hold and whose speed interval overlaps that of the chosen one."""
+        if not self.batches:
+            return ()  # nothing was timed
+        low, high = next(point for point in self.points if point.name == self.chosen).speed_interval
+        others = [point for point in self.points if point.holds and point.name != self.chosen]
+        return tuple(p.name for p in others if p.speed_interval[0] <= high and low <= p.speed_interval[1])

@@ -1,4 +1,4 @@
-"""What a report says in sentences: the verdict, what is proven, and how to make it again."""
+"""Sentences of a report: the verdict, the proofs, the search for a recipe, and the command that reproduces it."""
 
 import shlex
 from collections import Counter
@@ -22,18 +22,18 @@ def verdict_on(
     idle: str | None = None,
     certificate: Certificate | None = None,
 ) -> tuple[str, ...]:
-    """What was gained, against what, what was lost and what is proven, in sentences that claim only what was seen."""
+    """The verdict: speed, masks, tokens, accuracy and proofs. It claims only what this run measured."""
     masked = [row for row in layers if row.pattern]
-    sentences = [_speed(pair, first=pair is latency[0]) for pair in latency]
+    sentences = [_speed(pair, full_baseline=pair is latency[0]) for pair in latency]
     if idle:
-        sentences.append(f"No engine of the target {target} ran here, and no speed was measured: {idle}.")
+        sentences.append(f"No engine of the target {target} ran on this machine, so speed was not measured: {idle}.")
     if masked:
         patterns = ", ".join(
             f"{count} at {pattern}" for pattern, count in Counter(row.pattern for row in masked).most_common()
         )
         sentences.append(
-            f"{len(masked)} of {len(layers)} layers are masked ({patterns}), and each mask was found again in the ONNX "
-            "file, on the axis that is summed over."
+            f"{len(masked)} of {len(layers)} layers are masked ({patterns}). Each mask was checked in the ONNX file, "
+            "along the axis that the product sums over."
         )
     else:
         sentences.append(f"None of the {len(layers)} layers is masked.")
@@ -41,103 +41,104 @@ def verdict_on(
         sentences.append(tally(verdicts))
     unknown = bool(idle) or any(row.chosen is None for row in verdicts)
     if masked and not accelerated and not unknown:
-        why = "no sparse kernel was chosen" if verdicts else f"the target {target} has no kernels for them"
-        sentences.append(f"Masked layers run as dense and save no time here: {why}.")
+        why = "no sparse kernel was chosen" if verdicts else f"the target {target} has no kernels for these patterns"
+        sentences.append(f"Masked layers run on dense kernels and save no time: {why}.")
     if any(cost.merged):
         sentences.append(
-            f"Tokens are merged, from {cost.tokens[0]} to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
-            "which is less work for any target."
+            f"Token merging reduces {cost.tokens[0]} tokens to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
+            "which is less work on any target."
         )
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
-        turned = f", {comparison.turned}" if comparison.turned else ""
+        test = f", {comparison.turned}" if comparison.turned else ""
         sentences.append(
-            f"On {comparison.count:,} held-out images top-1 is {comparison.compressed.top1:.2%}, and "
-            f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}{turned}."
+            f"On {comparison.count:,} held-out images, top-1 is {comparison.compressed.top1:.2%} compressed and "
+            f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}{test}."
         )
     elif comparison:
         sentences.append(
-            f"On {comparison.count:,} images {comparison.agreement:.2%} of the answers are the dense model's."
+            f"On {comparison.count:,} images, {comparison.agreement:.2%} of the predictions are the dense model's."
         )
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
     if idle and comparison:
-        sentences.append("What is said of accuracy was measured with ONNX Runtime on the CPU, on these weights.")
+        sentences.append("Accuracy was measured with ONNX Runtime on the CPU, on the same weights.")
     if certificate:
         sentences.append(
-            f"Of {certificate.images:,} held-out answers {certificate.proven:,} are proven unchanged; of images to "
-            f"come, drawn as these were, at least {certificate.agreement_bound:.2%} get the dense model's answer, with "
-            f"{certificate.confidence:.0%} confidence."
+            f"{certificate.proven:,} of {certificate.images:,} held-out predictions are proven unchanged. On unseen "
+            f"images of the same distribution, at least {certificate.agreement_bound:.2%} of the predictions are those "
+            f"of the dense model ({certificate.confidence:.0%} confidence)."
         )
     return tuple(sentences)
 
 
-def _speed(pair: Latency, first: bool) -> str:
-    """How fast at one batch, against what; the first time with all that makes the two alike."""
+def _speed(pair: Latency, full_baseline: bool) -> str:
+    """The speed at one batch size; with `full_baseline`, the baseline's precision, target and device are named."""
     baseline = "the dense model"
-    if first:
+    if full_baseline:
         baseline += f" in the same precision on the same target ({pair.dense.device})"
     subject = "the compressed model is " if pair.speedup.significant else ""
     return f"At batch {pair.dense.batch} {subject}{pair.speedup.describe(baseline)}."
 
 
 def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
-    """What a certificate says, in the order of its strength: what it comes to, and what that rests on."""
+    """The claims of a certificate, strongest first: pairs of a claim and its justification."""
     c = certificate
     return (
         (
             f"{c.proven} predictions are proven unchanged",
-            f": the dense model's margin (its largest logit less the second, {c.margin_median:.3f} in the median) "
-            f"exceeds twice the largest change of any logit ({c.shift_mean:.3f} on average, {c.shift_max:.3f} at most)."
-            " It holds for these images and for every model whose logits lie as near.",
+            f": the dense model's margin (largest logit minus the second, median {c.margin_median:.3f}) exceeds twice "
+            f"the largest change of any logit (mean {c.shift_mean:.3f}, maximum {c.shift_max:.3f}). This holds for "
+            "these images, and for every model whose logits differ no more from the dense ones.",
         ),
-        (f"{c.agreeing} predictions are the same", ", proven or not. That is an observation."),
+        (f"{c.agreeing} predictions are the same", ", whether proven or not. This is an observation."),
         (
-            f"At least {100 * c.agreement_bound:.2f} % of images to come get the same prediction",
-            f", with {100 * c.confidence:.0f} % confidence (Clopper–Pearson), if they are drawn as these were. It says "
-            "nothing of images from elsewhere, and nothing of whether a prediction is right.",
+            f"At least {100 * c.agreement_bound:.2f} % of unseen images get the same prediction",
+            f", with {100 * c.confidence:.0f} % confidence (Clopper–Pearson), if they have the distribution of these "
+            "images. This says nothing about other distributions, nor about whether a prediction is right.",
         ),
     )
 
 
 def searched(tuning: Tuning) -> str:
-    """What the search for a recipe looked at, and by what it judged."""
+    """How the search for a recipe selected, how int8 was quantised, and which recipes are about as fast."""
     equal = tuning.as_fast()
-    unsure = (
-        f" The speed of {', '.join(equal)} cannot be told from that of the recipe taken: another run may take another."
+    tied = (
+        f" The speed of {', '.join(equal)} does not differ significantly from that of the chosen recipe: another run "
+        "may choose another one."
         if equal
         else ""
     )
     methods = [f"{point.name} has {point.method}" for point in tuning.references if point.method]
     return (
-        f"{len(tuning.points)} of at most {tuning.allowed}, on {tuning.images} validation images; a recipe holds if "
-        f"its drop in top-1 and the standard error of that together are within {tuning.limit:g} points. Int8 is the "
-        f"dense model as ONNX Runtime quantises it, for comparison{''.join(f'; {text}' for text in methods)}.{unsure}"
+        f"{len(tuning.points)} of at most {tuning.allowed} recipes were tried on {tuning.images} validation images. A "
+        f"recipe holds if its drop in top-1 plus the standard error of the drop is at most {tuning.limit:g} points. "
+        f"Int8 is the dense model quantised by ONNX Runtime, for comparison{''.join(f'; {m}' for m in methods)}.{tied}"
     )
 
 
 def command(report: Report) -> str:
-    """The command that makes the folder again, in it; capitals stand for what the report cannot know."""
-    # A module that was handed over in memory has no name but its class's.
+    """The command that reproduces the folder; capitals stand for paths that the report does not know."""
+    # The name of a module that was passed in memory is its class name.
     model = "MODEL" if report.model.name == report.model.arch else shlex.quote(report.model.name)
     data = " --data DATA" if report.data.calibration or report.data.held_out else ""
     return f"mpcompile {model} --config recipe.yaml{data} -o OUT"
 
 
 def command_terms(report: Report) -> tuple[str, ...]:
-    """What stands behind the words of that command."""
+    """Sentences, without their periods, on the model, the data and the capitals in `command`."""
     model, data = report.model, report.data
     terms = []
     if model.name == model.arch:
-        terms.append(f"MODEL was given in memory: {model.arch}, SHA-256 of its weights {model.sha256}")
+        terms.append(f"MODEL was passed in memory: {model.arch}, SHA-256 of its weights {model.sha256}")
     else:
         terms.append(
-            f"the model's SHA-256 is {model.sha256}; its architecture was taken to be {model.arch}, which --arch names "
-            "where the file does not"
+            f"The model's SHA-256 is {model.sha256} and its architecture {model.arch}, which --arch has to name if the "
+            "file does not"
         )
     if data.calibration or data.held_out:
         terms.append(
-            f"DATA has the images; which {data.calibration} calibrate and which {data.validation} validate, seed "
-            f"{data.seed} decides"
+            f"DATA has the images, of which seed {data.seed} selects {data.calibration} for calibration and "
+            f"{data.validation} for validation"
         )
-    return (*terms, "OUT is the folder to write; recipe.yaml lies beside this report")
+    return (*terms, "OUT is the output folder; recipe.yaml is in the folder of this report")

@@ -1,4 +1,4 @@
-"""Spectra as pictures: one SVG a layer, and an overview of all layers."""
+"""Plots of Marchenko–Pastur fits as SVG files: one for each layer, and one overview of all layers."""
 
 import re
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BULK, NULL, LAW, SPIKE, EDGE = "#7fa8d1", "#6b6b6b", "#b5372c", "#1f4e79", "#2b2b2b"
-SHOWN = 1.6  # the axis ends where the bulk does, times this; spikes beyond are counted at its end
+AXIS_END = 1.6  # the x axis ends at this multiple of the bulk edge; the spikes beyond it are counted in a note
 BINS = 60
 
 
 def plot_layer(name: str, found: SpectrumFit) -> "Figure":
-    """The spectrum of one layer as a histogram of singular values, with the fitted law, the edge and the spikes."""
+    """Histogram of the singular values of one layer, with the fitted law, the noise edge and the spikes."""
     from matplotlib.figure import Figure
 
     fit = found.fit
-    scale = fit.n**0.5  # a singular value of W is √(n λ)
+    scale = fit.n**0.5  # a singular value of W is √(n λ), λ an eigenvalue of W Wᵀ / n
     singular = np.sqrt(found.values) * scale
-    end = SHOWN * fit.bulk_edge
+    end = AXIS_END * fit.bulk_edge
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     bins = np.linspace(0, end, BINS + 1).tolist()
@@ -35,18 +35,18 @@ def plot_layer(name: str, found: SpectrumFit) -> "Figure":
     if found.null_values is not None:
         axes.hist(
             np.sqrt(found.null_values) * scale, bins, weights=share, histtype="step", color=NULL, linewidth=1.0,
-            label="the same entries, shuffled",
+            label="shuffled entries",
         )  # fmt: skip
     low, high = (limit**0.5 * scale for limit in support(fit.q, fit.sigma**2))
     x = np.linspace(low, high, 400)
-    law = density((x / scale) ** 2, fit.q, fit.sigma**2) * 2 * x / fit.n  # of √(n λ), not of λ
+    law = density((x / scale) ** 2, fit.q, fit.sigma**2) * 2 * x / fit.n  # density of √(n λ), from that of λ
     top = axes.get_ylim()[1]
     axes.plot(x, law, color=LAW, linewidth=1.8, label=f"Marchenko–Pastur, σ = {fit.sigma:.3g}")
     axes.set_ylim(0, max(top, 1.05 * float(np.median(law))))
-    axes.axvline(fit.edge, color=EDGE, linestyle="--", linewidth=1.0, label=f"edge of noise, {fit.edge:.3g}")
+    axes.axvline(fit.edge, color=EDGE, linestyle="--", linewidth=1.0, label=f"noise edge {fit.edge:.3g}")
     spikes = singular[singular > fit.edge]
     if len(spikes):
-        _mark(axes, spikes, end)
+        _mark_spikes(axes, spikes, end)
     null = "" if found.null is None else f"; shuffled {found.null.central_error:.3f}"
     axes.set_title(
         f"{name}   {fit.p} × {fit.n}\n"
@@ -63,8 +63,8 @@ def plot_layer(name: str, found: SpectrumFit) -> "Figure":
     return figure
 
 
-def _mark(axes: "Axes", spikes: np.ndarray, end: float) -> None:
-    """Ticks at the spikes that the axis shows, and a count of those beyond it."""
+def _mark_spikes(axes: "Axes", spikes: np.ndarray, end: float) -> None:
+    """Draws ticks at the spikes up to the end of the x axis, and a note that counts those beyond it."""
     shown = spikes[spikes <= end]
     axes.plot(
         shown, np.zeros(len(shown)), "|", color=SPIKE, markersize=14, clip_on=False, label=f"spikes ({len(spikes)})"
@@ -82,7 +82,7 @@ def _mark(axes: "Axes", spikes: np.ndarray, end: float) -> None:
 
 
 def plot_overview(fits: Mapping[str, SpectrumFit]) -> "Figure":
-    """A row a layer: distance from the law beside that of the null, spikes, and the edge σ₊."""
+    """One row for each layer: distance from the law, also of its shuffled entries; spike share; bulk edge σ₊."""
     from matplotlib.figure import Figure
 
     names = list(fits)
@@ -96,9 +96,9 @@ def plot_overview(fits: Mapping[str, SpectrumFit]) -> "Figure":
         error.legend(frameon=False, fontsize=8)
     error.set_xlabel("distance from the law")
     spikes.barh(rows, [fits[name].fit.spikes / fits[name].fit.p for name in names], color=SPIKE)
-    spikes.set_xlabel("share of the spectrum above the edge")
+    spikes.set_xlabel("share of singular values above the edge")
     edge.barh(rows, [fits[name].fit.bulk_edge for name in names], color=NULL)
-    edge.set_xlabel("σ₊, where the bulk ends")
+    edge.set_xlabel("bulk edge σ₊")
     error.set_yticks(rows, names, fontsize=7)
     error.invert_yaxis()
     error.set_ylim(len(names) - 0.4, -0.6)
@@ -109,7 +109,7 @@ def plot_overview(fits: Mapping[str, SpectrumFit]) -> "Figure":
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder for plots. Raises UsageError where it cannot be written."""
+    """Creates the folder for plots. Raises UsageError if it cannot be created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -117,7 +117,7 @@ def make_folder(folder: Path) -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Writes a figure as SVG; the same figure gives the same bytes."""
+    """Writes a figure as SVG; equal figures give equal bytes."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": path.stem}):
@@ -125,7 +125,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def write_plots(fits: Mapping[str, SpectrumFit], folder: Path) -> list[Path]:
-    """Writes one SVG a layer and overview.svg; returns the files."""
+    """Writes one SVG for each layer and overview.svg; returns the paths."""
     make_folder(folder)
     figures = {re.sub(r"[^\w.-]", "_", name): plot_layer(name, found) for name, found in fits.items()}
     if fits:

@@ -1,6 +1,6 @@
-"""A table as a value, which Markdown, HTML and the console show alike.
+"""Table: cells that Markdown, HTML and the console show in the same way.
 
-A number knows where it comes from: `key` is what `jq` reads from report.json (or bench.json) to get it.
+Each cell with a number has its `key`: the jq expression that reads the number from report.json (or bench.json).
 """
 
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from mpcompile.measure.layer_verdict import LayerVerdict
 
-SPELT = {True: "yes", False: "no", None: "not known"}
+YES_NO = {True: "yes", False: "no", None: "not known"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is shown, the number behind it, and where both are from.
+    """A text, and for a number its value and its origin.
 
-    `value` is what a column is sorted by; `key` an expression of jq that gives it; `file` another file of the output
-    folder that the cell speaks of.
+    `value` is the number that columns are sorted by; `key` the jq expression that reads it from report.json; `file` a
+    file of the output folder that the cell links to.
     """
 
     text: str = ""
@@ -27,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The head of a column; `about` says what it means where the name alone does not."""
+    """The header of a column; `about` explains it if the name is not enough."""
 
     name: str
     numeric: bool = False
@@ -36,51 +36,53 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells under their columns; `key` is where they stand in the report."""
+    """Columns and rows of cells; `key` is the path of the table's data in report.json."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     key: str
 
+    def texts(self) -> list[tuple[str, ...]]:
+        """The texts of each row, without the header."""
+        return [tuple(cell.text for cell in row) for row in self.rows]
+
     def markdown(self) -> str:
-        """The table as Markdown, in which a name cannot end its cell or open a tag."""
-        lines = [[column.name for column in self.columns], ["---"] * len(self.columns)]
-        lines += [[cell.text for cell in row] for row in self.rows]
-        lines[0], lines[2:] = _kept(lines[0]), [_kept(line) for line in lines[2:]]
-        return "\n".join(f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'---|' * len(line)}" for line in lines)
+        """The table as Markdown. Cell texts are escaped, so that a name can neither end its cell nor open a tag."""
+        header, *rows = (_escaped(line) for line in [[column.name for column in self.columns], *self.texts()])
+        lines = [f"| {' | '.join(line)} |" for line in (header, *rows)]
+        return "\n".join([lines[0], f"|{'---|' * len(header)}", *lines[1:]])
 
 
-def _kept(line: Sequence[str]) -> list[str]:
-    """Texts that stay within a cell of Markdown."""
+def _escaped(line: Sequence[str]) -> list[str]:
     return [" ".join(text.split()).replace("|", "\\|").replace("<", "&lt;") for text in line]
 
 
 def columns(*names: str, numbers: Sequence[str] = ()) -> tuple[Column, ...]:
-    """Columns of these names; those among `numbers` are numeric."""
+    """Columns with these names; those also in `numbers` are numeric."""
     return tuple(Column(name, name in numbers) for name in names)
 
 
-def shown(value: float | int | None, spelling: str, key: str, scale: float | int = 1.0) -> Cell:
-    """A number as `spelling` writes it, after multiplication with `scale`; an empty cell where there is none."""
-    return Cell() if value is None else Cell(spelling.format(scale * value), float(value), key)
+def number(value: float | int | None, form: str, key: str, scale: float | int = 1.0) -> Cell:
+    """A cell with `scale * value` in the format string `form`; an empty cell if the value is None."""
+    return Cell() if value is None else Cell(form.format(scale * value), float(value), key)
 
 
 def verdict_table(verdicts: Sequence[LayerVerdict]) -> Table:
-    """A row a masked layer: how far it came on its target."""
+    """One row for each masked layer: whether a sparse kernel of the target can run it and does, and its times."""
     rows = []
-    for place, row in enumerate(verdicts):
-        key = f".verdicts[{place}]"
+    for n, row in enumerate(verdicts):
+        key = f".verdicts[{n}]"
         rows.append(
             (
                 Cell(row.layer),
                 Cell(row.pattern),
                 Cell(row.op),
-                Cell(SPELT[row.eligible]),
-                Cell(SPELT[row.chosen]),
-                shown(row.dense_ms, "{:.4f}", f"{key}.dense_ms"),
-                shown(row.sparse_ms, "{:.4f}", f"{key}.sparse_ms"),
+                Cell(YES_NO[row.eligible]),
+                Cell(YES_NO[row.chosen]),
+                number(row.dense_ms, "{:.4f}", f"{key}.dense_ms"),
+                number(row.sparse_ms, "{:.4f}", f"{key}.sparse_ms"),
                 Cell(row.reason),
             )
         )
-    names = ("masked layer", "pattern", "operator", "eligible", "sparse kernel", "ms without", "ms with", "why")
+    names = ("masked layer", "pattern", "operator", "eligible", "sparse kernel", "ms without", "ms with", "reason")
     return Table(columns(*names, numbers=("ms without", "ms with")), tuple(rows), ".verdicts")

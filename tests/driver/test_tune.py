@@ -15,6 +15,8 @@ from mpcompile.driver.artifact import Artifact
 from mpcompile.errors import AccuracyError, UsageError
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report import search_chart
+from mpcompile.report.chart import Dot, Label
+from mpcompile.report.render import markdown
 from mpcompile.runtimes import Engine
 
 
@@ -98,7 +100,7 @@ def test_int8_baselines_are_in_the_report_and_in_its_markdown(tuned_artifact: Ar
     dynamic = search.references[0].drop
     assert dynamic is not None
     assert abs(dynamic) < 5  # dynamic quantisation costs a ViT little accuracy
-    text = tuned_artifact.report.markdown()
+    text = markdown(tuned_artifact.report)
     for point in (*search.points, *search.references):
         row = next(line for line in text.splitlines() if line.startswith(f"| {point.name} |"))
         assert f"| {point.drop:.2f} | {point.error:.2f} | {'yes' if point.holds else 'no'} |" in row
@@ -151,17 +153,19 @@ def test_the_chart_places_every_recipe_by_speed_and_drop(tuned_artifact: Artifac
     search = tuned_artifact.report.tuning
     assert search is not None
     chart = search_chart.tuning(search)
-    points = [*search.points, *search.references]
-    assert len(chart.dots) == 1 + len(points)  # with the dense model
-    assert all(0 <= dot.x <= chart.width and 0 <= dot.y <= chart.height for dot in chart.dots)
-    dense, *others = chart.dots
+    points = [*search.references, *search.points]
+    dots = [mark for mark in chart.marks if isinstance(mark, Dot)]
+    assert len(dots) == 1 + len(points)  # with the dense model
+    assert all(0 <= dot.x <= chart.width and 0 <= dot.y <= chart.height for dot in dots)
+    dense, *others = dots
     for point, dot in zip(points, others, strict=True):
         assert (dot.x > dense.x) == (point.speed > 1)
         assert (dot.y > dense.y) == (float(point.drop or 0) > 0)
-        assert point.name in dot.about
-        assert point.name in chart.words
-    # A recipe far below the limit is drawn at the lower edge, with a note.
-    assert "below the picture" in others[0].about
-    assert [label.text for label in chart.labels if label.kind == "strong"] == ["dense", search.chosen]
+        assert point.name in dot.tooltip
+        assert point.name in chart.description
+    # A recipe that lost far more than the limit is drawn at the lower edge, with a note.
+    assert "below the axis" in others[len(search.references)].tooltip
+    labels = [mark for mark in chart.marks if isinstance(mark, Label)]
+    assert [label.text for label in labels if label.style == "strong"] == ["dense", search.chosen]
     page = (tuned_artifact.folder / "report.html").read_text()
     assert 'aria-labelledby="tuning-chart-title' in page

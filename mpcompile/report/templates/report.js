@@ -6,7 +6,8 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   });
 }
 
-// Numbers from the largest, texts from A; a second click turns the order round. Rows without a value stay last.
+// The first click sorts numbers in descending and texts in ascending order, the second click reverses the order. Rows
+// without a value stay last.
 function sort(table, heads, column) {
   const head = heads[column], numeric = head.classList.contains("number"), was = head.getAttribute("aria-sort");
   const first = numeric ? "descending" : "ascending", other = numeric ? "ascending" : "descending";
@@ -24,7 +25,7 @@ function sort(table, heads, column) {
   table.tBodies[0].append(...rows.map(([, row]) => row));
 }
 
-// What is folded away on a screen is printed all the same.
+// Opens all <details> for printing.
 const folded = [];
 addEventListener("beforeprint", () => {
   for (const each of document.querySelectorAll("details:not([open])")) { each.open = true; folded.push(each); }
