@@ -77,6 +77,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/certificates.py
 	$(BIN)/python benchmarks/token_merging.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/readme_picture.py
 
 # The N:M kernel on this CPU: products, whole ViTs, and twenty minutes of a server's life. Hours where both cores are busy.
 bench-cpu: bench-models
