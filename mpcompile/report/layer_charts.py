@@ -14,7 +14,7 @@ TONES = 4  # colours for patterns; from the fourth pattern on, all have the last
 def budget(report: Report) -> Chart | None:
     """One column for each layer: its width is its share of the dense MACs, its filled height the share that remains.
 
-    The filled area is therefore the MACs of the compressed model. The last column is what belongs to no layer, that is
+    The filled area is therefore the MACs of the compressed model. The last column has the MACs that belong to no layer:
     the matrix products of attention.
     """
     dense = report.cost.dense
