@@ -1,7 +1,25 @@
-"""The values that flow through a run: patterns, models with a plan for each layer, and results of passes."""
+"""The values that passes read and write: N:M patterns, models with a plan for each layer, and analysis results.
 
-from mpcompile.ir.model import LayerPlan, Model, Source
-from mpcompile.ir.pattern import NM
-from mpcompile.ir.results import Certificate, Epoch, LayerCertificate, Spectrum
+The names are imported on first use, so that `mpcompile.ir.pattern` can be imported without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from mpcompile.system.lazy_imports import lazy_names
+
+if TYPE_CHECKING:  # for type checkers and editors; the table below imports the same names on first use
+    from mpcompile.ir.model import LayerPlan, Model, Source
+    from mpcompile.ir.pattern import NM
+    from mpcompile.ir.results import Certificate, Epoch, LayerCertificate, Spectrum
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "mpcompile.ir.model": ("LayerPlan", "Model", "Source"),
+            "mpcompile.ir.pattern": ("NM",),
+            "mpcompile.ir.results": ("Certificate", "Epoch", "LayerCertificate", "Spectrum"),
+        },
+        submodules=("model", "pattern", "results"),
+    )
 
 __all__ = ["NM", "Certificate", "Epoch", "LayerCertificate", "LayerPlan", "Model", "Source", "Spectrum"]
