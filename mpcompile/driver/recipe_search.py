@@ -143,8 +143,8 @@ def _by_pattern(recipe: Recipe) -> list[tuple[str, Recipe]]:
     patterns: Sequence[Any] = () if budget is None else budget.params.get("patterns", ())
     if budget is None or budget.params.get("macs") is not None or len(patterns) < 2:
         return [("", recipe)]
-    texts = dict.fromkeys(str(NM.parse(str(pattern))) for pattern in patterns)
-    return [(f"{text}, ", recipe.with_params("mp-budget", {"patterns": [text]})) for text in texts]
+    parsed = dict.fromkeys(item if isinstance(item, NM) else NM.parse(str(item)) for item in patterns)
+    return [(f"{pattern}, ", recipe.with_params("mp-budget", {"patterns": [pattern]})) for pattern in parsed]
 
 
 def _candidates(base: Recipe, prefix: str, floor: float | None, tokens: bool) -> Callable[[int], Candidate]:

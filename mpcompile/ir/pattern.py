@@ -57,10 +57,10 @@ class NM:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        """In recipes an NM is written as text."""
+        """In a recipe an NM is text. An NM is taken as it is; text is parsed once."""
         from pydantic_core import core_schema
 
-        def validate(value: object) -> NM:
+        def validate(value: object, _: object) -> NM:
             if isinstance(value, NM):
                 return value
             try:
@@ -68,9 +68,9 @@ class NM:
             except UsageError as error:
                 raise ValueError(str(error)) from error
 
-        return core_schema.no_info_before_validator_function(
-            lambda value: str(validate(value)),
-            core_schema.no_info_after_validator_function(validate, core_schema.str_schema(pattern=r"^\d+:\d+(x\d+)?$")),
+        return core_schema.no_info_wrap_validator_function(
+            validate,
+            core_schema.str_schema(pattern=r"^\d+:\d+(x\d+)?$"),  # for the JSON Schema
             serialization=core_schema.to_string_ser_schema(),
         )
 

@@ -1,4 +1,4 @@
-"""The recipe: its schema, strict YAML, and options of the command line laid over it."""
+"""The recipe: its schema, its YAML text, and the command-line options that override it."""
 
 from mpcompile.recipe.schema import BenchOptions, DataChoice, Gates, Recipe, Step, read_recipe
 from mpcompile.system.moved_modules import renamed_names

@@ -1,9 +1,12 @@
-"""Options of the command line laid over a recipe."""
+"""Options of the command line that override a recipe."""
 
 from typing import Any
 
 from mpcompile.errors import UsageError
 from mpcompile.recipe.schema import Recipe, Step
+
+# Passes after which `tome`, `restore` and `distill` are inserted.
+MASKING = ("mp-budget", "permute", "nm-mask")
 
 
 def overridden(
@@ -19,14 +22,25 @@ def overridden(
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
-    """The recipe with what flags say in place of what it said; None and nothing say nothing.
+    """The recipe with the values of the options in place of its own. Options that are None or empty change nothing.
 
-    `budget`, `permute`, `mask`, `tome`, `restore` and `distill` are parameters of these passes; `top` and `nested` are
-    keys of the recipe itself and of its sections. A recipe with neither budget nor mask gets all three at its end,
-    where patterns are given; without the permutation where `permute` is None. In one that has only a mask pass, that
-    takes the pattern and the choice of layers. `tome` and `distill` are put in behind what comes before them where they
-    are said and missing; `restore` only where the recipe gets its passes from flags, as the passes of `evidence` with
-    their parameters. Raises UsageError.
+    If the recipe has neither mp-budget nor nm-mask and patterns are given, mp-budget, permute and nm-mask are appended.
+    If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome` and `distill` are
+    inserted if they are given and missing. `restore` and `evidence` are inserted only if the recipe has no passes.
+
+    Args:
+        recipe: the recipe to start from; it is not changed.
+        budget: parameters of mp-budget.
+        permute: parameters of permute; None removes the pass.
+        mask: parameters of nm-mask.
+        tome: parameters of tome.
+        restore: parameters of restore.
+        distill: parameters of distill.
+        evidence: pass name -> parameters of the passes that correct and certify the result, in order.
+        top: keys of the recipe itself.
+        nested: section of the recipe -> its keys.
+
+    Raises UsageError if an option needs a pass that is not there.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
@@ -37,53 +51,53 @@ def overridden(
     if (budget or mask) and not names & {"mp-budget", "nm-mask"}:
         if "patterns" not in budget:
             flags = ", ".join(f"--{key}" for key in (budget | mask))
-            raise UsageError(f"{flags} goes with a pattern; give --pattern too")
-        steps += [
-            Step(name=name) for name in ("mp-budget", "permute", "nm-mask") if name != "permute" or permute is not None
-        ]
+            raise UsageError(f"{flags} needs a pattern; give --pattern too")
+        steps += [Step(name=name) for name in MASKING if name != "permute" or permute is not None]
     elif budget and "mp-budget" not in names:
-        alone = [key for key in ("macs", "signal") if key in budget]
-        if alone or len(budget.get("patterns", ())) > 1:
-            what = f"--{alone[0]}" if alone else "more than one --pattern"
-            raise UsageError(f"{what} goes with a budget; add mp-budget to the recipe's passes")
+        budget_only = [key for key in ("macs", "signal") if key in budget]
+        if budget_only or len(budget.get("patterns", ())) > 1:
+            option = f"--{budget_only[0]}" if budget_only else "more than one --pattern"
+            raise UsageError(f"{option} needs a budget; add mp-budget to the recipe's passes")
         mask |= {"pattern" if key == "patterns" else key: value for key, value in budget.items()}
         if "pattern" in mask:
             [mask["pattern"]] = mask["pattern"]
     if tome:
-        steps = _with(steps, "tome", after=("mp-budget", "permute", "nm-mask"))
-        if tome["r"] != "auto":  # then nothing is left of what the recipe wanted to reach by it
+        steps = _with(steps, "tome", after=MASKING)
+        if tome["r"] != "auto":  # `macs` of the recipe belongs to r: auto
             steps = [_without(step, "macs") if step.name == "tome" else step for step in steps]
     if not recipe.passes and steps:
         steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
-    if restore and not recipe.passes:  # in a recipe that was given, a limit on the loss is a gate
-        steps = _with(steps, "restore", after=("mp-budget", "permute", "nm-mask", "tome", "batch-norm"))
+    if restore and not recipe.passes:  # a recipe with passes gets no restore: the limit is only a gate there
+        steps = _with(steps, "restore", after=(*MASKING, "tome", "batch-norm"))
     if distill:
-        steps = _with(steps, "distill", after=("mp-budget", "permute", "nm-mask", "tome", "batch-norm", "restore"))
+        steps = _with(steps, "distill", after=(*MASKING, "tome", "batch-norm", "restore"))
     if permute is None:
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):
-        raise UsageError(f"--{next(iter(order))} goes with the permutation; add permute to the recipe's passes")
+        raise UsageError(f"--{next(iter(order))} needs the permutation; add permute to the recipe's passes")
     changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
     changes |= {"restore": restore or {}, "distill": distill or {}}
-    steps = [step.model_copy(update={"params": {**step.params, **changes.get(step.name, {})}}) for step in steps]
     content = recipe.model_dump(mode="json")
-    content["passes"] = [step.model_dump() for step in steps]
+    # Steps, not their text: patterns stay NM values, and are not parsed again.
+    content["passes"] = [
+        step.model_copy(update={"params": {**step.params, **changes.get(step.name, {})}}) for step in steps
+    ]
     content |= {key: value for key, value in top.items() if value is not None}
     for section, values in nested.items():
-        said = {key: value for key, value in values.items() if value is not None}
-        if said:
-            content[section] = {**(content[section] or {}), **said}
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            content[section] = {**(content[section] or {}), **given}
     return Recipe.checked(content, "options")
 
 
 def _with(steps: list[Step], name: str, after: tuple[str, ...]) -> list[Step]:
-    """The steps with one of that name: where it stands, or behind the last of those that come before it."""
+    """The steps, with a step `name` inserted behind the last step in `after` if there is none yet."""
     if any(step.name == name for step in steps):
         return steps
-    place = max((place + 1 for place, step in enumerate(steps) if step.name in after), default=0)
-    return [*steps[:place], Step(name=name), *steps[place:]]
+    position = max((index + 1 for index, step in enumerate(steps) if step.name in after), default=0)
+    return [*steps[:position], Step(name=name), *steps[position:]]
 
 
 def _without(step: Step, key: str) -> Step:
-    """The step without one of its parameters."""
+    """The step without the parameter `key`."""
     return step.model_copy(update={"params": {k: value for k, value in step.params.items() if k != key}})

@@ -1,6 +1,6 @@
-"""Recipe: the ordered passes, the target and what surrounds them, from flags or YAML.
+"""Recipe: the passes in order, the target, and the settings for images, benchmark and gates; read from YAML.
 
-Unknown keys are refused. A pass is written as its name, or as its name over its parameters:
+Unknown keys are errors. A pass is written as its name, or as a mapping from its name to its parameters:
 
     passes:
       - nm-mask: {pattern: 2:4, exclude: [blocks.0.*]}
@@ -13,27 +13,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from mpcompile.errors import UsageError
-from mpcompile.recipe.strict_yaml import _DECIMAL, _Dumper, _Loader
+from mpcompile.ir.pattern import NM
+from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
 from mpcompile.system.moved_modules import renamed_names
 
-LONGEST_BYTES = 1_000_000
-LARGEST_BATCH = 65536  # what a free batch is exported for
-MOST_THREADS = 4096
-MOST_SHOWN = 5  # mistakes in one line
+MAX_BYTES = 1_000_000
+MAX_BATCH = 65536  # upper bound of a dynamic batch in the exported file
+MAX_THREADS = 4096
+MAX_ERRORS_SHOWN = 5  # in one line
 
 
 class Strict(BaseModel):
-    """A frozen value in which an unknown key is an error."""
+    """Base of the frozen models here: an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Step(Strict):
-    """One pass: its name and its parameters, which the pass itself checks."""
+    """One pass: its name and its parameters, which the class of the pass checks.
+
+    A pattern in the parameters is text or an NM. It is written as text.
+    """
 
     name: str
     params: dict[str, Any] = {}
@@ -50,7 +53,14 @@ class Step(Strict):
 
     @model_serializer
     def _to_mapping(self) -> dict[str, Any]:
-        return {self.name: self.params}
+        return {self.name: {key: _pattern_as_text(value) for key, value in self.params.items()}}
+
+
+def _pattern_as_text(value: Any) -> Any:
+    """The value with each NM in it as text; other values are unchanged."""
+    if isinstance(value, NM):
+        return str(value)
+    return type(value)(map(_pattern_as_text, value)) if type(value) in (list, tuple) else value
 
 
 def _batch(value: object) -> object:
@@ -58,57 +68,58 @@ def _batch(value: object) -> object:
 
 
 class DataChoice(Strict):
-    """How many images are used; which, the seed decides."""
+    """How many images are used for what. The seed decides which."""
 
     calibration: Annotated[int, Field(ge=1)] = 256
-    validation: Annotated[int, Field(ge=0)] = 256  # for passes that choose by what they measure
-    held_out: Annotated[int, Field(ge=1)] | None = None  # all there are
+    validation: Annotated[int, Field(ge=0)] = 256  # for passes that measure a loss to decide
+    held_out: Annotated[int, Field(ge=1)] | None = None  # None: all
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class BenchOptions(Strict):
-    """How latency is measured, once for each batch size."""
+    """How latency is measured: `seconds` for each batch size."""
 
-    batches: tuple[Annotated[int, Field(ge=1, le=LARGEST_BATCH)], ...] = (1, 8)
+    batches: tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...] = (1, 8)
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
-    threads: Annotated[int, Field(ge=1, le=MOST_THREADS)] | None = None  # the runtime's own choice
+    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None  # None: the runtime's own choice
 
 
 class Gates(Strict):
-    """What the result has to keep, or the command fails with exit code 6."""
+    """Limits that the result must keep, else the command fails: exit code 6 for `max_drop`, 7 for `engine`."""
 
-    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1 on held-out images
-    engine: bool = False  # that the target builds an engine here, or exit code 7; else a file that was checked will do
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, held-out images
+    engine: bool = False  # the target must build an engine on this machine; else a checked file is enough
 
 
 class Tune(Strict):
-    """A search for the fastest recipe that keeps `gates.max_drop`, starting from this one
-    (mpcompile/driver/recipe_search.py).
+    """A search for the fastest recipe that keeps `gates.max_drop`, from this recipe to milder ones.
+
+    mpcompile/driver/recipe_search.py defines the candidates.
     """
 
-    evaluations: Annotated[int, Field(ge=1)] = 8  # recipes that are tried at most
+    evaluations: Annotated[int, Field(ge=1)] = 8  # largest number of recipes tried
 
 
 class Recipe(Strict):
-    """Everything that decides the result, besides the model and the images."""
+    """Everything that determines the result, except the model and the images."""
 
     schema_version: Literal[1] = 1
     passes: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     target: str = "ort"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    batch: Annotated[Annotated[int, Field(ge=1, le=LARGEST_BATCH)] | None, BeforeValidator(_batch)] = None
-    opset: Annotated[int, Field(ge=18, le=23)] | None = None  # 20; 22 for bf16
+    batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None
+    opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
     data: DataChoice = DataChoice()
     bench: BenchOptions = BenchOptions()
     gates: Gates = Gates()
     tune: Tune | None = None
 
     def step(self, name: str) -> Step | None:
-        """The first pass of that name, or None."""
+        """The first pass with this name, or None."""
         return next((step for step in self.passes if step.name == name), None)
 
     def with_params(self, name: str, params: Mapping[str, Any]) -> "Recipe":
-        """The recipe with these parameters of a pass in place of those it had."""
+        """A copy of the recipe in which the passes with this name have these parameters replaced."""
         steps = (
             step.model_copy(update={"params": {**step.params, **params}}) if step.name == name else step
             for step in self.passes
@@ -116,31 +127,34 @@ class Recipe(Strict):
         return self.model_copy(update={"passes": tuple(steps)})
 
     def without(self, name: str) -> "Recipe":
-        """The recipe without the passes of that name."""
+        """A copy of the recipe without the passes with this name."""
         return self.model_copy(update={"passes": tuple(step for step in self.passes if step.name != name)})
 
     @property
     def timed_batches(self) -> tuple[int, ...]:
-        """The batches to build for and to time: a fixed batch has one latency."""
+        """The batch sizes to build for and to time: the fixed batch if there is one, else `bench.batches`."""
         return self.bench.batches if self.batch is None else (self.batch,)
 
     @property
     def sha256(self) -> str:
-        """A hash of what is written in it."""
+        """SHA-256 of the recipe as JSON, in hexadecimal."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The recipe as text that `from_yaml` reads back as the same."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+        """The recipe as YAML. `from_yaml` reads it back as a recipe with the same hash."""
+        return write_yaml(self.model_dump(mode="json"))
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> "Recipe":
-        """The recipe in a YAML (or JSON) text. Raises UsageError that names each wrong key."""
+        """The recipe in a YAML (or JSON) text.
+
+        Raises a UsageError that begins with `where` and names each wrong key.
+        """
         try:
-            content = yaml.load(text, _Loader)
+            content = read_yaml(text)
         except RecursionError as error:
             raise UsageError(f"{where} is nested too deeply for a recipe") from error
-        except Exception as error:  # beside YAMLError, ValueError, KeyError … of values that their tag cannot have
+        except Exception as error:  # YAMLError, and ValueError, KeyError … for a value that its tag does not allow
             raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise UsageError(f"{where} holds {type(content).__name__}; a recipe is a mapping with the key passes")
@@ -148,7 +162,7 @@ class Recipe(Strict):
 
     @classmethod
     def checked(cls, content: dict[str, Any], where: str = "recipe") -> "Recipe":
-        """The recipe in a mapping. Raises UsageError that names each wrong key."""
+        """The recipe in a mapping. Raises a UsageError that begins with `where` and names each wrong key."""
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -156,41 +170,35 @@ class Recipe(Strict):
 
 
 def explained(error: ValidationError) -> str:
-    """What pydantic found, in one line: key, what is wrong, and what was there."""
+    """The errors that pydantic reports, as one line: for each the key, what is wrong, and the value found."""
+    errors = error.errors(include_url=False)
     parts = []
-    found = error.errors(include_url=False)
-    for item in found[:MOST_SHOWN]:
+    for item in errors[:MAX_ERRORS_SHOWN]:
         key = ".".join(str(part) for part in item["loc"]) or "the whole"
         parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {_shown(item['input'])})")
-    more = len(found) - len(parts)
+    more = len(errors) - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more else "")
 
 
 def _shown(value: object) -> str:
-    """What was found, in some eighty characters."""
+    """The repr of a value, shortened to about 80 characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a file. Raises UsageError."""
+    """The recipe in a YAML file. Raises UsageError."""
     try:
-        if (
-            path.exists() and not path.is_file() and not path.is_dir()
-        ):  # a pipe would be waited for, a device never ends
+        # A pipe would be waited for, and a device never ends.
+        if path.exists() and not path.is_file() and not path.is_dir():
             raise UsageError(f"recipe {path} is a pipe or a device; give a file")
-        if path.is_file() and path.stat().st_size > LONGEST_BYTES:
-            raise UsageError(f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {LONGEST_BYTES:,}")
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"recipe {path} has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no name that a file can have
+    except (OSError, ValueError) as error:  # ValueError: the text is not UTF-8, or the path contains a null character
         raise UsageError(f"recipe {path} cannot be read: {error}") from error
     return Recipe.from_yaml(text, str(path))
-
-
-for _tag, (_pattern, _first) in _DECIMAL.items():
-    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
-    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
 
 
 __getattr__ = renamed_names(__name__, {"Bench": "BenchOptions"})

@@ -1,4 +1,8 @@
-"""YAML read strictly: a key once, numbers as they are written, no more values than a recipe can need."""
+"""YAML, read strictly: no repeated key, no base-60 numbers, and a limit on what aliases expand to.
+
+YAML 1.1, which PyYAML reads, takes a bare 2:4 as 2 * 60 + 4, keeps the last of repeated keys, and lets a few lines of
+aliases expand to gigabytes.
+"""
 
 import re
 from collections.abc import Hashable
@@ -6,8 +10,8 @@ from typing import Any
 
 import yaml
 
-MOST_VALUES = 100_000  # a recipe has some fifty
-_DECIMAL = {
+MAX_VALUES = 100_000  # a recipe has about 50
+DECIMAL_NUMBERS = {  # tag -> the numbers that it matches, and their first characters
     "tag:yaml.org,2002:int": (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
     "tag:yaml.org,2002:float": (
         re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
@@ -16,51 +20,74 @@ _DECIMAL = {
 }
 
 
+def read_yaml(text: str) -> Any:
+    """The value of a YAML (or JSON) text.
+
+    Raises YAMLError if it is not YAML, repeats a key or expands to too many values, and whatever PyYAML raises for a
+    value that its tag does not allow: ValueError, KeyError, IndexError, AttributeError, RecursionError.
+    """
+    return yaml.load(text, _Loader)
+
+
+def write_yaml(value: Any) -> str:
+    """The YAML text of a value, with keys in their order. `read_yaml` returns an equal value."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+    return text
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without its base-60 numbers, in which 2:4 is 124 and not a pattern, and without repeated keys."""
+    """Reads YAML strictly."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (an instance variable in the base class)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _DECIMAL]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in DECIMAL_NUMBERS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document, or an error where aliases would make more of it than a recipe can mean."""
+        """The document. Raises ConstructorError if its aliases expand to more than MAX_VALUES values."""
         node: yaml.Node | None = super().get_single_node()
-        if node is not None and _values_in(node, {}) > MOST_VALUES:
-            text = f"its aliases spell out more than {MOST_VALUES:,} values, or one holds itself"
+        if node is not None and _expanded_size(node, {}) > MAX_VALUES:
+            text = f"its aliases expand to more than {MAX_VALUES:,} values, or an alias contains itself"
             raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
-        """The mapping, or an error where a key would silently win over an earlier one."""
-        if not isinstance(node, yaml.MappingNode):  # one that only its tag calls a mapping
-            raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is on what is no mapping", node.start_mark)
+        """The mapping. Raises ConstructorError if a key appears twice."""
+        if not isinstance(node, yaml.MappingNode):  # its tag says mapping, its content does not
+            raise yaml.constructor.ConstructorError(None, None, f"{node.tag} is not on a mapping", node.start_mark)
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value == "null":
-                key.tag = "tag:yaml.org,2002:str"  # a parameter of mp-budget, and never nothing as a key
+                key.tag = "tag:yaml.org,2002:str"  # `null` is a parameter of mp-budget; no key of a recipe is None
         seen = set()
         for key in (self.construct_object(key, deep=True) for key, _ in node.value):
             if not isinstance(key, Hashable):
-                continue  # refused below, with its place
+                continue  # the base class raises the error, with the position
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _values_in(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node comes to with every alias spelt out; more than MOST_VALUES where it holds itself."""
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The number of values in a node with every alias expanded; over MAX_VALUES if an alias contains itself.
+
+    `sizes` holds the sizes of the nodes seen so far, by id.
+    """
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES  # what a node that holds itself sees of itself
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES  # the size that an alias of this node has inside the node itself
         inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + sum(_values_in(part, known) for part in inner)
-    return known[id(node)]
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in inner)
+    return sizes[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what _Loader reads."""
+    """Writes YAML that _Loader reads back as the same values."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers.copy()
+
+
+for _tag, (_pattern, _first) in DECIMAL_NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))

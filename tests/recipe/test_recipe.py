@@ -1,4 +1,4 @@
-"""Recipes: what YAML means here, what is refused and how, and that flags win."""
+"""Recipes: how their YAML is read, which errors a wrong recipe raises, and how options override it."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,9 @@ def test_a_pass_may_be_a_bare_name() -> None:
     drop=st.none() | st.floats(0, 50),
     globs=st.lists(st.text("ab.*1", min_size=1), max_size=3),
 )
-def test_text_and_back(keep: int, batch: int | None, seconds: float, drop: float | None, globs: list[str]) -> None:
+def test_yaml_round_trip_keeps_the_recipe(
+    keep: int, batch: int | None, seconds: float, drop: float | None, globs: list[str]
+) -> None:
     recipe = Recipe.checked(
         {
             "passes": [{"nm-mask": {"pattern": f"{keep}:6", "exclude": globs}}],
@@ -66,7 +68,7 @@ def test_text_and_back(keep: int, batch: int | None, seconds: float, drop: float
     assert again.sha256 == recipe.sha256
 
 
-def test_another_recipe_has_another_hash() -> None:
+def test_different_recipes_have_different_hashes() -> None:
     assert Recipe().sha256 != Recipe(opset=19).sha256
 
 
@@ -85,7 +87,7 @@ def test_another_recipe_has_another_hash() -> None:
         ("schema_version: 2", "schema_version: "),
         ("data: {seed: -1}", "data.seed: "),
         ("gates: {max_drop: .inf}", "gates.max_drop: "),
-        ("target: ort\ntarget: eager", "the key 'target' is there twice"),
+        ("target: ort\ntarget: eager", "the key 'target' appears twice"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None:
@@ -151,27 +153,40 @@ def test_flags_win_over_the_recipe() -> None:
     )
 
 
+def test_a_pattern_of_the_command_line_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NM stays an NM from the options to the passes; the text and the hash of the recipe are those of "2:4"."""
+    recipe = flags(Recipe(), patterns=(NM(2, 4), NM(8, 16, rows=2)), macs=0.6)
+    spelled = flags(Recipe(), patterns=("2:4", "8:16x2"), macs=0.6)
+    assert (recipe.to_yaml(), recipe.sha256) == (spelled.to_yaml(), spelled.sha256)
+    mask_only = flags(Recipe.from_yaml("passes: [nm-mask]"), patterns=(NM(1, 4),))
+    expected = plan_of(spelled).passes
+    monkeypatch.setattr(NM, "parse", None)
+    assert plan_of(recipe).passes == expected
+    assert plan_of(mask_only).passes == (NMMask(NM(1, 4)),)
+    assert plan_of(mask_only.model_copy()).recipe.model_dump()["passes"][0] == {"nm-mask": {"pattern": "1:4"}}
+
+
 def test_a_pattern_alone_adds_budget_permutation_and_mask() -> None:
     assert plan_of(flags(Recipe(), patterns=("2:4",))).passes == (MPBudget(), Permute(), NMMask())
     without = overridden(Recipe(), budget={"patterns": ("2:4",)}, permute=None, mask={}, top={}, nested={})
     assert plan_of(without).passes == (MPBudget(), NMMask())
-    with pytest.raises(UsageError, match="--strict goes with the permutation; add permute"):
+    with pytest.raises(UsageError, match="--strict needs the permutation; add permute"):
         overridden(
             Recipe.from_yaml("passes: [nm-mask]"), budget={}, permute={"strict": True}, mask={}, top={}, nested={}
         )
-    with pytest.raises(UsageError, match="--exclude goes with a pattern; give --pattern too"):
+    with pytest.raises(UsageError, match="--exclude needs a pattern; give --pattern too"):
         flags(Recipe(), exclude=["head"])
 
 
 def test_a_budget_is_not_added_to_a_recipe_that_has_a_mask_alone() -> None:
     recipe = Recipe.from_yaml("passes: [nm-mask]")
-    with pytest.raises(UsageError, match="--macs goes with a budget; add mp-budget to the recipe's passes"):
+    with pytest.raises(UsageError, match="--macs needs a budget; add mp-budget to the recipe's passes"):
         flags(recipe, macs=0.5)
-    with pytest.raises(UsageError, match="more than one --pattern goes with a budget"):
+    with pytest.raises(UsageError, match="more than one --pattern needs a budget"):
         flags(recipe, patterns=("2:4", "1:4"))
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_recipe_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"recipe .*nowhere.yaml cannot be read"):
         read_recipe(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
@@ -210,14 +225,14 @@ def test_flags_put_passes_into_a_recipe_or_override_those_there() -> None:
     assert restored.params == {"max_drop": 1.0}
 
 
-def test_a_number_of_merges_takes_the_place_of_auto() -> None:
+def test_a_number_of_merges_replaces_auto() -> None:
     [step] = merged_with([{"tome": {"r": "auto", "macs": 0.5}}], tome={"r": "8"})
     assert step.params == {"r": "8"}
     [step] = merged_with([{"tome": {"r": 8}}], tome={"r": "auto", "macs": 0.5})
     assert step.params == {"r": "auto", "macs": 0.5}
 
 
-def test_null_is_a_parameter_and_never_nothing_as_a_key() -> None:
+def test_null_as_a_key_is_the_parameter_of_that_name() -> None:
     for text in ("null: false", "'null': false"):
         recipe = Recipe.from_yaml(f"passes: [mp-budget: {{{text}}}]")
         assert recipe.passes[0].params == {"null": False}
