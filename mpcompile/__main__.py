@@ -1,4 +1,4 @@
-"""`python -m mpcompile` is the command `mpcompile`."""
+"""`python -m mpcompile` runs the command `mpcompile`."""
 
 from mpcompile.cli.entry_point import main
 

@@ -1,4 +1,4 @@
-"""The command `mpcompile` as a test calls it: in this process, since importing torch anew takes seconds each time."""
+"""Runs the command `mpcompile` in a test: in this process, since a new process takes seconds to import torch."""
 
 import contextlib
 import io
@@ -12,9 +12,12 @@ from unittest import mock
 
 from mpcompile.cli.entry_point import main
 
+# A recipe that measures as little as possible.
+QUICK = "bench: {batches: [1], seconds: 0.05, threads: 1}\ndata: {held_out: 64}\n"
+
 
 def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The exit code and what was written to both streams."""
+    """Runs `mpcompile` with these arguments in this process; returns the exit code and both output streams."""
     line, code = ["mpcompile", *map(str, words)], 0
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -22,7 +25,7 @@ def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedPr
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path.cwd()),
         mock.patch.object(sys, "argv", line),
-        _as_it_was(),
+        _restored_settings(),
     ):
         try:
             main()
@@ -32,14 +35,27 @@ def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedPr
 
 
 def in_a_process(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The same, of `python -m mpcompile`."""
+    """Runs `python -m mpcompile` in a new process; returns the exit code and both output streams."""
     command = [sys.executable, "-m", "mpcompile", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=300)
 
 
+def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
+    """Asserts that the command failed with this exit code and one line on standard error that contains the text.
+
+    Standard output is empty, and there is no traceback.
+    """
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]  # progress
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("mpcompile: ")
+    assert text in lines[0]
+
+
 @contextlib.contextmanager
-def _as_it_was() -> Iterator[None]:
-    """Afterwards, what a command sets for its process is as it was."""
+def _restored_settings() -> Iterator[None]:
+    """Restores the signal handler and the loggers that a command changes."""
     loggers = [logging.getLogger(name) for name in ("mpcompile", "torch")]
     before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
     handler = signal.getsignal(signal.SIGTERM)

@@ -16,7 +16,7 @@ from doc_pages import DOCS, LINK, PAGES, ROOT, commands, fenced, known_options, 
 
 import mpcompile
 from mpcompile import NM, errors
-from mpcompile.cli.inspect_commands import _spelt
+from mpcompile.cli.inspect_commands import default_as_yaml
 from mpcompile.driver.run_plan import RUNTIMES, plan_of
 from mpcompile.passes import PASSES, NMMask
 from mpcompile.recipe.schema import Recipe
@@ -136,7 +136,7 @@ def test_parameters_are_those_of_the_passes() -> None:
         assert text.strip().lower().startswith(str(PASSES[name].effect)), name
         shown = [(row["parameter"], row["default"]) for table in tables(text) for row in table]
         fields = dataclasses.fields(PASSES[name])  # type: ignore[arg-type]
-        assert shown == [(f"`{field.name}`", f"`{_spelt(field.default)}`") for field in fields], name
+        assert shown == [(f"`{field.name}`", f"`{default_as_yaml(field)}`") for field in fields], name
 
 
 def test_keys_are_those_of_a_recipe() -> None:

@@ -25,7 +25,7 @@ def fresh(code: str) -> Any:
 
 def test_import_mpcompile_imports_no_torch() -> None:
     code = "import json, sys, {}; print(json.dumps([n for n in ('torch', 'onnx', 'pydantic') if n in sys.modules]))"
-    for module in ("mpcompile", "mpcompile.ir.pattern"):
+    for module in ("mpcompile", "mpcompile.ir.pattern", "mpcompile.cli", "mpcompile.cli.parse"):
         assert fresh(code.format(module)) == []
 
 

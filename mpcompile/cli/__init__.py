@@ -1,4 +1,4 @@
-"""The command line: text -> values -> a front door -> a table. It holds no logic of its own."""
+"""The command line: each command parses its options, calls one function of `mpcompile.driver` and prints the result."""
 
 from mpcompile.cli.entry_point import main
 

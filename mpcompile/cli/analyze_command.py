@@ -1,4 +1,4 @@
-"""`mpcompile analyze`: options -> the analysis of a model as tables or JSON."""
+"""`mpcompile analyze`: analyses a model and prints the result as tables or JSON."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import app
-from mpcompile.cli.console import configure_logging, progress, show_analysis
+from mpcompile.cli.app import Command, app
+from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.options import (
     AllowPickleOption,
     ArchArgOption,
@@ -35,7 +35,7 @@ from mpcompile.cli.options import (
 from mpcompile.cli.parse import request_of
 
 
-@app.command("analyze")
+@app.command("analyze", cls=Command)
 def analyze_command(
     model: ModelArgument,
     pattern: PatternOption = None,
@@ -47,11 +47,9 @@ def analyze_command(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write one SVG a layer and an overview there.")
+        Path | None, typer.Option(metavar="DIR", help="Write one SVG for each layer and an overview to this folder.")
     ] = None,
-    null: Annotated[
-        bool, typer.Option(help="Fit each layer's shuffled entries too, which takes as long again.")
-    ] = True,
+    null: Annotated[bool, typer.Option(help="Fit each layer's shuffled entries too, which doubles the time.")] = True,
     calibration: CalibrationOption = None,
     seed: SeedOption = None,
     arch: ArchOption = None,
@@ -66,12 +64,13 @@ def analyze_command(
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Show each layer's spectrum and what a budget would plan; change nothing."""
+    """Show each layer's spectrum and the pattern that a budget would plan; change nothing."""
     configure_logging(verbose, quiet)
+    from mpcompile.cli.tables import show_analysis
     from mpcompile.driver.analyze import analyze, budget_from
     from mpcompile.recipe.schema import DataChoice
 
-    given = {
+    params = {
         "patterns": parse.patterns(pattern, target or "ort", macs, share_rows),
         "macs": macs,
         "signal": budget,
@@ -79,7 +78,7 @@ def analyze_command(
         "exclude": exclude,
         "seed": seed,
     }
-    step = budget_from({"null": null} | {k: v for k, v in given.items() if v})
+    step = budget_from({"null": null} | {k: v for k, v in params.items() if v})
     choice = {"calibration": calibration, "seed": seed}
     with progress(quiet or as_json) as observe:
         found = analyze(
@@ -95,4 +94,4 @@ def analyze_command(
     elif not quiet:
         show_analysis(found)
         if plots:
-            typer.echo(f"Plots are in {plots}, overview.svg first")
+            typer.echo(f"Plots written to {plots}; start with overview.svg")

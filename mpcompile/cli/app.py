@@ -1,33 +1,57 @@
-"""The Typer application that the commands register with, and the options of the whole command."""
+"""The Typer application that the commands register with, and the options of `mpcompile` itself."""
 
-from importlib.metadata import version
+import textwrap
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
 4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written);
-7 a runtime is missing or could not build; 1 the disk or the memory did not suffice, or anything else.
+7 a runtime is missing or could not build; 1 disk or memory ran out, or an unexpected error.
 """
 
 
+def _with_short_help(items: list[Any]) -> list[Any]:
+    """The completion items, the help of each cut to one line: Typer wraps longer texts, and fish takes each line as an
+    item of its own.
+    """
+    for item in items:
+        item.help = item.help and textwrap.shorten(item.help.partition(". ")[0], 75, placeholder=" …")
+    return items
+
+
+class Command(TyperCommand):
+    """A command whose options complete with a one-line help."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """The options that begin with the typed text."""
+        return _with_short_help(super().shell_complete(ctx, incomplete))
+
+
 class CompileByDefault(TyperGroup):
-    """`mpcompile MODEL …` is `mpcompile compile MODEL …`."""
+    """A command group whose default command is `compile`: `mpcompile MODEL` means `mpcompile compile MODEL`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the verb in where the first word is neither a verb nor an option of the whole."""
-        own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
-        if args and args[0] not in self.commands and args[0] not in own:
+        """Inserts `compile` if the first word is neither a command nor an option of `mpcompile` itself."""
+        own_options = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+        if args and args[0] not in self.commands and args[0].partition("=")[0] not in own_options:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """The commands, and the options of `mpcompile` and of `compile`, that begin with the typed text."""
+        compile_ctx = self.commands["compile"].make_context("compile", [], parent=ctx, resilient_parsing=True)
+        items = _with_short_help(super().shell_complete(ctx, incomplete))
+        known = {item.value for item in items}  # both have --help
+        of_compile = compile_ctx.command.shell_complete(compile_ctx, incomplete)
+        return [*items, *(item for item in of_compile if item.value not in known)]
 
 
 app = typer.Typer(
     cls=CompileByDefault,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -39,6 +63,8 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(version("mpcompile"))
         raise typer.Exit
     return wanted
@@ -47,7 +73,7 @@ def _print_version(wanted: bool) -> bool:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the whole command."""
+    """Options of `mpcompile` itself."""

@@ -1,33 +1,45 @@
-"""`mpcompile bench`: an output folder -> its benchmark as a table or JSON."""
+"""`mpcompile bench`: measures the latency of an output folder and prints it as a table or JSON."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import app
-from mpcompile.cli.console import configure_logging, progress, show_bench
-from mpcompile.cli.options import JsonOption, QuietOption, TargetOption, VerboseOption
+from mpcompile.cli.app import Command, app
+from mpcompile.cli.choices import TARGETS, completion, listed
+from mpcompile.cli.console import configure_logging, progress
+from mpcompile.cli.options import FolderArgument, JsonOption, QuietOption, VerboseOption
 
 
-@app.command("bench")
+@app.command("bench", cls=Command)
 def bench_command(
-    folder: Annotated[Path, typer.Argument(help="An output folder.")],
-    target: TargetOption = None,
-    batch: Annotated[str | None, typer.Option(help="Batches to time, as 1,8,64. [default: the recipe's]")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its choice]")] = None,
-    seconds: Annotated[float, typer.Option(help="For each batch; 15 to 200 rounds.")] = 4.0,
+    folder: FolderArgument,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Runtime to measure on: {listed(TARGETS)}. [default: the recipe's]",
+            autocompletion=completion(TARGETS),
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes to time, such as 1,8,64. [default: the recipe's]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its own choice]")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds to measure each batch size, in 15 to 200 rounds.")] = 4.0,
     transfers: Annotated[
-        bool, typer.Option("--transfers/--no-transfers", help="Count copies to and from a GPU.")
+        bool, typer.Option("--transfers/--no-transfers", help="Include copies to and from a GPU in the time.")
     ] = True,
-    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Start a GPU's work as one CUDA graph.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Launch the GPU kernels as one CUDA graph.")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Time an output folder on its target: dense, masked with sparse kernels off, and on, in turns."""
+    """Measure the latency of an output folder on its target.
+
+    The dense model, the masked model with sparse kernels off, and the masked model with them on take turns.
+    """
     configure_logging(verbose, quiet)
+    from mpcompile.cli.tables import show_bench
     from mpcompile.driver.bench import bench
     from mpcompile.driver.compare_engines import Settings
 

@@ -1,4 +1,4 @@
-"""`mpcompile compile`: options -> recipe -> output folder -> the table of its report."""
+"""`mpcompile compile`: builds a recipe from the options, writes the output folder and prints its summary."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import EXIT_CODES, app
-from mpcompile.cli.console import configure_logging, progress, show_artifact, show_preview
+from mpcompile.cli.app import EXIT_CODES, Command, app
+from mpcompile.cli.choices import CRITERIA, PASSES, PRECISIONS, REFITS, completion, listed
+from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.options import (
     AllowPickleOption,
     ArchArgOption,
@@ -39,10 +40,10 @@ from mpcompile.cli.parse import request_of
 from mpcompile.errors import AccuracyError, UsageError
 
 
-@app.command("compile", epilog=EXIT_CODES)
+@app.command("compile", cls=Command, epilog=EXIT_CODES)
 def compile_command(
     model: ModelArgument,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     pattern: PatternOption = None,
     share_rows: ShareRowsOption = None,
     macs: MacsOption = None,
@@ -57,47 +58,62 @@ def compile_command(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="How weights are chosen: magnitude, wanda, covariance or joint. [default: joint with --data, else "
-            "magnitude]"
+            help=f"How the kept weights are selected: {listed(CRITERIA)}. [default: joint with --data, else magnitude]",
+            autocompletion=completion(CRITERIA),
         ),
     ] = None,
     refit: Annotated[
         str | None,
         typer.Option(
-            help="What kept weights are fitted to: the dense model, the layer's own outputs (layer), or none. "
-            "[default: model with --data, else none]"
+            help="What the kept weights are refitted to: the activations of the dense model (model), the layer's own "
+            "dense outputs (layer), or nothing (none). [default: model with --data, else none]",
+            autocompletion=completion(REFITS),
         ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16, written into the graph. [default: fp32]")
+        str | None,
+        typer.Option(
+            help=f"Precision of the ONNX graph: {listed(PRECISIONS)}. [default: fp32]",
+            autocompletion=completion(PRECISIONS),
+        ),
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(help="8: fixed; 1,8,64: free, built for and timed at these; or dynamic. [default: dynamic]"),
+        typer.Option(
+            help="Batch size. 8: fixed. 1,8,64: dynamic, built for these sizes and timed at them. [default: dynamic]"
+        ),
     ] = None,
     require_engine: Annotated[
-        bool, typer.Option("--require-engine", help="Fail (7) where the target cannot build an engine here.")
+        bool,
+        typer.Option(
+            "--require-engine", help="Fail (exit code 7) if the target cannot build an engine on this machine."
+        ),
     ] = False,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset, 18 to 23. [default: 20; 22 for bf16]")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset, from 18 to 23. [default: 20; 22 for bf16]")] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Take layers back until top-1 falls by no more points, and fail (6) where it still does."),
+        typer.Option(
+            help="Largest drop of top-1 accuracy, in points. Layers are restored to dense until validation images keep "
+            "it. Fail (exit code 6) if held-out images still lose more."
+        ),
     ] = None,
     tune: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Try at most N recipes, from this one to milder ones, and take the fastest that keeps --max-drop.",
+            help="Try at most N recipes, from this one to milder ones. Use the fastest that keeps --max-drop.",
         ),
     ] = None,
     distill: Annotated[
         int | None,
-        typer.Option(metavar="EPOCHS", help="Train on --data against the dense model for so long, masks held."),
+        typer.Option(
+            metavar="EPOCHS", help="Fine-tune on --data against the dense model for this many epochs, masks fixed."
+        ),
     ] = None,
     calibration: CalibrationOption = None,
-    held_out: Annotated[int | None, typer.Option(help="Images to evaluate on. [default: all]")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Number of held-out images to evaluate. [default: all]")] = None,
     seed: SeedOption = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its choice]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its own choice]")] = None,
     arch: ArchOption = None,
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
@@ -106,23 +122,29 @@ def compile_command(
     mean: MeanOption = None,
     std: StdOption = None,
     leaf: LeafOption = None,
-    config: Annotated[Path | None, typer.Option(help="A recipe (YAML); options override it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe file (YAML). Options override it.")] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="PASS", help="Run from this pass on, and take what those before it left."),
+        typer.Option(
+            "--from",
+            metavar="PASS",
+            help="Start at this pass and reuse the results of the passes before it.",
+            autocompletion=completion(PASSES),
+        ),
     ] = None,
     keep_passes: Annotated[
-        bool, typer.Option("--keep-passes", help="Keep what each pass changed in OUTPUT/passes, for --from.")
+        bool, typer.Option("--keep-passes", help="Keep the result of each pass in OUTPUT/passes, for --from.")
     ] = False,
-    save_config: Annotated[Path | None, typer.Option(help="Write the resolved recipe here.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output folder of mpcompile.")] = False,
+    save_config: Annotated[Path | None, typer.Option(help="Write the resolved recipe to this file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan for each layer; write no output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that mpcompile wrote.")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> None:
     """Compress MODEL, check every step, and write the output folder."""
     configure_logging(verbose, quiet)
+    from mpcompile.cli.tables import show_artifact, show_preview
     from mpcompile.driver.artifact import Artifact
     from mpcompile.driver.compile import compile, follow, preview
     from mpcompile.recipe.overrides import overridden
@@ -131,7 +153,7 @@ def compile_command(
 
     given = read_recipe(config) if config else Recipe()
     file_batch, batches = parse.batch(batch)
-    budget_macs, tome_macs = parse.shared_macs(macs, tome, pattern)
+    budget_macs, tome_macs = parse.macs_by_pass(macs, tome, pattern)
     recipe = overridden(
         given,
         budget={
@@ -175,7 +197,7 @@ def compile_command(
                 request, recipe, data=data, output=output, force=force, start=start, keep_passes=keep_passes,
                 observe=observe,
             )  # fmt: skip
-    except AccuracyError as error:  # the folder is written, and is shown before the command fails
+    except AccuracyError as error:  # the folder is complete: print it, then fail
         failure, artifact = error, Artifact.open(output)
     if as_json:
         typer.echo(artifact.report.model_dump_json(indent=2))

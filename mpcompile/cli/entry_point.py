@@ -1,4 +1,4 @@
-"""The entry point of the command line: exit codes, and one line for each failure."""
+"""The entry point of the command line: it turns each error into one line and an exit code."""
 
 import signal
 import sys
@@ -12,11 +12,11 @@ from mpcompile.system.resource_errors import shortage
 
 
 def _stop(signum: int, frame: object) -> None:
-    raise SystemExit(128 + signum)  # unwinds, so that the half-written folder is removed
+    raise SystemExit(128 + signum)  # unwinds the stack, which removes the half-written folder
 
 
 def main() -> None:
-    """Runs the command; a failure is one line on standard error and an exit code."""
+    """Runs the command line. An error is printed as one line on standard error and sets the exit code."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         app()
@@ -29,6 +29,6 @@ def main() -> None:
             raise SystemExit(ResourceError.exit_code) from None
         if {"-v", "-vv", "--verbose"} & set(sys.argv):
             raise
-        text = f"unforeseen {type(error).__name__}: {one_line(error)}"
-        typer.echo(f"mpcompile: {text} (-v shows where; please report it)", err=True)
+        text = f"unexpected {type(error).__name__}: {one_line(error)}"
+        typer.echo(f"mpcompile: {text} (run it again with -v for the traceback, and please report it)", err=True)
         raise SystemExit(1) from None

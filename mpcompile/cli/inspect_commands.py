@@ -1,38 +1,31 @@
-"""The commands that only look: `verify`, `doctor`, `passes` and `schema`."""
+"""The read-only commands: `verify`, `doctor`, `passes` and `schema`."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mpcompile.cli.app import app
-from mpcompile.cli.console import (
-    show_findings,
-)
-from mpcompile.cli.options import (
-    JsonOption,
-    QuietOption,
-)
+from mpcompile.cli.app import Command, app
+from mpcompile.cli.options import FolderArgument, JsonOption, QuietOption
 
 
 class Schema(StrEnum):
-    """What a JSON Schema is printed of."""
+    """The formats that `mpcompile schema` describes."""
 
     RECIPE = "recipe"
     REPORT = "report"
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
-    folder: Annotated[Path, typer.Argument(help="An output folder.")],
+    folder: FolderArgument,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Prove again that each mask is in the files of an output folder, and that the files are the ones proven."""
+    """Check that every mask holds in the files of an output folder and that no file has changed."""
     from mpcompile.driver.artifact import Artifact
 
     artifact = Artifact.open(folder)
@@ -40,12 +33,13 @@ def verify(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
     elif not quiet:
-        typer.echo(f"{len(rows)} masks hold in {artifact.onnx}, and every file is the one that was proven")
+        typer.echo(f"{len(rows)} masks hold in {artifact.onnx}, and no file has changed since they were checked")
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: JsonOption = False) -> None:
-    """Say what works on this machine, what is missing, and how to get it."""
+    """Show what works on this machine, what is missing, and how to install it."""
+    from mpcompile.cli.tables import show_findings
     from mpcompile.driver.doctor import examine
 
     findings = examine()
@@ -55,9 +49,9 @@ def doctor(as_json: JsonOption = False) -> None:
     show_findings(findings)
 
 
-@app.command()
+@app.command(cls=Command)
 def passes(as_json: JsonOption = False) -> None:
-    """List the passes that a recipe may name, with their parameters."""
+    """List the passes that a recipe can name, with their parameters and defaults."""
     from mpcompile.driver.run_plan import known
 
     found = known()
@@ -66,12 +60,12 @@ def passes(as_json: JsonOption = False) -> None:
             "name": name,
             "effect": str(kind.effect),
             "does": ((kind.__doc__ or "").strip().splitlines() or [""])[0],
-            "parameters": {field.name: _default(field) for field in fields(kind)},
+            "parameters": {field.name: default_as_yaml(field) for field in fields(kind)},
             "from": found.origins.get(f"pass {name}"),  # null: built in
         }
         for name, kind in found.passes.items()
     ]
-    _tell_broken(found.broken)
+    _print_warnings(found.broken)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -83,14 +77,14 @@ def passes(as_json: JsonOption = False) -> None:
             typer.echo(f"    {name} = {default}")
 
 
-@app.command()
+@app.command(cls=Command)
 def schema(
     of: Annotated[
         Schema,
-        typer.Argument(metavar="[recipe|report]", help="What it describes. [default: recipe]", show_default=False),
+        typer.Argument(metavar="recipe|report", help="Format to describe. [default: recipe]", show_default=False),
     ] = Schema.RECIPE,
 ) -> None:
-    """Print the JSON Schema of recipes, for editors, or of report.json, for what reads it."""
+    """Print the JSON Schema of recipes (for editors) or of report.json (for programs that read it)."""
     from mpcompile.driver.run_plan import known, recipe_schema
     from mpcompile.report.schema import report_schema
 
@@ -98,25 +92,27 @@ def schema(
         typer.echo(json.dumps(report_schema(), indent=2))
         return
     found = known()
-    _tell_broken(found.broken)
+    _print_warnings(found.broken)
     typer.echo(json.dumps(recipe_schema(found), indent=2))
 
 
-def _tell_broken(sentences: Sequence[str]) -> None:
-    """What is installed and cannot be used: a line each on standard error, and no failure, since nobody named it."""
+def _print_warnings(sentences: Sequence[str]) -> None:
+    """Prints one line on standard error for each installed pass or runtime that cannot be used.
+
+    It is no error, since the command line names none of them.
+    """
     for sentence in sentences:
         typer.echo(f"mpcompile: {' '.join(sentence.split())}", err=True)
 
 
-def _default(field: Field[Any]) -> str:
-    """The default of a pass's parameter as a recipe would have it."""
+def default_as_yaml(field: Field[Any]) -> str:
+    """The default value of a pass's parameter, written as in a recipe; `(required)` if it has none."""
     if field.default_factory is not MISSING:
-        return _spelt(field.default_factory())
-    return "(required)" if field.default is MISSING else _spelt(field.default)
+        return _as_yaml(field.default_factory())
+    return "(required)" if field.default is MISSING else _as_yaml(field.default)
 
 
-def _spelt(value: object) -> str:
-    """A default as a recipe would have it."""
+def _as_yaml(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(str, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,46 +1,61 @@
-"""What the command line takes: its options, once each, and text -> values."""
+"""The options that several commands share, as types of their parameters."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-ModelArgument = Annotated[str, typer.Argument(help="A file of weights, timm:NAME, or pkg.mod:factory.")]
+from mpcompile.cli.choices import SIGNALS, TARGETS, completion, listed
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A weights file, timm:NAME, or pkg.mod:factory.")]
+
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `mpcompile compile`.")]
 
 
 ArchOption = Annotated[
-    str | None, typer.Option("--arch", help="Architecture of a file of weights: timm name or pkg.mod:factory.")
+    str | None, typer.Option("--arch", help="Architecture of a weights file: a timm name or pkg.mod:factory.")
 ]
 
 
 ArchArgOption = Annotated[
-    list[str] | None, typer.Option("--arch-arg", metavar="KEY=VALUE", help="An argument of the architecture.")
+    list[str] | None,
+    typer.Option(
+        "--arch-arg", metavar="KEY=VALUE", help="Argument for the architecture, such as img_size=384. Can be repeated."
+    ),
 ]
 
 
-PretrainedOption = Annotated[bool, typer.Option("--pretrained", help="With timm:NAME, fetch the hub's weights.")]
+PretrainedOption = Annotated[
+    bool, typer.Option("--pretrained", help="With timm:NAME, download the pretrained weights from the hub.")
+]
 
 
 AllowPickleOption = Annotated[
-    bool, typer.Option("--allow-pickle", help="Run the code in a pickled model. Trust it first.")
+    bool,
+    typer.Option("--allow-pickle", help="Load a pickled model, which runs the code in the file. Trust it first."),
 ]
 
 
 InputSizeOption = Annotated[
-    str | None, typer.Option("--input-size", metavar="CxHxW", help="Shape of an image, such as 3x224x224.")
+    str | None, typer.Option("--input-size", metavar="CxHxW", help="Shape of one image, such as 3x224x224.")
 ]
 
 
 MeanOption = Annotated[
-    str | None, typer.Option("--mean", metavar="M,M,M", help="Mean of pixels in [0, 1], a channel each.")
+    str | None, typer.Option("--mean", metavar="M,M,M", help="Per-channel mean of pixels scaled to [0, 1].")
 ]
 
 
-StdOption = Annotated[str | None, typer.Option("--std", metavar="S,S,S", help="Standard deviation likewise.")]
+StdOption = Annotated[
+    str | None,
+    typer.Option("--std", metavar="S,S,S", help="Per-channel standard deviation of pixels scaled to [0, 1]."),
+]
 
 
 LeafOption = Annotated[
-    list[str] | None, typer.Option("--leaf", metavar="NAME", help="Keep this module whole when tracing.")
+    list[str] | None,
+    typer.Option("--leaf", metavar="NAME", help="Do not trace into this module. Can be repeated."),
 ]
 
 
@@ -48,8 +63,9 @@ PatternOption = Annotated[
     str | None,
     typer.Option(
         "--pattern",
-        help="N:M, N kept of every M; 2:4x4: four rows share one pattern. Several, as 2:4,8:16, or auto or auto:16 "
-        "(all N:16), for the budget to choose from.",
+        help="N:M keeps N of every M weights, such as 2:4. With 2:4x4, four neighbouring rows share one pattern. "
+        "With 2:4,8:16, the budget chooses one for each layer. "
+        "With auto, it chooses from the patterns that are fast on the target; with auto:16, from all N:16.",
     ),
 ]
 
@@ -58,8 +74,8 @@ ShareRowsOption = Annotated[
     int | None,
     typer.Option(
         "--share-rows",
-        help="Let 2 or 4 neighbouring output channels share one pattern, as 2:4x4 does: still legal N:M, faster on "
-        "some CPUs, dearer in accuracy.",
+        help="Number of neighbouring output channels that share one pattern: 2 or 4. 2:4x4 means the same. "
+        "The mask is still legal N:M, faster on some CPUs, and less accurate.",
     ),
 ]
 
@@ -68,7 +84,8 @@ MacsOption = Annotated[
     float | None,
     typer.Option(
         "--macs",
-        help="The share of multiply-accumulates to leave; the budget decides where, or with --tome auto the merging.",
+        help="Fraction of multiply-accumulates to keep, such as 0.6. The budget decides which layers are masked for "
+        "it. With --tome auto, token merging reaches it instead.",
     ),
 ]
 
@@ -76,28 +93,37 @@ MacsOption = Annotated[
 BudgetOption = Annotated[
     str | None,
     typer.Option(
-        "--budget", help="What it goes by: mp, magnitude, std, uniform, lamp, owl or sensitivity. [default: mp]"
+        "--budget",
+        help=f"Score by which the budget chooses layers: {listed(SIGNALS)}. [default: mp]",
+        autocompletion=completion(SIGNALS),
     ),
 ]
 
 
 IncludeOption = Annotated[
-    list[str] | None, typer.Option("--include", help="Mask these layers too (shell pattern on names).")
+    list[str] | None,
+    typer.Option(
+        "--include",
+        help="Also mask layers that stay dense by default. A shell pattern on their names. Can be repeated.",
+    ),
 ]
 
 
 ExcludeOption = Annotated[
-    list[str] | None, typer.Option("--exclude", help="Keep these layers dense (shell pattern on names).")
+    list[str] | None,
+    typer.Option("--exclude", help="Keep these layers dense. A shell pattern on their names. Can be repeated."),
 ]
 
 
 PermuteOption = Annotated[
-    bool, typer.Option("--permute/--no-permute", help="Reorder channels, so that the pattern keeps more.")
+    bool,
+    typer.Option("--permute/--no-permute", help="Reorder channels before masking, so that masks remove less."),
 ]
 
 
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Fail (4) where the channels of a masked layer cannot be reordered.")
+    bool,
+    typer.Option("--strict", help="Fail (exit code 4) if the channels of a layer to be masked cannot be reordered."),
 ]
 
 
@@ -106,8 +132,8 @@ TomeOption = Annotated[
     typer.Option(
         "--tome",
         metavar="R",
-        help="Merge tokens: 8 after each attention; 8:decreasing, from 16 down to none; 0,0,4,8, each its own; auto, "
-        "shared out so that --macs is reached.",
+        help="Merge tokens after each attention. 8: merge 8 after each. 8:decreasing: from 16 down to 0. "
+        "0,0,4,8: one number for each. auto: as many as --macs requires.",
     ),
 ]
 
@@ -116,25 +142,31 @@ TargetOption = Annotated[
     str | None,
     typer.Option(
         "--target",
-        help="The runtime: ort or ort-cuda (ONNX Runtime), trt (TensorRT), rtx (TensorRT for RTX, compiled without a "
-        "GPU) or eager (PyTorch). [default: ort]",
+        help=f"Runtime to build for: {'; '.join(f'{name} ({text})' for name, text in TARGETS.items())}. [default: ort]",
+        autocompletion=completion(TARGETS),
     ),
 ]
 
 
-DataOption = Annotated[Path | None, typer.Option("--data", help="A folder of images, or an .npz file.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of images, or an .npz file.")]
 
 
-CalibrationOption = Annotated[int | None, typer.Option("--calibration", help="Images for calibration. [default: 256]")]
+CalibrationOption = Annotated[
+    int | None, typer.Option("--calibration", help="Number of calibration images. [default: 256]")
+]
 
 
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Chooses the images. [default: 0]")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Random seed, such as for the choice of images. [default: 0]")
+]
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 
 
-VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: everything.")]
+VerboseOption = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Log more; -vv logs everything.")
+]
 
 
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no table; errors only.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only: no progress and no table.")]

@@ -293,7 +293,7 @@ def test_the_command_line_prints_the_table_and_refuses_in_one_line(
     assert "bench.svg" in done.stdout
     done = run("bench", folder, "--batch", "1,x")
     assert (done.returncode, done.stderr) == (
-        2, "mpcompile: --batch '1,x' is not a list of batch sizes, such as 1,8,64\n"
+        2, "mpcompile: --batch '1,x' is not a list of batch sizes; give for example 1,8,64\n"
     )  # fmt: skip
 
 

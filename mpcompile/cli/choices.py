@@ -1,0 +1,66 @@
+"""The names that options accept, each with a short description: for help texts and shell completion.
+
+The tables that define these names (`RUNTIMES`, `PASSES` and the parameters of the passes) import torch, which takes
+seconds. Help and completion must answer at once, so the names are repeated here; tests/cli/test_help.py holds them to
+those tables.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+TARGETS: Mapping[str, str] = {
+    "ort": "ONNX Runtime on a CPU",
+    "ort-cuda": "ONNX Runtime on an NVIDIA GPU",
+    "trt": "TensorRT",
+    "rtx": "TensorRT for RTX, which needs no GPU to compile",
+    "eager": "PyTorch",
+}
+PRECISIONS: Mapping[str, str] = {
+    "fp32": "32-bit float",
+    "fp16": "16-bit float",
+    "bf16": "bfloat16",
+}
+SIGNALS: Mapping[str, str] = {
+    "mp": "Marchenko-Pastur edge",
+    "magnitude": "magnitude of the removed weights",
+    "std": "standard deviation of the weights",
+    "uniform": "the same density everywhere",
+    "lamp": "LAMP scores",
+    "owl": "outlier-weighted layerwise sparsity",
+    "sensitivity": "measured loss on calibration images",
+}
+CRITERIA: Mapping[str, str] = {
+    "magnitude": "the largest weights",
+    "wanda": "weight times input norm",
+    "covariance": "second moments of the inputs",
+    "joint": "mask and weights selected together",
+}
+REFITS: Mapping[str, str] = {
+    "model": "to the dense model's activations",
+    "layer": "to the layer's own dense outputs",
+    "none": "no refit",
+}
+PASSES: Mapping[str, str] = {
+    "mp-budget": "plan a pattern for each layer",
+    "permute": "reorder channels",
+    "nm-mask": "select and refit weights",
+    "tome": "merge tokens",
+    "batch-norm": "correct batch-norm statistics",
+    "restore": "restore layers to dense",
+    "distill": "fine-tune against the dense model",
+    "certify": "prove unchanged predictions",
+}
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names as a phrase: `a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def completion(choices: Mapping[str, str]) -> Callable[[str], list[tuple[str, str]]]:
+    """A completion function for Typer: it returns the choices that begin with the typed text, each with its help."""
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        return [(name, text) for name, text in choices.items() if name.startswith(incomplete)]
+
+    return complete

@@ -1,0 +1,139 @@
+"""The results of the commands as tables and sentences on standard output.
+
+The commands import this module when they run, not at start-up: it imports torch and rich.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mpcompile.driver.analyze import Forecast, ModelAnalysis
+from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.doctor import Finding
+from mpcompile.recipe.schema import Recipe
+from mpcompile.report.bench_report import BenchReport
+from mpcompile.report.run_tables import summary
+from mpcompile.report.schema import Report
+
+
+def show_artifact(artifact: Artifact) -> None:
+    """Prints the summary table, the verdict, the notes and the paths of the files."""
+    console = _console()
+    console.print(report_table(artifact.report))
+    for sentence in artifact.report.verdict:
+        console.print(sentence)
+    for note in (*artifact.report.notes, *artifact.report.data.notes):
+        console.print(f"Note: {note}.")
+    if artifact.report.commands:
+        console.print("To run on a machine with a GPU:")
+    for command in artifact.report.commands:
+        console.print(f"  {command}", soft_wrap=True)
+    files = ", ".join(row.name for row in artifact.report.files)
+    console.print(f"Written to {artifact.folder}: {files}, report.json, report.md, report.html", soft_wrap=True)
+
+
+def show_bench(found: BenchReport, folder: Path) -> None:
+    """Prints one row for each batch size and build, the conclusions, and the paths of the files."""
+    console = _console()
+    table = Table(title=f"{found.model} on {found.target}, {found.precision}", title_justify="left")
+    for name in ("batch", "build", "p50 ms", "p90 ms", "p99 ms", "images/s", "times as fast as dense"):
+        table.add_column(name, justify="left" if name == "build" else "right", overflow="fold")
+    for row in found.rows():
+        table.add_row(*row)
+    console.print(table)
+    for sentence in found.sentences():
+        console.print(sentence)
+    console.print(f"Written to {folder}: bench.json, bench.md, bench.svg", soft_wrap=True)
+
+
+def show_analysis(found: ModelAnalysis) -> None:
+    """Prints one row for each layer, the total cost of the plan, and the speedup forecast for each target."""
+    console = _console()
+    table = Table(title=f"{found.model.arch}, budget by {found.signal}", title_justify="left")
+    for name in ("layer", "shape", "MACs", "σ₊", "spikes", "bulk", "distance", "shuffled", "plan"):
+        table.add_column(name, justify="left" if name in ("layer", "plan") else "right", overflow="fold")
+    for row in found.layers:
+        size = ("×".join(map(str, row.shape)), f"{row.macs_share:.1%}")
+        fit = row.fit
+        spectrum = ["–"] * 5
+        if fit:
+            null = f"{row.null.central_error:.3f}" if row.null else ""
+            spectrum = [
+                f"{fit.bulk_edge:.3g}",
+                str(fit.spikes),
+                f"{fit.bulk_share:.0%}",
+                f"{fit.central_error:.3f}",
+                null,
+            ]
+        plan = str(row.pattern) if row.pattern else f"dense: {row.reason}"
+        table.add_row(row.name, *size, *spectrum, plan)
+    console.print(table)
+    for row in found.layers:
+        if row.unfitted:
+            console.print(f"No fit for {row.name}: {row.unfitted}.")
+    console.print(
+        f"{found.dense_macs / 1e9:.3f} G multiply-accumulates per image; {found.planned_macs / 1e9:.3f} G "
+        f"({found.planned_macs / found.dense_macs:.1%}) if every planned pattern has a kernel. Weights: "
+        f"{found.dense_weight_bytes / 1e6:.1f} MB; {found.planned_weight_bytes / 1e6:.1f} MB packed."
+    )
+    for forecast in found.forecasts:
+        console.print(f"Target {forecast.target} {_forecast_text(forecast)}.")
+
+
+def _forecast_text(forecast: Forecast) -> str:
+    """The speedup forecast for one target, as the end of a sentence."""
+    if not forecast.accelerated:
+        return "has kernels for none of these patterns and would run every layer as dense: no speedup"
+    patterns = ", ".join(map(str, forecast.accelerated))
+    text = f"has kernels for {patterns}: at most {forecast.speedup_bound:.2f} times as fast, from the count of MACs"
+    if forecast.speedup is not None:
+        ratios = forecast.layers.values()
+        text += (
+            f"; matrix products of the shapes of its {len(ratios)} Linear layers, measured on this machine, are "
+            f"{min(ratios):.2f} to {max(ratios):.2f} times as fast: {forecast.speedup:.2f} for the whole model"
+        )
+        slower = sum(not measured.faster for measured in forecast.measured.values())
+        text += f"; {slower} of them are not significantly faster and count as dense" if slower else ""
+    return text
+
+
+def report_table(report: Report) -> Table:
+    """The summary of a report as a table: dense, compressed, difference."""
+    title = f"{report.model.arch} on {report.recipe.target}, {report.recipe.precision}"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "dense", "compressed", "difference"):
+        table.add_column(name, justify="left" if not name else "right", overflow="fold")
+    for row in summary(report).texts():
+        table.add_row(*row)
+    return table
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """Prints the findings of `mpcompile doctor` as a table."""
+    table = Table("", "what", "found", "what to do", box=None)
+    for finding in findings:
+        table.add_row("ok" if finding.works else "--", finding.what, finding.found, finding.remedy)
+    _console().print(table)
+
+
+def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
+    """Prints the recipe, the stages and the plan of each layer: the result of `--dry-run`."""
+    if as_json:
+        typer.echo(json.dumps(plan, indent=2))
+        return
+    typer.echo(recipe.to_yaml().rstrip())
+    typer.echo(f"\nstages: {', '.join(plan['stages'])}\n")
+    for row in plan["layers"]:
+        typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
+    masked = sum(row["pattern"] is not None for row in plan["layers"])
+    typer.echo(f"\n{masked} of {len(plan['layers'])} layers would be masked; no model was written")
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)

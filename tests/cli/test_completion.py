@@ -1,0 +1,85 @@
+"""Shell completion: commands, options of the default command, and values, as bash, zsh and fish ask for them."""
+
+from collections.abc import Callable
+
+import pytest
+
+from mpcompile.cli.app import app
+
+Complete = Callable[..., str]
+
+
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Complete:
+    """What `mpcompile` prints for an instruction of a shell script, with these environment variables."""
+
+    def run(instruction: str, **environment: str) -> str:
+        for name, value in {"_MPCOMPILE_COMPLETE": instruction, **environment}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            app(prog_name="mpcompile")
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def bash(complete: Complete, words: str) -> list[str]:
+    """The completions of the last word in bash."""
+    return complete("complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)).split()
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("mpcompile ", ["analyze", "bench", "compile", "verify", "doctor", "passes", "schema"]),
+        ("mpcompile ve", ["verify"]),
+        ("mpcompile --pat", ["--pattern"]),  # of the default command, before MODEL
+        ("mpcompile m.pt --pat", ["--pattern"]),
+        ("mpcompile compile m.pt --pat", ["--pattern"]),
+        ("mpcompile --vers", ["--version"]),
+        ("mpcompile --verb", ["--verbose"]),
+        ("mpcompile --hel", ["--help", "--held-out"]),
+        ("mpcompile bench --cu", ["--cuda-graph"]),
+        ("mpcompile bench out --cri", []),
+        ("mpcompile --target ", ["ort", "ort-cuda", "trt", "rtx", "eager"]),
+        ("mpcompile m.pt --target ort", ["ort", "ort-cuda"]),
+        ("mpcompile bench --target t", ["trt"]),
+        ("mpcompile analyze m.pt --budget m", ["mp", "magnitude"]),
+        ("mpcompile m.pt --criterion ", ["magnitude", "wanda", "covariance", "joint"]),
+        ("mpcompile m.pt --refit l", ["layer"]),
+        ("mpcompile m.pt --precision ", ["fp32", "fp16", "bf16"]),
+        ("mpcompile m.pt --from nm", ["nm-mask"]),
+        ("mpcompile schema re", ["recipe", "report"]),
+        ("mpcompile mod", []),  # then the shell completes file names
+    ],
+)
+def test_bash(complete: Complete, words: str, completions: list[str]) -> None:
+    assert bash(complete, words) == completions
+
+
+def test_an_option_is_offered_once(complete: Complete) -> None:
+    found = bash(complete, "mpcompile -")
+    assert {"--version", "--install-completion", "--show-completion", "--help", "--output", "-o"} <= set(found)
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "text"),
+    [
+        ("zsh", "mpcompile m.pt --target r", '(("rtx":"TensorRT for RTX, which needs no GPU to compile"))'),
+        ("zsh", "mpcompile --pat", '"--pattern":"N\\\\:M keeps N of every M weights, such as 2\\\\:4"'),
+        ("zsh", "mpcompile mod", "_files"),
+        ("fish", "mpcompile m.pt --criterion w", "wanda\tweight times input norm\n"),
+        ("fish", "mpcompile --tar", "--target\tRuntime to build for: "),
+    ],
+)
+def test_zsh_and_fish_show_one_line_of_help(complete: Complete, shell: str, words: str, text: str) -> None:
+    output = complete(f"complete_{shell}", _TYPER_COMPLETE_ARGS=words, _TYPER_COMPLETE_FISH_ACTION="get-args")
+    assert text in output
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_each_shell_calls_mpcompile(complete: Complete, shell: str) -> None:
+    assert f"_MPCOMPILE_COMPLETE=complete_{shell}" in complete(f"source_{shell}")
