@@ -143,8 +143,9 @@ def _by_pattern(recipe: Recipe) -> list[tuple[str, Recipe]]:
     patterns: Sequence[Any] = () if budget is None else budget.params.get("patterns", ())
     if budget is None or budget.params.get("macs") is not None or len(patterns) < 2:
         return [("", recipe)]
-    parsed = dict.fromkeys(item if isinstance(item, NM) else NM.parse(str(item)) for item in patterns)
-    return [(f"{pattern}, ", recipe.with_params("mp-budget", {"patterns": [pattern]})) for pattern in parsed]
+    # Text, as in recipe.yaml: the chosen recipe equals the one that is read back.
+    texts = dict.fromkeys(str(item if isinstance(item, NM) else NM.parse(str(item))) for item in patterns)
+    return [(f"{text}, ", recipe.with_params("mp-budget", {"patterns": [text]})) for text in texts]
 
 
 def _candidates(base: Recipe, prefix: str, floor: float | None, tokens: bool) -> Callable[[int], Candidate]:

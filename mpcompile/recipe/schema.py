@@ -35,7 +35,7 @@ class Strict(BaseModel):
 class Step(Strict):
     """One pass: its name and its parameters, which the class of the pass checks.
 
-    A pattern in the parameters is text or an NM. It is written as text.
+    A pattern in the parameters is text or an NM. It is written as text, so both give the recipe the same hash.
     """
 
     name: str

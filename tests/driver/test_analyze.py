@@ -173,7 +173,7 @@ def test_auto_patterns_are_measured_on_this_machine() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("--pattern", "auto"), 2, "needs something to reach; give --macs too"),
+        (("--pattern", "auto"), 2, "so that --macs is reached; give --macs too"),
         (("--pattern", "auto:x", "--macs", "0.5"), 2, "is neither auto nor auto:M"),
         (("--macs", "1.5"), 2, "macs is 1.5"),
         (("--macs", "0.1"), 4, "0.1 of the multiply-accumulates cannot be reached"),
