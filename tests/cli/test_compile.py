@@ -112,7 +112,7 @@ def test_an_unknown_refit_or_start_is_refused(tiny_files: tuple[Path, Path], tmp
     refused(done, 4, "the refit to the model needs calibration images; give --data")
     assert "; finished work is kept in " in done.stderr
     done = mpcompile(tiny_files[0], "--pattern", "2:4", "--from", "mask", "-o", tmp_path / "out")
-    refused(done, 2, "--from 'mask' is no pass of the recipe; its passes are mp-budget, permute, nm-mask")
+    refused(done, 2, "--from 'mask' is not a pass of the recipe; its passes are mp-budget, permute, nm-mask")
 
 
 def test_an_accuracy_gate_fails_with_a_written_folder(

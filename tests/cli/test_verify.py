@@ -53,8 +53,8 @@ def test_verify_rejects_other_changes(copy: Path) -> None:
     file = onnx.load(copy / "model.onnx")
     next(t for t in file.graph.initializer if t.name == "head.bias").raw_data = b"\0" * 40
     onnx.save(file, copy / "model.onnx")
-    refused(mpcompile("verify", copy), 3, "model.onnx is not the file that was proven")
+    refused(mpcompile("verify", copy), 3, "model.onnx was changed: its SHA-256 differs")
     (copy / "model.onnx").write_bytes(b"\xff" * 100)
-    refused(mpcompile("verify", copy), 3, "is not an ONNX file that can be read")
+    refused(mpcompile("verify", copy), 3, "cannot be read as an ONNX file")
     (copy / "model.onnx").unlink()
     refused(mpcompile("verify", copy), 3, "is not an output folder of mpcompile: model.onnx missing")

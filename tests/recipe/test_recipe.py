@@ -124,7 +124,7 @@ def test_targets_are_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_of(Recipe.from_yaml("{passes: [nm-mask], target: trrt}"))
     with pytest.raises(UsageError, match="the recipe has no passes; give --pattern"):
         plan_of(Recipe())
-    with pytest.raises(UsageError, match="target eager: it runs the float32 graph, and not the file"):
+    with pytest.raises(UsageError, match="target eager: it runs the float32 graph and not the file"):
         plan_of(Recipe.from_yaml("{passes: [nm-mask], target: eager, precision: fp16}"))
     with pytest.raises(UsageError, match="target eager: it runs on the threads of the process; leave --threads out"):
         plan_of(Recipe.from_yaml("{passes: [nm-mask], target: eager, bench: {threads: 1}}"))
