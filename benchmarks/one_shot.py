@@ -38,7 +38,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask, Permute
 from mpcompile.passes.batch_norm import match_statistics
-from mpcompile.passes.nm_mask.nm_mask import Criterion
+from mpcompile.passes.nm_mask.nm_mask import CriterionName
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 
 PATTERNS = (NM(2, 4), NM(8, 16), NM(1, 4))
@@ -53,7 +53,7 @@ def passes_of(*steps: Pass) -> Callable[[Model, Data], Model]:
     return lambda model, data: PassManager(steps).run(model, data.for_passes())[0]
 
 
-def alone(pattern: NM, criterion: Criterion) -> NMMask:
+def alone(pattern: NM, criterion: CriterionName) -> NMMask:
     """Masks and fits the masked layers alone, each to what the dense layer gives."""
     return NMMask(pattern, criterion, "model", repair=False, residual=False)
 

@@ -1,9 +1,9 @@
-"""The passes, one transformation a file. PASSES is the one table of names that recipes know."""
+"""The passes, one transformation per file or folder. PASSES is the one table of the names that recipes may use."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-if __name__ == "passes":  # from the repository root this would succeed and make every class twice
+if __name__ == "passes":  # this import would work in the repository root, and define every class twice
     raise ImportError("import mpcompile.passes, not passes")
 
 from mpcompile.passes.batch_norm import BatchNorm

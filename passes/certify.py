@@ -1,27 +1,27 @@
-"""What is proven of the compressed model, on images that no pass has seen.
+"""Certificates: what is proven about the compressed model's predictions, on images that no other pass has seen.
 
-Let z(s) and z′(s) be the dense and the compressed model's logits of an image s, its shift ‖z − z′‖∞, and Δ(s) the dense
-model's margin: its largest logit less its second.
+Let z(s) and z′(s) be the logits of the dense and the compressed model for an image s. The shift is ‖z − z′‖∞. The
+margin Δ(s) is the dense model's largest logit minus its second largest.
 
-- **An image.** If Δ(s) > 2 ‖z(s) − z′(s)‖∞ the prediction is the same: no logit can have overtaken another (Berlyand et
-  al., arXiv 2606.02608, margin corollary, with the shift measured and not bounded). It is a theorem; of an image on
-  which both models were run it says nothing that comparing the answers does not, but it says by what margin.
-- **Images not seen.** If the n held-out images are drawn as those to come, and k of them agree, then with 95 %
-  confidence the models agree on at least the Clopper–Pearson share: the p at which P(Binomial(n, p) ≥ k) = 5 %. It
-  says nothing of images from elsewhere.
-- **A layer.** A = S + R, A dense and S compressed. ‖Rψ(s)‖∞ is how far its outputs are from what its dense weights
-  would make of the inputs ψ(s) that it now gets; biases are part of A and S. With L_s, the amplification from there to
-  the logits, B = (2/n) Σ_s L_s ‖Rψ(s)‖∞ bounds the change of the cross entropy, and where the model was trained with
-  penalties λ₂‖A‖² + λ₁‖A‖₁ the theorem certifies the change if
+- **One image.** If Δ(s) > 2 ‖z(s) − z′(s)‖∞, the prediction is the same: no logit can have overtaken another (Berlyand
+  et al., arXiv 2606.02608, margin corollary, with a measured shift in place of a bound). This is a theorem. On an image
+  that both models have run on, it adds to a comparison of the predictions only by how much they are safe.
+- **Unseen images.** Suppose the n held-out images are drawn from the same distribution as future ones, and k
+  predictions agree. Then with 95 % confidence the models agree on at least the Clopper–Pearson share: the p at which
+  P(Binomial(n, p) ≥ k) = 5 %. This says nothing about images from other distributions.
+- **One layer.** A = S + R, with A the dense and S the compressed weights, biases included. ψ(s) are the layer's inputs
+  in the compressed model, and ‖Rψ(s)‖∞ is the distance between its outputs and those of its dense weights on ψ(s). L_s
+  is the amplification from there to the logits. B = (2/n) Σ_s L_s ‖Rψ(s)‖∞ bounds the change of the cross entropy. If
+  the model was trained with penalties λ₂‖A‖² + λ₁‖A‖₁, the theorem certifies the change if
 
-      B < λ₂ (‖A‖² − ‖S‖²) + λ₁ (‖A‖₁ − ‖S‖₁),
+      B < λ₂ (‖A‖² − ‖S‖²) + λ₁ (‖A‖₁ − ‖S‖₁).
 
-  which for a mask without refit is the paper's λ₂‖R‖² + λ₁‖R‖₁. L_s is unknown (the paper sets it constant), so what is
-  given is the critical L: the largest constant at which the inequality holds.
-- **Attribution.** The shift's square is shared out to the layers by its derivative along the straight path from dense
-  to compressed weights, at the middle: Σ over a layer's weights of ⟨∂z/∂w · Δw, z′ − z⟩ / ‖z′ − z‖². It is first-order:
-  the shares sum to 1 only as far as the logits are linear in the weights, and `explained` is their sum. The one
-  backward pass it takes gives what a forward derivative (jvp) a layer would.
+  For a mask without refit the right side is the paper's λ₂‖R‖² + λ₁‖R‖₁. L_s is unknown; the paper sets it constant. So
+  the report gives the critical L, the largest constant for which the inequality holds.
+- **Attribution.** Each layer's share of the squared shift is its derivative along the straight path from dense to
+  compressed weights, at the midpoint: Σ over the layer's weights of ⟨∂z/∂w · Δw, z′ − z⟩ / ‖z′ − z‖². This is first
+  order: the shares sum to 1 only as far as the logits are linear in the weights. `explained` is their sum. One backward
+  pass gives the shares of all layers, where forward derivatives (jvp) would take one pass per layer.
 """
 
 from dataclasses import dataclass, replace
@@ -36,17 +36,20 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
 from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
-from mpcompile.passes.dense_comparison import BATCH, attribution, changed, outputs_of, twin_of
+from mpcompile.passes.dense_comparison import BATCH, attribution, changed_layers, dense_layer, outputs_of
 from mpcompile.passes.reconstruct.second_moments import applied
 from mpcompile.pipeline.pass_manager import Effect
 
 
 @dataclass(frozen=True, slots=True)
 class Certify:
-    """Proves which held-out predictions cannot have changed, and bounds how many others agree.
+    """Proves which held-out predictions are unchanged, and bounds the agreement on unseen images.
 
-    `weight_decay` (λ₂ of λ₂‖A‖²) and `l1` (λ₁) are the penalties that the model was trained with, where they are known;
-    `attribute` is how many of the images share out the shift to the layers.
+    Args:
+        weight_decay: λ₂ of the penalty λ₂‖A‖² that the model was trained with; 0 if unknown.
+        l1: λ₁ of the penalty λ₁‖A‖₁ that the model was trained with; 0 if unknown.
+        confidence: of the bound on unseen images, between 0 and 1.
+        attribute: how many held-out images the attribution uses; 0 for none.
     """
 
     name: ClassVar[str] = "certify"
@@ -59,39 +62,46 @@ class Certify:
     attribute: int = 128
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be meant."""
+        """Raises UsageError if a value is out of range."""
         if not 0 < self.confidence < 1:
             raise UsageError(f"confidence is {self.confidence}; it is a probability between 0 and 1")
         if self.weight_decay < 0 or self.l1 < 0 or self.attribute < 0:
-            raise UsageError("weight_decay, l1 and attribute are not negative")
+            negative = [row for row in ("weight_decay", "l1", "attribute") if getattr(self, row) < 0]
+            raise UsageError(f"{negative[0]} is {getattr(self, negative[0])}; give a number of 0 or more")
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The same model with its certificate; without held-out images or a lossy pass before it, without one."""
+        """The same model with its certificate; without one if there are no held-out images or no earlier lossy pass.
+
+        Raises PassError if the outputs are not logits of two or more classes.
+        """
         if model.dense is None or not len(data.held_out):
             return model
         with torch.no_grad():
             before, after = outputs_of(model.dense, data.held_out), outputs_of(model.graph, data.held_out)
             if before.ndim != 2 or before.shape[1] < 2:
-                raise PassError(f"the model gives {tuple(before.shape[1:])} an image; needed are two logits or more")
-            reaches = reaches_of(model, data.held_out)
+                raise PassError(
+                    f"an output has shape {tuple(before.shape[1:])}; certify needs 2 or more logits, so leave it out"
+                )
+            errors = output_errors(model, data.held_out)
         some = replace(data.held_out, order=data.held_out.order[: self.attribute])
         shares = attribution(model, some) if self.attribute else {}
-        layers = tuple(self._layer(model, name, reach, shares.get(name, 0.0)) for name, reach in reaches.items())
-        found = certificate(before, after, self.confidence)
-        return replace(model, certificate=replace(found, explained=sum(shares.values(), 0.0), layers=layers))
+        layers = tuple(self._layer(model, name, error, shares.get(name, 0.0)) for name, error in errors.items())
+        logits_only = certificate(before, after, self.confidence)
+        return replace(model, certificate=replace(logits_only, explained=sum(shares.values(), 0.0), layers=layers))
 
-    def _layer(self, model: Model, name: str, reach: Tensor, share: float) -> LayerCertificate:
+    def _layer(self, model: Model, name: str, error: Tensor, share: float) -> LayerCertificate:
+        """The certificate of one layer from its output error per image; the critical L if a penalty is known."""
         critical = None
         if self.weight_decay or self.l1:
-            dense, now = (side.weight.detach().double() for side in (twin_of(model, name), model.layer(name)))
+            dense, now = (side.weight.detach().double() for side in (dense_layer(model, name), model.layer(name)))
             saved = self.weight_decay * (dense.square().sum() - now.square().sum())
             saved = saved + self.l1 * (dense.abs().sum() - now.abs().sum())
-            critical = max(0.0, float(saved / (2 * reach.mean()).clamp_min(1e-300)))
-        return LayerCertificate(name, float(reach.mean()), float(reach.max()), share, critical)
+            critical = max(0.0, float(saved / (2 * error.mean()).clamp_min(1e-300)))
+        return LayerCertificate(name, float(error.mean()), float(error.max()), share, critical)
 
 
 def certificate(before: Tensor, after: Tensor, confidence: float) -> Certificate:
-    """What dense and compressed logits (n, outputs) prove by themselves; no layers yet."""
+    """The certificate from dense and compressed logits, each (images, classes), without its layers."""
     agreeing = int((before.argmax(1) == after.argmax(1)).sum())
     shift = shift_of(before, after)
     return Certificate(
@@ -109,49 +119,52 @@ def certificate(before: Tensor, after: Tensor, confidence: float) -> Certificate
 
 
 def unchanged(before: Tensor, after: Tensor) -> Tensor:
-    """For each row of logits whether the dense margin exceeds twice the shift, so that the argmax is the same."""
+    """For each row of logits, whether the dense margin exceeds twice the shift, which proves the same argmax."""
     return margin_of(before) > 2 * shift_of(before, after)
 
 
 def margin_of(logits: Tensor) -> Tensor:
-    """Each row's largest logit less its second, in float64."""
+    """Each row's largest logit minus its second largest, in float64."""
     top = logits.double().topk(2, dim=1).values
     return top[:, 0] - top[:, 1]
 
 
 def shift_of(before: Tensor, after: Tensor) -> Tensor:
-    """Each row's largest change of a logit, in float64."""
+    """Each row's largest absolute change of a logit, in float64."""
     return (before.double() - after.double()).abs().amax(1)
 
 
 def lower_bound(successes: int, trials: int, confidence: float) -> float:
-    """The one-sided Clopper–Pearson bound: the least share that has not less than 1 − confidence to give as many."""
+    """The one-sided Clopper–Pearson bound: the rate p at which P(at least `successes` of `trials`) = 1 − confidence."""
     from scipy.stats import beta
 
     return float(beta.ppf(1 - confidence, successes, trials - successes + 1)) if successes else 0.0
 
 
-def reaches_of(model: Model, images: Split) -> dict[str, Tensor]:
-    """‖Rψ(s)‖∞ for each changed layer and each image, ψ being what the layer now gets."""
+def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
+    """‖Rψ(s)‖∞ for each changed layer, by qualified name, and each image, (images,).
+
+    ψ(s) are the layer's inputs in the compressed model. If several nodes apply the layer, the largest value counts.
+    """
     differences = {}
-    for name in changed(model):
-        old, now = twin_of(model, name), model.layer(name)
+    for name in changed_layers(model):
+        old, now = dense_layer(model, name), model.layer(name)
         bias = 0 if old.bias is None or now.bias is None else old.bias - now.bias
         differences[name] = (flat(old.weight - now.weight), bias)
-    found: dict[str, list[Tensor]] = {name: [] for name in differences}
-    seen: dict[str, Tensor] = {}
+    errors: dict[str, list[Tensor]] = {name: [] for name in differences}
+    of_batch: dict[str, Tensor] = {}
 
-    def see(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
+    def measure(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
         if name not in differences:
             return
         matrix, bias = differences[name]
-        reach = (applied(layer, matrix, x) + bias).abs().reshape(len(x), -1).amax(1)
-        seen[name] = torch.maximum(seen[name], reach) if name in seen else reach  # applied at several places
+        error = (applied(layer, matrix, x) + bias).abs().reshape(len(x), -1).amax(1)
+        of_batch[name] = torch.maximum(of_batch[name], error) if name in of_batch else error
 
-    watcher = LayerInterpreter(model.graph, see)
+    interpreter = LayerInterpreter(model.graph, measure)
     for pixels, _ in images.announced(BATCH):
-        seen.clear()
-        watcher.run(pixels.to(model.example.dtype))
-        for name, reach in seen.items():
-            found[name].append(reach)
-    return {name: torch.cat(parts) for name, parts in found.items() if parts}
+        of_batch.clear()
+        interpreter.run(pixels.to(model.example.dtype))
+        for name, error in of_batch.items():
+            errors[name].append(error)
+    return {name: torch.cat(parts) for name, parts in errors.items() if parts}

@@ -19,8 +19,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
-from mpcompile.passes.reconstruct.layerwise import TiedWeight, rewrite_in_order
-from mpcompile.passes.reconstruct.second_moments import SecondMoments
+from mpcompile.passes.reconstruct.layerwise import layerwise
 
 DAMPING = 0.01  # as in the paper; ModelOpt's own default is 0.1
 
@@ -50,19 +49,15 @@ def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Mod
     """The model with these layers pruned as in the paper."""
     model = replace(model, graph=copy.deepcopy(model.graph))
     plans = {}
-
-    def rewrite(site: TiedWeight, moments: SecondMoments | None) -> None:
-        assert moments is not None
-        [name] = site.names
-        layer = model.layer(name)
-        gram = moments.problem(centred=False).gram
-        rows = flat(layer.weight).reshape(len(gram), -1, gram.shape[-1])
+    for step in layerwise(model, None, images, names):
+        assert step.moments is not None
+        [name] = step.weight.names
+        gram, weight = step.moments.problem(centred=False).gram, step.layer.weight
+        rows = flat(weight).reshape(len(gram), -1, gram.shape[-1])
         done = [pruned(part, g, pattern) for part, g in zip(rows, gram, strict=True)]
-        weight, mask = (torch.cat(parts) for parts in zip(*done, strict=True))
-        layer.weight.copy_(unflat(weight, layer.weight.shape))
-        plans[name] = replace(model.plan_of(name), pattern=pattern, mask=unflat(mask, layer.weight.shape))
-
-    rewrite_in_order(model, images, names, rewrite)
+        updated, mask = (torch.cat(parts) for parts in zip(*done, strict=True))
+        weight.copy_(unflat(updated, weight.shape))
+        plans[name] = replace(model.plan_of(name), pattern=pattern, mask=unflat(mask, weight.shape))
     return model.with_plan(plans)
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from mpcompile.analysis.attention import Attention, ancestors, attentions, shape_of
-from mpcompile.analysis.eligibility import weight_sites
+from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
@@ -87,7 +87,7 @@ def as_published(model: Model) -> Cost:
     exact, divided = cost(model), parts(model.graph, model.example)
     tokens = divided.tokens
     factors = {node.name: tokens[part - part % 2] / tokens[part] for node, part in divided.part_of.items()}
-    applied_at, _ = weight_sites(model.graph)
+    applied_at, _ = weight_nodes(model.graph)
     return replace(
         exact,
         nodes=tuple(replace(row, macs=row.macs * factors.get(row.node, 1.0)) for row in exact.nodes),
@@ -143,7 +143,7 @@ def macs_of_parts(model: Model, patterns: Mapping[str, NM]) -> tuple[list[float]
     Token merging itself is not counted.
     """
     dense, divided = cost(model), parts(model.graph, model.example)
-    applied_at, _ = weight_sites(model.graph)
+    applied_at, _ = weight_nodes(model.graph)
     part_of = {node.name: part for node, part in divided.part_of.items()}
     sums = [0.0] * len(divided.tokens)
     for row in dense.nodes:

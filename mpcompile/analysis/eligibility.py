@@ -1,13 +1,14 @@
 """Which layers of a captured model can take an N:M pattern, and the reason for each that cannot.
 
-Decided from module types and graph edges, never from the spelling of a name:
+A layer is eligible if
 
-1. the weight is used exactly as it is stored, by a Linear or a Conv2d;
-2. the layer is neither stem (no layer between the image and it) nor output layer (no layer after it), and the
-   image reaches it at all;
+1. its weight is used exactly as it is stored, by a Linear or a Conv2d;
+2. it is neither a stem (no layer between the image and it) nor an output layer (no layer after it), and its input
+   depends on the image;
 3. it is not depthwise, and M divides its input channels (per group, for a grouped convolution).
 
-The first and third are facts. The second is a default, which `include` overrides.
+Conditions 1 and 3 are facts. Condition 2 is a default that `include` overrides. All are decided from module types and
+graph edges, never from the name of a layer.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from torch.nn.modules.conv import _ConvNd
 from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
-from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern import NM, TWO_OF_FOUR
 
-# These only pad or cast; any other subclass may rewrite its weight on the way (weight standardisation turns a kept
-# zero into a number). By full name, so that timm need not be imported.
+# Classes that at most pad or cast. Any other subclass may change its weight before use: weight standardization turns a
+# zero into another number. Listed by full name, so that timm need not be imported.
 PLAIN_CLASSES = frozenset(
     {
         "torch.nn.modules.linear.Linear",
@@ -33,24 +34,31 @@ PLAIN_CLASSES = frozenset(
         "timm.layers.conv2d_same.Conv2dSame",
     }
 )
-EXCLUDED = "excluded by"  # how the reason of a layer begins that was named to be left out
+EXCLUDED = "excluded by"  # prefix of the reason of a layer that `exclude` matches
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPosition:
-    """Where a layer stands in the flow from the image to the output."""
+    """The position of a layer in the graph.
+
+    Attributes:
+        sees_image: its input depends on the image.
+        layers_before: a layer that sees the image is between the image and it.
+        layers_after: a layer is between it and the output.
+        weight_as_stored: only linear and convolution operators use its weight, and as it is stored.
+    """
 
     sees_image: bool
     layers_before: bool
     layers_after: bool
-    weight_as_stored: bool  # by a linear or a convolution and by nothing else
+    weight_as_stored: bool
 
 
-def places(model: Model) -> dict[str, GraphPosition]:
-    """Where each Linear and Conv2d of the graph stands, from one walk forwards and one backwards."""
+def graph_positions(model: Model) -> dict[str, GraphPosition]:
+    """The position of each Linear and Conv2d that the graph uses, by qualified name."""
     nodes: Sequence[fx.Node] = list(model.graph.graph.nodes)
-    sites, altered = weight_sites(model.graph)
-    applies = {node for found in sites.values() for node in found}
+    nodes_of, altered = weight_nodes(model.graph)
+    applies = {node for applying in nodes_of.values() for node in applying}
 
     sees_image: set[fx.Node] = set()
     layers_before: set[fx.Node] = set()
@@ -67,42 +75,46 @@ def places(model: Model) -> dict[str, GraphPosition]:
 
     return {
         name: GraphPosition(
-            sees_image=any(site in sees_image for site in found),
-            layers_before=any(site in layers_before for site in found),
-            layers_after=any(site in layers_after for site in found),
+            sees_image=any(node in sees_image for node in applying),
+            layers_before=any(node in layers_before for node in applying),
+            layers_after=any(node in layers_after for node in applying),
             weight_as_stored=name not in altered,
         )
-        for name, found in sites.items()
+        for name, applying in nodes_of.items()
     }
 
 
-def weight_sites(graph: fx.GraphModule) -> tuple[dict[str, list[fx.Node]], set[str]]:
-    """The nodes that apply each layer's weight, and the layers whose weight is altered before it is applied."""
+def weight_nodes(graph: fx.GraphModule) -> tuple[dict[str, list[fx.Node]], set[str]]:
+    """The nodes that apply each layer's weight, and the layers whose weight other operators read.
+
+    A node applies a weight by calling the layer, by calling a module that contains it, or by reading the weight or bias
+    that a get_attr node fetches. Layers are given by qualified name.
+    """
     modules = dict(graph.named_modules())
-    sites: dict[str, list[fx.Node]] = {}
+    nodes_of: dict[str, list[fx.Node]] = {}
     altered: set[str] = set()
     for node in graph.graph.nodes:
         target = str(node.target)
         if node.op == "call_module":
             for inner, module in modules[target].named_modules(prefix=target):
                 if isinstance(module, nn.Linear | nn.Conv2d):
-                    sites.setdefault(inner, []).append(node)
+                    nodes_of.setdefault(inner, []).append(node)
         elif node.op == "get_attr" and isinstance(modules.get(target.rpartition(".")[0]), nn.Linear | nn.Conv2d):
             owner, _, field = target.rpartition(".")
-            sites.setdefault(owner, []).extend(node.users)
+            nodes_of.setdefault(owner, []).extend(node.users)
             if field == "weight" and not all(_multiplies(user, node) for user in node.users):
                 altered.add(owner)
-    return sites, altered
+    return nodes_of, altered
 
 
 def _multiplies(user: fx.Node, weight: fx.Node) -> bool:
-    """Whether `user` is a plain linear or convolution with `weight` as its weight."""
+    """Whether `user` is a linear or convolution function whose weight argument is `weight`."""
     return user.target in WEIGHT_FUNCTIONS and weight in (*user.args[1:2], user.kwargs.get("weight"))
 
 
-def fact_against(layer: nn.Linear | nn.Conv2d, place: GraphPosition | None, pattern: NM) -> str | None:
-    """Why this layer cannot carry the pattern at all, or None where it can."""
-    if reason := fact_against_any(layer, place):
+def reason_incompatible(layer: nn.Linear | nn.Conv2d, position: GraphPosition | None, pattern: NM) -> str | None:
+    """Why this layer cannot have the pattern, whatever `include` says, or None."""
+    if reason := reason_uneditable(layer, position):
         return reason
     out, inputs = layer.weight.shape[:2]
     if is_depthwise(layer):
@@ -115,94 +127,125 @@ def fact_against(layer: nn.Linear | nn.Conv2d, place: GraphPosition | None, patt
     return None
 
 
-def fact_against_any(layer: nn.Linear | nn.Conv2d, place: GraphPosition | None) -> str | None:
-    """Why what is written into this layer's weight might not be what the graph multiplies by, or None."""
+def reason_uneditable(layer: nn.Linear | nn.Conv2d, position: GraphPosition | None) -> str | None:
+    """Why editing `layer.weight` might not change what the graph computes (subclass, hook, parametrization), or None.
+
+    `position` is None for a layer that the graph does not use.
+    """
     kind = type(layer)
     if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN_CLASSES:
         return f"{kind.__name__} may rewrite its weight before use, so zeros in it might not stay zeros"
     if layer._forward_pre_hooks or not isinstance(layer._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed on the way (a hook or parametrisation), so zeros in it might not stay zeros"
-    if place is None:
+        return "its weight is computed before each use (a hook or parametrization), so zeros in it might not stay zeros"
+    if position is None:
         return "the graph does not use it"
-    if not place.weight_as_stored:
-        return "the graph uses its weight in another way than as a plain product, so zeros in it might not stay zeros"
+    if not position.weight_as_stored:
+        return "an operator other than linear or convolution uses its weight, so zeros in it might not stay zeros"
     return None
 
 
 def is_depthwise(layer: nn.Linear | nn.Conv2d) -> bool:
-    """Whether each filter of a grouped convolution sees one input channel."""
+    """Whether the layer is a grouped convolution with one input channel per filter."""
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.shape[1] == 1
 
 
-def default_against(place: GraphPosition) -> str | None:
-    """Why this layer is left dense unless it is included by name, or None where it is not."""
-    if not place.sees_image:
-        return "the image does not reach it: it computes a constant"
-    if not place.layers_before:
+def reason_dense_by_default(position: GraphPosition) -> str | None:
+    """Why this layer stays dense unless it is included by name, or None."""
+    if not position.sees_image:
+        return "its input does not depend on the image: it computes a constant"
+    if not position.layers_before:
         return "stem: it reads the image itself"
-    if not place.layers_after:
+    if not position.layers_after:
         return "output layer: no layer after it could make up for a loss"
     return None
 
 
-def other_products(model: Model) -> dict[str, str]:
-    """Modules that multiply by weights and are neither Linear nor Conv2d, with the reason why they stay dense."""
-    found = {}
+def unsupported_modules(model: Model) -> dict[str, str]:
+    """The reason why each module with a weight matrix that is neither Linear nor Conv2d stays dense."""
+    reasons = {}
     for name, module in model.graph.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            found[name] = (
+            reasons[name] = (
                 "nn.MultiheadAttention packs query, key and value into one parameter that belongs to no Linear"
             )
         elif isinstance(module, _ConvNd | nn.Bilinear | nn.RNNBase) and not isinstance(module, nn.Conv2d):
-            found[name] = f"{type(module).__name__}: only Linear and Conv2d can be masked"
-    return found
+            reasons[name] = f"{type(module).__name__}: only Linear and Conv2d can be masked"
+    return reasons
+
+
+def eligible_patterns(
+    model: Model, pattern: NM | None, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, NM | str]:
+    """The pattern of each layer, or the reason why it stays dense, by qualified name.
+
+    A layer's pattern is the one in its plan, or else `pattern`. If `pattern` is None, layers without a planned pattern
+    get 2:4, or stay dense if a budget planned patterns for other layers. `include`, `exclude` and errors are those of
+    `eligible`.
+    """
+    budgeted = any(plan.pattern is not None and plan.mask is None for plan in model.plan.values())
+    default = pattern or (None if budgeted else TWO_OF_FOUR)
+    patterns: dict[str, NM | str] = {}
+    for name, reason in eligible(model, default or TWO_OF_FOUR, include, exclude).items():
+        plan = model.plan_of(name)
+        own = plan.pattern or default
+        if own is None:
+            patterns[name] = plan.skipped or "no pattern was planned for it"
+        else:
+            patterns[name] = reason or own
+    return patterns
 
 
 def eligible(
     model: Model, pattern: NM, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, str | None]:
-    """For each layer that multiplies by weights: None where it takes its pattern, or why it stays dense.
+    """For each module with a weight matrix, by qualified name: None if it is eligible, or why it stays dense.
 
-    A layer's pattern is the one in its plan, which counts as including it, or else `pattern`. Layers that share a
-    weight share a verdict. `include` and `exclude` are shell patterns over qualified names. Excluding wins; including
-    overrides the defaults and not the facts. A pattern that matches no layer is a `UsageError`.
+    A layer's pattern is the one in its plan, or else `pattern`. A planned pattern counts as including the layer. Layers
+    that share a weight are eligible together or not at all.
+
+    `include` and `exclude` are shell patterns over qualified names. Layers that match `include` may have a pattern even
+    if the default is dense (stem, output layer), but not against a fact (a width that M does not divide). Layers that
+    match `exclude` stay dense, even if they match `include`. Raises UsageError if a shell pattern matches no layer.
     """
     names = [name for name, _ in model.layers()]
     for glob in (*include, *exclude):
         if not any(fnmatchcase(name, glob) for name in names):
             shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
             raise UsageError(f"no layer is called {glob!r}; the layers are {shown}")
-    where = places(model)
-    verdicts: dict[str, str | None] = dict(other_products(model))
+    positions = graph_positions(model)
+    reasons: dict[str, str | None] = dict(unsupported_modules(model))
     for name, layer in model.layers():
         excluded = next((glob for glob in exclude if fnmatchcase(name, glob)), None)
         planned = model.plan_of(name).pattern is not None
         included = planned or any(fnmatchcase(name, glob) for glob in include)
         if excluded is not None:
-            verdicts[name] = f"{EXCLUDED} {excluded!r}"
+            reasons[name] = f"{EXCLUDED} {excluded!r}"
         else:
-            place = where.get(name)
-            # Where a weight is altered first, its users say nothing of where the layer stands.
-            default = default_against(place) if place and place.weight_as_stored and not included else None
-            verdicts[name] = default or fact_against(layer, place, model.plan_of(name).pattern or pattern)
-    return _agreed_among_tied(model, verdicts)
+            position = positions.get(name)
+            # If other operators read the weight, the nodes that read it do not tell the position of the layer.
+            if position and position.weight_as_stored and not included:
+                default = reason_dense_by_default(position)
+            else:
+                default = None
+            reasons[name] = default or reason_incompatible(layer, position, model.plan_of(name).pattern or pattern)
+    return _agreed_among_tied(model, reasons)
 
 
-def tied(model: Model, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """These layers in sets that share one weight, in the order of their first."""
-    sharing: dict[int, list[str]] = {}
+def tied_layers(model: Model, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Groups of these layers that share one weight tensor, in the order of their first names."""
+    groups: dict[int, list[str]] = {}
     for name in names:
         layer = model.layer(name)
-        # Not its attribute: a parametrised weight is another tensor each time.
-        sharing.setdefault(id(layer._parameters.get("weight", layer)), []).append(name)
-    return [tuple(group) for group in sharing.values()]
+        # `layer.weight` would not do: a parametrized weight is a new tensor at each access.
+        groups.setdefault(id(layer._parameters.get("weight", layer)), []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
-def _agreed_among_tied(model: Model, verdicts: dict[str, str | None]) -> dict[str, str | None]:
-    """The verdicts, with a reason against any layer taken as one against all that share its weight."""
-    for names in tied(model, [name for name, _ in model.layers()]):
-        against = next((name for name in names if verdicts[name]), None)
+def _agreed_among_tied(model: Model, reasons: dict[str, str | None]) -> dict[str, str | None]:
+    """The reasons, where a layer that is not eligible makes all layers that share its weight not eligible."""
+    for names in tied_layers(model, [name for name, _ in model.layers()]):
+        dense = next((name for name in names if reasons[name]), None)
         for name in names:
-            if against and not verdicts[name]:
-                verdicts[name] = f"shares its weight with {against}, which stays dense ({verdicts[against]})"
-    return verdicts
+            if dense and not reasons[name]:
+                reasons[name] = f"shares its weight with {dense}, which stays dense ({reasons[dense]})"
+    return reasons

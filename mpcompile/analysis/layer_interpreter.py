@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from mpcompile.analysis.eligibility import weight_sites
+from mpcompile.analysis.eligibility import weight_nodes
 
 LayerHook = Callable[[str, nn.Linear | nn.Conv2d, Tensor, Tensor], None]  # name, layer, input, output
 
@@ -22,7 +22,7 @@ class LayerInterpreter(fx.Interpreter):
         super().__init__(graph)
         self._layer_hook = hook
         self._layers = {n: m for n, m in graph.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-        applied_at, _ = weight_sites(graph)
+        applied_at, _ = weight_nodes(graph)
         self._functional = {
             node: name for name, nodes in applied_at.items() for node in nodes if node.op == "call_function"
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mpcompile.analysis.eligibility import eligible_patterns
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import build_artifact
@@ -228,7 +229,7 @@ def preview(
         }
         for step in plan.passes
         if isinstance(step, NMMask)
-        for name, choice in step.choices(planned).items()
+        for name, choice in eligible_patterns(planned, step.pattern, step.include, step.exclude).items()
     ]
     return {
         "model": dataclasses.asdict(loaded.source),

@@ -10,7 +10,7 @@ from mpcompile.data.load_data import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
-from mpcompile.passes.reconstruct.layerwise import peak_bytes
+from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice
 from mpcompile.system.hashing import state_sha256
 

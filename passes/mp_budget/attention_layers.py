@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from torch import fx, nn
 
-from mpcompile.analysis.eligibility import weight_sites
+from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.analysis.operator_sets import ATTENTION_FUNCTIONS
 from mpcompile.ir.model import Model
 
@@ -19,7 +19,7 @@ def attention_layers(model: Model) -> frozenset[str]:
     The graph must have the shapes that capture and the pass manager record (`tensor_meta`).
     """
     modules = dict(model.graph.named_modules())
-    sites, _ = weight_sites(model.graph)
+    sites, _ = weight_nodes(model.graph)
     applied = {node for nodes in sites.values() for node in nodes}
 
     def attends(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.analysis.activation_stats import input_scales, per_weight
-from mpcompile.analysis.eligibility import default_against, eligible, is_depthwise, places, tied
+from mpcompile.analysis.eligibility import eligible, graph_positions, is_depthwise, reason_dense_by_default, tied_layers
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.analysis.spectrum import NoFitError, SpectrumFit, analyse
 from mpcompile.data.images import Data
@@ -41,12 +41,12 @@ def fit_spectra(model: Model, *, null: bool, level: float, seed: int) -> dict[st
 
     `level` is the probability at which noise exceeds the edge T₊; `null` repeats each fit on shuffled entries.
     """
-    where = places(model)
+    where = graph_positions(model)
     found: dict[str, SpectrumFit | str] = {}
     for name, layer in tracked(list(model.layers()), lambda pair: pair[0]):
         place = where.get(name)
         if place and place.sees_image and not place.layers_before:
-            found[name] = str(default_against(place))
+            found[name] = str(reason_dense_by_default(place))
         elif is_depthwise(layer):
             found[name] = "depthwise: each filter is a matrix of one row"
         else:
@@ -129,7 +129,7 @@ class MPBudget:
         verdicts = {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
         # Layers that share a weight get one decision.
         able = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
-        layer_sets = tied(model, able)
+        layer_sets = tied_layers(model, able)
         chosen = self._chosen(model, data, fits, verdicts, layer_sets)
         plans = {}
         for name in dict.fromkeys(name for verdict in verdicts.values() for name in verdict):

@@ -1,4 +1,4 @@
-"""N:M masks and the refit of what they keep."""
+"""N:M masks: criteria that select the kept weights, and the pass that applies them and refits the kept weights."""
 
 from mpcompile.passes.nm_mask.nm_mask import NMMask
 

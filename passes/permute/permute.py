@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from mpcompile.analysis.activation_stats import conditional_scales, input_scales, per_weight
+from mpcompile.analysis.eligibility import eligible_patterns
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError, first_line
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.passes.permute.constraints import Axis
 from mpcompile.passes.permute.coupling import Coupling, ExchangeableSet, Group, apply_order, couple
 from mpcompile.passes.permute.order_search import OrderFound, kept_score, search
@@ -162,8 +162,8 @@ class Permute:
         """The model with its channels reordered; each masked layer's plan has the order, or the reason for none."""
         if any(plan.mask is not None for plan in model.plan.values()):
             raise PassError("some layers are masked already; channels must be reordered before masking")
-        choices = NMMask(self.pattern, include=self.include, exclude=self.exclude).choices(model)
-        patterns = {name: choice for name, choice in choices.items() if isinstance(choice, NM)}
+        eligible = eligible_patterns(model, self.pattern, self.include, self.exclude)
+        patterns = {name: choice for name, choice in eligible.items() if isinstance(choice, NM)}
         scales = self._scales(model, data)
         coupling, failure = self._coupling(model)
         sets = [(group, channels) for group in coupling.groups for channels in group.sets]

@@ -1,1 +1,1 @@
-"""Layer-wise reconstruction: least squares from the second moments of each layer's inputs."""
+"""Layer-wise reconstruction: refits weights by least squares from the second moments of each layer's inputs."""

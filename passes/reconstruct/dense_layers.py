@@ -1,44 +1,45 @@
-"""Which layers that stay dense can make up for what masked ones before them lose.
+"""Dense layers that can compensate for masked layers before them.
 
-A depthwise convolution, or a layer that a budget left dense, reads what masked layers before it give, and its own
-weights still reproduce the dense model's outputs from the dense model's inputs. Fitted anew to those outputs from the
-inputs that it now gets, all its weights kept (passes/reconstruct/least_squares.py), it takes back part of the loss, and
-changes neither masks nor work.
+A depthwise convolution, or a layer that a budget left dense, reads the outputs of masked layers, but its own weights
+are still those that give the dense model's outputs on the dense model's inputs. Refitted to those outputs on its pruned
+inputs, with all its weights kept (passes/reconstruct/least_squares.py), it undoes a part of the error. Masks and
+multiply-accumulates stay the same.
 """
 
 from collections.abc import Collection, Mapping
 
-from mpcompile.analysis.eligibility import EXCLUDED, fact_against_any, places, tied, weight_sites
+from mpcompile.analysis.eligibility import EXCLUDED, graph_positions, reason_uneditable, tied_layers, weight_nodes
 from mpcompile.ir.model import Model
 
 
-def repairable(model: Model, due: Collection[str], reasons: Mapping[str, str]) -> list[str]:
-    """Of the layers that stay dense, each with its reason, those that see a loss and can be fitted to make up for it.
+def layers_to_repair(model: Model, masked: Collection[str], reasons: Mapping[str, str]) -> list[str]:
+    """The dense layers to refit, of those in `reasons` (qualified name -> why the layer stays dense).
 
-    That is a layer that reads what a layer of `due` gives, is applied at one place, shares its weight with no other,
-    and was not excluded by name. Output layers are left as they are: they see one row an image, too few to fit to.
+    A layer is refitted if it is downstream of a layer in `masked`, is applied by one node, shares its weight with no
+    other layer, and was not excluded by name. Output layers are not: they see one row per image, too few to fit to.
     """
-    sites, _ = weight_sites(model.graph)
-    alone = {group[0] for group in tied(model, [name for name, _ in model.layers()]) if len(group) == 1}
-    where, candidates, found = places(model), after(model, due) & alone, []
+    nodes_of, _ = weight_nodes(model.graph)
+    untied = {group[0] for group in tied_layers(model, [name for name, _ in model.layers()]) if len(group) == 1}
+    positions, candidates = graph_positions(model), layers_downstream(model, masked) & untied
+    selected = []
     for name, layer in model.layers():
-        reason, place = reasons.get(name), where.get(name)
-        if name not in candidates or len(sites[name]) != 1 or model.plan_of(name).mask is not None:
+        reason, position = reasons.get(name), positions.get(name)
+        if name not in candidates or len(nodes_of[name]) != 1 or model.plan_of(name).mask is not None:
             continue
         if reason is None or reason.startswith(EXCLUDED):
             continue
-        if place and place.layers_after and not fact_against_any(layer, place):
-            found.append(name)
-    return found
+        if position and position.layers_after and not reason_uneditable(layer, position):
+            selected.append(name)
+    return selected
 
 
-def after(model: Model, names: Collection[str]) -> set[str]:
-    """The layers that read, at any distance, what one of these layers gives."""
-    sites, _ = weight_sites(model.graph)
-    moved = {node for name in names for node in sites.get(name, ())}
-    reading = set()
+def layers_downstream(model: Model, names: Collection[str]) -> set[str]:
+    """The layers whose inputs depend on the output of one of these layers."""
+    nodes_of, _ = weight_nodes(model.graph)
+    sources = {node for name in names for node in nodes_of.get(name, ())}
+    downstream = set()
     for node in model.graph.graph.nodes:
-        if moved.intersection(node.all_input_nodes):
-            moved.add(node)
-            reading.add(node)
-    return {name for name, nodes in sites.items() if reading.intersection(nodes)}
+        if sources.intersection(node.all_input_nodes):
+            sources.add(node)
+            downstream.add(node)
+    return {name for name, nodes in nodes_of.items() if downstream.intersection(nodes)}

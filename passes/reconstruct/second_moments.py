@@ -1,15 +1,16 @@
-"""SecondMoments: the second moments of what a layer sums over, streamed image by image.
+"""SecondMoments: second moments of a layer's inputs and target outputs, summed batch by batch.
 
-For a layer W with inputs x (one row a position or token, in the order of `columns`) and wanted outputs y, a
-least-squares problem in W needs only
+For a layer W with inputs x (one row per output position or token, see `columns`) and target outputs y, a least-squares
+problem in W needs only
 
     C = E[x xᵀ],  G = E[y xᵀ],  E[x],  E[y],  E[y²],
 
-whose size does not grow with the number of images. Products of one chunk are float32, of values less the first
-chunk's mean so that a large mean costs no digits; sums over chunks are float64.
+whose size does not grow with the number of images. Products of one chunk are float32. They are taken after subtracting
+the mean of the first chunk, so that a large mean costs no digits. Sums over chunks are float64.
 
-`columns` lays a convolution out as a Linear on unfolded inputs, taps outside and input channels inside: the order of
-mpcompile.ir.weight_groups.flat, in which groups of M run along the input channels of one tap.
+`columns` (im2col) turns a convolution into a Linear on unfolded inputs, with the taps outside and the input channels
+inside. That is the order of mpcompile.ir.weight_groups.flat, in which groups of M run along the input channels of one
+tap.
 """
 
 from dataclasses import dataclass, field
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from mpcompile.errors import PassError
 from mpcompile.ir.weight_groups import flat
 
-CHUNK_BYTES = 128 << 20  # of unfolded inputs at once
+CHUNK_BYTES = 128 << 20  # of unfolded inputs (im2col) at once
 
 
 def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups rows columns"]:
-    """What each output of the layer sums over: a row an output position, a column a weight."""
+    """The inputs unfolded (im2col): one row per output position or token, one column per weight of an output."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, layer.in_features)
     groups, taps = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
@@ -35,13 +36,15 @@ def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups ro
         return rows.movedim(1, 0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(x, _padding(layer, x), mode=mode)
-    unfolded = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # b, in·taps, places
+    unfolded = F.unfold(
+        padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
+    )  # b, in·taps, positions
     by_channel = unfolded.reshape(len(x), groups, x.shape[1] // groups, taps, -1)
     return by_channel.permute(1, 0, 4, 3, 2).reshape(groups, -1, taps * (x.shape[1] // groups))
 
 
 def _padding(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
-    """Left, right, top and bottom, as the layer pads this input."""
+    """The padding of this input in pixels: left, right, top, bottom."""
     if type(layer).__name__ == "Conv2dSame" or layer.padding == "same":
         sides: list[int] = []
         for size, kernel, stride, dilation in zip(
@@ -57,78 +60,82 @@ def _padding(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
 
 
 def rows_of(layer: nn.Linear | nn.Conv2d, y: Tensor) -> Float[Tensor, "rows out"]:
-    """The layer's outputs with a row for each row of `columns`."""
+    """The layer's outputs as a matrix, with the rows of `columns`."""
     return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
 
 
 def applied(layer: nn.Linear | nn.Conv2d, matrix: Float[Tensor, "out columns"], x: Tensor) -> Float[Tensor, "rows out"]:
-    """What a matrix in place of the layer's flat weight makes of its inputs, without bias; rows as in `columns`."""
+    """The layer's outputs with `matrix` as its flat weight and without bias, with the rows of `columns`."""
     rows = columns(layer, x)
     by_group = rows @ matrix.reshape(len(rows), -1, matrix.shape[1]).mT
     return by_group.movedim(0, 1).reshape(rows.shape[1], -1)
 
 
 def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"]:
-    """The layer's outputs without its bias, a row for each row of `columns`."""
+    """The layer's outputs without its bias, with the rows of `columns`."""
     return applied(layer, flat(layer.weight.detach()), x)
 
 
 @dataclass
 class SecondMoments:
-    """Sums over rows of inputs x and one or several wanted outputs y, all less a fixed shift; float64."""
+    """Sums over rows of inputs x and of one or more targets y, each minus a fixed shift; float64."""
 
     count: int = 0
     shift_x: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns
-    shift_y: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, out
+    shift_y: Tensor = field(default_factory=lambda: torch.empty(0))  # targets, out
     sum_x: Tensor = field(default_factory=lambda: torch.empty(0))
     sum_y: Tensor = field(default_factory=lambda: torch.empty(0))
     sum_xx: Tensor = field(default_factory=lambda: torch.empty(0))  # groups, columns, columns
-    sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, out, columns
-    sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # wanted, wanted, out
+    sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # targets, out, columns
+    sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # targets, targets, out
 
-    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, *wanted: Float[Tensor, "rows out"]) -> None:
-        """Takes in inputs of the layer and the outputs wanted for them (`rows_of` or `product`)."""
-        y = torch.stack(wanted)
-        places = y.shape[1] // len(x)
-        images = max(1, CHUNK_BYTES // (places * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
+    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, *targets: Float[Tensor, "rows out"]) -> None:
+        """Adds a batch of the layer's inputs, and one or more targets with the rows of `columns`.
+
+        Raises PassError if the targets do not have the rows of the inputs.
+        """
+        y = torch.stack(targets)
+        positions = y.shape[1] // len(x)  # output positions or tokens of one image
+        images = max(1, CHUNK_BYTES // (positions * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
         for start in range(0, len(x), images):
-            self._add_rows(columns(layer, x[start : start + images]), y[:, start * places : (start + images) * places])
+            rows = slice(start * positions, (start + images) * positions)
+            self._add_rows(columns(layer, x[start : start + images]), y[:, rows])
 
     @property
     def finite(self) -> bool:
-        """Whether every sum is finite."""
+        """Whether the sums of x xᵀ and y xᵀ are finite."""
         return bool(self.sum_xx.isfinite().all() and self.sum_yx.isfinite().all())
 
-    def _add_rows(self, x: Float[Tensor, "groups rows columns"], y: Float[Tensor, "wanted rows out"]) -> None:
+    def _add_rows(self, x: Float[Tensor, "groups rows columns"], y: Float[Tensor, "targets rows out"]) -> None:
         if x.shape[1] != y.shape[1]:
             raise PassError(f"its inputs unfold to {x.shape[1]} rows and it has {y.shape[1]} outputs")
         groups, rows, width = x.shape
-        wanted, _, out = y.shape
+        targets, _, out = y.shape
         if not self.count:
             self.shift_x, self.shift_y = x.mean(1), y.mean(1)
             self.sum_x = torch.zeros(groups, width, dtype=torch.float64)
-            self.sum_y = torch.zeros(wanted, out, dtype=torch.float64)
+            self.sum_y = torch.zeros(targets, out, dtype=torch.float64)
             self.sum_xx = torch.zeros(groups, width, width, dtype=torch.float64)
-            self.sum_yx = torch.zeros(wanted, out, width, dtype=torch.float64)
-            self.sum_yy = torch.zeros(wanted, wanted, out, dtype=torch.float64)
+            self.sum_yx = torch.zeros(targets, out, width, dtype=torch.float64)
+            self.sum_yy = torch.zeros(targets, targets, out, dtype=torch.float64)
         x, y = x - self.shift_x[:, None], y - self.shift_y[:, None]
-        by_group = y.reshape(wanted, rows, groups, -1).movedim(2, 1)
+        by_group = y.reshape(targets, rows, groups, -1).movedim(2, 1)
         self.count += rows
         self.sum_x += x.sum(1, dtype=torch.float64)
         self.sum_y += y.sum(1, dtype=torch.float64)
         self.sum_xx += x.mT @ x
         self.sum_yx += (by_group.mT @ x).reshape(self.sum_yx.shape)
-        for i in range(wanted):
+        for i in range(targets):
             self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)
 
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
-        """The sums over the rows of both."""
+        """The sums over the rows of both operands."""
         if not self.count or not other.count:
             return self if self.count else other
         n, per = other.count, self.sum_y.shape[1] // len(self.sum_x)
         dx, dy = (other.shift_x - self.shift_x).double(), (other.shift_y - self.shift_y).double()
         of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, other.sum_x))
-        # Those of the other about our shift: (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ, summed.
+        # The other's sums relative to our shift: of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ.
         x, y = other.sum_x, other.sum_y
         xx = other.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
         yx = other.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
@@ -138,8 +145,8 @@ class SecondMoments:
             self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
         )  # fmt: skip
 
-    def combined(self, share: Float[Tensor, "wanted out"]) -> "SecondMoments":
-        """With one wanted output for each input: the sum of these shares of those that there are."""
+    def combined(self, share: Float[Tensor, "targets out"]) -> "SecondMoments":
+        """The moments with a single target: the sum of all targets, each times its share per output."""
         w = share.to(torch.float64).expand(self.sum_y.shape)
         return SecondMoments(
             self.count, self.shift_x, (w * self.shift_y).sum(0, keepdim=True), self.sum_x,
@@ -148,7 +155,7 @@ class SecondMoments:
         )  # fmt: skip
 
     def problem(self, centred: bool) -> "LeastSquares":
-        """The expectations of the one wanted output: about the means where the bias is free to follow, else about 0."""
+        """The least-squares problem of a single target. Moments are about the means if `centred`, else about 0."""
         n, groups = self.count, len(self.sum_x)
         [sum_y], [shift_y], [sum_yx], [[sum_yy]] = self.sum_y, self.shift_y, self.sum_yx, self.sum_yy
         dx, dy = self.sum_x / n, sum_y / n
@@ -166,7 +173,10 @@ class SecondMoments:
 
 @dataclass(frozen=True, slots=True)
 class LeastSquares:
-    """Which W′ makes E‖y − W′x‖² least: its moments, in float64. Groups are those of a grouped convolution."""
+    """The problem of minimizing E‖y − W′x‖² over W′, as float64 moments.
+
+    `groups` are those of a grouped convolution; other layers have 1. `count` is the number of rows.
+    """
 
     gram: Float[Tensor, "groups columns columns"]  # C
     cross: Float[Tensor, "out columns"]  # G
@@ -176,19 +186,19 @@ class LeastSquares:
     count: int
 
     def by_group(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, "groups rows columns"]:
-        """A matrix's rows by the group whose inputs they sum over, in float64."""
+        """The rows of a matrix by convolution group, in float64."""
         return matrix.double().reshape(len(self.gram), -1, matrix.shape[1])
 
     def mean_of(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
-        """E[Wx]."""
+        """E[Wx], with W = `matrix`."""
         return (self.by_group(matrix) @ self.mean_x[..., None]).flatten()
 
     def error(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
-        """E(y − W′x)² for each output."""
+        """E(y − W′x)² for each output, with W′ = `matrix`."""
         w = self.by_group(matrix)
         quadratic = ((w @ self.gram) * w).sum(-1).flatten()
         return self.power - 2 * (self.cross * matrix.double()).sum(-1) + quadratic
 
     def bias(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
-        """What has to be added to W′x for the mean of y."""
+        """E[y − W′x], the bias that gives W′x + b the mean of y, with W′ = `matrix`."""
         return self.mean_y - self.mean_of(matrix)

@@ -1,4 +1,4 @@
-"""Certificates: the margin test is a theorem, the bound is Clopper and Pearson's, reaches are measured exactly."""
+"""Certificates: the margin test never fails, the bound is Clopper–Pearson's, output errors and shares are exact."""
 
 import math
 from dataclasses import replace
@@ -15,8 +15,8 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import Certify, NMMask
-from mpcompile.passes.certify import certificate, lower_bound, reaches_of, unchanged
-from mpcompile.passes.dense_comparison import attribution, outputs_of, twin_of
+from mpcompile.passes.certify import certificate, lower_bound, output_errors, unchanged
+from mpcompile.passes.dense_comparison import attribution, dense_layer, outputs_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
 
@@ -24,7 +24,7 @@ LOGITS = npst.arrays(np.float32, (6, 5), elements=st.floats(-100, 100, width=32)
 
 
 @given(LOGITS, npst.arrays(np.float32, (6, 5), elements=st.floats(-10, 10, width=32)), st.floats(0, 1))
-def test_no_certified_prediction_differs(logits: np.ndarray, change: np.ndarray, by: float) -> None:
+def test_no_proven_prediction_differs(logits: np.ndarray, change: np.ndarray, by: float) -> None:
     before = torch.from_numpy(logits)
     after = before + by * torch.from_numpy(change)
     proven = unchanged(before, after)
@@ -34,7 +34,7 @@ def test_no_certified_prediction_differs(logits: np.ndarray, change: np.ndarray,
 
 
 @pytest.mark.parametrize("trials", [1, 7, 60])
-def test_the_bound_is_where_as_many_become_unlikely(trials: int) -> None:
+def test_the_bound_is_the_rate_with_a_tail_of_five_per_cent(trials: int) -> None:
     for successes in range(trials + 1):
         p = lower_bound(successes, trials, 0.95)
         # P(Binomial(n, p) ≥ k), summed by hand, is 5 % at the bound.
@@ -48,15 +48,15 @@ def masked(model: Model) -> tuple[Model, Data]:
 
 
 @pytest.mark.parametrize("make", [tiny_mlp, tiny_cnn, tiny_vit])
-def test_reaches_are_the_largest_change_of_an_output_on_the_inputs_it_now_gets(make: object) -> None:
+def test_output_errors_are_those_of_the_dense_layer_on_the_pruned_inputs(make: object) -> None:
     result, data = masked(make())  # type: ignore[operator]
     assert result.dense is not None
     with torch.no_grad():
-        reaches = reaches_of(result, data.held_out)
-        # Masked layers, and the dense ones that were fitted to make up for them.
-        assert set(reaches) == {name for name, plan in result.plan.items() if plan.relative_error is not None}
-        assert set(result.masks()) <= set(reaches)
-        for name, reach in reaches.items():
+        errors = output_errors(result, data.held_out)
+        # Masked layers, and the dense layers that were refitted.
+        assert set(errors) == {name for name, plan in result.plan.items() if plan.relative_error is not None}
+        assert set(result.masks()) <= set(errors)
+        for name, error in errors.items():
             found: dict[str, torch.Tensor] = {}
             layer = result.layer(name)
             handle = layer.register_forward_hook(lambda m, args, y, found=found: found.update(x=args[0], y=y))
@@ -64,7 +64,7 @@ def test_reaches_are_the_largest_change_of_an_output_on_the_inputs_it_now_gets(m
             handle.remove()
             old = result.dense.get_submodule(name)
             wanted = (old(found["x"]) - found["y"]).abs().flatten(1).amax(1)
-            torch.testing.assert_close(reach, wanted, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(error, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_shares_sum_to_one_for_a_small_change() -> None:
@@ -78,8 +78,8 @@ def test_shares_sum_to_one_for_a_small_change() -> None:
     assert sum(shares.values()) == pytest.approx(1, abs=0.02)
 
 
-def test_statistics_share_as_what_they_do_to_the_logits() -> None:
-    """Of normalisations alone, moved a little, the shares still sum to one."""
+def test_changed_batch_norm_statistics_have_a_share() -> None:
+    """If only batch-norm statistics change, and only a little, the shares still sum to 1."""
     model = tiny_cnn()
     data = tiny_data(model)
     moved, _ = PassManager([NMMask(NM(2, 4))]).run(model, data)
@@ -94,7 +94,7 @@ def test_statistics_share_as_what_they_do_to_the_logits() -> None:
     assert shares["norm"] == pytest.approx(1, abs=0.02)
 
 
-def test_the_share_of_a_layer_that_alone_changed_is_all() -> None:
+def test_the_only_changed_layer_has_the_whole_share() -> None:
     model = tiny_mlp()
     data = tiny_data(model)
     result, _ = PassManager([NMMask(NM(2, 4), include=("head",), exclude=("stem", "hidden"))]).run(model, data)
@@ -102,7 +102,7 @@ def test_the_share_of_a_layer_that_alone_changed_is_all() -> None:
     assert attribution(result, data.held_out) == pytest.approx({"head": 1.0}, abs=1e-4)
 
 
-def test_the_pass_sees_held_out_images_only_at_the_end() -> None:
+def test_there_is_a_certificate_only_if_no_lossy_pass_follows() -> None:
     model = tiny_mlp()
     data = tiny_data(model)
     result, _ = PassManager([NMMask(NM(2, 4)), Certify()]).run(model, data)
@@ -111,10 +111,10 @@ def test_the_pass_sees_held_out_images_only_at_the_end() -> None:
     early, _ = PassManager([NMMask(NM(2, 4)), Certify(), NMMask()]).run(model, data)
     assert early.certificate is None
     plain, _ = PassManager([Certify()]).run(model, data)
-    assert plain.certificate is None  # nothing was lost, so there is nothing to prove
+    assert plain.certificate is None  # no lossy pass came before it
 
 
-def test_the_critical_amplification_is_where_the_theorem_holds() -> None:
+def test_the_critical_amplification_is_the_largest_that_the_theorem_allows() -> None:
     model = tiny_mlp()
     data = tiny_data(model)
     result, _ = PassManager([NMMask(NM(2, 4), "magnitude", "none"), Certify(weight_decay=0.1, l1=0.01)]).run(
@@ -130,12 +130,12 @@ def test_the_critical_amplification_is_where_the_theorem_holds() -> None:
     assert row.critical * budget == pytest.approx(float(saved), rel=1e-4)
 
 
-def test_outputs_that_are_no_logits_are_refused() -> None:
+def test_outputs_that_are_not_logits_are_refused() -> None:
     from mpcompile.frontend.capture import capture
     from mpcompile.testing import TinyMLP, tiny_source
 
     model = capture(TinyMLP(outputs=1), tiny_source())
-    with pytest.raises(PassError, match="needed are two logits or more"):
+    with pytest.raises(PassError, match=r"an output has shape \(1,\); certify needs 2 or more logits"):
         PassManager([NMMask(NM(2, 4)), Certify()]).run(model, tiny_data(model))
     with pytest.raises(UsageError, match="confidence is 1.5"):
         Certify(confidence=1.5)
@@ -149,9 +149,11 @@ def test_outputs_of_all_images() -> None:
     torch.testing.assert_close(found, model(data.held_out.first(70)), rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_that_came_in_later_is_no_layer_of_the_dense_model() -> None:
+def test_a_layer_that_the_dense_model_lacks_is_refused() -> None:
     model = tiny_mlp()
     masked, _ = PassManager([NMMask(criterion="magnitude", refit="none")]).run(model, Data())
     masked.graph.add_module("later", torch.nn.Linear(3, 3))
-    with pytest.raises(PassError, match="the dense model has no layer like later; a pass in between has rebuilt it"):
-        twin_of(masked, "later")
+    with pytest.raises(
+        PassError, match="the dense model has no layer later with this weight shape, so a pass rebuilt the layer"
+    ):
+        dense_layer(masked, "later")

@@ -1,4 +1,4 @@
-"""Prune–restore: slots are filled, layers come back in order of their share until the limit holds."""
+"""Prune–restore: unused slots are filled, and layers are un-pruned by share until the limit holds."""
 
 import logging
 from dataclasses import replace
@@ -18,14 +18,14 @@ from mpcompile.testing import assert_follows, tiny_cnn, tiny_data, tiny_vit
 
 
 def shift(model: Model, dense: Model, data: Data) -> float:
-    """As the pass measures it: mean largest change, as a share of the range."""
+    """The measure of `max_shift`: the mean largest change of a logit, as a share of the range of dense logits."""
     images = data.validation.first(len(data.validation))
     before, after = dense(images), model(images)
     spread = (before.amax(1) - before.amin(1)).mean()
     return float((after - before).abs().amax(1).mean() / spread)
 
 
-def test_layers_come_back_until_the_limit_holds(caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_are_restored_until_the_limit_holds(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_vit()
     data = tiny_data(model)
     masked, _ = PassManager([NMMask(NM(1, 4))]).run(model, data)
@@ -33,11 +33,11 @@ def test_layers_come_back_until_the_limit_holds(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, "mpcompile"):
         result, records = PassManager([NMMask(NM(1, 4)), Restore(max_shift=limit)]).run(model, data)
     assert shift(result, model, data) <= limit
-    back = [name for name, plan in result.plan.items() if plan.skipped and plan.skipped.startswith("restored")]
+    restored = [name for name, plan in result.plan.items() if plan.skipped and plan.skipped.startswith("restored")]
     kept = [name for name, plan in result.plan.items() if plan.mask is not None]
-    assert back
-    assert kept  # not all: the limit is half of what was lost
-    for name in back:
+    assert restored
+    assert kept  # not all layers: the limit is half of the shift
+    for name in restored:
         assert torch.equal(result.layer(name).weight, model.layer(name).weight)
         assert f"{name} goes to dense" in caplog.text
     assert "multiply-accumulates an image are left" in caplog.text
@@ -46,7 +46,7 @@ def test_layers_come_back_until_the_limit_holds(caplog: pytest.LogCaptureFixture
         assert_follows(result.layer(name).weight, NM(1, 4))
 
 
-def test_a_milder_pattern_comes_before_dense() -> None:
+def test_a_milder_pattern_is_tried_before_dense() -> None:
     model = tiny_vit()
     data = tiny_data(model)
     masked, _ = PassManager([NMMask(NM(1, 4))]).run(model, data)
@@ -60,7 +60,7 @@ def test_a_milder_pattern_comes_before_dense() -> None:
     assert shift(result, model, data) <= limit
 
 
-def test_a_limit_of_nothing_brings_everything_back_exactly() -> None:
+def test_a_limit_of_zero_restores_the_dense_model_exactly() -> None:
     model = tiny_cnn()
     data = tiny_data(model)
     result, _ = PassManager([NMMask(NM(2, 4)), Restore(max_shift=0.0)]).run(model, data)
@@ -68,7 +68,7 @@ def test_a_limit_of_nothing_brings_everything_back_exactly() -> None:
     assert torch.equal(result(model.example), model(model.example))
 
 
-def test_norms_that_took_up_a_bias_come_back_with_their_layer() -> None:
+def test_a_norm_that_absorbed_a_mean_shift_is_restored_with_its_layer() -> None:
     from mpcompile.frontend.capture import capture
     from mpcompile.testing import tiny_source
 
@@ -87,11 +87,11 @@ def test_norms_that_took_up_a_bias_come_back_with_their_layer() -> None:
     assert torch.equal(result(model.example), model(model.example))
 
 
-def test_unused_slots_take_the_largest_weights_of_their_group() -> None:
+def test_unused_slots_get_the_largest_weights_of_their_group() -> None:
     model = tiny_vit()
     masked, _ = PassManager([NMMask(NM(1, 4), "magnitude")]).run(model, Data())
     name = "blocks.0.mlp.fc1"
-    plan = replace(masked.plan[name], pattern=NM(2, 4))  # a 1:4 mask in a pattern that pays for two
+    plan = replace(masked.plan[name], pattern=NM(2, 4))  # a 1:4 mask under a pattern with 2 slots
     result, _ = PassManager([Restore()]).run(masked.with_plan({name: plan}), Data())
     mask = result.plan[name].mask
     assert mask is not None
@@ -101,7 +101,7 @@ def test_unused_slots_take_the_largest_weights_of_their_group() -> None:
     assert torch.equal(result.layer(name).weight, wanted.layer(name).weight)
 
 
-def test_filling_keeps_what_is_used_and_the_pattern_of_shared_rows() -> None:
+def test_filling_keeps_used_weights_and_row_shared_patterns() -> None:
     dense = torch.randn(8, 16)
     used = torch.zeros(8, 16, dtype=torch.bool)
     used[0, 3] = used[1, 3] = True
@@ -111,13 +111,15 @@ def test_filling_keeps_what_is_used_and_the_pattern_of_shared_rows() -> None:
     assert int(mask.sum()) == 64
 
 
-def test_limits_that_cannot_be_measured_are_refused() -> None:
+def test_a_limit_without_images_or_labels_is_refused() -> None:
     model = tiny_vit()
     data = tiny_data(model)
-    with pytest.raises(PassError, match="a limit on the loss is measured on validation images; give --data"):
+    with pytest.raises(PassError, match="max_drop and max_shift are measured on validation images; give --data"):
         PassManager([NMMask(NM(2, 4)), Restore(max_shift=0.1)]).run(model, Data())
     unlabelled = replace(data, validation=replace(data.validation, labelled=False))
-    with pytest.raises(PassError, match="max_drop needs labelled images; give max_shift instead"):
+    with pytest.raises(
+        PassError, match="max_drop needs labels, and the validation images have none; give max_shift instead"
+    ):
         PassManager([NMMask(NM(2, 4)), Restore(max_drop=1.0)]).run(model, unlabelled)
     with pytest.raises(UsageError, match="max_drop is -1.0"):
         Restore(max_drop=-1.0)

@@ -1,4 +1,4 @@
-"""N:M masks: laws over shapes and patterns, an independent enumeration, and which layers are left dense."""
+"""N:M masks: properties over shapes and patterns, an independent enumeration, and which layers stay dense."""
 
 import itertools
 
@@ -71,8 +71,8 @@ def test_equals_enumeration_of_every_choice(pattern: NM) -> None:
         part = weight[rows, group * pattern.of : (group + 1) * pattern.of].abs().sum(0).numpy()
         choices = itertools.combinations(range(pattern.of), pattern.keep)
         best = sorted(choices, key=lambda kept, part=part: -part[list(kept)].sum())[0]  # type: ignore[misc]
-        found = mask[rows.start, group * pattern.of : (group + 1) * pattern.of].nonzero().flatten().tolist()
-        assert tuple(found) == best
+        kept = mask[rows.start, group * pattern.of : (group + 1) * pattern.of].nonzero().flatten().tolist()
+        assert tuple(kept) == best
 
 
 def test_equal_scores_keep_the_first() -> None:
@@ -95,7 +95,7 @@ def test_convolution_equals_linear_on_its_taps() -> None:
         assert torch.equal(mask[:, :, y, x], nm_mask(weight[:, :, y, x].abs(), NM(2, 4)))
 
 
-def test_infinite_and_nan_weights_that_are_dropped_become_zero() -> None:
+def test_removed_weights_become_positive_zero() -> None:
     layer = nn.Linear(4, 4)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[-0.0, -1.0, 2.0, 3.0]] * 4))
@@ -132,7 +132,7 @@ def test_masked_layers_and_reasons_of_a_cnn() -> None:
         assert float((result.layer(name).weight != 0).float().mean()) == 0.5
 
 
-def test_include_overrides_defaults_and_not_facts() -> None:
+def test_include_overrides_defaults_but_not_facts() -> None:
     result = run(tiny_cnn(), NMMask(NM(2, 4), include=("head", "widen", "depthwise")))
     assert result.plan["head"].mask is not None
     assert result.plan["widen"].skipped == "6 input channels are not a multiple of 4"
@@ -145,12 +145,12 @@ def test_exclude_wins_over_include() -> None:
     assert result.plan["blocks.0.mlp.fc1"].mask is not None
 
 
-def test_a_pattern_for_no_layer_is_an_error_that_lists_layers() -> None:
+def test_an_exclude_that_matches_no_layer_is_refused_with_the_layer_names() -> None:
     with pytest.raises(UsageError, match=r"no layer is called 'blokcs.*'; the layers are patch_embed.proj, blocks.0"):
         run(tiny_vit(), NMMask(NM(2, 4), exclude=("blokcs.*",)))
 
 
-def test_a_planned_pattern_wins_over_the_passes_own() -> None:
+def test_a_planned_pattern_wins_over_that_of_the_pass() -> None:
     model = tiny_vit()
     model = model.with_plan({"blocks.0.mlp.fc1": LayerPlan(pattern=NM(1, 4))})
     result = run(model, NMMask(NM(2, 4)))
@@ -158,7 +158,7 @@ def test_a_planned_pattern_wins_over_the_passes_own() -> None:
     assert result.plan["blocks.0.mlp.fc2"].pattern == NM(2, 4)
 
 
-def test_eligibility_goes_by_the_planned_pattern() -> None:
+def test_eligibility_is_decided_for_the_planned_pattern() -> None:
     model = tiny_cnn().with_plan({"body": LayerPlan(pattern=NM(2, 64)), "grouped": LayerPlan(pattern=NM(1, 8))})
     plan = run(model, NMMask(NM(2, 16))).plan
     assert plan["body"].skipped == "16 input channels are not a multiple of 64"
@@ -166,7 +166,7 @@ def test_eligibility_goes_by_the_planned_pattern() -> None:
     assert plan["grouped"].skipped is None
 
 
-def test_a_second_mask_pass_adds_and_does_not_overwrite() -> None:
+def test_a_second_mask_pass_adds_masks_and_overwrites_none() -> None:
     first = NMMask(NM(2, 4), exclude=("blocks.1.*",))
     second = NMMask(NM(1, 4), exclude=("blocks.0.*",))
     result, _ = PassManager([first, second]).run(tiny_vit(), Data())
@@ -179,7 +179,7 @@ def test_a_second_mask_pass_adds_and_does_not_overwrite() -> None:
         PassManager([first, NMMask(NM(1, 4))]).run(tiny_vit(), Data())
 
 
-def test_masking_nothing_is_a_failure() -> None:
+def test_a_pattern_that_no_layer_can_have_is_refused() -> None:
     with pytest.raises(
         PassError, match=r"no layer takes 7:13 \(patch_embed.proj: stem.*; blocks.0.attn.qkv: 32 input channels"
     ):
@@ -189,7 +189,7 @@ def test_masking_nothing_is_a_failure() -> None:
         run(empty, NMMask())
 
 
-def test_rows_that_do_not_divide_are_a_reason() -> None:
+def test_a_layer_stays_dense_if_its_rows_do_not_divide() -> None:
     result = run(tiny_cnn(), NMMask(NM(2, 4, rows=4)))
     assert result.plan["odd"].skipped == "6 output channels are not a multiple of the 4 that share a pattern"
 
@@ -231,7 +231,7 @@ def test_packed_attention_is_listed_with_its_reason() -> None:
     assert result.plan["attention.out_proj"].mask is not None
 
 
-def test_violations_say_what_is_wrong() -> None:
+def test_a_violation_is_described() -> None:
     layer = nn.Linear(8, 4)
     mask = nm_mask(layer.weight.detach().abs(), NM(2, 4))
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_violations_say_what_is_wrong() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
-def test_magnitude_keeps_the_energy_of_an_independent_projection(seed: int) -> None:
+def test_magnitude_removes_the_energy_of_an_independent_projection(seed: int) -> None:
     """Against NumPy in float64: squared error of the best 2:4 projection, group by group."""
     weight = np.random.default_rng(seed).standard_normal((8, 32))
     mask = nm_mask(torch.from_numpy(weight).abs(), NM(2, 4)).numpy()
@@ -262,6 +262,6 @@ def test_a_pass_failure_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None
     def explode(*args: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(module, "masked", explode)
+    monkeypatch.setattr(module, "MaskProblem", explode)
     with pytest.raises(PassError, match=r"nm-mask failed on blocks.0.attn.qkv: RuntimeError: no memory"):
         run(tiny_vit(), NMMask())

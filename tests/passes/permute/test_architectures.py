@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+from mpcompile.analysis.eligibility import eligible_patterns
 from mpcompile.data.images import Data
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
@@ -15,7 +16,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import grouped
-from mpcompile.passes import NMMask, Permute
+from mpcompile.passes import Permute
 from mpcompile.passes.permute.coupling import apply_order, couple
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import _seeded, tiny_vit
@@ -49,7 +50,7 @@ LARGE = ("efficientnet_b0",)  # slow: cannot be made narrow; mobilenetv3 has the
 def kept_share(model: Model, pattern: NM) -> float:
     """The share of Σ|W| that the pattern keeps, over all layers that can be masked."""
     total = kept = 0.0
-    for name, choice in NMMask(pattern).choices(model).items():
+    for name, choice in eligible_patterns(model, pattern).items():
         if isinstance(choice, NM):
             groups = grouped(model.layer(name).weight.detach().abs(), pattern.of)
             kept += float(groups.topk(pattern.keep, dim=-1).values.sum())
@@ -86,7 +87,7 @@ def test_the_outputs_stay_and_the_pattern_keeps_more(architecture: Model) -> Non
         size = architecture.layer(name).weight.shape[1]
         assert all(torch.equal(part.sort().values, torch.arange(size)) for part in order.split(size))
     for name, plan in result.plan.items():
-        masked = isinstance(NMMask().choices(architecture)[name], NM)
+        masked = isinstance(eligible_patterns(architecture, None)[name], NM)
         assert not masked or (plan.permutation is None) == (plan.unpermuted is not None), name
 
 

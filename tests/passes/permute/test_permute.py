@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.analysis.activation_stats import conditional_scales, input_scales
+from mpcompile.analysis.eligibility import eligible_patterns
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
 from mpcompile.export.onnx_export import lower
@@ -77,8 +78,8 @@ def test_the_score_activation_keeps_more_of_weight_times_input(build: Callable[[
 
     def products(model: Model) -> float:
         scales = input_scales(model, data.calibration)
-        choices = NMMask(pattern).choices(model)
-        patterns = {name: choice for name, choice in choices.items() if isinstance(choice, NM)}
+        eligible = eligible_patterns(model, pattern)
+        patterns = {name: choice for name, choice in eligible.items() if isinstance(choice, NM)}
         return total_kept(scores_by_axis(model, patterns, scales))
 
     model = build()

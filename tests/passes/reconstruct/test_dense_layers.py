@@ -1,4 +1,4 @@
-"""Layers that stay dense are fitted to make up for masked ones before them: which, how well, and when they go back."""
+"""Refits of dense layers after masked ones: which layers, how accurate, and when they are undone."""
 
 import copy
 
@@ -11,12 +11,12 @@ from mpcompile.data.images import Data
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask, Restore
-from mpcompile.passes.reconstruct.dense_layers import after, repairable
+from mpcompile.passes.reconstruct.dense_layers import layers_downstream, layers_to_repair
 from mpcompile.passes.reconstruct.second_moments import columns, rows_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
-MASK = NMMask(NM(2, 4), exclude=("grouped", "odd"))  # `body` alone has a pattern; depthwise, grouped … come after it
+MASK = NMMask(NM(2, 4), exclude=("grouped", "odd"))  # masks `body` alone; depthwise, grouped … come after it
 
 
 def run(step: NMMask, model: Model, data: Data) -> Model:
@@ -34,23 +34,28 @@ def inputs_and_outputs(model: Model, name: str, images: Tensor) -> tuple[Tensor,
     return seen[0]
 
 
-def test_what_is_fitted() -> None:
+def test_dense_layers_after_masked_ones_are_refitted() -> None:
     model = tiny_cnn()
     reasons = dict.fromkeys(("stem", "depthwise", "grouped", "odd", "widen", "head"), "it stays dense")
-    assert after(model, ["body"]) == {"depthwise", "grouped", "odd", "widen", "head"}
-    assert repairable(model, ["body"], reasons) == ["depthwise", "grouped", "odd", "widen"]  # the head is an output
-    assert repairable(model, ["odd"], reasons | {"widen": "excluded by 'w*'"}) == []
-    assert repairable(model, ["head"], reasons) == []
+    assert layers_downstream(model, ["body"]) == {"depthwise", "grouped", "odd", "widen", "head"}
+    assert layers_to_repair(model, ["body"], reasons) == [
+        "depthwise",
+        "grouped",
+        "odd",
+        "widen",
+    ]  # the head is an output
+    assert layers_to_repair(model, ["odd"], reasons | {"widen": "excluded by 'w*'"}) == []
+    assert layers_to_repair(model, ["head"], reasons) == []
 
 
 @pytest.mark.parametrize("step", [NMMask(NM(2, 4)), MASK])
-def test_only_what_is_fitted_changes(step: NMMask) -> None:
+def test_no_other_layer_changes(step: NMMask) -> None:
     model = tiny_cnn()
     data, dense = tiny_data(model), copy.deepcopy(model.graph.state_dict())
     result = run(step, model, data)
     fitted = {name for name, plan in result.plan.items() if plan.relative_error is not None}
     masked = set(result.patterns())
-    assert fitted - masked == {"depthwise", "widen"}  # what is excluded by name stays as it is
+    assert fitted - masked == {"depthwise", "widen"}  # not the layers excluded by name
     for name, value in result.graph.state_dict().items():
         layer = name.rpartition(".")[0]
         assert torch.equal(value, dense[name]) is (layer not in fitted), name
@@ -70,7 +75,7 @@ def test_the_fit_is_the_least_squares_solution() -> None:
     rows, y = columns(layer, x).double().numpy(), rows_of(layer, wanted).double().numpy()
     power = [np.var(channel, axis=0).mean() for channel in rows]
     for channel in range(16):
-        # Ridge regression towards the layer's own weights as rows of a plain system, deviations from the mean alone.
+        # Ridge regression towards the layer's own weights, as extra rows of the system; about the means.
         a, b = rows[channel] - rows[channel].mean(0), y[:, channel] - y[:, channel].mean()
         pull = np.sqrt(damping * power[channel] * len(a))
         system = np.concatenate([a, pull * np.eye(9)])
@@ -82,7 +87,7 @@ def test_the_fit_is_the_least_squares_solution() -> None:
         assert float(layer.bias[channel].detach()) == pytest.approx(bias, abs=1e-4)
 
 
-def test_it_lessens_the_loss_where_it_is_made() -> None:
+def test_the_refit_lowers_the_error_of_the_layer() -> None:
     model = tiny_cnn()
     data = tiny_data(model)
     images = data.calibration.first(len(data.calibration))
@@ -93,11 +98,11 @@ def test_it_lessens_the_loss_where_it_is_made() -> None:
         _, found = inputs_and_outputs(run(step, model, data), "depthwise", images)
         return float((found - wanted).double().square().sum())
 
-    # The fit minimises this and a pull towards the weights as they were, which these do not feel: it cannot be more.
+    # The refit minimizes this error plus the ridge term, which is 0 at the original weights: the error cannot grow.
     assert lost(True) < lost(False)
 
 
-def test_a_transformer_whose_layers_are_all_masked_has_nothing_to_fit() -> None:
+def test_repair_changes_nothing_in_a_transformer_whose_layers_are_all_masked() -> None:
     model = tiny_vit()
     data = tiny_data(model)
     with_it, without = (run(NMMask(NM(2, 4), repair=repair), model, data) for repair in (True, False))
@@ -105,7 +110,7 @@ def test_a_transformer_whose_layers_are_all_masked_has_nothing_to_fit() -> None:
         assert torch.equal(one, other), name
 
 
-def test_what_was_fitted_goes_back_with_what_it_was_fitted_for() -> None:
+def test_restore_undoes_refits_without_a_masked_layer_before_them() -> None:
     model = tiny_cnn()
     data = tiny_data(model)
     result, _ = PassManager([NMMask(NM(2, 4), include=("odd",)), Restore(max_shift=0.0)]).run(model, data)

@@ -1,13 +1,6 @@
-"""Layer by layer on pruned inputs: the moments are those of plain forward passes, whatever the graph does."""
+"""Layer-wise calibration: the moments equal those of plain forward passes, and the protocol of the generator."""
 
-import errno
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,66 +15,108 @@ from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
-from mpcompile.passes.reconstruct import layerwise as lockstep
-from mpcompile.passes.reconstruct.layerwise import TiedWeight, peak_bytes, rewrite_in_order
-from mpcompile.passes.reconstruct.second_moments import SecondMoments, columns
-from mpcompile.pipeline.partial_results import keeping
+from mpcompile.passes.reconstruct import calibration_batches
+from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
+from mpcompile.passes.reconstruct.layerwise import layerwise
+from mpcompile.passes.reconstruct.second_moments import columns
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.system.progress import listening
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 HALF = NM(2, 4)
 
 
-def due(model: Model) -> list[str]:
+def eligible_layers(model: Model) -> list[str]:
     return [name for name, reason in eligible(model, HALF).items() if reason is None]
 
 
 @pytest.mark.parametrize("make", [tiny_mlp, tiny_cnn, tiny_vit])
-def test_every_layer_sees_what_the_rewritten_layers_before_it_give(make: object) -> None:
+def test_moments_are_those_of_the_inputs_from_rewritten_layers(make: object) -> None:
     model: Model = make()  # type: ignore[operator]
     images = tiny_data(model, 40).calibration
     pixels = images.first(40)
-    names = due(model)
+    names = eligible_layers(model)
     order = []
-
-    def rewrite(site: TiedWeight, moments: SecondMoments | None) -> None:
-        assert moments is not None
-        [name] = site.names
+    for step in layerwise(model, None, images, names):
+        assert step.moments is not None
+        [name] = step.weight.names
         order.append(name)
-        seen: list[Tensor] = []
-        with torch.no_grad():  # an independent pass over the model as it now is
-            LayerInterpreter(
-                model.graph, lambda n, layer, x, y: seen.append(columns(layer, x)) if n == name else None
-            ).run(pixels)
-            rows = torch.cat(seen, 1).double()
-            found = moments.problem(centred=False)
+        inputs: list[Tensor] = []
+
+        def keep(n: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor, name: str = name) -> None:
+            if n == name:
+                inputs.append(columns(layer, x))  # noqa: B023
+
+        with torch.no_grad():  # an independent run of the model with the layers rewritten so far
+            LayerInterpreter(model.graph, keep).run(pixels)
+            rows = torch.cat(inputs, 1).double()
             wanted = rows.mT @ rows / rows.shape[1]
             # Products of one batch are float32.
-            torch.testing.assert_close(found.gram, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
-            model.layer(name).weight.mul_(0.5)
-
-    rewrite_in_order(model, images, names, rewrite)
+            gram = step.moments.problem(centred=False).gram
+            torch.testing.assert_close(gram, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+            step.layer.weight.mul_(0.5)
     assert sorted(order) == sorted(names)
 
 
-def test_wanted_outputs_are_those_of_the_model_as_it_was() -> None:
+def hooks_of(model: Model) -> int:
+    return sum(len(module._forward_hooks) for module in model.graph.modules())
+
+
+def test_nothing_runs_before_the_first_step() -> None:
+    model = tiny_mlp()
+    steps = layerwise(model, None, tiny_data(model, 16).calibration, ["no such layer"])
+    assert hooks_of(model) == 0
+    with pytest.raises(AttributeError):
+        next(steps)
+
+
+@pytest.mark.parametrize("leave", ["break", "exception", "close"])
+def test_leaving_the_loop_early_removes_the_hooks_and_keeps_gradients_on(leave: str) -> None:
+    model = tiny_vit()
+    dense = tiny_vit().graph
+    steps = layerwise(model, dense, tiny_data(model, 16).calibration, eligible_layers(model))
+    next(steps)
+    assert hooks_of(model) > 0
+    assert torch.is_grad_enabled()  # the generator does not change the caller's gradient mode
+    if leave == "close":
+        steps.close()
+    elif leave == "break":
+        for _ in steps:
+            break
+        del steps
+    else:
+        with pytest.raises(RuntimeError, match="the caller failed"):
+            steps.throw(RuntimeError("the caller failed"))
+    assert hooks_of(model) == 0
+    assert not any(module._forward_hooks for module in dense.modules())
+
+
+def test_no_moments_are_collected_for_finished_weights() -> None:
+    model = tiny_vit()
+    names = eligible_layers(model)
+    moments = {
+        step.weight.names[0]: step.moments
+        for step in layerwise(model, None, tiny_data(model, 16).calibration, names, finished=names[:2])
+    }
+    assert [name for name in names if moments[name] is None] == names[:2]
+
+
+def test_refits_are_closer_to_the_dense_model_than_masks_alone() -> None:
     model = tiny_vit()
     data = tiny_data(model, 32)
     before = model(data.calibration.first(32))
     result, _ = PassManager([NMMask(HALF)]).run(model, data)
     plain, _ = PassManager([NMMask(HALF, "magnitude", "none")]).run(model, data)
-    once, _ = PassManager([NMMask(HALF, sequential=False)]).run(model, data)
+    at_once, _ = PassManager([NMMask(HALF, sequential=False)]).run(model, data)
     own, _ = PassManager([NMMask(HALF, refit="layer")]).run(model, data)
 
-    def off(other: Model) -> float:
+    def error(other: Model) -> float:
         return float((other(data.calibration.first(32)) - before).square().mean())
 
-    assert off(result) < off(own) < 0.2 * off(plain)
-    assert off(once) < 0.2 * off(plain)
+    assert error(result) < error(own) < 0.2 * error(plain)
+    assert error(at_once) < 0.2 * error(plain)
 
 
-def test_the_mean_output_of_a_convolution_without_bias_is_put_into_its_norm() -> None:
+def test_the_norm_after_a_convolution_without_bias_absorbs_the_mean_shift() -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -108,7 +143,7 @@ def test_the_mean_output_of_a_convolution_without_bias_is_put_into_its_norm() ->
     torch.testing.assert_close(means[0], means[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_weight_used_twice_gets_one_mask_from_all_its_inputs() -> None:
+def test_a_reused_weight_gets_one_mask_from_all_its_inputs() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -128,7 +163,7 @@ def test_a_weight_used_twice_gets_one_mask_from_all_its_inputs() -> None:
     assert torch.equal(result.layer("body").bias, model.layer("body").bias)  # type: ignore[arg-type]
 
 
-def test_beit_which_fetches_its_weights_is_calibrated_too() -> None:
+def test_beit_which_fetches_its_weights_is_calibrated() -> None:
     from timm.models.beit import Beit
 
     beit = Beit(img_size=16, patch_size=4, in_chans=1, num_classes=5, embed_dim=32, depth=2, num_heads=2)
@@ -137,12 +172,12 @@ def test_beit_which_fetches_its_weights_is_calibrated_too() -> None:
     result, _ = PassManager([NMMask(HALF)]).run(model, data)
     plain, _ = PassManager([NMMask(HALF, "magnitude", "none")]).run(model, data)
     wanted = model(data.calibration.first(32))
-    off = [float((m(data.calibration.first(32)) - wanted).square().mean()) for m in (result, plain)]
+    errors = [float((m(data.calibration.first(32)) - wanted).square().mean()) for m in (result, plain)]
     assert result.plan["blocks.0.attn.qkv"].relative_error is not None
-    assert off[0] < off[1]
+    assert errors[0] < errors[1]
 
 
-def test_images_that_are_not_numbers_are_named() -> None:
+def test_an_image_that_is_not_finite_is_named() -> None:
     model = tiny_mlp()
 
     class Bad(Noise):
@@ -155,23 +190,23 @@ def test_images_that_are_not_numbers_are_named() -> None:
         PassManager([NMMask(HALF)]).run(model, Data(images))
 
 
-def test_images_that_are_all_alike_leave_a_sound_model() -> None:
+def test_identical_images_give_finite_outputs() -> None:
     model = tiny_cnn()
     images = Split(Noise((1, 8, 8), 1), (0,) * 20, labelled=True)
     result, _ = PassManager([NMMask(HALF)]).run(model, Data(images))
     assert result(model.example).isfinite().all()
 
 
-def test_more_than_memory_holds_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_images_for_memory_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_vit()
-    monkeypatch.setattr(lockstep, "available_bytes", lambda: 2 * 10 * int(peak_bytes(model)))
+    monkeypatch.setattr(calibration_batches, "available_bytes", lambda: 2 * 10 * int(peak_bytes(model)))
     with pytest.raises(PassError, match=r"calibration on 64 images holds .* GiB at once.*at most 10 images"):
         PassManager([NMMask(HALF)]).run(model, tiny_data(model))
 
 
-def test_peak_bytes_count_what_is_alive_at_once() -> None:
+def test_peak_bytes_are_those_of_the_activations_alive_at_one_node() -> None:
     model = tiny_mlp()
-    # At the widest place, the 64 pixels and their flattened copy.
+    # At the largest node, the 64 pixels and their flattened copy.
     assert peak_bytes(model) == 4 * (64 + 64)
 
 
@@ -182,95 +217,12 @@ def test_peak_bytes_count_what_is_alive_at_once() -> None:
         (NMMask(HALF, refit="model"), "the refit to the model needs calibration images"),
     ],
 )
-def test_what_needs_images_says_so(step: NMMask, text: str) -> None:
+def test_missing_calibration_images_are_refused(step: NMMask, text: str) -> None:
     with pytest.raises(PassError, match=text):
         PassManager([step]).run(tiny_mlp(), Data())
 
 
-def test_finished_layers_are_taken_up(tmp_path: Path) -> None:
-    model = tiny_vit()
-    data = tiny_data(model, 32)
-    whole, _ = PassManager([NMMask(HALF)]).run(model, data)
-    kept = tmp_path / "kept"
-
-    class StopError(Exception):
-        pass
-
-    def stop_at_fifth(label: str, done: int, count: int) -> None:
-        if done == 5:
-            raise StopError
-
-    with pytest.raises(PassError, match="StopError"), keeping(kept), listening(stop_at_fifth):
-        PassManager([NMMask(HALF)]).run(model, data)
-    [run] = kept.iterdir()
-    finished = sorted(path.name for path in run.iterdir())
-    assert len(finished) == 5
-    stamps = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    # Another pass, and other images, find nothing there.
-    with pytest.raises(PassError), keeping(kept), listening(stop_at_fifth):
-        PassManager([NMMask(HALF, damping=0.5)]).run(model, data)
-    assert len(list(kept.iterdir())) == 2
-    with keeping(kept):
-        again, _ = PassManager([NMMask(HALF)]).run(model, data)
-        assert {name: (run / name).stat().st_mtime_ns for name in finished} == stamps
-    for name, value in whole.graph.state_dict().items():
-        assert torch.equal(value, again.graph.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("full", ["reserve", "write"])
-def test_a_disk_without_room_for_finished_layers_is_no_failure(
-    full: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, written = tiny_vit(), Path.write_bytes
-    whole, _ = PassManager([NMMask(HALF)]).run(model, tiny_data(model, 16))
-
-    def third_fails(path: Path, content: bytes) -> int:
-        if len(list(path.parent.glob("*.safetensors"))) == 2:
-            written(path, content[:10])
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return written(path, content)
-
-    if full == "write":
-        monkeypatch.setattr(Path, "write_bytes", third_fails)
-    with keeping(tmp_path / "kept", reserve_bytes=1 << 60 if full == "reserve" else 0):
-        result, _ = PassManager([NMMask(HALF)]).run(model, tiny_data(model, 16))
-    for name, value in whole.graph.state_dict().items():
-        assert torch.equal(value, result.graph.state_dict()[name]), name
-    [line] = caplog.messages
-    assert line.startswith("results of this pass are no longer saved (")
-    kept = [path.suffix for path in (tmp_path / "kept").rglob("*.*")]
-    assert kept == ([".safetensors"] * 2 if full == "write" else [])
-
-
-def test_a_killed_process_leaves_only_whole_layers(tmp_path: Path) -> None:
-    """SIGKILL in the middle, as from an out-of-memory killer; what is kept can be read."""
-    code = (
-        "from pathlib import Path\n"
-        "from mpcompile.passes import NMMask\n"
-        "from mpcompile.pipeline.pass_manager import PassManager\n"
-        "from mpcompile.pipeline.partial_results import keeping\n"
-        "from mpcompile.testing import tiny_data, tiny_vit\n"
-        "model = tiny_vit()\n"
-        f"with keeping(Path({str(tmp_path / 'kept')!r})):\n"
-        "    while True:\n"
-        "        PassManager([NMMask()]).run(model, tiny_data(model))\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code])
-    kept = tmp_path / "kept"
-    deadline = time.monotonic() + 60
-    while not list(kept.glob("run-*/*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    model = tiny_vit()
-    with keeping(kept):
-        result, _ = PassManager([NMMask()]).run(model, tiny_data(model))
-    fresh, _ = PassManager([NMMask()]).run(model, tiny_data(model))
-    state = fresh.graph.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in result.graph.state_dict().items())
-
-
-def test_the_given_model_and_images_are_left_alone() -> None:
+def test_the_given_model_is_not_changed() -> None:
     model = tiny_cnn()
     data = tiny_data(model, 16)
     before = replace(model, graph=model.graph)(model.example).clone()

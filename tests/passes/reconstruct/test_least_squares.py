@@ -1,4 +1,4 @@
-"""Least squares on a support: against independent float64 solves, and what a refit may never do."""
+"""Least squares on a support, against independent float64 solves; the residual share by cross-validation."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
-from mpcompile.passes.reconstruct.least_squares import damped, of_layer, proven_share, refit, unconstrained
+from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, residual_share, unconstrained
 from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments, columns, product, rows_of
 
 LAYERS = (
@@ -79,7 +79,7 @@ def test_moments_are_those_of_all_rows_in_float64(layer: nn.Linear | nn.Conv2d, 
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
-    """A Linear, inputs of any rank with constant channels among them, other wanted outputs, and a mask."""
+    """A Linear, inputs of any rank with some constant channels, noisy targets, and a mask."""
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     of = draw(st.sampled_from((2, 4, 8)))
     rows = draw(st.sampled_from((1, 2)))
@@ -95,7 +95,7 @@ def problems(draw: st.DrawFn) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
 
 
 def damped_problem(layer: nn.Linear, x: Tensor, y: Tensor, damping: float = 1e-2) -> LeastSquares:
-    """Of these inputs and wanted outputs, about their means, pulled towards the layer's own weights."""
+    """The problem about the means, with the ridge term towards the layer's own weights."""
     moments = SecondMoments()
     moments.add(layer, x, y)
     return damped(moments.problem(centred=True), layer.weight.detach(), damping)
@@ -112,14 +112,16 @@ def test_refit_equals_a_dense_float64_solve(case: tuple[nn.Linear, Tensor, Tenso
         wanted = np.zeros(len(kept))
         if kept.any():
             wanted[kept] = np.linalg.solve(gram[np.ix_(kept, kept)], cross[row, kept])
-        # Refined until the residual is 1e-10 of what is wanted; the condition is at most some 1e4 here.
+        # Refined until the last correction is below 1e-8; the condition is at most some 1e4 here.
         np.testing.assert_allclose(found[row].numpy(), wanted, rtol=1e-6, atol=1e-6 * max(abs(wanted).max(), 1e-9))
     assert not bool(found[~mask].any())
 
 
 @given(problems())
 @settings(max_examples=60)
-def test_refit_never_misses_more_than_the_weights_as_they_are(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
+def test_refit_never_has_a_higher_objective_than_the_masked_weights(
+    case: tuple[nn.Linear, Tensor, Tensor, Tensor],
+) -> None:
     layer, x, y, mask = case
     weight, problem = layer.weight.detach(), damped_problem(layer, x, y)
     before, after = problem.error(torch.where(mask, weight, 0)), problem.error(refit(problem, mask))
@@ -128,7 +130,7 @@ def test_refit_never_misses_more_than_the_weights_as_they_are(case: tuple[nn.Lin
 
 @given(problems())
 @settings(max_examples=30)
-def test_with_everything_kept_the_layers_own_weights_come_back(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
+def test_a_full_support_gives_the_layers_own_weights(case: tuple[nn.Linear, Tensor, Tensor, Tensor]) -> None:
     layer, x, y, mask = case
     moments = SecondMoments()
     moments.add(layer, x, y)
@@ -141,7 +143,7 @@ def test_with_everything_kept_the_layers_own_weights_come_back(case: tuple[nn.Li
     torch.testing.assert_close(own.bias(weight), layer.bias.detach().double(), rtol=1e-4, atol=1e-4)
 
 
-def test_inputs_that_never_vary_leave_the_weights_as_they_were() -> None:
+def test_constant_inputs_keep_their_weights() -> None:
     layer = nn.Linear(8, 4)
     mask = nm_mask(layer.weight.detach().abs(), NM(2, 4))
     found = refit(damped_problem(layer, torch.zeros(5, 8), torch.zeros(5, 4)), mask)
@@ -186,7 +188,7 @@ def problem_values(problem: LeastSquares) -> list[Tensor]:
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("centred", [True, False])
 @torch.no_grad()
-def test_parts_add_up_to_the_whole(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+def test_moments_of_parts_add_up(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
     x = inputs_of(layer)
     y = torch.randn_like(layer(x)) + 2
     whole, parts = moments_of(layer, x, y), moments_of(layer, x[:2], y[:2]) + moments_of(layer, x[2:], y[2:])
@@ -200,7 +202,7 @@ def test_parts_add_up_to_the_whole(layer: nn.Linear | nn.Conv2d, centred: bool) 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("centred", [True, False])
 @torch.no_grad()
-def test_shares_of_several_wanted_outputs_are_those_of_their_sum(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
+def test_combined_targets_equal_the_target_of_their_sum(layer: nn.Linear | nn.Conv2d, centred: bool) -> None:
     x = inputs_of(layer)
     y, more = rows_of(layer, torch.randn_like(layer(x)) + 2), rows_of(layer, torch.randn_like(layer(x)) - 1)
     share = torch.rand(2, y.shape[1])
@@ -220,26 +222,26 @@ def halves(x: Tensor, y: Tensor, more: Tensor, layer: nn.Linear) -> tuple[Second
 
 
 @torch.no_grad()
-def test_what_the_inputs_tell_is_taken_up_and_what_they_do_not_is_left() -> None:
+def test_the_share_is_high_for_a_predictable_error_and_low_for_chance() -> None:
     rng = torch.Generator().manual_seed(0)
     layer = nn.Linear(8, 3)
     x = torch.randn(400, 8, generator=rng)
     y = layer(x)
-    told = x @ torch.randn(8, generator=rng)
-    # Output 0 lacks what the inputs tell, 1 what they do not, 2 half and half of the same size, on few rows.
-    chance = torch.randn(400, generator=rng) * told.std()
-    more = torch.stack([told, chance, (told + chance) / 2], 1)
-    share = proven_share(halves(x, y, more, layer), layer.weight, centred=True, damping=1e-6)
+    predictable = x @ torch.randn(8, generator=rng)
+    # Residual errors: 0 is a function of the inputs, 1 is independent of them, 2 is the mean of both.
+    chance = torch.randn(400, generator=rng) * predictable.std()
+    more = torch.stack([predictable, chance, (predictable + chance) / 2], 1)
+    share = residual_share(halves(x, y, more, layer), layer.weight, centred=True, damping=1e-6)
     assert share[0] == pytest.approx(1, abs=1e-4)  # there is no noise in it
     assert share[1] < 0.6  # of 200 rows and 8 inputs: D is chance, and on the other half of the rows worth nothing
     assert 0.8 < share[2] <= 1
-    few = proven_share(halves(x[:24], y[:24], chance[:24, None].expand(-1, 3), layer), layer.weight, True, 1e-6)
+    few = residual_share(halves(x[:24], y[:24], chance[:24, None].expand(-1, 3), layer), layer.weight, True, 1e-6)
     assert float(few.max()) < 0.3
 
 
 @given(problems(), st.booleans(), st.floats(0, 2))
 @settings(max_examples=40)
-def test_the_share_is_the_best_on_the_other_half(
+def test_the_share_minimizes_the_error_on_the_part_left_out(
     case: tuple[nn.Linear, Tensor, Tensor, Tensor], centred: bool, scale: float
 ) -> None:
     layer, x, y, _ = case
@@ -247,14 +249,14 @@ def test_the_share_is_the_best_on_the_other_half(
     weight, damping = layer.weight.detach(), 0.02
     more = scale * y.flip(0)
     parts = halves(x, y, more, layer)
-    share = proven_share(parts, weight, centred, damping)
+    share = residual_share(parts, weight, centred, damping)
     assert bool(((share >= 0) & (share <= 1)).all())
 
-    def off(eta: float) -> np.ndarray:
-        """E(y + Δ − (V + ηD)x)² on each half, with weights of the other, in plain NumPy."""
+    def error(eta: float) -> np.ndarray:
+        """E(y + Δ − (V + ηD)x)² on each half, with weights fitted on the other, in NumPy."""
         total = np.zeros(len(weight))
-        for here, there in ((0, 1), (1, 0)):
-            fit, check = slice(here, None, 2), slice(there, None, 2)
+        for fitted, left_out in ((0, 1), (1, 0)):
+            fit, check = slice(fitted, None, 2), slice(left_out, None, 2)
             a, b, c = (t[fit].double().numpy() for t in (x, y, more))
             rows, target = x[check].double().numpy(), (y + more)[check].double().numpy()
             if centred:
@@ -269,18 +271,18 @@ def test_the_share_is_the_best_on_the_other_half(
             total += np.square(target - rows @ (v + eta * d).T).mean(0)
         return total
 
-    best = np.array([off(float(eta))[row] for row, eta in enumerate(share)])
+    best = np.array([error(float(eta))[row] for row, eta in enumerate(share)])
     power = float((y + more).square().mean()) + 1e-9
     for other in (0.0, 0.25, 0.5, 0.75, 1.0):
         # Moments are sums of float32 products.
-        assert (best <= off(other) + 1e-4 * power).all()
+        assert (best <= error(other) + 1e-4 * power).all()
 
 
-def test_without_two_halves_nothing_is_proven() -> None:
+def test_the_share_is_zero_with_fewer_than_two_parts() -> None:
     layer = nn.Linear(8, 3)
     half = SecondMoments()
     half.add(layer, torch.randn(9, 8), torch.randn(9, 3), torch.randn(9, 3))
-    assert proven_share((half, SecondMoments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [
+    assert residual_share((half, SecondMoments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [
         0,
         0,
         0,

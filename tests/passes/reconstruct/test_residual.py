@@ -1,4 +1,4 @@
-"""Residual sums: which are found, what a layer is asked for there, and that the sum comes nearer for it."""
+"""Residual adds: which are found, the residual error at the layer, and that fitting it brings the sum closer."""
 
 import copy
 from dataclasses import replace
@@ -18,21 +18,21 @@ from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
-from mpcompile.passes.reconstruct.residual import join_after
+from mpcompile.passes.reconstruct.residual import residual_add_after
 from mpcompile.passes.reconstruct.second_moments import columns
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_source, tiny_vit
 
 
-def found(model: Model) -> dict[str, str]:
-    """For each layer with a join the node that gives the other value."""
-    joins = {str(n.target): join_after(model, n) for n in model.graph.graph.nodes if n.op == "call_module"}
+def skip_nodes(model: Model) -> dict[str, str]:
+    """For each layer before a residual add, the node that computes the skip branch."""
+    adds = {str(n.target): residual_add_after(model, n) for n in model.graph.graph.nodes if n.op == "call_module"}
     layers = [name for name, _ in model.layers()]
-    return {name: join.other.name for name in layers if (join := joins.get(name)) is not None}
+    return {name: add.skip.name for name in layers if (add := adds.get(name)) is not None}
 
 
 def value_of(model: Model, node: str, images: Tensor) -> Tensor:
-    """What a node gives for these images."""
+    """The value of a node for these images."""
     seen: dict[str, Tensor] = {}
 
     class Keeping(fx.Interpreter):
@@ -46,11 +46,11 @@ def value_of(model: Model, node: str, images: Tensor) -> Tensor:
 
 
 class Branch(nn.Module):
-    """x + γ ⊙ P(norm(last(gelu(first(x))))), in one of several spellings, after a layer that is masked."""
+    """x + γ ⊙ P(norm(last(gelu(first(x))))), in one of several forms, after a layer that is masked."""
 
-    def __init__(self, spelling: str) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        self.spelling = spelling
+        self.form = form
         self.stem, self.before = nn.Conv2d(1, 16, 1), nn.Conv2d(16, 16, 1)
         self.first, self.last = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1, bias=False)
         self.norm = nn.BatchNorm2d(16)
@@ -61,87 +61,87 @@ class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(nn.functional.gelu(self.stem(x)))
         y = self.norm(self.last(nn.functional.gelu(self.first(x))))
-        if self.spelling == "permuted":
+        if self.form == "permuted":
             y = (y.permute(0, 2, 3, 1) * self.gamma).transpose(-1, 1).transpose(2, 3)
-        elif self.spelling == "activation":
+        elif self.form == "activation":
             y = nn.functional.relu(y)
-        elif self.spelling == "gate":
+        elif self.form == "gate":
             y = y * y.mean((2, 3), keepdim=True)
-        elif self.spelling == "twice":
+        elif self.form == "twice":
             y = y + y.mean()
-        elif self.spelling == "broadcast":
+        elif self.form == "broadcast":
             return self.head((y + x.mean((2, 3), keepdim=True)).mean((2, 3)))  # type: ignore[no-any-return]
-        elif self.spelling == "dropped":
+        elif self.form == "dropped":
             y = nn.functional.dropout(y, 0.5, True, False)
-        elif self.spelling == "scaled":
+        elif self.form == "scaled":
             y = self.gamma.reshape(1, -1, 1, 1) * nn.functional.dropout(self.drop(self.keep(y)), 0.5, False)
-        x = y + self.keep(x) if self.spelling == "late" else x + y
+        x = y + self.keep(x) if self.form == "late" else x + y
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def branch(spelling: str) -> Model:
+def branch(form: str) -> Model:
     torch.manual_seed(0)
-    module = Branch(spelling).eval()
+    module = Branch(form).eval()
     with torch.no_grad():
         module.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
         module.norm.weight.uniform_(-2, 2)
     return capture(module, tiny_source())
 
 
-@pytest.mark.parametrize("spelling", ["plain", "permuted", "scaled", "late"])
-def test_sums_are_found_through_what_does_not_depend_on_the_image(spelling: str) -> None:
-    assert found(branch(spelling)) == {"last": "before"}
+@pytest.mark.parametrize("form", ["plain", "permuted", "scaled", "late"])
+def test_adds_are_found_through_scales_and_permutations(form: str) -> None:
+    assert skip_nodes(branch(form)) == {"last": "before"}
 
 
-@pytest.mark.parametrize("spelling", ["activation", "gate", "twice", "broadcast"])
-def test_where_the_branch_is_not_a_scaled_layer_nothing_is_asked(spelling: str) -> None:
-    assert found(branch(spelling)) == {}
+@pytest.mark.parametrize("form", ["activation", "gate", "twice", "broadcast"])
+def test_no_add_is_found_behind_an_operation_that_depends_on_the_image(form: str) -> None:
+    assert skip_nodes(branch(form)) == {}
 
 
-def test_dropout_that_is_always_on_is_no_identity() -> None:
-    model = replace(branch("plain"), graph=fx.symbolic_trace(Branch("dropped").eval()))  # capture takes none that is
-    assert found(model) == {}
+def test_dropout_in_training_mode_is_no_identity() -> None:
+    model = replace(branch("plain"), graph=fx.symbolic_trace(Branch("dropped").eval()))  # capture refuses it
+    assert skip_nodes(model) == {}
 
 
-def test_the_sums_of_known_architectures_are_found() -> None:
-    assert found(tiny_cnn()) == {"body": "relu"}
-    assert found(tiny_vit()) == {
+def test_the_residual_adds_of_known_architectures_are_found() -> None:
+    assert skip_nodes(tiny_cnn()) == {"body": "relu"}
+    assert skip_nodes(tiny_vit()) == {
         "blocks.0.attn.proj": "norm_pre", "blocks.0.mlp.fc2": "add_1",
         "blocks.1.attn.proj": "add_2", "blocks.1.mlp.fc2": "add_3",
     }  # fmt: skip
-    # Each sum has one layer that comes last, of two where there is one on either side.
+    # Where both branches end in a layer, the layer that runs last is the one before the add.
     resnet = ResNet(Bottleneck, [2, 1, 1, 1])
-    assert [*found(capture(resnet.eval(), tiny_source((3, 64, 64))))] == [
+    assert [*skip_nodes(capture(resnet.eval(), tiny_source((3, 64, 64))))] == [
         "layer1.0.downsample.0", "layer1.1.conv3", *(f"layer{n}.0.downsample.0" for n in (2, 3, 4))
     ]  # fmt: skip
-    # Learned scales of branches, axes that are moved to and fro, depth that is stochastic in training alone.
+    # Learned branch scales, permuted axes, and stochastic depth, which is the identity in evaluation mode.
     convnext = ConvNeXt([CNBlockConfig(16, None, 2)], stochastic_depth_prob=0.1)
-    assert [*found(capture(convnext.eval(), tiny_source((3, 64, 64))))] == [
+    assert [*skip_nodes(capture(convnext.eval(), tiny_source((3, 64, 64))))] == [
         "features.1.0.block.5",
         "features.1.1.block.5",
     ]
     inverted = timm.create_model("mobilenetv2_035").eval()
-    assert {name.rpartition(".")[2] for name in found(capture(inverted, tiny_source((3, 64, 64))))} == {"conv_pwl"}
+    assert {name.rpartition(".")[2] for name in skip_nodes(capture(inverted, tiny_source((3, 64, 64))))} == {"conv_pwl"}
 
 
-@pytest.mark.parametrize("spelling", ["plain", "permuted", "scaled", "late"])
+@pytest.mark.parametrize("form", ["plain", "permuted", "scaled", "late"])
 @settings(max_examples=10)  # a run of the graph each
 @given(seed=st.integers(0, 1000))
-def test_what_is_asked_moves_the_sum_by_what_is_missing(spelling: str, seed: int) -> None:
-    model = branch(spelling)
+def test_adding_the_error_at_the_layer_restores_the_sum(form: str, seed: int) -> None:
+    model = branch(form)
     graph = model.graph.graph
     [node] = [n for n in graph.nodes if n.target == "last"]
-    join = join_after(model, node)
-    assert join is not None
+    add = residual_add_after(model, node)
+    assert add is not None
     rng = torch.Generator().manual_seed(seed)
     pixels = torch.randn(2, 1, 8, 8, generator=rng)
     was, now = torch.randn(2, 2, 16, 8, 8, generator=rng)
     output = value_of(model, "last", pixels)
-    missing = join.missing(was, now)
-    assert missing.shape == output.shape
+    error = add.error_at_layer(was, now)
+    assert error.shape == output.shape
 
-    class Moved(fx.Interpreter):
-        """Runs the graph with s and the layer's output replaced; keeps the sum."""
+    class Replaced(fx.Interpreter):
+        """Runs the graph with other values for s and for the layer's output; keeps the sum."""
 
         def __init__(self, s: Tensor, y: Tensor) -> None:
             super().__init__(model.graph)
@@ -154,8 +154,8 @@ def test_what_is_asked_moves_the_sum_by_what_is_missing(spelling: str, seed: int
             return self.given.get(n.name, result)
 
     sums = []
-    for s, y in ((was, output), (now, output + missing)):
-        runner = Moved(s, y)
+    for s, y in ((was, output), (now, output + error)):
+        runner = Replaced(s, y)
         with torch.no_grad():
             runner.run(pixels)
         sums.append(runner.total)
@@ -163,21 +163,21 @@ def test_what_is_asked_moves_the_sum_by_what_is_missing(spelling: str, seed: int
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-4)
 
 
-def test_channels_that_hardly_reach_the_sum_are_asked_for_nothing() -> None:
+def test_the_error_is_zero_in_channels_with_a_tiny_factor() -> None:
     torch.manual_seed(0)
     module = Branch("scaled").eval()
     with torch.no_grad():
         module.gamma[3], module.gamma[5] = 0.0, 1e-9
     model = capture(module, tiny_source())
     [node] = [n for n in model.graph.graph.nodes if n.target == "last"]
-    join = join_after(model, node)
-    assert join is not None
-    missing = join.missing(torch.ones(1, 16, 2, 2), torch.zeros(1, 16, 2, 2))
-    assert missing.isfinite().all()
-    assert [int(c) for c in (missing[0, :, 0, 0] == 0).nonzero()] == [3, 5]
+    add = residual_add_after(model, node)
+    assert add is not None
+    error = add.error_at_layer(torch.ones(1, 16, 2, 2), torch.zeros(1, 16, 2, 2))
+    assert error.isfinite().all()
+    assert [int(c) for c in (error[0, :, 0, 0] == 0).nonzero()] == [3, 5]
 
 
-def test_the_fit_is_the_least_squares_solution_for_the_sum() -> None:
+def test_the_refit_is_the_least_squares_solution_for_the_sum() -> None:
     model = branch("permuted")
     data, step = tiny_data(model), NMMask(NM(2, 4))
     result, _ = PassManager([step]).run(model, data)
@@ -207,7 +207,7 @@ def test_the_fit_is_the_least_squares_solution_for_the_sum() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_vit, lambda: branch("plain"), lambda: branch("scaled")])
-def test_sums_and_outputs_come_nearer(make: object) -> None:
+def test_sums_and_outputs_get_closer_to_the_dense_ones(make: object) -> None:
     model: Model = make()  # type: ignore[operator]
     data = tiny_data(model, 128)
     images = data.calibration.first(128)
@@ -220,12 +220,12 @@ def test_sums_and_outputs_come_nearer(make: object) -> None:
 
     sums = [node.name for node in model.graph.graph.nodes if node.name.startswith("add")]
     with_it, without = run(True), run(False)
-    # The sum is what is fitted, on these images, but for the pull and for what the mask then keeps.
+    # The fit minimizes the error of this sum on these images, apart from the ridge term and the mask.
     assert off(with_it, sums[-1]) < off(without, sums[-1])
     assert off(with_it, "output") < off(without, "output")
 
 
-def test_not_sequential_and_without_refit_nothing_is_asked() -> None:
+def test_residual_has_no_effect_unless_sequential_with_refit_to_the_model() -> None:
     model = tiny_vit()
     data = tiny_data(model)
     for options in ({"sequential": False}, {"refit": "layer"}, {"refit": "none", "criterion": "wanda"}):
@@ -237,7 +237,7 @@ def test_not_sequential_and_without_refit_nothing_is_asked() -> None:
             assert torch.equal(a, b), (options, name)
 
 
-def test_the_dense_graph_and_the_model_given_are_left_alone() -> None:
+def test_the_given_model_is_not_changed() -> None:
     model = tiny_cnn()
     before = copy.deepcopy(model.graph.state_dict())
     PassManager([NMMask(NM(2, 4))]).run(model, Data(calibration=tiny_data(model).calibration))

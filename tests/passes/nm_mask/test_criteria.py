@@ -1,4 +1,4 @@
-"""Masks from second moments: never dearer than Wanda's, near the best of all, and held to a prior where asked."""
+"""Criteria covariance and joint: valid patterns, lower cost than Wanda, close to the best of all, the prior."""
 
 import itertools
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import pattern_violation
-from mpcompile.passes.nm_mask.admm import joint_support
-from mpcompile.passes.nm_mask.pair_swaps import removal_cost, swapped
+from mpcompile.passes.nm_mask.criteria.covariance import removal_cost, swapped
+from mpcompile.passes.nm_mask.criteria.joint import joint_support
 from mpcompile.passes.nm_mask.selection import largest, nm_mask
 from mpcompile.passes.reconstruct.least_squares import refit
 from mpcompile.passes.reconstruct.second_moments import LeastSquares
@@ -48,13 +48,13 @@ def test_swaps_never_cost_more_than_wanda_and_keep_the_pattern(case: tuple[Tenso
 
 
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(2, 4, rows=2)], ids=str)
-def test_swaps_end_near_the_best_of_all_patterns(pattern: NM) -> None:
+def test_cost_after_swaps_is_close_to_the_best_of_all_patterns(pattern: NM) -> None:
     rng = torch.Generator().manual_seed(1)
     weight = torch.randn(64, 2 * pattern.of, generator=rng)
     x = torch.randn(200, weight.shape[1], generator=rng, dtype=torch.float64)
     gram = (x @ torch.randn(len(x.T), len(x.T), generator=rng, dtype=torch.float64) + 1)[None]
     gram = gram.mT @ gram / 200
-    found = removal_cost(weight, gram, swapped(weight, gram, wanda(weight, gram, pattern), pattern), pattern)
+    cost = removal_cost(weight, gram, swapped(weight, gram, wanda(weight, gram, pattern), pattern), pattern)
     choices = list(itertools.combinations(range(pattern.of), pattern.keep))
     best = 0.0
     for block, group in itertools.product(range(0, 64, pattern.rows), range(2)):
@@ -66,10 +66,10 @@ def test_swaps_end_near_the_best_of_all_patterns(pattern: NM) -> None:
             r[:, list(kept)] = 0
             costs.append(float(((r @ c) * r).sum()))
         best += min(costs)
-    assert best * (1 - 1e-9) <= float(found) <= 1.03 * best  # within a few per cent, over 128 groups or half as many
+    assert best * (1 - 1e-9) <= float(cost) <= 1.03 * best  # summed over 64 or 128 groups
 
 
-def test_an_overwhelming_prior_gives_the_source_where_that_follows_the_pattern() -> None:
+def test_a_strong_prior_gives_the_source_mask_if_it_follows_the_pattern() -> None:
     weight = torch.randn(8, 16)
     gram = torch.eye(16, dtype=torch.float64)[None] + 0.5
     source = nm_mask(torch.rand(8, 16), NM(2, 4))
@@ -91,12 +91,12 @@ def test_the_largest_weights_are_a_share_of_all() -> None:
 @settings(max_examples=40)
 def test_joint_supports_follow_the_pattern(case: tuple[Tensor, Tensor, NM]) -> None:
     weight, gram, pattern = case
-    mask = joint_support(weight.double(), gram, lambda scaled: nm_mask(scaled.square(), pattern))
+    mask = joint_support(weight.double(), gram, pattern)
     assert pattern_violation(mask, pattern) is None
 
 
-def test_joint_supports_miss_less_after_the_refit() -> None:
-    """Over layers with correlated inputs; on one group of one row either may win."""
+def test_joint_supports_have_a_lower_error_after_the_refit() -> None:
+    """Summed over a layer with correlated inputs; in a single row either criterion may be better."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(500, 64, generator=rng, dtype=torch.float64)
     x = x @ torch.randn(64, 64, generator=rng, dtype=torch.float64) + x.sum(1, keepdim=True)
@@ -107,7 +107,7 @@ def test_joint_supports_miss_less_after_the_refit() -> None:
     pattern = NM(2, 4)
     masks = {
         "wanda": wanda(weight, gram, pattern),
-        "joint": joint_support(weight, gram, lambda scaled: nm_mask(scaled.square(), pattern)),
+        "joint": joint_support(weight, gram, pattern),
     }
-    missed = {name: float(problem.error(refit(problem, mask)).sum()) for name, mask in masks.items()}
-    assert missed["joint"] < 0.9 * missed["wanda"]
+    errors = {name: float(problem.error(refit(problem, mask)).sum()) for name, mask in masks.items()}
+    assert errors["joint"] < 0.9 * errors["wanda"]

@@ -1,0 +1,59 @@
+"""Criterion `joint`: selects the mask and the kept weights jointly, by ADMM (alternating projections with multipliers).
+
+A refit compensates a removed weight by the other weights of its row. So the best support is not that of the weights
+that matter most one by one. For the best dense weights V of a layer and C = E[x xᵀ], the problem is
+
+    min over W of tr (V − W) C (V − W)ᵀ    subject to W following the pattern.
+
+ADMM (Boyd et al. 2011; for pruning ALPS, arXiv 2406.07831) splits W from a copy Z that follows the pattern. Inputs are
+scaled to unit mean square, so that the projection keeps the largest |w|·rms(x), as Wanda does:
+
+    W ← (V C + ρ(Z − U)) (C + ρI)⁻¹,    Z ← the N largest of every M of W + U,    U ← U + W − Z.
+
+ρ grows by a fifth per round, until the support has not changed for STABLE_ROUNDS rounds. C is diagonalized once, so
+a round costs two matrix products. They are float32, which is enough to select the support; the weights themselves come
+from the exact refit on it.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mpcompile.ir.pattern import NM
+from mpcompile.passes.nm_mask.criterion import MaskProblem
+from mpcompile.passes.nm_mask.selection import nm_mask
+
+RHO = 0.01
+RHO_GROWTH = 1.2  # slower growth finds supports with a 2 % lower error after the refit, in twice the time
+ROUNDS = 36
+STABLE_ROUNDS = 6
+
+
+def joint(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
+    """The support that ADMM selects; `problem.gram` must be positive definite."""
+    return joint_support(problem.best, problem.gram, problem.pattern)
+
+
+def joint_support(
+    best: Float[Tensor, "out columns"], gram: Float[Tensor, "groups columns columns"], pattern: NM
+) -> Bool[Tensor, "out columns"]:
+    """The support that ADMM selects for V = `best` and C = `gram`, which must be positive definite."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # groups, columns
+    values, vectors = torch.linalg.eigh((gram / (scale[:, :, None] * scale[:, None])).float())
+    shape = (len(gram), len(best) // len(gram), best.shape[1])
+    v = (best.reshape(shape) * scale[:, None]).float()
+    target = ((v @ vectors) * values[:, None]) @ vectors.mT  # V C
+    z, u, rho, stable_rounds = v, torch.zeros_like(v), RHO, 0
+    kept = nm_mask(v.reshape(best.shape).square(), pattern)
+    for _ in range(ROUNDS):
+        w = (((target + rho * (z - u)) @ vectors) / (values[:, None] + rho)) @ vectors.mT
+        w += u
+        now = nm_mask(w.reshape(best.shape).square(), pattern)
+        z = torch.where(now.reshape(shape), w, 0)
+        u = w - z
+        stable_rounds = stable_rounds + 1 if torch.equal(now, kept) else 0
+        kept = now
+        if stable_rounds == STABLE_ROUNDS:
+            break
+        rho *= RHO_GROWTH
+    return kept
