@@ -1,14 +1,14 @@
-"""Batch normalisation after pruning: statistics that give each channel the mean and variance it had.
+"""Batch-norm correction after pruning: new statistics give each channel the mean and variance that it had before.
 
-Weights that were removed or changed give a channel another mean m and variance v, and the stored statistics μ and σ²
-no longer standardise it. Re-estimating them by what the images show is right only where the images are like those that
-the model was trained on; where they are not, it changes the dense model, too. So the statistics are moved by as much as
-the channel moved. With m, v of the dense model and m′, v′ of the pruned one on the same images, s² = σ² + ε:
+Pruned weights give a channel another mean m and variance v, so the stored statistics μ and σ² no longer standardize it.
+Re-estimating them from images is right only if the images resemble the training set; otherwise it changes the dense
+model too. So the statistics are shifted by as much as the channel shifted. With m, v of the dense model and m′, v′ of
+the pruned one on the same images, and s² = σ² + ε:
 
-    s′ = s √(v′/v),    μ′ = m′ − (m − μ) s′/s,
+    s′ = s √(v′/v),    μ′ = m′ − (m − μ) s′/s.
 
-which makes the normalised channel's mean and variance what they were, and is plain re-estimation where m = μ and
-v = σ². Each normalisation sees what those before it now give.
+The normalized channel then has its former mean and variance. If m = μ and v = σ², this equals re-estimation. Layers are
+corrected in order, each on the outputs of the corrected layers before it.
 """
 
 import copy
@@ -25,15 +25,15 @@ from mpcompile.ir.model import Model
 from mpcompile.passes.dense_comparison import outputs_of
 from mpcompile.pipeline.pass_manager import Effect
 
-SMALLEST = 1e-12  # variance below which a channel counts as constant, and only its mean is moved
+SMALLEST_VARIANCE = 1e-12  # a channel below it counts as constant: only its mean is corrected
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNorm:
-    """Moves batch statistics by as much as pruning moved their channels, where that brings the logits nearer.
+    """Corrects batch-norm statistics for the shift that pruning caused, if the logits improve.
 
-    Measured as the mean squared distance from the dense model's logits on the validation images; where those are not
-    nearer than before, or no layer is normalised, nothing is changed.
+    The criterion is the mean squared difference from the dense model's logits on the validation images, or on the
+    calibration images if there are none. If it does not fall, or the model has no batch norm, nothing changes.
     """
 
     name: ClassVar[str] = "batch-norm"
@@ -42,28 +42,28 @@ class BatchNorm:
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
-        """The model with new statistics, or as it was."""
-        if model.dense is None or not any(_normalised(model.graph)):
+        """The model with corrected statistics, or as it was. Raises PassError without calibration images."""
+        if model.dense is None or not any(_batch_norms(model.graph)):
             return model
         if not len(data.calibration):
-            raise PassError("batch statistics are measured on calibration images; give --data")
-        moved = copy.deepcopy(model.graph)
-        match_statistics(model.dense, moved, data.calibration)
+            raise PassError("batch-norm statistics are measured on calibration images; give --data")
+        corrected = copy.deepcopy(model.graph)
+        match_statistics(model.dense, corrected, data.calibration)
         check = data.validation if len(data.validation) else data.calibration
-        wanted = outputs_of(model.dense, check)
-        if distance(outputs_of(moved, check), wanted) < distance(outputs_of(model.graph, check), wanted):
-            return replace(model, graph=moved)
+        dense = outputs_of(model.dense, check)
+        if distance(outputs_of(corrected, check), dense) < distance(outputs_of(model.graph, check), dense):
+            return replace(model, graph=corrected)
         return model
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    """The mean squared difference; infinite where something is not a number."""
-    value = float((found.double() - wanted.double()).square().mean())
+def distance(logits: Tensor, dense: Tensor) -> float:
+    """The mean squared difference; infinity if it is NaN."""
+    value = float((logits.double() - dense.double()).square().mean())
     return value if value == value else float("inf")
 
 
 def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split) -> None:
-    """Moves the statistics of `graph` in place; all images go through it as one batch."""
+    """Corrects the statistics of `graph` in place; all images are one batch."""
     pixels = images.first(len(images))
     before: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -77,22 +77,22 @@ def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split
 
         return hook
 
-    def move(name: str) -> object:
+    def correct(name: str) -> object:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, _BatchNorm)
             assert module.running_mean is not None
             assert module.running_var is not None
             (m, v), (m_now, v_now) = before[name], moments(args[0])
             scale = (module.running_var.double() + module.eps).sqrt()
-            ratio = torch.where((v > SMALLEST) & (v_now > SMALLEST), (v_now / v).sqrt(), 1.0)
+            ratio = torch.where((v > SMALLEST_VARIANCE) & (v_now > SMALLEST_VARIANCE), (v_now / v).sqrt(), 1.0)
             mean = m_now - (m - module.running_mean.double()) * ratio
             module.running_var.copy_(((scale * ratio).square() - module.eps).clamp_min(0))
             module.running_mean.copy_(mean)
 
         return hook
 
-    for side, hooked in ((dense, record), (graph, move)):
-        handles = [m.register_forward_pre_hook(hooked(n)) for n, m in _normalised(side)]  # type: ignore[arg-type]
+    for side, make_hook in ((dense, record), (graph, correct)):
+        handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in _batch_norms(side)]  # type: ignore[arg-type]
         try:
             side(pixels.to(next(side.parameters()).dtype))
         finally:
@@ -100,7 +100,7 @@ def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split
                 handle.remove()
 
 
-def _normalised(graph: fx.GraphModule) -> list[tuple[str, _BatchNorm]]:
-    """The batch normalisations that have statistics."""
-    found = [(name, module) for name, module in graph.named_modules() if isinstance(module, _BatchNorm)]
-    return [(name, module) for name, module in found if module.running_mean is not None]
+def _batch_norms(graph: fx.GraphModule) -> list[tuple[str, _BatchNorm]]:
+    """The batch normalizations with stored statistics, by name."""
+    norms = [(name, module) for name, module in graph.named_modules() if isinstance(module, _BatchNorm)]
+    return [(name, module) for name, module in norms if module.running_mean is not None]

@@ -1,4 +1,4 @@
-"""Batch statistics: moved ones give each channel its mean and variance back; worse ones are not taken."""
+"""Batch-norm correction: restores each channel's mean and variance; is not applied if the logits get worse."""
 
 import copy
 from dataclasses import replace
@@ -19,7 +19,7 @@ from mpcompile.testing import tiny_data, tiny_source, tiny_vit
 
 
 class Normed(nn.Module):
-    """Two normalised convolutions."""
+    """Two convolutions with batch normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,17 +89,17 @@ def test_they_are_plain_reestimation_where_the_statistics_were_those_of_the_imag
             torch.testing.assert_close(masked.graph.state_dict()[name], value, rtol=5e-3, atol=1e-4)
 
 
-def test_the_pass_takes_them_where_the_logits_come_nearer() -> None:
+def test_statistics_are_corrected_if_the_logits_improve() -> None:
     model = normed()
     data = tiny_data(model)
     masked, _ = PassManager([NMMask(NM(1, 4), "magnitude", "none")]).run(model, data)
-    moved, _ = PassManager([BatchNorm()]).run(masked, data)
+    corrected, _ = PassManager([BatchNorm()]).run(masked, data)
     images = data.validation.first(64)
-    before, after = (float((m(images) - model(images)).square().mean()) for m in (masked, moved))
+    before, after = (float((m(images) - model(images)).square().mean()) for m in (masked, corrected))
     assert after < before
 
 
-def test_nothing_moves_where_it_would_not_help() -> None:
+def test_nothing_changes_if_the_logits_do_not_improve() -> None:
     model = normed()
     data = tiny_data(model)
     unchanged, _ = PassManager([BatchNorm()]).run(model, data)
@@ -110,8 +110,8 @@ def test_nothing_moves_where_it_would_not_help() -> None:
     assert PassManager([BatchNorm()]).run(masked, Data())[0].dense is not None  # no norms, so no images needed
 
 
-def test_images_are_needed_where_there_is_something_to_move() -> None:
+def test_calibration_images_are_needed() -> None:
     model = normed()
     masked, _ = PassManager([NMMask(NM(2, 4), "magnitude")]).run(model, Data())
-    with pytest.raises(PassError, match="batch statistics are measured on calibration images; give --data"):
+    with pytest.raises(PassError, match="batch-norm statistics are measured on calibration images; give --data"):
         PassManager([BatchNorm()]).run(replace(masked), Data())
