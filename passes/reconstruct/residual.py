@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from mpcompile.analysis.operator_sets import (
     ADDITIONS,
     AXIS_PERMUTATIONS,
+    AXIS_TRANSPOSES,
     EVAL_IDENTITY_MODULES,
     MULTIPLICATIONS,
 )

@@ -83,11 +83,8 @@ def test_what_a_criterion_needs_is_checked(name: str) -> None:
 
 
 def test_the_help_of_the_command_line_names_every_criterion() -> None:
-    [option] = [
-        option
-        for option in get_command(app).commands["compile"].params  # type: ignore[attr-defined]
-        if "--criterion" in option.opts
-    ]
+    command = get_command(app).commands["compile"]  # type: ignore[attr-defined]
+    [option] = [option for option in command.params if "--criterion" in option.opts]
     # The names in the order of the table, then the two defaults.
     assert names_in(option.help.partition("[")[0]) == list(CRITERIA)
     assert names_in(option.help.partition("[")[2]) == [DEFAULT, DEFAULT_WITHOUT_REFIT]
