@@ -112,7 +112,7 @@ def test_a_report_that_leaves_a_file_out_proves_nothing(folder: Path, name: str)
     with Changed(folder, "report.json", json.dumps(report).encode()):
         found = verified(folder)
     assert isinstance(found, LoadError)
-    assert f"does not list {name}" in str(found)
+    assert f"lists no hash of {name}" in str(found)
 
 
 @pytest.mark.parametrize(
