@@ -21,7 +21,7 @@ from budget import logits
 from lib.common import RESULTS, markdown, rows_of, write
 from lib.pretrained import efficientnet_lite0
 
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.pattern import NM

@@ -23,7 +23,7 @@ from lib.pretrained import fashion_data, on_fashion
 
 from mpcompile.analysis.block_macs import charged, merges
 from mpcompile.data.images import Data
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load

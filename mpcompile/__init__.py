@@ -19,7 +19,7 @@ from mpcompile.system.moved_modules import install_moved_modules
 
 if TYPE_CHECKING:  # for type checkers and editors; the table below imports the same names on first use
     from mpcompile.data.images import Data
-    from mpcompile.data.load_data import load_data
+    from mpcompile.data.loading import load_data
     from mpcompile.driver.artifact import Artifact
     from mpcompile.driver.compile import compile
     from mpcompile.errors import MpcompileError
@@ -38,7 +38,7 @@ else:
         __name__,
         {
             "mpcompile.data.images": ("Data",),
-            "mpcompile.data.load_data": ("load_data",),
+            "mpcompile.data.loading": ("load_data",),
             "mpcompile.driver.artifact": ("Artifact",),
             "mpcompile.driver.compile": ("compile",),
             "mpcompile.errors": ("MpcompileError",),

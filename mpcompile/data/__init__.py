@@ -2,7 +2,7 @@
 
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data, Split
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.data.npz import ArrayImages
 
 __all__ = ["ArrayImages", "Data", "FolderImages", "Split", "load_data"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sparse_vit import write_sparse_vit
 
 import mpcompile
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.driver.artifact import Artifact, read_masks
 from mpcompile.errors import AccuracyError, LoadError, UsageError
 from mpcompile.frontend.capture import capture

@@ -14,7 +14,7 @@ from mutations import Canary, answer, damaged, share
 from PIL import Image
 
 from mpcompile.data.images import Data
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError
 from mpcompile.testing import tiny_source
 

@@ -7,18 +7,18 @@ file in this folder and one row here (docs/writing-a-pass.md).
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mpcompile.passes.nm_mask.criteria.covariance import covariance
-from mpcompile.passes.nm_mask.criteria.joint import joint
-from mpcompile.passes.nm_mask.criteria.magnitude import magnitude
-from mpcompile.passes.nm_mask.criteria.wanda import wanda
+from mpcompile.passes.nm_mask.criteria.covariance import covariance_mask
+from mpcompile.passes.nm_mask.criteria.joint import joint_mask
+from mpcompile.passes.nm_mask.criteria.magnitude import magnitude_mask
+from mpcompile.passes.nm_mask.criteria.wanda import wanda_mask
 from mpcompile.passes.nm_mask.criterion import Criterion
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
-        "magnitude": Criterion(magnitude, needs_images=False),
-        "wanda": Criterion(wanda),
-        "covariance": Criterion(covariance, uses_prior=True),
-        "joint": Criterion(joint, needs_refit=True),
+        "magnitude": Criterion(magnitude_mask, needs_images=False),
+        "wanda": Criterion(wanda_mask),
+        "covariance": Criterion(covariance_mask, uses_prior=True),
+        "joint": Criterion(joint_mask, needs_refit=True),
     }
 )
 DEFAULT = "joint"  # with calibration images and a refit

@@ -19,17 +19,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mpcompile.ir.pattern import NM
-from mpcompile.passes.nm_mask.criteria.wanda import wanda
+from mpcompile.passes.nm_mask.criteria.wanda import wanda_mask
 from mpcompile.passes.nm_mask.criterion import MaskProblem
 from mpcompile.passes.nm_mask.selection import largest
 
 CHUNK_BYTES = 128 << 20  # of matrices Q at once
 
 
-def covariance(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
+def covariance_mask(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
     """Wanda's mask after all swaps within groups that lower rᵀ C r plus the cost of the prior, if any."""
     source = largest(problem.weight, problem.prior_density) if problem.prior else None
-    return swapped(problem.best, problem.gram, wanda(problem), problem.pattern, problem.prior, source)
+    return swapped(problem.best, problem.gram, wanda_mask(problem), problem.pattern, problem.prior, source)
 
 
 def diagonal_blocks(gram: Float[Tensor, "groups columns columns"], of: int) -> Float[Tensor, "groups blocks of of"]:

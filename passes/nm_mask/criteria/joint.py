@@ -29,7 +29,7 @@ ROUNDS = 36
 STABLE_ROUNDS = 6
 
 
-def joint(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
+def joint_mask(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
     """The support that ADMM selects; `problem.gram` must be positive definite."""
     return joint_support(problem.best, problem.gram, problem.pattern)
 

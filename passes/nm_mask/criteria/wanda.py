@@ -11,6 +11,6 @@ from mpcompile.passes.nm_mask.criterion import MaskProblem
 from mpcompile.passes.nm_mask.selection import nm_mask
 
 
-def wanda(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
+def wanda_mask(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
     """The mask with the largest sum of V² E[x²]."""
     return nm_mask(problem.best.square() * problem.input_power(), problem.pattern)

@@ -198,7 +198,7 @@ def test_images_that_do_not_do_are_refused() -> None:
 
 
 def test_images_follow_from_seed_epoch_and_index() -> None:
-    from mpcompile.data.load_data import load_data
+    from mpcompile.data.loading import load_data
 
     path = Path(__file__).parents[3] / "examples" / "fashion_vit" / "images.npz"
     source = tiny_source((1, 28, 28))

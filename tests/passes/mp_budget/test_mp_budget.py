@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpcompile.analysis.macs import cost
 from mpcompile.analysis.spectrum import SpectrumFit, analyse
 from mpcompile.data.images import Data, Split
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.errors import PassError, UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load

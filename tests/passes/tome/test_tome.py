@@ -13,7 +13,7 @@ from tome_models import NARROW, TORCHVISION, captured, run
 from torch import Tensor, nn
 
 from mpcompile.analysis.block_macs import charged, merges
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.errors import PassError
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
