@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,14 +68,14 @@ def build_artifact(
     """
     recipe = plan.recipe
     check = _check_images(data, dense)
-    export = partial(_exported, plan, loaded.source.sha256, folder)
+    metadata = _onnx_metadata(loaded.source.sha256, recipe)
     observe("export dense")
-    before = export(dense, DENSE)
+    before = plan.lower(dense, folder / DENSE, metadata)
     parity = _parity(before, check, "dense: ONNX Runtime against PyTorch")
     model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints)
     dense_cost, cost_left = cost(dense), cost(model)
     observe("export compressed")
-    after = export(model, COMPRESSED)
+    after = plan.lower(model, folder / COMPRESSED, metadata)
     require_finite(after, _calibration(data, check))
     parities = (parity, _parity(after, check, "compressed: ONNX Runtime against PyTorch"))
     observe("build")
@@ -168,14 +167,13 @@ def _built(plan: RunPlan, before: Lowered, after: Lowered, folder: Path, check: 
     return Built(dense, compressed, tuple(parity), prepared.verdicts, (*unmasked.notes, *prepared.notes), commands)
 
 
-def _exported(plan: RunPlan, source_sha256: str, folder: Path, model: Model, name: str) -> Lowered:
-    """An ONNX file of the output. Its metadata has the version of mpcompile and the hashes of source and recipe."""
-    metadata = {
+def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:
+    """The metadata of both ONNX files: the version of mpcompile, and the hashes of source and recipe."""
+    return {
         "mpcompile.version": version("mpcompile"),
         "mpcompile.source_sha256": source_sha256,
-        "mpcompile.recipe_sha256": plan.recipe.sha256,
+        "mpcompile.recipe_sha256": recipe.sha256,
     }
-    return plan.lower(model, folder / name, metadata)
 
 
 def _verdicts(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:
