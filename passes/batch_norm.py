@@ -57,13 +57,13 @@ class BatchNorm:
 
 
 def distance(logits: Tensor, dense: Tensor) -> float:
-    """The mean squared difference; infinity if it is NaN."""
+    """The mean squared difference of two tensors of logits, or infinity if it is NaN."""
     value = float((logits.double() - dense.double()).square().mean())
     return value if value == value else float("inf")
 
 
 def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split) -> None:
-    """Corrects the statistics of `graph` in place; all images are one batch."""
+    """Corrects the batch-norm statistics of `graph` in place to match `dense`; both run all images as one batch."""
     pixels = images.first(len(images))
     before: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -3,9 +3,10 @@
 Let z(s) and z′(s) be the logits of the dense and the compressed model for an image s. The shift is ‖z − z′‖∞. The
 margin Δ(s) is the dense model's largest logit minus its second largest.
 
-- **One image.** If Δ(s) > 2 ‖z(s) − z′(s)‖∞, the prediction is the same: no logit can have overtaken another (Berlyand
-  et al., arXiv 2606.02608, margin corollary, with a measured shift in place of a bound). This is a theorem. On an image
-  that both models have run on, it adds to a comparison of the predictions only by how much they are safe.
+- **One image.** If Δ(s) > 2 ‖z(s) − z′(s)‖∞, the prediction is the same: no other logit can have become the largest
+  (Berlyand et al., arXiv 2606.02608, margin corollary, with a measured shift in place of a bound). This is a theorem.
+  On an image that both models have run on, a comparison of the predictions shows the same; the theorem adds how large
+  the safety margin is.
 - **Unseen images.** Suppose the n held-out images are drawn from the same distribution as future ones, and k
   predictions agree. Then with 95 % confidence the models agree on at least the Clopper–Pearson share: the p at which
   P(Binomial(n, p) ≥ k) = 5 %. This says nothing about images from other distributions.
@@ -101,7 +102,7 @@ class Certify:
 
 
 def certificate(before: Tensor, after: Tensor, confidence: float) -> Certificate:
-    """The certificate from dense and compressed logits, each (images, classes), without its layers."""
+    """The certificate from dense and compressed logits, each (images, classes); it has no attribution and no layers."""
     agreeing = int((before.argmax(1) == after.argmax(1)).sum())
     shift = shift_of(before, after)
     return Certificate(

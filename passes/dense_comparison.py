@@ -35,7 +35,10 @@ def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
 
 
 def changed_layers(model: Model) -> list[str]:
-    """The layers whose weight or bias differs from the dense model's."""
+    """The qualified names of the layers whose weight or bias differs from the dense model's. Raises PassError.
+
+    See `dense_layer` for the error.
+    """
     names = []
     for name, layer in model.layers():
         old = dense_layer(model, name)

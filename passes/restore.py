@@ -10,7 +10,7 @@ Two steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P 
    the mildest of `patterns` that it can have and that is milder than its own; if there is none, it becomes dense.
    The shares are measured again after each layer, since they depend on what was restored. Dense layers that were
    refitted to compensate masked ones (passes/reconstruct/dense_layers.py) return to their dense weights when no masked
-   layer before them is left. The log has the multiply-accumulates after each restored layer.
+   layer before them is left. The log gives the multiply-accumulates after each restored layer.
 """
 
 import logging
@@ -49,7 +49,8 @@ class Restore:
             dense logits of an image.
         patterns: patterns to try for a layer before it becomes dense.
 
-    Without a limit only slots are filled.
+    The loss is measured on calibration images if there are no validation images. Without a limit, only slots are
+    filled.
     """
 
     name: ClassVar[str] = "restore"
@@ -67,7 +68,10 @@ class Restore:
                 raise UsageError(f"{what} is {limit}; give a limit of 0 or more")
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The model within the limits. Raises PassError if images, or labels for `max_drop`, are missing."""
+        """The model within the limits, or with no masked layer left.
+
+        Raises PassError if images, or labels for `max_drop`, are missing.
+        """
         if model.dense is None:
             return model
         reference, model = model.dense, self._filled(model)

@@ -25,7 +25,7 @@ cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
 cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
 print(json.dumps({"name": name.value.decode(), "capability": [major.value, minor.value]}))
 """
-PROBE_SECONDS = 60  # waking a GPU takes a driver some seconds
+PROBE_SECONDS = 60  # a driver needs some seconds to wake a GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ NO_KERNELS = "none: masked layers run as dense"
 
 
 class WithoutKernels:
-    """A base class for runtimes that have no sparse kernels: the three answers about kernels."""
+    """A base class for runtimes without sparse kernels: implements `kernels`, `has_kernel` and `auto_patterns`."""
 
     def kernels(self) -> str:
         """The text "none: masked layers run as dense"."""
@@ -212,7 +212,7 @@ class ShipsFile(Protocol):
     """A runtime that writes a file of its own into the output folder when a model is compiled."""
 
     def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, Engine] | None":
-        """That file, which lies beside `exported.onnx`, and an engine on it.
+        """The file, in the folder of `exported.onnx`, and an engine that runs it.
 
         None if there is no such file or it cannot run on this machine.
         """
@@ -223,7 +223,7 @@ class ShipsFile(Protocol):
 class LoadsFile(Protocol):
     """A runtime that runs the files of an output folder as they are.
 
-    `Artifact.load("engine")` then loads the file instead of building an engine anew.
+    `Artifact.load("engine")` then loads the file instead of building a new engine.
     """
 
     def load_file(self, exported: Exported, threads: int | None) -> Engine:

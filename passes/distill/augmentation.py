@@ -111,16 +111,17 @@ class _seeded:  # noqa: N801 (used like a function)
 
 
 class Batches(Sampler[list[Key]]):
-    """Yields this rank's share of each batch, for all epochs from step `start` on; each epoch is shuffled anew.
+    """Yields this rank's share of each batch, as (epoch, image) keys, for all epochs from step `start` on.
 
-    An epoch drops the last images if they do not fill a batch.
+    `order` holds the indices of the images, `batch` the images per step over all ranks. Each epoch is shuffled anew by
+    `seed`, and drops the last images if they do not fill a batch.
     """
 
     def __init__(
-        self, order: tuple[int, ...], batch: int, epochs: int, seed: int, place: ProcessRank, start: int
+        self, order: tuple[int, ...], batch: int, epochs: int, seed: int, process: ProcessRank, start: int
     ) -> None:
         self._order, self._batch, self._epochs, self._seed = np.array(order), batch, epochs, seed
-        self._place, self._start = place, start
+        self._process, self._start = process, start
         self.per_epoch = len(order) // batch
 
     def __len__(self) -> int:
@@ -132,7 +133,7 @@ class Batches(Sampler[list[Key]]):
             first = self._start - epoch * self.per_epoch if epoch == self._start // self.per_epoch else 0
             for step in range(first, self.per_epoch):
                 whole = shuffled[step * self._batch : (step + 1) * self._batch]
-                yield [(epoch, int(index)) for index in whole[self._place.rank :: self._place.size]]
+                yield [(epoch, int(index)) for index in whole[self._process.rank :: self._process.size]]
 
 
 def loader(images: TrainingImages, batches: Batches, workers: int) -> "DataLoader[tuple[Tensor, int]]":

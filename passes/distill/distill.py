@@ -52,19 +52,22 @@ class Distill:
     """Trains the compressed model on labels and on the dense model's outputs; every masked weight stays zero.
 
     Args:
-        alpha: weight of the distillation loss; 1 − alpha is that of the labels. Without labels it is 1.
+        alpha: weight of the distillation loss; the loss on labels has 1 − alpha. Without labels, alpha is 1.
         tau: temperature of the distillation loss.
         smoothing: label smoothing.
-        epochs, rate, weight_decay, warmup, optimizer, clip: the training; `warmup` in steps, `clip` a gradient norm.
-        batch: images of a step, all processes together.
+        epochs, rate, weight_decay, optimizer: length, learning rate after warm-up, and optimizer of the training.
+        warmup: warm-up steps.
+        clip: largest norm of the gradient; None for no limit.
+        batch: images per step, over all processes.
         accumulate: number of parts in which a batch is computed.
         precision: fp32, bf16 or fp16, by autocast.
         scale, flip, policy, erasing: the augmentation (passes/distill/augmentation.py).
         kept_l1, kept_l2: penalties on kept weights.
         removed_l1, removed_l2: penalties on removed weights, while masks are soft.
-        soft: share of training in which removed weights may grow again; they fade until its end.
+        soft: share of the training during which removed weights may grow again. They fade to zero by the end of it.
+        seed: seed of image order and augmentation.
         workers: processes that load images.
-        minutes: interval between checkpoints.
+        minutes: minutes between checkpoints.
     """
 
     name: ClassVar[str] = "distill"

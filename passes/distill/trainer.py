@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WARMUP_START_LR = 1e-6  # of the learning rate, at the first warm-up step
+WARMUP_START_LR = 1e-6  # share of the learning rate at the first warm-up step
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +96,16 @@ class Training:
         )
         self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self._step = 0
-        self._sums = torch.zeros(3, dtype=torch.float64)  # of this epoch: loss, its labels' part, its teacher's part
+        self._sums = torch.zeros(3, dtype=torch.float64)  # over this epoch: loss, loss on labels, distillation loss
         self._epochs: list[Epoch] = []
 
     def run(
         self, images: Split, source: Source, augmentation: Augmentation, finished: PartialResults
     ) -> tuple[Epoch, ...]:
-        """Trains to the end, from the checkpoint if there is one. Returns a record of each epoch."""
+        """Trains to the end, from the checkpoint in `finished` if there is one. Returns a record of each epoch.
+
+        Raises PassError if the loss is not finite, or if a removed weight is not zero at the end.
+        """
         schedule, here = self._schedule, process_rank()
         if kept := broadcast((finished.get("training") or {}) if here.first else None):
             self._restore(kept)
@@ -129,7 +132,10 @@ class Training:
         return tuple(self._epochs)
 
     def _train(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> None:
-        """One optimizer step on one batch, with gradients accumulated over its parts. Raises PassError on NaN."""
+        """One optimizer step on one batch, with gradients accumulated over its parts.
+
+        Raises PassError if the loss is not finite.
+        """
         parts = pixels.tensor_split(min(self._schedule.accumulate, len(pixels)))
         answers = [None] * len(parts) if labels is None else labels.tensor_split(len(parts))
         self._optimizer.zero_grad()
@@ -150,7 +156,7 @@ class Training:
         self._scaler.update()
 
     def _losses(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> Tensor:
-        """The loss, its labels' part (0 without labels) and its teacher's part, stacked."""
+        """The loss, the loss on labels (0 without labels) and the distillation loss, as a tensor of 3 values."""
         objective, dtype = self._objective, DTYPES[self._schedule.precision]
         with torch.autocast(self._device.type, dtype, enabled=dtype is not torch.float32):
             logits = model(pixels)
@@ -166,7 +172,10 @@ class Training:
 
     @torch.no_grad()
     def _hold_masks(self, total: int) -> None:
-        """One optimizer step on one batch; gradients accumulate over its parts. Raises PassError if the loss is NaN."""
+        """Sets removed weights to zero; while masks are soft, fades them, so that they are zero when that phase ends.
+
+        `total` is the number of steps of the training.
+        """
         until = self._schedule.soft * total
         for weight, mask in self._masked:
             if self._step < until:
@@ -234,7 +243,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def used_parameters(graph: fx.GraphModule) -> set[str]:
-    """The names of the parameters that the graph uses; its modules may own others."""
+    """The names of the parameters that a node of the graph uses. The modules may have others, which are not trained."""
     used: list[str] = []
     for node in graph.graph.nodes:
         if node.op == "get_attr":

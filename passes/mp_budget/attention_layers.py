@@ -19,8 +19,8 @@ def attention_layers(model: Model) -> frozenset[str]:
     The graph must have the shapes that capture and the pass manager record (`tensor_meta`).
     """
     modules = dict(model.graph.named_modules())
-    sites, _ = weight_nodes(model.graph)
-    applied = {node for nodes in sites.values() for node in nodes}
+    nodes_of, _ = weight_nodes(model.graph)
+    applied = {node for nodes in nodes_of.values() for node in nodes}
 
     def attends(node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -43,7 +43,7 @@ def attention_layers(model: Model) -> frozenset[str]:
 
     return frozenset(
         name
-        for name, nodes in sites.items()
+        for name, nodes in nodes_of.items()
         if any(
             attends(node)
             or meets_attention(node, lambda n: n.users)

@@ -91,7 +91,8 @@ class MPBudget:
         patterns: the patterns that a layer may get.
         macs: the share of the model's MACs to leave, in (0, 1). None: every eligible layer gets a pattern.
         signal: the score that decides which layers stay dense (passes/mp_budget/scores.py).
-        include, exclude: shell patterns over qualified layer names.
+        include: shell patterns over qualified names; layers to mask that stay dense by default.
+        exclude: shell patterns over qualified names; layers that stay dense.
         null: also fit each layer's entries shuffled by `seed`, as a control.
         level: the probability at which pure noise exceeds the edge T₊.
     """
@@ -119,11 +120,15 @@ class MPBudget:
             raise UsageError(f"level is {self.level}; it is a probability between 0 and 1")
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The model with a spectrum and a pattern in each layer's plan, or the reason why there is none."""
+        """The model with a spectrum and a pattern in each layer's plan, or the reason for none. Raises PassError."""
         return self.planned(model, data, fit_spectra(model, null=self.null, level=self.level, seed=self.seed))
 
     def planned(self, model: Model, data: Data, fits: Mapping[str, SpectrumFit | str]) -> Model:
-        """The same, with fits from `fit_spectra`. Raises PassError."""
+        """The model planned with `fits`, the result of `fit_spectra`.
+
+        Raises PassError if a layer is masked already, if no layer is eligible, if the signal needs images and there are
+        none, or if `macs` cannot be reached.
+        """
         if any(plan.mask is not None for plan in model.plan.values()):
             raise PassError("some layers are masked already; put mp-budget before nm-mask")
         verdicts = {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}

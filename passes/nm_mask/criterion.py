@@ -20,8 +20,8 @@ class MaskProblem:
         weight: the layer's own weights.
         best: the weights V that fit the targets best with every weight kept; without a refit, the layer's own weights.
         gram: C = E[x xᵀ] of the layer's inputs on the calibration images, one matrix per convolution group (1 for other
-            layers). With a refit it is damped, hence positive definite, and about the means if the bias is free to
-            follow. Without calibration images it has no groups.
+            layers). With a refit it is damped, hence positive definite, and about the means if a bias or batch norm can
+            absorb a change of the mean output. Without calibration images it has no groups.
         pattern: the pattern that the mask must follow.
         prior: α, the weight of the prior; 0 for none. See criteria/covariance.py.
         prior_density: the share of the layer's largest weights that the prior favours.
@@ -41,13 +41,13 @@ class MaskProblem:
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A row of CRITERIA.
+    """A criterion with its requirements: a row of CRITERIA.
 
     Attributes:
         select: returns the mask, True where a weight is kept; it must follow the pattern.
-        needs_images: it reads `gram`, so it needs calibration images.
-        needs_refit: it selects weights for their refit, so `refit: none` is refused.
-        uses_prior: it reads `prior` and `prior_density`; both are refused for other criteria.
+        needs_images: whether it reads `gram`, and so needs calibration images.
+        needs_refit: whether it selects weights for their refit; `refit: none` is then refused.
+        uses_prior: whether it reads `prior` and `prior_density`; a prior is refused for other criteria.
     """
 
     select: Callable[[MaskProblem], Bool[Tensor, "out columns"]]

@@ -27,7 +27,7 @@ class Axis:
 
 @dataclass
 class ChannelConstraints:
-    """What tracing found out about channel ids, the integers 0 … `count` − 1.
+    """The constraints on channel ids, the integers 0 … `count` − 1.
 
     Attributes:
         count: how many ids were assigned.

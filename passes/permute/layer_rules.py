@@ -100,7 +100,7 @@ def module_layer(
     x: LabelledTensor,
     dim: int,
 ) -> LabelledTensor:
-    """A layer called as a module."""
+    """The labelled output of a Linear or Conv2d called as a module; `target` is its name, `dim` its `layer_dim`."""
     layer = LayerWeight(
         weight=names.by_id[id(module.weight)],
         bias=names.attribute(module, target, "bias"),
@@ -114,7 +114,7 @@ def module_layer(
 def functional_layer(
     constraints: ChannelConstraints, operation: str, function: Any, args: Any, kwargs: Any
 ) -> LabelledTensor | None:
-    """F.linear or F.conv2d; None if its weight is not a parameter as stored."""
+    """The labelled output of F.linear or F.conv2d; None if the weight is not a parameter exactly as stored."""
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     x, weight, bias = named["input"], named["weight"], named.get("bias")
     if not isinstance(weight, LabelledTensor) or weight.parameter is None or not isinstance(x, LabelledTensor):
@@ -194,8 +194,9 @@ def module_norm(
     x: LabelledTensor,
     dim: int,
 ) -> LabelledTensor | None:
-    """A BatchNorm, LayerNorm or GroupNorm called as a module; None for a LayerNorm over several axes.
+    """The labelled output of a norm called as a module; None for a LayerNorm over several axes.
 
+    `target` is the module's name, `dim` its `norm_dim`.
     LayerNorm and GroupNorm take statistics over all channels, which therefore may only be permuted among themselves.
     """
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
@@ -214,7 +215,7 @@ def module_norm(
 def functional_norm(
     constraints: ChannelConstraints, operation: str, function: Any, args: Any, kwargs: Any, dim: int
 ) -> LabelledTensor | None:
-    """As `module_norm`, for a function of torch.nn.functional."""
+    """As `module_norm`, for layer_norm, group_norm or batch_norm of torch.nn.functional."""
     x, *rest = args
     if dim == -1 and len(args[1] if len(args) > 1 else kwargs["normalized_shape"]) != 1:
         return None

@@ -2,7 +2,7 @@
 
 Given scores X (rows × columns, C = G M columns), columns are assigned to G groups of M; in each row the N largest
 scores of every group are kept. The order within a group does not matter, so this is a partition problem, a hard one for
-M > 2. Three moves, each from the best partition so far:
+M > 2. The search has a start and two moves, each from the best partition so far:
 
 - serpentine start: columns by falling total, dealt to the groups in turn, forwards and backwards (Zhang et al., ICLR
   2024), or the given order, whichever keeps more;
@@ -28,7 +28,7 @@ from torch import Tensor
 from mpcompile.ir.pattern import NM
 
 WIDEST_EXCHANGE = 8192  # columns; the exchange move holds the gains of all pairs in memory
-CALL = 5e5  # differences; what the fixed cost of one call is counted as
+CALL = 5e5  # scalar differences that the fixed cost of one cdist call counts as
 PERTURBED_SHARE = 0.1  # share of the columns that a restart exchanges at random
 
 
@@ -103,7 +103,7 @@ class _Partition:
     """The current partition of the columns into groups, and the work done so far."""
 
     def __init__(self, score: Tensor, pattern: NM, groups: Tensor) -> None:
-        self.columns = score.T.contiguous()  # (columns, rows), the layout that cdist takes
+        self.columns = score.T.contiguous()  # (columns, rows), the layout that cdist needs
         self.totals = self.columns.sum(1)
         self.pattern = pattern
         self.groups = groups  # (G, M) column indices
@@ -132,7 +132,7 @@ class _Partition:
         threshold = rest.topk(self.pattern.keep, dim=1).values[:, -1].contiguous()
         distance = torch.cdist(self.columns[candidates], threshold, p=1.0)
         # The thresholds cost about four differences for each score, which dominates where groups are few and wide.
-        # CALL is the fixed cost of a call, whatever its size.
+        # CALL is the fixed cost of a call of any size.
         self.work += distance.numel() * self.columns.shape[1] + 4 * rest.numel() + CALL
         return (distance + self.totals[candidates][:, None] - threshold.sum(1)[None, :]) / 2
 

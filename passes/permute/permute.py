@@ -96,8 +96,8 @@ def total_kept(scores: Mapping[Axis, tuple[Tensor, NM]]) -> float:
 def ordering_problem(channels: ExchangeableSet, scores: Mapping[Axis, tuple[Tensor, NM]]) -> OrderingProblem | None:
     """The search for an exchangeable set, or None if no masked layer reads two whole groups of M of it.
 
-    The masked layer with most weights determines the pattern and the groups. Other readers are scored only if they have
-    the same N:M and the same groups; otherwise they are reordered without a say.
+    The masked layer with the most scores determines the pattern and the groups. Other readers are scored only if they
+    have the same N:M and the same groups; otherwise they are reordered, but do not influence the order.
     """
     readers = [axis for axis in channels.positions if axis in scores]
     if not readers:

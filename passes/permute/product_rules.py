@@ -23,7 +23,7 @@ from mpcompile.passes.permute.constraints import ChannelConstraints
 def matrix_product(
     constraints: ChannelConstraints, operation: str, call: Callable[..., Any], args: Any, kwargs: Any
 ) -> LabelledTensor | None:
-    """A matrix product of two activations; None unless both are positional arguments."""
+    """The labelled product of two activations; None unless both are positional arguments."""
     if len(labelled_tensors((args, kwargs))) != 2 or len(args) < 2:
         return None
     a, b = args[0], args[1]
@@ -38,7 +38,7 @@ def matrix_product(
 def attention(
     constraints: ChannelConstraints, operation: str, call: Callable[..., Any], args: Any, kwargs: Any
 ) -> LabelledTensor:
-    """softmax(q kᵀ) v for each head: the output has the channels of v; those of q and k are fixed."""
+    """The labelled output of softmax(q kᵀ) v for each head: it has the channels of v; those of q and k are fixed."""
     named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
     result = call(*without_labels(args), **without_labels(kwargs))
     for name in ("query", "key"):

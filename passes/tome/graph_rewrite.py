@@ -30,6 +30,7 @@ from mpcompile.ir.token_merging import log_size, mean_by_size, merge_tokens, mer
 # it; a position or a window changes outputs by several per cent.
 LAW_TOLERANCE = 1e-3
 
+# (tokens, sizes, keys, r, protected) -> (tokens, sizes), as merge_tokens.
 Merge = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
@@ -42,22 +43,23 @@ def mergeable_attentions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> l
     if merges_tokens(graph):
         raise PassError("this graph merges tokens already; give the whole schedule to one tome pass")
     found = attentions(graph, modules)
-    unfit = next((site for site in found if site.unfit), None)
+    unfit = next((attention for attention in found if attention.unfit), None)
     if unfit:
         raise PassError(f"tokens cannot be merged around {unfit.name}: {unfit.unfit}; leave tome out")
-    sites = list({site.total: site for site in found if site.total}.values())
-    if not sites:
+    mergeable = list({attention.total: attention for attention in found if attention.total}.values())
+    if not mergeable:
         raise PassError(
             "the graph has no self-attention that is added to its tokens (scaled_dot_product_attention "
             "or softmax(q·kᵀ)), so there are no tokens to merge; leave tome out"
         )
-    other = next((site for site in found if site.tokens != sites[0].tokens), None)
+    first = mergeable[0]
+    other = next((attention for attention in found if attention.tokens != first.tokens), None)
     if other:
         raise PassError(
-            f"{sites[0].name} attends to {sites[0].tokens} tokens and {other.name} to {other.tokens}; merging needs a "
+            f"{first.name} attends to {first.tokens} tokens and {other.name} to {other.tokens}; merging needs a "
             "model that keeps its tokens to the end; leave tome out"
         )
-    return sites
+    return mergeable
 
 
 def protected_tokens(model: Model, first: Attention) -> int:
@@ -91,12 +93,12 @@ def _prefix(last: fx.Node) -> fx.Graph:
     return copied
 
 
-def require_weighted_set(model: Model, sites: Sequence[Attention], protected: int) -> None:
+def require_weighted_set(model: Model, mergeable: Sequence[Attention], protected: int) -> None:
     """Raises PassError unless the model treats its tokens as a weighted set after the first attention."""
-    tokens = sites[0].tokens
+    tokens = mergeable[0].tokens
     backwards = torch.cat([torch.arange(protected), torch.arange(tokens - 1, protected - 1, -1)])
 
-    def apart(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
+    def as_is(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
         return x, size
 
     def reordered(x: Tensor, size: Tensor, keys: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor]:
@@ -109,27 +111,27 @@ def require_weighted_set(model: Model, sites: Sequence[Attention], protected: in
         return torch.cat([x, x[:, -1:]], 1), torch.cat([size, size[:, -1:]], 1)
 
     def outputs(merge: Merge) -> Tensor:
-        schedule = [1] + [0] * (len(sites) - 1)
+        schedule = [1] + [0] * (len(mergeable) - 1)
         with torch.no_grad():
             # Not called directly: a GraphModule prints a traceback if its call fails.
             result: Tensor = fx.Interpreter(with_merging(model.graph, schedule, protected, merge)).run(model.example)
         return result
 
     laws = (
-        (apart, reordered, "the outputs depend on the order of tokens (positions inside attention, windows, a grid)"),
-        (doubled, repeated, "a token of size two does not count as two (something does not weigh its tokens)"),
+        (as_is, reordered, "the outputs depend on the order of tokens (positions inside attention, windows, a grid)"),
+        (doubled, repeated, "a token of size 2 does not count as 2 tokens (an attention or a mean ignores sizes)"),
     )
     for one, other, broken in laws:
         try:
             difference = relative_difference(outputs(one).numpy(force=True), outputs(other).numpy(force=True))
         except Exception as error:
             raise PassError(
-                f"after {sites[0].name} the graph does not run on another number of tokens "
+                f"after {mergeable[0].name} the graph does not run on another number of tokens "
                 f"({(str(error).splitlines() or [type(error).__name__])[0]}); leave tome out"
             ) from error
         if not difference <= LAW_TOLERANCE:
             raise PassError(
-                f"after {sites[0].name} {broken}: two forms that should agree differ by {difference:.1e} of the "
+                f"after {mergeable[0].name} {broken}: two forms that should agree differ by {difference:.1e} of the "
                 "outputs' size, so merged tokens would compute something else; leave tome out"
             )
 
@@ -149,20 +151,20 @@ def nodes_with_merging(
     if not any(schedule):
         return nodes
     modules = dict(graph.named_modules())
-    merges = {site.total: r for site, r in zip(mergeable_attentions(nodes, modules), schedule, strict=True)}
-    sites = {site.node: site for site in attentions(nodes, modules)}
-    tokens = next(iter(sites.values())).tokens
+    merges = {attention.total: r for attention, r in zip(mergeable_attentions(nodes, modules), schedule, strict=True)}
+    attention_at = {attention.node: attention for attention in attentions(nodes, modules)}
+    tokens = next(iter(attention_at.values())).tokens
     keys: dict[fx.Node, fx.Node] = {}  # residual add -> keys of the last attention added to it
     size: fx.Node | None = None
     bias: fx.Node | None = None
     for node in list(nodes.nodes):
-        if node in sites:
-            site = sites[node]
-            if site.total is not None:
-                keys[site.total] = site.keys
+        if node in attention_at:
+            attention = attention_at[node]
+            if attention.total is not None:
+                keys[attention.total] = attention.keys
             if size is not None:
                 bias = bias or _call_after(size, log_size, size)
-                _add_bias(site, bias)
+                _add_bias(attention, bias)
         elif size is not None and _is_token_mean(node, tokens, protected):
             _weight_by_size(node, size)
         r = merges.get(node, 0)
@@ -181,9 +183,9 @@ def _merge_after(total: fx.Node, size: fx.Node | None, keys: fx.Node, r: int, pr
     return sizes
 
 
-def _add_bias(site: Attention, bias: fx.Node) -> None:
+def _add_bias(attention: Attention, bias: fx.Node) -> None:
     """Adds the bias log(size) to the logits of an attention."""
-    node = site.node
+    node = attention.node
     if node.target is F.scaled_dot_product_attention:
         if len(node.args) > 3:
             node.args = (*node.args[:3], bias, *node.args[4:])

@@ -43,9 +43,11 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Costs:
-    """MACs of a model as a function of the tokens in each of its parts (mpcompile/analysis/block_macs.py).
+    """MACs of a model as a function of the number of tokens n in each of its parts.
 
-    `coefficients` (2 L, 3) are those of 1, n and n²; `other` are the MACs that do not depend on tokens.
+    The L attentions give 2 L parts: each attention, and the nodes between it and the next one
+    (mpcompile/analysis/block_macs.py). `coefficients` (2 L, 3) are those of 1, n and n²; `other` are the MACs outside
+    all parts; `tokens` is the number of tokens without merging.
     """
 
     coefficients: Float64

@@ -53,8 +53,9 @@ def instruction_set() -> str:
 
 @functools.cache
 def refused(path: Path) -> str | None:
-    """Returns why a library fails its self-test with the installed ONNX Runtime, or None. The self-test may crash, so
-    it runs in a subprocess.
+    """Returns why a library fails its self-test with the installed ONNX Runtime, or None.
+
+    The self-test may crash, so it runs in a subprocess.
     """
     command = [sys.executable, "-P", str(HERE / "selftest.py"), str(path)]
     try:

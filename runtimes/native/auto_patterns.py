@@ -45,7 +45,7 @@ def measured(library: Path) -> dict[NM, Speedup]:
     return {p: speedup_of(p, CHANNELS, CHANNELS, TOKENS, library) for p in (NM(kept, GROUP) for kept in KEPT)}
 
 
-def worth_having(speedups: Mapping[NM, Speedup]) -> tuple[NM, ...]:
+def significantly_faster(speedups: Mapping[NM, Speedup]) -> tuple[NM, ...]:
     """Returns the patterns that are significantly faster than dense. Raises UsageError if there is none.
 
     The speedups are logged: as a warning if an interval includes 1, because the next run may then choose otherwise.

@@ -78,8 +78,8 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
         for name, flags in kernels.items()
         for part in ("nm_gemm", "nm_gemm_skinny")
     ]
-    there = tuple(f"-DNM_HAS_{name}" for name in kernels)  # for cpu_dispatch.cpp
-    jobs += [(source, Path(source).stem, there) for source in SHARED]
+    defined = tuple(f"-DNM_HAS_{name}" for name in kernels)  # for cpu_dispatch.cpp
+    jobs += [(source, Path(source).stem, defined) for source in SHARED]
     for source, name, flags in jobs:
         target = folder / f"{name}.o"
         run([*FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(target)])

@@ -1,7 +1,8 @@
 """Finds the products with N:M masked weights in an ONNX file, and replaces them by the native operator.
 
-Anchor: a Gemm, a MatMul with the Add behind it, or a 1×1 Conv, whose weight has a proven mask. Check: a reason if the
-native operator cannot compute the product. Rewrite: `replace`, for the products that were measured to be faster.
+Candidates: a Gemm, a MatMul with the Add after it, or a 1×1 Conv, whose weight has a proven mask. `find` returns a
+reason for each product that the native operator cannot compute. `replace` rewrites the products that were measured to
+be faster.
 """
 
 from collections import Counter
@@ -106,10 +107,10 @@ def _refusal(node: ir.Node, weight: FileWeight, mask: ProvenMask) -> str | None:
         if given.get_int("transA", 0) or given.get_float("alpha", 1.0) != 1 or given.get_float("beta", 1.0) != 1:
             return "it is a Gemm that scales or transposes its input"
     elif _constant(node.inputs[0]) is not None:
-        return "its weight stands on the left of the product"
+        return "its weight is the left operand of the product"
     bias = _bias_input(node)
     if bias is not None and ((stored := _constant(bias)) is None or stored.size != weight.values.shape[0]):
-        return "its bias is not one constant an output"
+        return "its bias is not a constant with one value per output"
     return None
 
 
@@ -124,7 +125,7 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def _product(layers: tuple[str, ...], node: ir.Node, weight: FileWeight, mask: ProvenMask) -> MaskedGemm:
-    """Returns the product that a node computes, with the bias of the Add behind a MatMul."""
+    """Returns the product that a node computes; that of a MatMul includes the Add after it as its bias."""
     assert mask.nm is not None  # _refusal checks it
     matrix = weight.values.reshape(weight.values.shape[:2])
     x, output, bias = node.inputs[0], node.outputs[0], _bias_input(node)

@@ -16,10 +16,9 @@ ROWS_PER_PATTERN = (4, 2, 1)
 # The widest block, in input channels, by rows per pattern. 64 channels x 112 tokens x 4 bytes are 28 KiB of a 32 KiB L1
 # cache. Where four rows use each loaded activation, the L2 cache is fast enough, and fewer blocks gain 5 % (Zen 4).
 WIDEST_BLOCK = {1: 64, 2: 64, 4: 128}
-CHUNK_ROWS = (
-    128  # the sums of a chunk, 128 x 112 x 4 bytes, stay in the L2 cache; smaller chunks balance threads better
-)
-MAX_SHORTFALL = 40  # channels; float64 still tells the costs of pairs apart, which go up to 2^40
+# The sums of a chunk, 128 x 112 x 4 bytes, stay in the L2 cache. Smaller chunks balance threads better.
+CHUNK_ROWS = 128
+MAX_SHORTFALL = 40  # channels; costs of pairs then go up to 2^40, and float64 still distinguishes their sums
 SHORTER_PAIRS = 0.1  # share of the pairs that may have fewer shared steps than the common count of all others
 
 
@@ -37,9 +36,8 @@ class Packed:
     block: int  # input channels per block
     chunk: int  # rows within which rows are paired
     values: Float32[np.ndarray, "blocks groups steps group_rows"]
-    indices: UInt16[
-        np.ndarray, "blocks groups steps group_patterns"
-    ]  # input channel within the block; `block` is padding
+    # input channel within the block; `block` is padding
+    indices: UInt16[np.ndarray, "blocks groups steps group_patterns"]
     shared_steps: UInt16[np.ndarray, "blocks groups"]  # leading steps in which both rows use the same channel
     row_order: Int32[np.ndarray, "blocks groups group_rows"]  # row of the weight; `rows` is padding
 
@@ -156,7 +154,7 @@ def paired(
 def block_for(columns: int, group_size: int, rows_per_pattern: int) -> int:
     """Returns the number of input channels per block: a multiple of `group_size`, so that rows have equal step counts.
 
-    Takes the cheapest size by a rough cost model. The unused part of the last block is computed all the same. Sums are
+    Takes the cheapest size by a rough cost model. The unused part of the last block is computed too. Sums are
     loaded and stored once per block, which costs as much as about 4 channels at 50 %. Channels beyond a multiple of 8
     are packed one by one.
     """

@@ -3,7 +3,8 @@
     python selftest.py LIBRARY
     python selftest.py --installed        the library of the installed package
 
-If the two disagree about the C interface, the process crashes, so callers run this as a subprocess. It imports nothing
+If the library and ONNX Runtime disagree about the C interface, the process crashes, so callers run this as a
+subprocess. It imports nothing
 of mpcompile, which would take seconds. On success the exit code is 0 and nothing is printed; otherwise one sentence is
 printed to standard error.
 """

@@ -44,7 +44,7 @@ class OnnxRuntime:
         from mpcompile.runtimes.native import auto_patterns as auto
 
         library = native.library()
-        return auto.worth_having(auto.measured(library)) if library else ()
+        return auto.significantly_faster(auto.measured(library)) if library else ()
 
     def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
         """Returns the measured speedup over dense of each product, on random weights; equal ones are measured once."""

@@ -58,7 +58,8 @@ NM_INLINE void multiply_row_group(const float* x, const uint16_t* indices, const
     NM_UNROLL for (int c = 0; c < CHAINS; c++) NM_UNROLL for (int r = 0; r < ROWS; r++) c || first
         ? acc[c][r].clear()
         : acc[c][r].read(sums[r]);
-    const auto together = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
+    // One nonzero of every row of the group, all on the same input channel: one load for all rows.
+    const auto shared_step = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
         const float* from = x + indices[COUPLED ? 2 * i : i] * WIDTH;
         NM_POINTER(from);
         V weight[ROWS];
@@ -74,7 +75,8 @@ NM_INLINE void multiply_row_group(const float* x, const uint16_t* indices, const
             NM_UNROLL for (int r = 0; r < ROWS; r++) into[r].half += NM_LOW_HALF(weight[r]) * loaded;
         }
     };
-    const auto apart = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
+    // One nonzero of every row of the group, each on an input channel of its own.
+    const auto own_step = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
         NM_UNROLL for (int r = 0; r < ROWS; r++) {
             const float* from = x + indices[2 * i + r] * WIDTH;
             NM_POINTER(from);
@@ -85,11 +87,11 @@ NM_INLINE void multiply_row_group(const float* x, const uint16_t* indices, const
     };
     const int64_t shared = COUPLED ? common : nonzeros;
     int64_t i = 0;
-    for (; i + CHAINS <= shared; i += CHAINS) NM_UNROLL for (int c = 0; c < CHAINS; c++) together(i + c, acc[c]);
-    for (; i < shared; i++) together(i, acc[0]);
+    for (; i + CHAINS <= shared; i += CHAINS) NM_UNROLL for (int c = 0; c < CHAINS; c++) shared_step(i + c, acc[c]);
+    for (; i < shared; i++) shared_step(i, acc[0]);
     if constexpr (COUPLED) {
-        for (; i + CHAINS <= nonzeros; i += CHAINS) NM_UNROLL for (int c = 0; c < CHAINS; c++) apart(i + c, acc[c]);
-        for (; i < nonzeros; i++) apart(i, acc[0]);
+        for (; i + CHAINS <= nonzeros; i += CHAINS) NM_UNROLL for (int c = 0; c < CHAINS; c++) own_step(i + c, acc[c]);
+        for (; i < nonzeros; i++) own_step(i, acc[0]);
     }
     NM_UNROLL for (int r = 0; r < ROWS; r++) {
         NM_UNROLL for (int c = 1; c < CHAINS; c++) acc[0][r].add(acc[c][r]);

@@ -84,11 +84,11 @@ OrtStatus* refuse(Api api, const char* what, size_t input) {
 // bounded here or in `check_weights`.
 const char* invalid_attributes(const Weights& w) {
     if (w.rows_per_pattern != 1 && w.rows_per_pattern != 2 && w.rows_per_pattern != 4)
-        return "NMGemm: share is 1, 2 or 4";
-    if (w.rows < 1 || w.rows > INT32_MAX - 64) return "NMGemm: rows";
-    if (w.columns < 1 || w.columns > INT32_MAX) return "NMGemm: columns";
-    if (w.block < 1 || w.block >= UINT16_MAX) return "NMGemm: block";
-    if (w.chunk < 4 || w.chunk % 4 || w.chunk > INT32_MAX - 64) return "NMGemm: chunk is a multiple of 4";
+        return "NMGemm: share must be 1, 2 or 4";
+    if (w.rows < 1 || w.rows > INT32_MAX - 64) return "NMGemm: rows is out of range";
+    if (w.columns < 1 || w.columns > INT32_MAX) return "NMGemm: columns is out of range";
+    if (w.block < 1 || w.block >= UINT16_MAX) return "NMGemm: block is out of range";
+    if (w.chunk < 4 || w.chunk % 4 || w.chunk > INT32_MAX - 64) return "NMGemm: chunk must be a multiple of 4";
     return nullptr;
 }
 
@@ -104,17 +104,17 @@ bool names_each_row_once(const Weights& w, const int32_t* order) {
     const std::unique_ptr<int64_t[]> named(new (std::nothrow) int64_t[size_t(w.rows)]());
     if (!named) return false;
     const int64_t size = w.row_groups * w.group_rows();
-    int64_t none = 0;
+    int64_t padding = 0;
     for (int64_t i = 0; i < w.blocks * size; i++) {
         const int64_t row = order[i], block = i / size + 1;
         if (row == w.rows) {
-            none++;
+            padding++;
             continue;
         }
         if (named[size_t(row)] == block) return false;
         named[size_t(row)] = block;
     }
-    return none == w.blocks * (size - w.rows);
+    return padding == w.blocks * (size - w.rows);
 }
 
 // Whether every index and every row in the streams is in range.
@@ -123,10 +123,11 @@ bool in_bounds(const Weights& w, size_t input, const void* data, int64_t count) 
         if (input == 2 && static_cast<const uint16_t*>(data)[i] > w.block) return false;
         if (input == 3 && static_cast<const uint16_t*>(data)[i] > w.nonzeros) return false;
         if (input == 4) {
-            const int64_t row = static_cast<const int32_t*>(data)[i], place = i % (w.row_groups * w.group_rows());
-            const int64_t first = place / w.chunk * w.chunk, last = first + w.chunk < w.rows ? first + w.chunk : w.rows;
-            const bool none = row == w.rows && w.rows - first <= w.chunk;  // the last row group may be padded
-            if (!none && (row < first || row >= last)) return false;
+            const int64_t row = static_cast<const int32_t*>(data)[i], position = i % (w.row_groups * w.group_rows());
+            const int64_t first = position / w.chunk * w.chunk;
+            const int64_t last = first + w.chunk < w.rows ? first + w.chunk : w.rows;
+            const bool padding = row == w.rows && w.rows - first <= w.chunk;  // the last row group may be padded
+            if (!padding && (row < first || row >= last)) return false;
         }
     }
     return true;

@@ -55,9 +55,9 @@ def test_costs_are_those_of_the_merged_graph() -> None:
     """The polynomial in the tokens, fitted to three of their numbers, is exact at others."""
     model = captured("vit_tiny_patch16_224", depth=4, **NARROW)
     run_example(model)
-    sites = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
+    attentions = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
     patterns = {"blocks.1.mlp.fc1": NM(1, 4)}
-    found = costs(model, sites, 1, patterns)
+    found = costs(model, attentions, 1, patterns)
     for schedule in ((0, 0, 0, 0), (3, 9, 0, 20), (98, 40, 3, 1)):
         merged = run(model, ToMe(r=schedule))
         assert found.of(schedule) == pytest.approx(cost(merged).executed_macs(patterns), rel=1e-9)

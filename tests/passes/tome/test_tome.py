@@ -42,14 +42,14 @@ def test_real_architectures_take_it(arch: str) -> None:
     protected, options = TAKEN[arch]
     model = captured(arch, **options)
     run_example(model)
-    sites = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
-    assert protected_tokens(model, sites[0]) == protected
+    attentions = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
+    assert protected_tokens(model, attentions[0]) == protected
     result = run(model, ToMe(r=3))
-    assert merges(result.graph, result.example) == (3,) * len(sites)
+    assert merges(result.graph, result.example) == (3,) * len(attentions)
     biased = sum(node.target is log_size for node in result.graph.graph.nodes)
     pools = "siglip" in arch
-    assert biased == len(sites) - 1 + pools  # every attention after a merge, a pooling one too
-    assert sum(node.target is merge_tokens for node in result.graph.graph.nodes) == len(sites)
+    assert biased == len(attentions) - 1 + pools  # every attention after a merge, a pooling one too
+    assert sum(node.target is merge_tokens for node in result.graph.graph.nodes) == len(attentions)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,8 +98,8 @@ class Places(nn.Module):
     ("kind", "said"),
     [
         ("grid", "the outputs depend on the order of tokens"),
-        ("sum", "a token of size two does not count as two"),
-        ("turned", "a token of size two does not count as two"),
+        ("sum", "a token of size 2 does not count as 2 tokens"),
+        ("turned", "a token of size 2 does not count as 2 tokens"),
     ],
 )
 def test_what_does_not_take_tokens_for_a_weighted_set_is_refused(kind: str, said: str) -> None:

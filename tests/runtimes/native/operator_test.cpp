@@ -281,11 +281,11 @@ bool survives_failures(const OrtCustomOp* op) {
 bool refuses(const OrtCustomOp* op) {
     using Spoil = std::function<void(Session&, Streams&)>;
     const std::vector<std::pair<std::string, Spoil>> files = {
-        {"share is 1, 2 or 4", [](Session& s, Streams&) { s.info.attributes["share"] = 3; }},
+        {"share must be 1, 2 or 4", [](Session& s, Streams&) { s.info.attributes["share"] = 3; }},
         {"NMGemm: rows", [](Session& s, Streams&) { s.info.attributes["rows"] = 0; }},
         {"NMGemm: columns", [](Session& s, Streams&) { s.info.attributes["columns"] = int64_t(1) << 40; }},
         {"NMGemm: block", [](Session& s, Streams&) { s.info.attributes["block"] = 65535; }},
-        {"chunk is a multiple of 4", [](Session& s, Streams&) { s.info.attributes["chunk"] = 18; }},
+        {"chunk must be a multiple of 4", [](Session& s, Streams&) { s.info.attributes["chunk"] = 18; }},
         {"input bias is not a constant", [](Session& s, Streams&) { s.info.constants.erase(5); }},
         {"input values has another shape", [](Session& s, Streams&) { s.info.constants[1].shape.pop_back(); }},
         {"input common has another shape", [](Session& s, Streams&) { s.info.constants[3].shape[0]++; }},

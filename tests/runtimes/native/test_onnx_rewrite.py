@@ -144,8 +144,12 @@ def test_every_form_of_a_product_is_found(
     [
         ([NODE("Gemm", ["x", "w"], ["y"], name="n", alpha=0.5)], {"w": WEIGHT.T}, "scales or transposes its input"),
         ([NODE("Gemm", ["x", "w"], ["y"], name="n", transA=1)], {"w": WEIGHT.T}, "scales or transposes its input"),
-        ([NODE("Gemm", ["x", "w", "x"], ["y"], name="n")], {"w": WEIGHT.T}, "its bias is not one constant an output"),
-        ([NODE("MatMul", ["w", "x"], ["y"], name="n")], {"w": WEIGHT}, "its weight stands on the left of the product"),
+        (
+            [NODE("Gemm", ["x", "w", "x"], ["y"], name="n")],
+            {"w": WEIGHT.T},
+            "its bias is not a constant with one value per output",
+        ),
+        ([NODE("MatMul", ["w", "x"], ["y"], name="n")], {"w": WEIGHT}, "its weight is the left operand of the product"),
         ([NODE("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT.T}, "its node has no name of its own"),
         (
             [NODE("Conv", ["x", "w"], ["y"], name="n", strides=[2, 2])],
