@@ -1,14 +1,15 @@
-"""How long the spectra of a ViT-B/16 take, beside WeightWatcher's fit -> results/analyze_speed.{json,md}.
+"""Time of the spectrum fits of a ViT-B/16, compared with WeightWatcher -> results/analyze_speed.{json,md}.
 
     pip install weightwatcher && python benchmarks/analyze_speed.py
 
-Random weights: the time does not depend on them. Both fit every Linear and Conv2d that they fit at all; each is run in
-turns, and the medians of ROUNDS are compared. The errors of σ are over Gaussian matrices whose σ is known.
+Weights are random, since the time does not depend on them. Both programs fit every Linear and Conv2d that they support.
+They run alternately, and the medians of ROUNDS runs are compared. The error of σ is measured on Gaussian matrices with
+known σ.
 """
 
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import timm
@@ -27,24 +28,25 @@ ARCH = "vit_base_patch16_224"
 ROUNDS = 3
 SHAPES = ((128, 128), (128, 512), (256, 1024), (512, 512))
 SIGMA = 0.02
+QUESTION = "How long do the spectrum fits of a ViT-B/16 take, and how accurate is the fitted σ?"
 
 
-def seconds(work: Any) -> float:
-    """How long one call takes."""
+def seconds(call: Callable[[], object]) -> float:
+    """Returns the wall seconds of one call."""
     started = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - started
 
 
 def weightwatcher_sigmas(weights: list["np.ndarray"]) -> list[float]:
-    """σ of each matrix by WeightWatcher's own fit."""
+    """Returns σ of each matrix as fitted by WeightWatcher."""
     import weightwatcher
 
     layers = torch.nn.Sequential(*[torch.nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights])
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight.data = torch.from_numpy(weight)
     details = weightwatcher.WeightWatcher(model=layers).analyze(mp_fit=True, min_evals=10)
-    # Its σ belongs to eigenvalues of W Wᵀ / n rescaled to unit mean square; undone here.
+    # WeightWatcher's σ is for eigenvalues of W Wᵀ / n rescaled to unit mean square; the factor undoes the rescaling.
     return [
         float(sigma) * float(np.sqrt((w.astype(np.float64) ** 2).mean()))
         for sigma, w in zip(details["sigma_mp"], weights, strict=True)
@@ -52,23 +54,23 @@ def weightwatcher_sigmas(weights: list["np.ndarray"]) -> list[float]:
 
 
 def main() -> None:
-    """Writes both files."""
+    """Measures, and writes both results files."""
     warnings.simplefilter("ignore")
     import weightwatcher
 
     torch.manual_seed(0)
     module = timm.create_model(ARCH)
     model = capture(module, source_of(module, name=ARCH, arch=ARCH, sha256=""))
-    work = {
+    calls: dict[str, Callable[[], object]] = {
         "mpcompile analyze, no null": lambda: analyze(Request(f"timm:{ARCH}"), MPBudget(null=False)),
         "mpcompile analyze, with null": lambda: analyze(Request(f"timm:{ARCH}")),
         "mpcompile, the fits alone": lambda: fit_spectra(model, null=False, level=0.05, seed=0),
         "mpcompile, the fits and their nulls": lambda: fit_spectra(model, null=True, level=0.05, seed=0),
         "WeightWatcher analyze(mp_fit=True)": lambda: weightwatcher.WeightWatcher(model=module).analyze(mp_fit=True),
     }
-    times: dict[str, list[float]] = {name: [] for name in work}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
-        for name, call in work.items():
+        for name, call in calls.items():
             times[name].append(seconds(call))
             print(name, round(times[name][-1], 2), flush=True)
     rng = np.random.default_rng(0)
@@ -82,18 +84,17 @@ def main() -> None:
         {"what": name, "median_seconds": float(np.median(values)), "seconds": values} for name, values in times.items()
     ]
     rows += [{"what": f"σ by {name}", "mean_error": float(np.mean(e)), "worst": max(e)} for name, e in errors.items()]
-    question = "how long do the spectra of a ViT-B/16 take, and how exact is σ?"
-    write("analyze_speed", question, "cpu", ("torch", "scipy", "weightwatcher"), rows)
+    write("analyze_speed", QUESTION, "cpu", ("torch", "scipy", "weightwatcher"), rows)
     baseline = float(np.median(times["WeightWatcher analyze(mp_fit=True)"]))
     table = markdown(
         ("what", "seconds, median of 3", "times as fast as WeightWatcher"),
         [(name, f"{np.median(v):.1f}", f"{baseline / np.median(v):.1f}") for name, v in times.items()],
     )
-    exact = markdown(
+    accuracy = markdown(
         ("σ by", "mean error", "worst"), [(name, f"{np.mean(e):.2%}", f"{max(e):.2%}") for name, e in errors.items()]
     )
-    (RESULTS / "analyze_speed.md").write_text(f"# Speed of the analysis\n\n{table}\n{exact}", encoding="utf-8")
-    print(table, exact)
+    (RESULTS / "analyze_speed.md").write_text(f"# Speed of the analysis\n\n{table}\n{accuracy}", encoding="utf-8")
+    print(table, accuracy)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Which budget signal keeps most, one-shot, without any training -> results/budget.{json,md,svg}.
+"""Accuracy by the signal that allocates the sparsity budget, without training -> results/budget.{json,md,svg}.
 
     python benchmarks/budget.py        # EfficientNet's weights: make bench-models
 
-Two questions, on 2,000 held-out images of Fashion-MNIST that no signal sees:
+Measured on 2,000 held-out images of Fashion-MNIST that no signal sees, in two settings:
 
-- densities: each signal shares out a density between the layers, and every layer keeps its largest weights. The rows
-  differ in the allocation alone.
-- patterns: each signal decides which layers get 2:4 so that a share of the model's multiply-accumulates is left, and
-  the mask pass masks them by magnitude.
+- density: each signal allocates a mean density to the layers, and every layer keeps its largest weights. The rows
+  differ only in the allocation.
+- 2:4: each signal selects the layers that get 2:4 until a given share of the model's MACs is left. The mask pass masks
+  them with its default criterion.
 
 The ViT is the trained example. The CNN is EfficientNet-Lite0 with its ImageNet weights and a linear head
-(benchmarks/lib/pretrained.py). Signals that look at images get 256, chosen by each of three seeds.
+(benchmarks/lib/pretrained.py). Signals that need images get 256 of them, with each of three seeds.
 """
 
 from collections.abc import Iterator
@@ -43,10 +43,11 @@ MACS = (0.8, 0.7, 0.6)
 SEEDS = (0, 1, 2)
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
 CNN_SIZE = 96  # pixels; the head is fitted at this size
+QUESTION = "Which signal for allocating the sparsity budget keeps the most accuracy without training?"
 
 
 def models() -> Iterator[tuple[str, nn.Module, Model]]:
-    """The two models, as modules and captured."""
+    """Yields the two models: name, module, and captured model."""
     loaded = load(Request(str(ROOT / "examples" / "fashion_vit" / "model.safetensors")))
     yield "fashion_vit", loaded.module, capture(loaded.module, loaded.source)
     module, source = on_fashion("efficientnet_lite0", CNN_SIZE)
@@ -54,23 +55,26 @@ def models() -> Iterator[tuple[str, nn.Module, Model]]:
 
 
 def logits(model: Model, data: Data) -> tuple[Tensor, Tensor]:
-    """Logits of all held-out images, and their labels."""
+    """Returns the logits (n, classes) of all held-out images, and their labels (n,)."""
     pairs = [(model(pixels), labels) for pixels, labels in data.held_out.batches(100)]
     return torch.cat([z for z, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
-def measured(model: Model, data: Data, dense: Tensor) -> dict[str, float]:
-    """Top-1, agreement with the dense model, and the mean over images of the largest change of a logit."""
-    found, labels = logits(model, data)
+def compared(model: Model, data: Data, dense: Tensor) -> dict[str, float]:
+    """Returns top-1, agreement with the dense model, and the logit shift, on the held-out images.
+
+    `dense` has the dense model's logits. The logit shift is the largest change of a logit, averaged over images.
+    """
+    pruned, labels = logits(model, data)
     return {
-        "top1": float((found.argmax(1) == labels).double().mean()),
-        "agreement": float((found.argmax(1) == dense.argmax(1)).double().mean()),
-        "logit_shift": float((found - dense).abs().amax(1).mean()),
+        "top1": float((pruned.argmax(1) == labels).double().mean()),
+        "agreement": float((pruned.argmax(1) == dense.argmax(1)).double().mean()),
+        "logit_shift": float((pruned - dense).abs().amax(1).mean()),
     }
 
 
-def at_densities(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, Any]]:
-    """A row a signal, density and seed."""
+def density_rows(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, Any]]:
+    """Yields one row per density, signal and seed; the weights of `model` are changed and restored."""
     names = [layer for layer, reason in eligible(model, NM(2, 4)).items() if reason is None]
     weights = {layer: model.layer(layer).weight.detach().clone() for layer in names}
     fits = fit_spectra(model, null=False, level=0.05, seed=0)
@@ -78,23 +82,23 @@ def at_densities(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, A
         for signal in SIGNALS:
             for seed in SEEDS if signal in NEED_IMAGES else SEEDS[:1]:
                 data = fashion_data(model.source, seed=seed)
-                shares = densities(scores_of(signal, model, names, fits, 1 - density, data), density)
+                allocated = densities(scores_of(signal, model, names, fits, 1 - density, data), density)
                 with torch.no_grad():
                     for layer, weight in weights.items():
-                        removed = weight.numel() - round(shares[layer] * weight.numel())
-                        edge = weight.abs().flatten().kthvalue(removed).values if removed else -1.0
-                        model.layer(layer).weight.copy_(weight * (weight.abs() > edge))
-                result = measured(model, data, dense)
+                        removed = weight.numel() - round(allocated[layer] * weight.numel())
+                        threshold = weight.abs().flatten().kthvalue(removed).values if removed else -1.0
+                        model.layer(layer).weight.copy_(weight * (weight.abs() > threshold))
+                result = compared(model, data, dense)
                 with torch.no_grad():
                     for layer, weight in weights.items():
                         model.layer(layer).weight.copy_(weight)
                 row = {"model": name, "kind": "density", "at": density, "signal": signal, "seed": seed, **result}
                 print(row, flush=True)
-                yield row | {"lowest": min(shares.values()), "highest": max(shares.values())}
+                yield row | {"lowest": min(allocated.values()), "highest": max(allocated.values())}
 
 
-def at_patterns(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, Any]]:
-    """A row a signal, share of multiply-accumulates and seed, at 2:4."""
+def pattern_rows(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, Any]]:
+    """Yields one row per share of MACs, signal and seed, at 2:4."""
     for macs in MACS:
         for signal in SIGNALS:
             for seed in SEEDS if signal in NEED_IMAGES else SEEDS[:1]:
@@ -103,54 +107,57 @@ def at_patterns(name: str, model: Model, dense: Tensor) -> Iterator[dict[str, An
                 result, _ = PassManager(passes).run(model, data.for_passes())
                 masked = sum(plan.mask is not None for plan in result.plan.values())
                 row = {"model": name, "kind": "2:4", "at": macs, "signal": signal, "seed": seed, "masked": masked}
-                row |= measured(result, data, dense)
+                row |= compared(result, data, dense)
                 print(row, flush=True)
                 yield row
 
 
-def why(name: str, model: Model) -> dict[str, Any]:
-    """Rank correlations over layers of what the logits amplify with what `mp` and `std` prune more by."""
+def correlation_row(name: str, model: Model) -> dict[str, Any]:
+    """Returns the rank correlations, over layers, of the signals `mp` and `std` with the amplification.
+
+    The amplification of a layer says how strongly removing its weights changes the logits (mp_budget/sensitivity.py).
+    `edge` is the correlation of σ₊, the edge of the Marchenko–Pastur bulk; `std` that of the weights' deviation.
+    """
     names = [layer for layer, reason in eligible(model, NM(2, 4)).items() if reason is None]
     fits = fit_spectra(model, null=False, level=0.05, seed=0)
-    known = {layer: found.fit for layer in names if isinstance(found := fits[layer], SpectrumFit)}
-    amplified = amplification(model, fashion_data(model.source).calibration, list(known))
-    values = list(amplified.values())
-    row = {"model": name, "kind": "rank correlation with amplification", "layers": len(known)}
-    row["edge"] = float(spearmanr([fit.bulk_edge for fit in known.values()], values).statistic)
-    row["std"] = float(spearmanr([float(model.layer(layer).weight.std()) for layer in known], values).statistic)
+    fitted = {layer: spectrum.fit for layer in names if isinstance(spectrum := fits[layer], SpectrumFit)}
+    values = list(amplification(model, fashion_data(model.source).calibration, list(fitted)).values())
+    row = {"model": name, "kind": "rank correlation with amplification", "layers": len(fitted)}
+    row["edge"] = float(spearmanr([fit.bulk_edge for fit in fitted.values()], values).statistic)
+    row["std"] = float(spearmanr([float(model.layer(layer).weight.std()) for layer in fitted], values).statistic)
     print(row, flush=True)
     return row
 
 
 def table(rows: list[dict[str, Any]], model: str, kind: str) -> str:
-    """Top-1 and logit shift a signal, the mean over seeds and their range."""
+    """Returns a table with one row per signal: mean top-1 over seeds with its range, and mean logit shift."""
     chosen = [row for row in rows if row["model"] == model and row["kind"] == kind]
-    ats = sorted({row["at"] for row in chosen}, reverse=True)
+    levels = sorted({row["at"] for row in chosen}, reverse=True)
 
-    def cell(signal: str, at: float) -> str:
-        same = [row for row in chosen if row["signal"] == signal and row["at"] == at]
+    def cell(signal: str, level: float) -> str:
+        same = [row for row in chosen if row["signal"] == signal and row["at"] == level]
         tops, shift = [100 * row["top1"] for row in same], np.mean([row["logit_shift"] for row in same])
         spread = f" [{min(tops):.1f}, {max(tops):.1f}]" if len(tops) > 1 else ""
         return f"{np.mean(tops):.2f}{spread}, {shift:.2f}"
 
-    what = "density" if kind == "density" else "MACs left"
-    columns = ("signal", *(f"{what} {at:g}" for at in ats))
-    return markdown(columns, [(signal, *(cell(signal, at) for at in ats)) for signal in SIGNALS])
+    heading = "density" if kind == "density" else "MACs left"
+    columns = ("signal", *(f"{heading} {level:g}" for level in levels))
+    return markdown(columns, [(signal, *(cell(signal, level) for level in levels)) for signal in SIGNALS])
 
 
 def plot(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> None:
-    """Top-1 against density, a panel a model."""
+    """Draws top-1 against density, one panel per model, into an SVG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, (model, top1) in zip(figure.subplots(1, 2), dense.items(), strict=True):
         for index, signal in enumerate(SIGNALS):
             points = []
-            for at in DENSITIES:
+            for density in DENSITIES:
                 same = [
                     r["top1"]
                     for r in rows
-                    if (r["model"], r["kind"], r["at"], r["signal"]) == (model, "density", at, signal)
+                    if (r["model"], r["kind"], r["at"], r["signal"]) == (model, "density", density, signal)
                 ]
                 points.append(100 * float(np.mean(same)))
             emphasis = {"mp": ("#b5372c", 2.4, "-"), "sensitivity": ("#1f4e79", 2.4, "-")}
@@ -167,33 +174,33 @@ def plot(rows: list[dict[str, Any]], dense: dict[str, float], path: Path) -> Non
 
 
 def main() -> None:
-    """Writes the three files."""
+    """Measures, and writes the three results files."""
     rows: list[dict[str, Any]] = []
     for name, _, model in models():
         data = fashion_data(model.source)
         dense, labels = logits(model, data)
         top1 = float((dense.argmax(1) == labels).double().mean())
         rows.append({"model": name, "kind": "dense", "top1": top1, "images": len(labels)})
-        rows.append(why(name, model))
-        rows.extend(at_densities(name, model, dense))
-        rows.extend(at_patterns(name, model, dense))
-    write("budget", __doc__.partition("\n")[0], "cpu", ("torch", "timm", "scipy"), rows)
-    show(rows)
+        rows.append(correlation_row(name, model))
+        rows.extend(density_rows(name, model, dense))
+        rows.extend(pattern_rows(name, model, dense))
+    write("budget", QUESTION, "cpu", ("torch", "timm", "scipy"), rows)
+    report(rows)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Writes the plot and the tables."""
+def report(rows: list[dict[str, Any]]) -> None:
+    """Writes budget.svg and budget.md."""
     dense_top1 = {row["model"]: row["top1"] for row in rows if row["kind"] == "dense"}
-    reasons = [row for row in rows if "edge" in row]
+    correlations = [row for row in rows if "edge" in row]
     rows = [row for row in rows if "at" in row]
     plot(rows, dense_top1, RESULTS / "budget.svg")
-    parts = ["# Budget signals\n\nTop-1 in per cent [lowest and highest of three seeds], then the logit shift.\n"]
+    parts = ["# Budget signals\n\nTop-1 in per cent [lowest and highest of three seeds], then the mean logit shift.\n"]
     for name, top1 in dense_top1.items():
         parts.append(f"## {name}, dense {top1:.2%}\n")
         parts.extend(table(rows, name, kind) for kind in ("density", "2:4"))
-    correlations = [(r["model"], str(r["layers"]), f"{r['edge']:+.2f}", f"{r['std']:+.2f}") for r in reasons]
-    parts.append("## Why\n\nRank correlation over layers with how much the logits amplify a loss in them:\n")
-    parts.append(markdown(("model", "layers with a fit", "of σ₊", "of the standard deviation"), correlations))
+    cells = [(r["model"], str(r["layers"]), f"{r['edge']:+.2f}", f"{r['std']:+.2f}") for r in correlations]
+    parts.append("## Why\n\nRank correlation, over layers, with how strongly removing weights changes the logits:\n")
+    parts.append(markdown(("model", "layers with a fit", "of σ₊", "of the standard deviation"), cells))
     (RESULTS / "budget.md").write_text("\n".join(parts), encoding="utf-8")
 
 

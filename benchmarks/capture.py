@@ -1,10 +1,10 @@
-"""Which architectures are captured, and what can be masked in each -> results/capture.{json,md}.
+"""Which architectures can be traced, and how many of their layers can be masked -> results/capture.{json,md}.
 
     python benchmarks/capture.py [NAME …]
 
-Random weights: tracing does not depend on them. Each model is captured twice from the same instance; `captured` means
-that both graphs gave the model's own outputs on two batches of different sizes, and that the model's state and
-attributes were afterwards what they had been.
+Weights are random, since tracing does not depend on them. Each model is captured twice from the same instance. A model
+counts as captured if both graphs give the model's outputs on two batches of different sizes, and if capturing leaves
+the model's state and attributes unchanged.
 """
 
 import gc
@@ -27,6 +27,7 @@ from mpcompile.ir.model import Source
 from mpcompile.ir.pattern import NM
 from mpcompile.system.hashing import state_sha256
 
+SCRIPT = "benchmarks/capture.py"
 TIMM = """
 vit_tiny_patch16_224 vit_base_patch16_224 vit_base_patch16_clip_224 vit_base_patch16_siglip_224
 vit_relpos_small_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
@@ -49,21 +50,23 @@ segmentation.lraspp_mobilenet_v3_large detection.ssdlite320_mobilenet_v3_large
 
 
 def build(name: str) -> tuple[nn.Module, Source]:
-    """A model with random weights, and the size of its images."""
+    """Returns a model with random weights, and its Source; `name` is LIBRARY/ARCHITECTURE."""
     library, _, arch = name.partition("/")
     if library == "timm":
-        # Large images only where the model insists: the trace does not depend on them.
+        # Smaller images than the default of these models: the trace does not depend on their size.
         args = {"img_size": 112} if "dinov2" in arch else {"img_size": 256} if "samvit" in arch else {}
         module: nn.Module = timm.create_model(arch, **args)
         return module, source_of(module, name=name, arch=arch, sha256="", arch_args=args)
     family, _, arch = arch.rpartition(".")
-    place = getattr(torchvision.models, family) if family else torchvision.models
-    module = getattr(place, arch)(weights=None, weights_backbone=None) if family else getattr(place, arch)(weights=None)
+    if family:  # segmentation and detection models would download weights for their backbone
+        module = getattr(getattr(torchvision.models, family), arch)(weights=None, weights_backbone=None)
+    else:
+        module = getattr(torchvision.models, arch)(weights=None)
     return module, Source(name=name, sha256="", arch=arch)
 
 
 def attempt(name: str) -> dict[str, Any]:
-    """The row for one architecture."""
+    """Captures one architecture and returns its row; `reason` is the error if it cannot be captured."""
     torch.manual_seed(0)
     started = time.perf_counter()
     row: dict[str, Any] = {"name": name, "captured": False, "reason": None}
@@ -90,7 +93,7 @@ def attempt(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes both files, or prints the rows for the names given."""
+    """Writes both results files; with names as arguments, only prints the rows of these architectures."""
     warnings.simplefilter("ignore")  # timm's and torchvision's deprecations
     names = sys.argv[1:] or [*(f"timm/{n}" for n in TIMM.split()), *(f"torchvision/{n}" for n in TORCHVISION.split())]
     rows = []
@@ -100,7 +103,7 @@ def main() -> None:
         gc.collect()
     if sys.argv[1:]:
         return
-    question = "which architectures are captured, and what can be masked at 2:4 in each?"
+    question = "Which architectures can be traced, and how many of their layers can be masked at 2:4?"
     write("capture", question, "cpu", ("torch", "torchvision", "timm"), rows)
     captured = sum(row["captured"] for row in rows)
     table = markdown(
@@ -117,7 +120,7 @@ def main() -> None:
             for row in rows
         ],
     )
-    text = f"# Capture\n\n{captured} of {len(rows)} architectures. Written by `benchmarks/capture.py`.\n\n{table}"
+    text = f"# Capture\n\n{captured} of {len(rows)} architectures can be traced. Source: `{SCRIPT}`.\n\n{table}"
     (RESULTS / "capture.md").write_text(text, encoding="utf-8")
 
 

@@ -1,10 +1,11 @@
-"""Do certificates hold on images they were not made on? -> results/certificates.{json,md}.
+"""Whether certificates hold on images that they were not computed from -> results/certificates.{json,md}.
 
     python benchmarks/certificates.py        # EfficientNet's weights: make bench-models
 
-The 2,000 held-out images of Fashion-MNIST in two halves. On the first a certificate is made; on both it is counted how
-many predictions are certified unchanged and how many of these differ (a theorem says none), and on the second how many
-predictions agree, against the Clopper–Pearson bound from the first.
+The 2,000 held-out images of Fashion-MNIST are split in two halves, and the certificate is computed from the first.
+Both halves: the number of predictions that are proved unchanged, and how many of these differ; the theorem says none.
+Second half: the share of predictions that agree with the dense model, against the Clopper–Pearson bound that was
+computed from the first half.
 """
 
 from dataclasses import replace
@@ -27,22 +28,24 @@ CASES = {
     "joint, refit (ours)": NMMask(),
 }
 PATTERNS = (NM(2, 4), NM(1, 4))
+QUESTION = "Do certificates hold on images that they were not computed from?"
 
 
 def measure(name: str, model: Model, pattern: NM, method: str, step: NMMask) -> dict[str, Any]:
-    """The row of one pruned model."""
+    """Prunes and certifies the model, and returns its row."""
     data = fashion_data(model.source)
     halves = [replace(data.held_out, order=data.held_out.order[start::2]) for start in (0, 1)]
     steps: list[Pass] = [Permute(), replace(step, pattern=pattern), Certify(attribute=0)]
     result, _ = PassManager(steps).run(model, replace(data, held_out=halves[0]))
-    made = result.certificate
-    assert made is not None
-    row: dict[str, Any] = {"model": name, "pattern": str(pattern), "method": method, "bound": made.agreement_bound}
-    for which, images in zip(("first", "second"), halves, strict=True):
+    certificate = result.certificate
+    assert certificate is not None
+    row: dict[str, Any] = {"model": name, "pattern": str(pattern), "method": method}
+    row["bound"] = certificate.agreement_bound
+    for half, images in zip(("first", "second"), halves, strict=True):
         with torch.no_grad():
             before, after = outputs_of(model.graph, images), outputs_of(result.graph, images)
         proven, same = unchanged(before, after), before.argmax(1) == after.argmax(1)
-        row[which] = {
+        row[half] = {
             "images": len(images),
             "proven": int(proven.sum()),
             "flips": int((~same).sum()),
@@ -54,23 +57,22 @@ def measure(name: str, model: Model, pattern: NM, method: str, step: NMMask) -> 
 
 
 def main() -> None:
-    """Writes both files."""
+    """Measures, and writes both results files."""
     rows = [
         measure(name, model, pattern, method, step)
         for name, _, model in models()
         for pattern in PATTERNS
         for method, step in CASES.items()
     ]
-    question = (__doc__ or "").partition("\n")[0]
-    write("certificates", question, "cpu", ("torch", "timm", "scipy"), rows)
-    (RESULTS / "certificates.md").write_text(show(rows), encoding="utf-8")
+    write("certificates", QUESTION, "cpu", ("torch", "timm", "scipy"), rows)
+    (RESULTS / "certificates.md").write_text(page(rows), encoding="utf-8")
 
 
-def show(rows: list[dict[str, Any]]) -> str:
-    """One table."""
+def page(rows: list[dict[str, Any]]) -> str:
+    """Returns the Markdown page: a title and one table."""
     heads = (
         "model", "pattern", "method", "certified, of 2,000", "of these changed", "changed, of 2,000",
-        "bound from the first half", "agreement on the second", "holds",
+        "bound from the first half", "agreement on the second half", "holds",
     )  # fmt: skip
     table = [
         (
@@ -86,7 +88,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return f"# Certificates against what happens\n\n{markdown(heads, table)}"
+    return f"# Certificates and measured agreement\n\n{markdown(heads, table)}"
 
 
 if __name__ == "__main__":

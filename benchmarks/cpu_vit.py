@@ -1,23 +1,27 @@
-"""Whole ViTs on the native kernel against ONNX Runtime's dense ones -> results/cpu_vit{,_2_threads}.{json,md}.
+"""Speed of whole ViTs on the N:M kernel, relative to ONNX Runtime's dense -> results/cpu_vit{,_2_threads}.{json,md}.
 
     python benchmarks/cpu_vit.py [--openvino PYTHON] [--threads 1] [--models vit_small_patch16_224 …]
 
-Random weights at 224 pixels. Every Linear of the blocks is masked by magnitude and runs on the kernel, the rest is
-ONNX Runtime's. Baseline: the dense file of the whole model, no tokens merged; where some are, the same dense file with
-them merged stands beside it. Beside both: the file after the fusions of onnxruntime.transformers (in this export they
-find LayerNorm and Gelu, not attention); dynamic int8, which changes results; torch in float32, the same graph run
-eagerly; and OpenVINO in float32, in a process of its own under the Python that --openvino names. All of a model take
-turns in one run. On one thread the time is process CPU time, on more wall time. Each ratio has its limit beside it:
-what counting multiply-accumulates promises. A run on another processor adds a table of its own; --add keeps this one's
-rows of other models and batch sizes too.
+ViTs with random weights at 224 pixels. Every Linear in the blocks is masked by magnitude and runs on the N:M kernel;
+all other operators run in ONNX Runtime. The baseline is the dense file of the whole model without token merging. Also
+timed, with the row's token merging:
+
+- the dense file, if tokens are merged;
+- the dense file after the fusions of onnxruntime.transformers; in this export they find LayerNorm and GELU, not
+  attention;
+- the dense file with dynamic int8, which changes the results;
+- the same graph in torch, float32, eager;
+- the dense file in OpenVINO, float32, in a process under the Python that --openvino names.
+
+All of them run in interleaved rounds, timed in process CPU time on one thread and in wall time on more. Each speedup is
+printed with its limit, the ratio of MACs. Rows of other processors are kept in the file, each processor in a table of
+its own. With --add, rows of this processor for other models and batch sizes are kept too.
 """
 
 import argparse
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -29,7 +33,17 @@ import onnx
 import timm
 import torch
 from lib.common import RESULTS, markdown, rows_of, write
-from lib.cpu_turns import by_processor, device, elsewhere, loads, ratio, shown, stamp, turns
+from lib.cpu_timing import (
+    by_processor,
+    device,
+    interleaved,
+    load_range,
+    median_speedup,
+    provenance,
+    rows_of_other_processors,
+    speedup_cell,
+)
+from lib.openvino_process import openvino
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -48,18 +62,18 @@ from mpcompile.runtimes.native.onnx_rewrite import find, replace
 from mpcompile.runtimes.ort.int8 import quantise_dynamic, saturates
 from mpcompile.runtimes.ort.session import session_on
 
-QUESTION = "how much faster is a whole ViT on the native N:M kernel than on ONNX Runtime's dense kernels?"
+QUESTION = "How much faster is a whole ViT on the N:M kernel than on ONNX Runtime's dense kernels?"
 PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "12:16", "2:4x2", "2:4x4")
-OTHERS = ("merged, dense", "fused", "OpenVINO", "torch", "dynamic int8")
-COLUMNS = ("model", "batch", "ToMe r", "dense ms", *PATTERNS, *OTHERS, "drift 2:4")
-BLOCK_MS = 20.0
+BASELINES = ("merged, dense", "fused", "OpenVINO", "torch", "dynamic int8")
+COLUMNS = ("model", "batch", "ToMe r", "dense ms", *PATTERNS, *BASELINES, "drift 2:4")
+BLOCK_MS = 20.0  # of each engine in each round
 Images = NDArray[np.float32]
 Run = Callable[[], object]
 Engine = Callable[[Images], Images]
 
 
 def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[ProvenMask]]:
-    """The file with every weight of its blocks masked by magnitude."""
+    """Returns the file with every Linear weight in its blocks masked by magnitude, and the masks."""
     result = onnx.ModelProto()
     result.CopyFrom(file)
     stored = {tensor.name: tensor for tensor in result.graph.initializer}
@@ -90,10 +104,14 @@ def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[Pr
 
 @dataclass(frozen=True)
 class Files:
-    """One model in ONNX: whole, with its tokens merged (the same file where none are), and on the kernel by pattern.
+    """The ONNX files of one model. All have the same weights, except for their masks.
 
-    All have the same weights up to their masks, the first two those of 2:4. `limits` are the ratios of
-    multiply-accumulates to those of the whole model; `model` is what torch runs, tokens merged, weights as they were.
+    Attributes:
+        model: the model that torch runs: dense weights, with token merging.
+        whole: the file of the baseline: weights masked at 2:4, without token merging, dense kernels.
+        merged: the same with token merging; equal to `whole` if no tokens are merged.
+        native: the files for the N:M kernel by pattern, with token merging.
+        limits: MACs of the whole dense model relative to those of the row, by pattern and for "merged, dense".
     """
 
     model: Model
@@ -103,8 +121,11 @@ class Files:
     limits: dict[str, float]
 
 
-def files(name: str, batch: int, r: int, folder: Path) -> Files:
-    """Every file of a model at a batch size, r tokens merged after each attention."""
+def write_files(name: str, batch: int, r: int, folder: Path) -> Files:
+    """Writes all ONNX files of a timm model at a batch size, with r tokens merged after each attention.
+
+    Raises SystemExit if a masked layer cannot run on the kernel.
+    """
     torch.manual_seed(0)
     size = 3, 224, 224
     model = capture(timm.create_model(name, pretrained=False).eval(), Source(name, "", name), torch.randn(1, *size))
@@ -121,97 +142,78 @@ def files(name: str, batch: int, r: int, folder: Path) -> Files:
     if r:
         model, _ = PassManager([ToMe(r=r)]).run(model, Data())
         file, merged = dense(model, "merged")
-    costs, made = cost(model), {}
+    costs, native_files = cost(model), {}
     limits = {"merged, dense": dense_macs / costs.macs}
     for text in PATTERNS:
         sparse, proven = masked(file, NM.parse(text))
         limits[text] = dense_macs / costs.executed_macs({row.layer: NM.parse(text) for row in proven})
-        products, refused = find(sparse, proven)
+        gemms, refused = find(sparse, proven)
         if refused:
             raise SystemExit(f"{name}: {refused[0].reason}")
-        made[text] = folder / f"native_{text.replace(':', '_')}.onnx"
-        onnx.save_model(replace(sparse, products), made[text])
-    return Files(model, whole, merged, made, limits)
+        native_files[text] = folder / f"native_{text.replace(':', '_')}.onnx"
+        onnx.save_model(replace(sparse, gemms), native_files[text])
+    return Files(model, whole, merged, native_files, limits)
 
 
 def fused(dense: Path, folder: Path) -> Path:
-    """The dense file after the fusions of onnxruntime.transformers."""
+    """Writes the dense file after the fusions of onnxruntime.transformers, and returns its path.
+
+    Raises SystemExit if nothing was fused.
+    """
     from onnxruntime.transformers.optimizer import optimize_model
 
     width = next(w.values.shape[1] for w in file_weights(onnx.load(dense)) if any("qkv" in s for s in w.scopes))
     model = optimize_model(str(dense), model_type="vit", num_heads=width // 64, hidden_size=width, opt_level=0)
     if not any(model.get_fused_operator_statistics().values()):
-        raise SystemExit("onnxruntime.transformers fuses nothing")
+        raise SystemExit("onnxruntime.transformers fused no operators of this file")
     model.save_model_to_file(str(folder / "fused.onnx"))
     return folder / "fused.onnx"
 
 
 def int8(dense: Path, folder: Path) -> Path:
-    """The dense file with dynamically quantised products, in a range that this processor computes exactly."""
+    """Writes the dense file with MatMul and Gemm in dynamic int8, and returns its path.
+
+    Weights have 7 bits if ONNX Runtime's int8 products saturate on this processor, else 8.
+    """
     quantise_dynamic(dense, folder / "int8.onnx", saturates())
     return folder / "int8.onnx"
 
 
-@contextmanager
-def openvino(python: str | None, file: Path, images: Images, threads: int) -> Iterator[Callable[[bool], float] | None]:
-    """Milliseconds of one call of OpenVINO in a process of its own, asked for one at a time."""
-    if python is None:
-        yield None
-        return
-    shape = ",".join(map(str, images.shape))
-    worker = subprocess.Popen(
-        [python, str(Path(__file__).parent / "lib" / "openvino_worker.py"), str(file), shape, str(threads)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-    def ask(wall: bool) -> float:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write("\n")
-        worker.stdin.flush()
-        cpu_ms, wall_ms = map(float, worker.stdout.readline().split())
-        return wall_ms if wall else cpu_ms
-
-    try:
-        for _ in range(3):
-            ask(True)
-        yield ask
-    finally:
-        worker.kill()
-        worker.wait()
-
-
-def eagerly(model: Model, images: Images) -> Images:
-    """What the graph gives in torch."""
+def torch_logits(model: Model, images: Images) -> Images:
+    """Returns the logits of the graph in torch."""
     return model(torch.from_numpy(images)).numpy()
 
 
 def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A row: the dense time, and every ratio to it."""
+    """Measures one row: the dense time, and the speedup of each pattern and baseline relative to it."""
     images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype=np.float32)
     threads, wall = arguments.threads, arguments.threads > 1
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        made = files(name, batch, r, folder)
-        engines: dict[str, Engine] = {"dense": session_on(made.whole, threads)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = write_files(name, batch, r, folder)
+        engines: dict[str, Engine] = {"dense": session_on(files.whole, threads)}
         if r:
-            engines["merged, dense"] = session_on(made.merged, threads)
-        engines |= {text: session_on(path, threads, native.library()) for text, path in made.native.items()}
-        engines["fused"] = session_on(fused(made.merged, folder), threads)
-        engines["dynamic int8"] = session_on(int8(made.merged, folder), threads)
+            engines["merged, dense"] = session_on(files.merged, threads)
+        engines |= {text: session_on(path, threads, native.library()) for text, path in files.native.items()}
+        engines["fused"] = session_on(fused(files.merged, folder), threads)
+        engines["dynamic int8"] = session_on(int8(files.merged, folder), threads)
         torch.set_num_threads(threads)
-        engines["torch"] = partial(eagerly, made.model)
-        expected, found = engines["merged, dense" if r else "dense"](images), engines["2:4"](images)
+        engines["torch"] = partial(torch_logits, files.model)
+        expected, logits = engines["merged, dense" if r else "dense"](images), engines["2:4"](images)
         runs: dict[str, Run] = {key: partial(engine, images) for key, engine in engines.items()}
-        with openvino(arguments.openvino, made.merged, images, threads) as ask:
+        with openvino(arguments.openvino, files.merged, images, threads) as run_openvino:
             rounds = arguments.rounds if batch == 1 else max(5, arguments.rounds // 2)
-            samples = turns(runs, rounds, BLOCK_MS, wall)
-            if ask is not None:  # its process cannot share a turn; call by call after a dense one
-                pairs = [(turns({"dense": runs["dense"]}, 1, 0, wall)["dense"][0], ask(wall)) for _ in range(rounds)]
-                beside = np.array(pairs)
-        ratios = {key: ratio(samples["dense"], samples[key]) for key in engines if key != "dense"}
-        if ask is not None:
-            ratios["OpenVINO"] = ratio(beside[:, 0], beside[:, 1])
+            samples = interleaved(runs, rounds, BLOCK_MS, wall)
+            if run_openvino is not None:  # in another process, so it alternates with single calls of the dense file
+                pairs = np.array(
+                    [
+                        (interleaved({"dense": runs["dense"]}, 1, 0, wall)["dense"][0], run_openvino(wall))
+                        for _ in range(rounds)
+                    ]
+                )
+        speedups = {key: median_speedup(samples["dense"], samples[key]) for key in engines if key != "dense"}
+        if run_openvino is not None:
+            speedups["OpenVINO"] = median_speedup(pairs[:, 0], pairs[:, 1])
     return {
         "model": name,
         "batch": batch,
@@ -220,80 +222,82 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         "clock": "wall" if wall else "process CPU",
         "rounds": rounds,
         "dense_ms": float(np.median(samples["dense"])),
-        "speedup": ratios,
-        "limit": made.limits,
-        "drift": float(np.abs(expected - found).max() / np.abs(expected).max()),
-        **stamp(),
+        "speedup": speedups,
+        "limit": files.limits,
+        "drift": float(np.abs(expected - logits).max() / np.abs(expected).max()),
+        **provenance(),
     }
 
 
 def main() -> None:
+    """Measures, and writes both results files after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--openvino", help="a Python that has OpenVINO")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--models", nargs="*", default=["vit_small_patch16_224", "vit_base_patch16_224"])
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--merged", nargs="*", type=int, default=[0, 8, 16])
+    parser.add_argument("--openvino", help="path of a Python with OpenVINO installed; default: OpenVINO is not timed")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds at batch 1; half as many at other batches")
+    parser.add_argument(
+        "--models", nargs="*", default=["vit_small_patch16_224", "vit_base_patch16_224"], help="timm's names"
+    )
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="batch sizes")
+    parser.add_argument("--merged", nargs="*", type=int, default=[0, 8, 16], help="tokens merged after each attention")
     parser.add_argument("--add", action="store_true", help="keep the rows that an earlier run wrote on this processor")
     arguments = parser.parse_args()
-    if why := native.missing():
-        raise SystemExit(why)
-    rows = (rows_of if arguments.add else elsewhere)(results_name(arguments.threads))
+    if missing := native.missing():
+        raise SystemExit(missing)
+    rows = (rows_of if arguments.add else rows_of_other_processors)(results_name(arguments.threads))
     for name, batch, r in product(arguments.models, arguments.batches, arguments.merged):
         started = time.perf_counter()
         row = measure(name, batch, r, arguments)
-        rows = sorted([*(kept for kept in rows if place(kept) != place(row)), row], key=place)
-        shorts = {key: f"{value[0]:.2f}" for key, value in row["speedup"].items()}
-        took = f"{time.perf_counter() - started:.0f} s"
-        print(name, batch, r, f"{row['dense_ms']:.0f} ms", shorts, took, flush=True)
+        rows = sorted([*(kept for kept in rows if row_key(kept) != row_key(row)), row], key=row_key)
+        medians = {key: f"{value[0]:.2f}" for key, value in row["speedup"].items()}
+        elapsed = f"{time.perf_counter() - started:.0f} s"
+        print(name, batch, r, f"{row['dense_ms']:.0f} ms", medians, elapsed, flush=True)
         report(rows, arguments.threads)
 
 
-def place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Where a row stands, which no other row shares."""
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns the values that identify a row in its file; rows are sorted by them."""
     return row["device"], row["model"], row["batch"], row["r"]
 
 
 def results_name(threads: int) -> str:
-    """Each number of threads has its own file."""
+    """Returns the name of the results file for this number of threads."""
     return "cpu_vit" if threads == 1 else f"cpu_vit_{threads}_threads"
 
 
 def cell(row: dict[str, Any], key: str) -> str:
-    """A ratio, its interval and its limit."""
+    """Returns a speedup with its interval and, if known, its limit: `1.60 (1.57–1.78) of 1.91`."""
     if key not in row["speedup"]:
         return "–"
     limit = f" of {row['limit'][key]:.2f}" if key in row["limit"] else ""
-    return shown(row["speedup"][key]) + limit
+    return speedup_cell(row["speedup"][key]) + limit
 
 
 def cells(row: dict[str, Any], keys: tuple[str, ...]) -> tuple[str, ...]:
-    """What a row is of, and its ratios."""
+    """Returns the row as cells of a table: model, batch, r, dense ms, then the speedups of `keys`."""
     head = (row["model"], str(row["batch"]), str(row["r"]), f"{row['dense_ms']:.0f}")
     return (*head, *(cell(row, key) for key in keys))
 
 
 def report(rows: list[dict[str, Any]], threads: int) -> None:
-    """Writes what has been measured so far."""
+    """Writes both results files with the rows measured so far."""
     name = results_name(threads)
     write(name, QUESTION, device(), ("onnxruntime", "timm", "torch"), rows)
     head = (
-        f"{QUESTION}\n\nTimes as fast as ONNX Runtime's dense float32 of the whole model (no tokens merged): median "
-        "over rounds, 95 % interval, and what counting multiply-accumulates promises. "
+        f"{QUESTION}\n\nSpeed relative to ONNX Runtime's dense float32 without token merging: median over rounds, 95 % "
+        "interval, and the limit given by the ratio of MACs. "
         f"{threads} thread(s), {rows[0]['clock']} time, {min(r['rounds'] for r in rows)} rounds or more. "
-        "Fused, OpenVINO, torch and dynamic int8 run the dense weights with the row's tokens merged. Drift: the "
-        "largest difference of a logit from the dense file with the same weights and tokens, as a share of the largest "
-        "logit.\n"
+        "Fused, OpenVINO, torch and dynamic int8 run dense with the row's token merging. Drift: the largest difference "
+        "of a logit from the dense file with the same weights and tokens, relative to the largest logit.\n"
     )
-    text = "\n".join([head, *(table(where, of) for where, of in by_processor(rows))])
+    text = "\n".join([head, *(table(heading, own) for heading, own in by_processor(rows))])
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def table(where: str, rows: list[dict[str, Any]]) -> str:
-    """One processor's rows."""
-    lines = [(*cells(row, (*PATTERNS, *OTHERS)), f"{row['drift']:.0e}") for row in rows]
-    return f"{where}, {loads(rows)}:\n\n{markdown(COLUMNS, lines)}"
+def table(heading: str, rows: list[dict[str, Any]]) -> str:
+    """Returns the table of one processor under its heading."""
+    lines = [(*cells(row, (*PATTERNS, *BASELINES)), f"{row['drift']:.0e}") for row in rows]
+    return f"{heading}, {load_range(rows)}:\n\n{markdown(COLUMNS, lines)}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What a short distillation gives back, on the trained example -> results/distill.{json,md}.
+"""Accuracy that a short distillation recovers, on the trained example -> results/distill.{json,md}.
 
     python benchmarks/distill.py --data /usr/share/datasets/fashion-mnist
 
-The data are Fashion-MNIST's four files (Debian's package dataset-fashion-mnist). 2:4 in every eligible layer and token
-merging, before and after training on the same 10,000 images for three epochs: joint masks with their refit, the same
-with the dense model's answers alone (no labels), and the largest weights, once with masks that are soft at first. Every
-method trains alike. Accuracy on all 10,000 test images; the rate was chosen on training images (validation), with
-twice as many to train on.
+--data has the four files of Fashion-MNIST (Debian's package dataset-fashion-mnist). The model gets 2:4 in every
+eligible layer and token merging, and is measured before and after training. The methods are:
+
+- joint masks with refit;
+- the same, trained without labels, only on the dense model's outputs;
+- magnitude masks without refit;
+- magnitude masks that are soft in the first half of the training.
+
+All methods train with the same settings, for three epochs on the same 10,000 images. Accuracy is measured on all 10,000
+test images. The learning rate was chosen on validation images from the training set, with 20,000 training images.
 """
 
 import argparse
@@ -36,33 +41,33 @@ sys.path.insert(0, str(EXAMPLE))
 
 from fashion_mnist import read_split  # noqa: E402
 
-QUESTION = "how much of what 2:4 and token merging lose does a short distillation give back?"
+QUESTION = "How much of the accuracy lost by 2:4 and token merging does a short distillation recover?"
 TOKENS = ToMe(r="8:decreasing")
-TRAINING = 10_000
-COLUMNS = ("method", "seeds", "dense top-1", "one-shot", "after training", "given back", "logit shift", "minutes")
+TRAINING = 10_000  # images
+COLUMNS = ("method", "seeds", "dense top-1", "one-shot", "after training", "recovered", "logit shift", "minutes")
 
 
 def training(rate: float, **options: Any) -> Distill:
-    """The same for every method: what fits this small model, the rest as the pass has it."""
+    """Returns the Distill pass of all methods: settings for this small model, else the defaults of the pass."""
     return Distill(epochs=3, batch=64, rate=rate, warmup=100, scale=0.7, erasing=0.0, **options)
 
 
 def methods(rate: float, seed: int) -> Mapping[str, tuple[list[Pass], Distill]]:
-    """Passes before the training, and the training."""
+    """Returns, by method, the passes before the training, and the training."""
     joint: list[Pass] = [Permute(), NMMask(), TOKENS]
     largest: list[Pass] = [NMMask(criterion="magnitude", refit="none"), TOKENS]
-    found = {
+    compared = {
         "joint, refit (ours)": (joint, training(rate, seed=seed)),
         "joint, refit; dense model's answers alone": (joint, training(rate, seed=seed, alpha=1.0)),
         "largest weights": (largest, training(rate, seed=seed)),
     }
-    # An option, not a rival: one seed tells whether it is worth having.
+    # An option of the pass rather than a method of its own, so one seed is enough.
     soft = {"largest weights, masks soft for half": (largest, training(rate, seed=seed, soft=0.5))}
-    return found if seed else found | soft
+    return compared if seed else compared | soft
 
 
 def data_of(folder: Path, source: Source, seed: int) -> Data:
-    """Calibration, validation and training images by the seed; all test images held out."""
+    """Returns calibration, training and validation images chosen by the seed; all test images are held out."""
     order = np.random.default_rng(seed).permutation(60_000)
 
     def split(name: str, chosen: "np.ndarray") -> Split:
@@ -82,25 +87,25 @@ def data_of(folder: Path, source: Source, seed: int) -> Data:
 
 @torch.no_grad()
 def measured(model: Model, dense: Model, images: Split) -> dict[str, float]:
-    """Top-1 and the mean largest change of a logit."""
+    """Returns top-1 and the logit shift: the largest change of a logit, averaged over images."""
     hits, shift = 0, 0.0
     for pixels, labels in images.batches(500):
-        found = model(pixels)
-        hits += int((found.argmax(1) == labels).sum())
-        shift += float((found - dense(pixels)).abs().amax(1).sum())
+        logits = model(pixels)
+        hits += int((logits.argmax(1) == labels).sum())
+        shift += float((logits - dense(pixels)).abs().amax(1).sum())
     return {"top1": hits / len(images), "shift": shift / len(images)}
 
 
 def measure(folder: Path, rate: float, seed: int, name: str) -> dict[str, Any]:
-    """The row for one method and seed, on one thread."""
+    """Prunes and trains with one method and seed, on one thread, and returns the row."""
     torch.set_num_threads(1)
     loaded = load(Request(str(EXAMPLE / "model.safetensors")))
     dense, data = capture(loaded.module, loaded.source), data_of(folder, loaded.source, seed)
     before, train = methods(rate, seed)[name]
     one_shot, _ = PassManager(before).run(dense, data)
-    began = time.perf_counter()
+    started = time.perf_counter()
     trained, _ = PassManager([train]).run(one_shot, data)
-    minutes = (time.perf_counter() - began) / 60
+    minutes = (time.perf_counter() - started) / 60
     masks = {layer: plan.mask for layer, plan in trained.plan.items() if plan.mask is not None}
     assert all((trained.layer(layer).weight[~mask] == 0).all() for layer, mask in masks.items())
     cost = charged(dense, trained)
@@ -123,7 +128,7 @@ def measure(folder: Path, rate: float, seed: int, name: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row for each method, means with the spread of the seeds."""
+    """Returns a table with one row per method: means over seeds, with the lowest and the highest seed."""
 
     def spread(values: list[float], digits: int) -> str:
         return f"{np.mean(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
@@ -139,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 [row["trained"]["top1"] for row in chosen],
             )
         )
-        back = [(c - b) / (a - b) for a, b, c in zip(dense, before, after, strict=True)]
+        recovered = [(c - b) / (a - b) for a, b, c in zip(dense, before, after, strict=True)]
         shifts = (
             np.mean([row["one_shot"]["shift"] for row in chosen]),
             np.mean([row["trained"]["shift"] for row in chosen]),
@@ -151,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{dense[0]:.2f}",
                 spread(before, 2),
                 spread(after, 2),
-                f"{np.mean(back):.0%} [{min(back):.0%}, {max(back):.0%}]",
+                f"{np.mean(recovered):.0%} [{min(recovered):.0%}, {max(recovered):.0%}]",
                 f"{shifts[0]:.3f}, then {shifts[1]:.3f}",
                 f"{np.mean([row['minutes'] for row in chosen]):.1f}",
             )
@@ -159,8 +164,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(COLUMNS, lines)
 
 
-def chosen_rate(folder: Path, rates: tuple[float, ...]) -> None:
-    """Prints validation accuracy of the first method at several rates, one seed."""
+def print_rates(folder: Path, rates: tuple[float, ...]) -> None:
+    """Prints the validation accuracy of the first method at several learning rates, with one seed."""
     loaded = load(Request(str(EXAMPLE / "model.safetensors")))
     dense = capture(loaded.module, loaded.source)
     data = data_of(folder, loaded.source, 0)
@@ -173,21 +178,21 @@ def chosen_rate(folder: Path, rates: tuple[float, ...]) -> None:
 
 
 def main() -> None:
-    """Writes both files."""
+    """Measures, and writes both results files; with --choose, only prints validation accuracies."""
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--data", type=Path, required=True, help="folder with the four Fashion-MNIST .gz files")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2, help="that train side by side, a thread each")
-    parser.add_argument("--choose", action="store_true", help="only compare rates, on validation images")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--processes", type=int, default=2, help="trainings at the same time, one thread each")
+    parser.add_argument("--choose", action="store_true", help="only compare learning rates, on validation images")
     args = parser.parse_args()
     if args.choose:
-        chosen_rate(args.data, (1e-4, 3e-4, 1e-3))
+        print_rates(args.data, (1e-4, 3e-4, 1e-3))
         return
     tasks = [(seed, name) for seed in range(args.seeds) for name in methods(args.rate, seed)]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        asked = [pool.submit(measure, args.data, args.rate, seed, name) for seed, name in tasks]
-        rows = [task.result() for task in asked]
+        futures = [pool.submit(measure, args.data, args.rate, seed, name) for seed, name in tasks]
+        rows = [future.result() for future in futures]
     write("distill", QUESTION, "CPU, PyTorch, one thread", ("torch", "timm"), rows)
     (RESULTS / "distill.md").write_text(f"# A short distillation\n\n{QUESTION}\n\n{table(rows)}", encoding="utf-8")
     print(table(rows))

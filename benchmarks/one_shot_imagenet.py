@@ -1,14 +1,17 @@
-"""EfficientNet-Lite0 with its own head at 224 pixels, 2:4, without any training -> results/one_shot_imagenet.{json,md}.
+"""Accuracy of EfficientNet-Lite0 on ImageNet at 2:4, without training -> results/one_shot_imagenet.{json,md}.
 
     python benchmarks/one_shot_imagenet.py --images FOLDER     # weights: make bench-models
 
-FOLDER has one folder a class, named so that their order is that of ImageNet's classes (n01440764, …). The figures in
-the repository are from one image a class, short side 256, almost surely of the training set: the dense model gets more
-of them right than of the validation set, and what is to be read is how much of that is kept. 600 images calibrate, the
-others are held out. `repair` fits the depthwise convolutions between the masked layers along
-(passes/reconstruct/dense_layers.py), `residual` the last layer of a branch to the sum that it goes into
-(passes/reconstruct/residual.py); with both, channels are ordered by what a refit loses, else by |W|. Both, and that
-order, were tried out on another split of the same images.
+The model has its own head, and images have 224 pixels. FOLDER has one folder per class, named so that their order is
+that of ImageNet's classes (n01440764, …). The results in the repository are from one image per class, short side 256,
+almost surely from the training set: dense top-1 is higher than on the validation set. So read the change of top-1, not
+top-1 itself. 600 images are the calibration set, the others are held out.
+
+- `repair` also refits the depthwise convolutions between masked layers (passes/reconstruct/dense_layers.py).
+- `residual` refits the last layer of a branch to the residual sum that it enters (passes/reconstruct/residual.py).
+
+With both, channels are ordered with Permute's score `refit`, else with `magnitude`. `repair`, `residual` and this order
+were developed on another split of the same images.
 """
 
 import argparse
@@ -29,8 +32,8 @@ from mpcompile.measure.accuracy import ChangedAnswers
 from mpcompile.passes import NMMask, Permute
 from mpcompile.pipeline.pass_manager import PassManager
 
-QUESTION = "how much of EfficientNet-Lite0's accuracy at 224 pixels is kept at 2:4 without training?"
-CALIBRATION = 600
+QUESTION = "How much of EfficientNet-Lite0's accuracy at 224 pixels is kept at 2:4 without training?"
+CALIBRATION = 600  # images
 PATTERN = NM(2, 4)
 METHODS = {
     "largest weights, no refit": (NMMask(PATTERN, "magnitude", "none"),),
@@ -38,26 +41,26 @@ METHODS = {
     "joint, permutation, refit, repair": (Permute(score="magnitude"), NMMask(PATTERN, residual=False)),
     "joint, permutation, refit, repair, residual (ours)": (Permute(), NMMask(PATTERN)),
 }
-COLUMNS = ("method", "seed", "top-1", "of dense", "answers put right, put wrong", "same answer", "logit shift", "s")
+COLUMNS = ("method", "seed", "top-1", "of dense", "became right, became wrong", "same answer", "logit shift", "s")
 
 
-def measured(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """What is said of one model against the dense one."""
-    right, before = (z.argmax(1) == labels for z in (found, dense))
-    turned = ChangedAnswers.between(before.numpy(), right.numpy())
+def compared(pruned: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Compares the logits (n, classes) of the pruned and the dense model, and returns the accuracy keys of a row."""
+    correct, dense_correct = (logits.argmax(1) == labels for logits in (pruned, dense))
+    changed = ChangedAnswers.between(dense_correct.numpy(), correct.numpy())
     return {
-        "top1": float(right.double().mean()),
-        "dense_top1": float(before.double().mean()),
-        "right": turned.right,
-        "wrong": turned.wrong,
-        "agreement": float((found.argmax(1) == dense.argmax(1)).double().mean()),
-        "logit_shift": float((found - dense).abs().amax(1).mean()),
+        "top1": float(correct.double().mean()),
+        "dense_top1": float(dense_correct.double().mean()),
+        "right": changed.right,
+        "wrong": changed.wrong,
+        "agreement": float((pruned.argmax(1) == dense.argmax(1)).double().mean()),
+        "logit_shift": float((pruned - dense).abs().amax(1).mean()),
         "images": len(labels),
     }
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """Returns the row as cells of the table."""
     return (
         row["method"], str(row["seed"]), f"{row['top1']:.2%} of {row['dense_top1']:.2%}",
         f"{row['top1'] / row['dense_top1']:.1%}", f"{row['right']}, {row['wrong']}", f"{row['agreement']:.1%}",
@@ -66,11 +69,11 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Measures, and writes both files after each row."""
+    """Measures, and writes both results files after each row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="rows of other seeds stay")
-    parser.add_argument("--again", default="", help="methods to measure anew, by a part of their names")
+    parser.add_argument("--images", type=Path, required=True, help="folder with one folder of images per class")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="rows of other seeds are kept")
+    parser.add_argument("--again", default="", help="measure only methods whose names contain this; others are kept")
     arguments = parser.parse_args()
     module = efficientnet_lite0()
     model = capture(module, source_of(module, name="efficientnet_lite0", arch="tf_efficientnet_lite0", sha256=""))
@@ -88,19 +91,19 @@ def main() -> None:
             started = time.perf_counter()
             result, _ = PassManager(passes).run(model, data.for_passes())
             row = {"method": method, "seed": seed, "seconds": time.perf_counter() - started}
-            rows.append(row | measured(logits(result, data)[0], dense, labels))
+            rows.append(row | compared(logits(result, data)[0], dense, labels))
             print(cells(rows[-1]), flush=True)
             report(sorted(rows, key=lambda row: (row["seed"], [*METHODS].index(row["method"]))))
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Both files."""
+    """Writes both results files with the rows measured so far."""
     write("one_shot_imagenet", QUESTION, "cpu", ("torch", "timm"), rows)
-    said = (
-        f"{rows[0]['images']} held-out images a seed, which chooses them and the {CALIBRATION} that calibrate. Answers "
-        "put right and put wrong are against the dense model on the same images."
+    setting = (
+        f"Each seed selects {CALIBRATION} calibration images and {rows[0]['images']} held-out images. Became right: "
+        "answers that are wrong with the dense model and right with the pruned one. Became wrong: the reverse."
     )
-    text = f"# EfficientNet-Lite0 at 224 pixels\n\n{QUESTION}\n\n{said}\n\n{markdown(COLUMNS, [*map(cells, rows)])}"
+    text = f"# EfficientNet-Lite0 at 224 pixels\n\n{QUESTION}\n\n{setting}\n\n{markdown(COLUMNS, [*map(cells, rows)])}"
     (RESULTS / "one_shot_imagenet.md").write_text(text, encoding="utf-8")
 
 

@@ -1,24 +1,25 @@
-"""How much more an order of channels keeps, by search -> results/permute.{json,md}.
+"""Weight magnitude that channel orders keep, by search method -> results/permute.{json,md}.
 
     python benchmarks/permute.py [KIND …]        # weights of the pretrained models: make bench-models
 
-With kinds of channels named, only their rows are measured anew, and the others stay as they are in the file.
+If kinds of channels are named, only their rows are measured; the other rows of the file are kept.
 
-Efficacy is (kept after − kept before) / (ideal − kept before), where the ideal keeps in each row the largest weights
-wherever they are. The cells are those that the analysis finds in real models: the hidden layers of MLPs, the values
-within each head, the residual stream that all blocks share, and expanded and narrow channels of a CNN.
+Efficacy is (kept after − kept before) / (ideal − kept before). The ideal keeps the largest weights of each row without
+regard to groups. The sets of exchangeable channels are those found in real models: the hidden channels of MLPs, the
+value channels within each head, the residual stream shared by all blocks, and expanded and narrow channels of a CNN.
 
-Searches to beat, each written from its description:
+Baselines, each implemented from its description:
 
-- interleave: columns by falling Σ W², dealt to the groups in turn (arXiv 2606.02608);
-- serpentine: by falling Σ|W|, dealt there and back again (Zhang et al., ICLR 2024);
-- random: the best of 200 orders;
-- greedy swaps: the best exchange of two columns of any two groups, one at a time (Pool and Yu, NeurIPS 2021);
-- 8-window: of any two groups of four the best of all 35 ways to deal their eight columns anew, the best that share no
-  group at once (the same).
+- interleave: columns in decreasing order of Σ W², dealt round-robin to the groups (arXiv 2606.02608);
+- serpentine: columns in decreasing order of Σ|W|, dealt to the groups in alternating direction (Zhang et al., ICLR
+  2024);
+- random: the best of 200 random orders;
+- greedy swaps: repeatedly, the best swap of two columns of any two groups (Pool and Yu, NeurIPS 2021);
+- 8-window: for each pair of groups of 4, the best of the 35 ways to divide their 8 columns; in each round the best
+  disjoint pairs are applied (the same paper).
 
-The last two get ten times the time that ours took, and 15 s at least: in the same time they hardly begin. They know 2:4
-alone.
+The last two get 10 times the time of our search, and at least 15 s, since they make little progress in the same time.
+They support only 2:4.
 """
 
 import itertools
@@ -43,8 +44,8 @@ from mpcompile.passes.permute.order_search import kept_score, search, serpentine
 from mpcompile.passes.permute.permute import OrderingProblem, ordering_problem, scores_by_axis
 
 SWEEPS = 10
-CHUNK = 64  # pairs of groups at once
-QUESTION = "what share of the possible gain does an order of channels reach, by search?"
+CHUNK = 64  # pairs of groups per batch, to limit memory
+QUESTION = "What share of the possible gain does each search for an order of channels reach?"
 SHOWN: dict[str, dict[str, tuple[str, ...]]] = {
     "vit_small_patch14_dinov2": {
         "MLP hidden": ("blocks.0.mlp.fc2", "blocks.5.mlp.fc2", "blocks.11.mlp.fc2"),
@@ -59,7 +60,10 @@ SHOWN: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def models() -> Iterator[tuple[str, Model]]:
-    """The two captured models; the ViT gets an output layer, without which its residual stream would be the output."""
+    """Yields the two captured models by name.
+
+    The ViT gets a classifier: without one its residual stream would be the model's output, and could not be reordered.
+    """
     vit = vit_small(112)
     vit.reset_classifier(10)  # type: ignore[operator]
     for module, arch in ((vit, "vit_small_patch14_dinov2"), (efficientnet_lite0(), "tf_efficientnet_lite0")):
@@ -67,7 +71,7 @@ def models() -> Iterator[tuple[str, Model]]:
 
 
 def problems(model: Model, pattern: NM, layer: str) -> list[OrderingProblem]:
-    """The searches for the exchangeable sets of channels that a layer reads."""
+    """Returns one ordering problem per exchangeable set of channels that the layer reads."""
     patterns = {name: pattern for name, reason in eligible(model, pattern).items() if reason is None}
     scores = scores_by_axis(model, patterns, {})
     groups = [g for g in couple(model).groups if any(axis.owner == f"{layer}.weight" for axis in g.readers)]
@@ -76,86 +80,91 @@ def problems(model: Model, pattern: NM, layer: str) -> list[OrderingProblem]:
 
 
 def interleave(x: Tensor, of: int) -> Tensor:
-    """The paper's order."""
+    """Returns the order of arXiv 2606.02608 for scores (rows, columns) and groups of `of` columns."""
     return x.square().sum(0, dtype=torch.float64).argsort(descending=True, stable=True).reshape(of, -1).T.reshape(-1)
 
 
 def best_random(x: Tensor, pattern: NM, count: int = 200) -> Tensor:
-    """The best of some random orders."""
+    """Returns the order of `count` random ones that keeps the largest score."""
     rng = torch.Generator().manual_seed(0)
     orders = [torch.randperm(x.shape[1], generator=rng) for _ in range(count)]
     return max(orders, key=lambda order: kept_score(x[:, order], pattern))
 
 
-SUBSETS = [s for s in itertools.combinations(range(8), 4) if 0 in s]  # one of each of the 35 ways, by its first group
-SWAPS = [s for s in SUBSETS if len(set(s) & {0, 1, 2, 3}) in (3, 1)]  # those that exchange one column
+# The 35 ways to divide 8 columns into two groups of 4, each given by the group with column 0.
+SUBSETS = [s for s in itertools.combinations(range(8), 4) if 0 in s]
+SWAPS = [s for s in SUBSETS if len(set(s) & {0, 1, 2, 3}) in (3, 1)]  # those that swap one column of each group
 
 
 def two_of_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """The sum of the two largest of four."""
+    """Returns the elementwise sum of the two largest of four tensors: the score that 2:4 keeps of a group."""
     high, low, other_high, other_low = a.maximum(b), a.minimum(b), c.maximum(d), c.minimum(d)
     return (high + other_high).maximum(high + low).maximum(other_high + other_low)
 
 
-def ways(x: Tensor, groups: Tensor, pairs: Tensor, subsets: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """For each pair of groups the best gain of dealing their columns anew, and which way that is."""
-    gains, which = [], []
+def best_divisions(
+    x: Tensor, groups: Tensor, pairs: Tensor, subsets: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Returns, for each pair of groups, the largest gain of redividing its 8 columns, and the index of that subset."""
+    gains, indices = [], []
     for part in pairs.split(CHUNK):
         columns = x[:, groups[part].reshape(len(part), 8)]  # (rows, pairs, 8)
         c = columns.unbind(-1)
-        now = two_of_four(*c[:4]) + two_of_four(*c[4:])
+        current = two_of_four(*c[:4]) + two_of_four(*c[4:])
         values = []
         for subset in subsets:
             rest = [i for i in range(8) if i not in subset]
-            values.append((two_of_four(*(c[i] for i in subset)) + two_of_four(*(c[i] for i in rest)) - now).sum(0))
+            values.append((two_of_four(*(c[i] for i in subset)) + two_of_four(*(c[i] for i in rest)) - current).sum(0))
         best, index = torch.stack(values).max(0)
         gains.append(best)
-        which.append(index)
-    return torch.cat(gains), torch.cat(which)
+        indices.append(index)
+    return torch.cat(gains), torch.cat(indices)
 
 
-def by_pairs(x: Tensor, seconds: float, subsets: Sequence[tuple[int, ...]], at_once: bool) -> Tensor:
-    """Greedy improvement of pairs of groups of four, until nothing gains or the time is over."""
+def pairwise_search(x: Tensor, seconds: float, subsets: Sequence[tuple[int, ...]], disjoint_pairs: bool) -> Tensor:
+    """Returns an order found by greedily redividing pairs of groups of 4, until nothing gains or time is over.
+
+    Each round applies the best pair; with `disjoint_pairs`, also the next best pairs that share no group with it.
+    """
     groups = torch.arange(x.shape[1]).reshape(-1, 4).clone()
-    g = len(groups)
-    pairs = torch.combinations(torch.arange(g), 2)
+    pairs = torch.combinations(torch.arange(len(groups)), 2)
     end = time.perf_counter() + seconds
-    gains, which = ways(x, groups, pairs, subsets)
+    gains, best = best_divisions(x, groups, pairs, subsets)
     while time.perf_counter() < end:
-        busy: set[int] = set()
+        changed: set[int] = set()
         for index in gains.argsort(descending=True).tolist():
             one, other = pairs[index].tolist()
-            if float(gains[index]) <= 1e-5 or (busy and not at_once):
+            if float(gains[index]) <= 1e-5 or (changed and not disjoint_pairs):
                 break
-            if one in busy or other in busy:
+            if one in changed or other in changed:
                 continue
-            busy |= {one, other}
+            changed |= {one, other}
             columns = torch.cat([groups[one], groups[other]])
-            first = list(subsets[int(which[index])])
+            first = list(subsets[int(best[index])])
             rest = [i for i in range(8) if i not in first]
             groups[one], groups[other] = columns[first].clone(), columns[rest].clone()
-        if not busy:
+        if not changed:
             break
-        touched = torch.tensor([one in busy or other in busy for one, other in pairs.tolist()])
-        gains[touched], which[touched] = ways(x, groups, pairs[touched], subsets)
+        outdated = torch.tensor([one in changed or other in changed for one, other in pairs.tolist()])
+        gains[outdated], best[outdated] = best_divisions(x, groups, pairs[outdated], subsets)
     return groups.reshape(-1)
 
 
 def methods(pattern: NM, limit: float) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Orders by each of the searches to beat."""
-    found: dict[str, Callable[[Tensor], Tensor]] = {
+    """Returns the baselines by name: functions from scores (rows, columns) to an order; `limit` is in seconds."""
+    baselines: dict[str, Callable[[Tensor], Tensor]] = {
         "interleave": lambda x: interleave(x, pattern.of),
         "serpentine": lambda x: serpentine(x, pattern.of),
         "random, best of 200": lambda x: best_random(x, pattern),
     }
     if pattern == NM(2, 4):
-        found["greedy swaps"] = lambda x: by_pairs(x, limit, SWAPS, at_once=False)
-        found["8-window"] = lambda x: by_pairs(x, limit, SUBSETS, at_once=True)
-    return found
+        baselines["greedy swaps"] = lambda x: pairwise_search(x, limit, SWAPS, disjoint_pairs=False)
+        baselines["8-window"] = lambda x: pairwise_search(x, limit, SUBSETS, disjoint_pairs=True)
+    return baselines
 
 
 def measure(model: Model, arch: str, kind: str, layer: str, pattern: NM) -> dict[str, Any]:
-    """The row for one layer's exchangeable sets of channels."""
+    """Runs our search and the baselines on the exchangeable sets that one layer reads, and returns the row."""
     own = problems(model, pattern, layer)
     started = time.perf_counter()
     ours = [search(problem.score, pattern, problem.work(SWEEPS)) for problem in own]
@@ -166,7 +175,7 @@ def measure(model: Model, arch: str, kind: str, layer: str, pattern: NM) -> dict
         started = time.perf_counter()
         after[name] = sum(kept_score(problem.score[:, order(problem.score)], pattern) for problem in own)
         seconds[name] = time.perf_counter() - started
-    best = sum(upper_bound(problem.score, pattern) for problem in own)
+    ideal = sum(upper_bound(problem.score, pattern) for problem in own)
     shape = f"{len(own)} × " if len(own) > 1 else ""
     return {
         "model": arch,
@@ -174,14 +183,14 @@ def measure(model: Model, arch: str, kind: str, layer: str, pattern: NM) -> dict
         "layer": layer,
         "pattern": str(pattern),
         "cells": f"{shape}{own[0].score.shape[0]} × {own[0].score.shape[1]}",
-        "kept_before": before / best,
-        "efficacy": {name: (value - before) / (best - before) for name, value in after.items()},
+        "kept_before": before / ideal,
+        "efficacy": {name: (value - before) / (ideal - before) for name, value in after.items()},
         "seconds": seconds,
     }
 
 
 def main() -> None:
-    """Writes both files."""
+    """Measures, and writes both results files."""
     torch.manual_seed(0)
     kinds = sys.argv[1:] or [kind for shown in SHOWN.values() for kind in shown]
     stored = rows_of("permute") if sys.argv[1:] else []
@@ -206,7 +215,7 @@ def main() -> None:
     table = markdown(("channels", "read by", "rows × columns", "pattern", *columns), cells)
     (RESULTS / "permute.md").write_text(f"# Orders of channels\n\n{QUESTION}\n\n{table}", encoding="utf-8")
     wins = np.mean([row["efficacy"]["ours"] >= max(row["efficacy"].values()) for row in rows])
-    print(table, f"ours is first in {wins:.0%} of the rows")
+    print(table, f"our search has the highest efficacy in {wins:.0%} of the rows")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Draws README's picture of accuracy against speed -> docs/images/accuracy-speed.svg.
+"""The chart of accuracy against speed in README -> docs/images/accuracy-speed.svg.
 
     python benchmarks/readme_picture.py                  # patterns on the trained example, results/fashion_vit.json
-    python benchmarks/readme_picture.py out/report.json  # the recipes that `mpcompile … --tune N -o out` tried
+    python benchmarks/readme_picture.py out/report.json  # recipes that `mpcompile … --tune N -o out` tried
 
-The chart is the one of report.html. Without an argument, the dark dots are the patterns of PATTERNS: top-1 on the
-held-out images, and the geometric mean of the speedups at all batch sizes. The grey dots are magnitude masks of the
-same patterns without refit. They are drawn at the speed of the dark dots, since the time of a kernel depends on the
-pattern only.
+It is the chart of report.html. Without an argument, the dark dots are the patterns of PATTERNS: top-1 on the held-out
+images, and the geometric mean of the speedups at all batch sizes. The grey dots are magnitude masks of the same
+patterns without refit. They are drawn at the speed of the dark dots, since the time of a kernel depends only on the
+pattern.
 """
 
 import json
@@ -26,11 +26,11 @@ from mpcompile.report.search_schema import Point
 
 PICTURE = ROOT / "docs" / "images" / "accuracy-speed.svg"
 PATTERNS = ("2:4", "2:4x4", "16:32", "1:4")
-LOWEST = -20.0  # percentage points; no pattern of the example loses as much
+LOWEST = -20.0  # lower end of the accuracy axis in percentage points; every pattern of the example is above it
 
 
 def pattern_chart() -> Chart:
-    """The chart of the patterns in fp32, from results/fashion_vit.json."""
+    """Returns the chart of the fp32 patterns in results/fashion_vit.json."""
     results = json.loads((RESULTS / "fashion_vit.json").read_text(encoding="utf-8"))
     shown = [row for row in results["rows"] if row["pattern"] in PATTERNS and row["precision"] == "fp32"]
     points = [_point(row, row["comparison"]["compressed"]["top1"]) for row in shown]
@@ -51,25 +51,25 @@ def pattern_chart() -> Chart:
 
 
 def _point(row: dict[str, Any], top1: float) -> Point:
-    """A pattern with the given top-1 accuracy, and the speedups of its latencies."""
+    """Returns the point of a pattern with this top-1, and the measured speedups of its row."""
     speedups = tuple(
-        Speedup(found["ratio"], tuple(found["interval"]), found["count"], found["baseline"])
-        for found in (pair["speedup"] for pair in row["latency"])
+        Speedup(speed["ratio"], tuple(speed["interval"]), speed["count"], speed["baseline"])
+        for speed in (pair["speedup"] for pair in row["latency"])
     )
     drop = 100 * (row["comparison"]["dense"]["top1"] - top1)
     return Point(row["pattern"], drop=drop, speedups=speedups, holds=True)
 
 
 def run_chart(path: Path) -> Chart:
-    """The chart of the search in a report.json."""
+    """Returns the chart of the recipe search in a report.json. Raises SystemExit if the report has no search."""
     report = Report.read(path.parent if path.is_file() else path)
     if report.tuning is None:
-        raise SystemExit(f"{path} has no search for a recipe; make one with --tune 8 --max-drop 1")
+        raise SystemExit(f"{path} has no recipe search; run mpcompile with --tune 8 --max-drop 1")
     return tuning(report.tuning)
 
 
 def main() -> None:
-    """Writes the picture."""
+    """Writes the chart."""
     chart = run_chart(Path(sys.argv[1])) if len(sys.argv) > 1 else pattern_chart()
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(svg(chart), encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Do the layers of real trained models follow the Marchenko–Pastur law? -> results/spectra.{json,md}, spectrum.svg.
+"""Fit of the Marchenko–Pastur law to trained models -> results/spectra.{json,md}, spectrum.svg.
 
     python benchmarks/spectra.py        # weights of the pretrained models: make bench-models
 
-Every layer of three trained models with its fit and the fit of its own entries shuffled, or the reason for none.
+Each layer of three trained models is fitted twice: its weights, and the same weights randomly shuffled. If a layer
+cannot be fitted, the reason is listed.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from mpcompile.driver.analyze import analyze
 from mpcompile.frontend.load_model import Request
 from mpcompile.report.spectrum_plots import plot_layer, save
 
-SHOWN = "blocks.5.attn.qkv"
-QUESTION = "do the layers of real trained models follow the Marchenko–Pastur law, and their shuffled entries?"
+PLOTTED = "blocks.5.attn.qkv"
+QUESTION = "Do the layers of trained models follow the Marchenko–Pastur law, and do their shuffled weights?"
 
 
 def summary(rows: list[dict[str, Any]], model: str) -> tuple[str, ...]:
-    """The row of one model."""
+    """Returns the row of one model as cells of the table."""
     own = [row for row in rows if row["model"] == model]
     fitted = [row for row in own if row["fit"]]
 
@@ -41,7 +41,7 @@ def summary(rows: list[dict[str, Any]], model: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Writes the three files."""
+    """Fits all layers, and writes the three results files."""
     vit = vit_small()
     models: dict[str, nn.Module | Request] = {
         "ViT-S/14": vit,
@@ -54,23 +54,23 @@ def main() -> None:
             assert row["fit"] or row["unfitted"], row["name"]
             rows.append({"model": name, **row})
     write("spectra", QUESTION, "cpu", ("torch", "timm", "scipy"), rows)
-    shown = analyse(vit.state_dict()[f"{SHOWN}.weight"].numpy())
-    save(plot_layer(f"ViT-S/14  {SHOWN}", shown), RESULTS / "spectrum.svg")
+    spectrum = analyse(vit.state_dict()[f"{PLOTTED}.weight"].numpy())
+    save(plot_layer(f"ViT-S/14  {PLOTTED}", spectrum), RESULTS / "spectrum.svg")
     columns = (
         "model",
         "layers fitted",
         "distance from the law (least / median / most)",
-        "the same, shuffled",
+        "the same, shuffled weights",
         "per cent of the spectrum above the edge",
-        "most spikes, shuffled",
+        "most spikes, shuffled weights",
     )
     table = markdown(columns, [summary(rows, name) for name in models])
     reasons = markdown(
-        ("model", "layer", "why no law was fitted"),
+        ("model", "layer", "reason without a fit"),
         [(row["model"], row["name"], row["unfitted"]) for row in rows if row["unfitted"]],
     )
     text = f"# Spectra of trained layers\n\n{QUESTION}\n\n{table}\n{reasons}"
-    Path(RESULTS / "spectra.md").write_text(text, encoding="utf-8")
+    (RESULTS / "spectra.md").write_text(text, encoding="utf-8")
     print(table)
 
 

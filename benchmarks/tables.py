@@ -1,26 +1,26 @@
-"""Writes the result tables of README.md and docs/ from benchmarks/results.
+"""The result tables of README.md and docs/, written from benchmarks/results.
 
     python benchmarks/tables.py
 
-A table stands between <!-- begin NAME --> and <!-- end NAME --> on one of PAGES; the rest of a page is left as it is.
-tests/test_readme.py fails if a page differs from what this would write, so no number is older than its file.
+Each table is between <!-- begin NAME --> and <!-- end NAME --> on one of PAGES; the rest of the page is not changed.
+tests/test_readme.py fails if a page differs from what this script writes, so every number is that of its results file.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from cpu_vit import cells as speeds
+from cpu_vit import cells as vit_cells
 from fashion_vit import COLUMNS, cells
 from lib.common import RESULTS, ROOT, markdown, rows_of
-from lib.cpu_turns import by_processor
+from lib.cpu_timing import by_processor
 from one_shot import cell
 
 PAGES = ("README.md", "docs/results-accuracy.md", "docs/results-speed.md")
 SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "torch", "dynamic int8")
-# The rows of README's table on speed: threads, model, tokens merged after each attention, batch. docs/results-speed.md
-# has all of them.
-FASTER = (
+# The rows of README's table of speeds: threads, model, tokens merged after each attention, batch size. All rows are in
+# docs/results-speed.md.
+README_ROWS = (
     (1, "vit_small_patch16_224", 0, 8),
     (1, "vit_base_patch16_224", 0, 1),
     (1, "vit_base_patch16_224", 0, 8),
@@ -28,7 +28,7 @@ FASTER = (
     (2, "vit_small_patch16_224", 0, 1),
 )
 OURS, LARGEST = "joint, permutation, refit, repair, residual (ours)", "largest weights, no refit"
-FASTER_COLUMNS = ("hardware", "model", "batch", "dense fp32", "2:4 fp32", "1:4 fp32", "dense int8", "fastest")
+SPEED_COLUMNS = ("hardware", "model", "batch", "dense fp32", "2:4 fp32", "1:4 fp32", "dense int8", "fastest")
 MEASURED = {"2:4": "2:4", "1:4": "1:4", "int8": "dynamic int8"}
 VITS = {"vit_small_patch16_224": "ViT-S/16", "vit_base_patch16_224": "ViT-B/16"}
 SMALL = {"fashion_vit": "ViT of 1.2 M parameters", "efficientnet_lite0": "EfficientNet-Lite0, 96 px"}
@@ -41,13 +41,13 @@ Interval = tuple[float, float, float]  # a speed relative to the dense model: me
 
 
 def body(name: str) -> str:
-    """The tables of a results file, without its title and its question."""
+    """Returns the Markdown of a results file from its first table on, without the title and the question."""
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     return text[text.index("\n|") + 1 :]
 
 
-def orders() -> str:
-    """The rows of the first layer of each kind."""
+def channel_orders() -> str:
+    """Returns the table of channel orders with one layer of each kind, the first."""
     head, rule, *rows = body("permute").strip().splitlines()
     first: dict[str, str] = {}
     for row in rows:
@@ -57,12 +57,12 @@ def orders() -> str:
 
 
 def first_table(name: str) -> str:
-    """The first table of a results file."""
+    """Returns the first table of a results file."""
     return body(name).partition("\n\n")[0] + "\n"
 
 
 def budget() -> str:
-    """Top-1 at half density and at 70 % of the multiply-accumulates, a column a model."""
+    """Returns the table of budget signals: top-1 at two densities and at two shares of MACs, for each model."""
     rows = rows_of("budget")
     dense = {row["model"]: row["top1"] for row in rows if row["kind"] == "dense"}
     chosen = [("density", 0.6), ("density", 0.5), ("2:4", 0.8), ("2:4", 0.7)]
@@ -81,12 +81,12 @@ def budget() -> str:
         for row in rows
         if "edge" in row
     )
-    reason = f"Rank correlation over layers with how much the logits amplify a loss in them: {correlations}."
+    reason = f"Rank correlation, over layers, with how strongly removing weights changes the logits: {correlations}."
     return markdown(("signal", *heads), table) + f"\n{reason}\n"
 
 
 def one_shot() -> str:
-    """Top-1 and logit shift of the methods that leave batch statistics alone or have them moved, at 2:4 and 1:4."""
+    """Returns top-1 and logit shift by method at 2:4 and 1:4, without the re-estimated batch-norm statistics."""
     rows = rows_of("one_shot")
     dense = {row["model"]: row["top1"] for row in rows if row["method"] == "dense"}
     methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != "dense" and "re-estimated" not in m]
@@ -94,31 +94,34 @@ def one_shot() -> str:
     def cells(model: str, method: str, pattern: str) -> tuple[str, str]:
         return cell([r for r in rows if (r["model"], r["method"], r.get("pattern")) == (model, method, pattern)])
 
-    shown = [(model, pattern) for model in dense for pattern in ("2:4", "1:4")]
-    heads = [head for model, pattern in shown for head in (f"{model}, {pattern}", "shift")]
-    table = [("dense", *(text for model, _ in shown for text in (f"{100 * dense[model]:.2f}", "")))]
-    table += [(m, *(text for model, pattern in shown for text in cells(model, m, pattern))) for m in methods]
+    chosen_columns = [(model, pattern) for model in dense for pattern in ("2:4", "1:4")]
+    heads = [head for model, pattern in chosen_columns for head in (f"{model}, {pattern}", "shift")]
+    table = [("dense", *(text for model, _ in chosen_columns for text in (f"{100 * dense[model]:.2f}", "")))]
+    table += [(m, *(text for model, pattern in chosen_columns for text in cells(model, m, pattern))) for m in methods]
     return markdown(("method", *heads), table)
 
 
 def cpu_vit() -> str:
-    """A table a processor, of one thread; patterns that run like another one of their density are left out."""
+    """Returns a table per processor, on one thread; a pattern as fast as another one of its density is omitted."""
     tables = []
     rows = rows_of("cpu_vit")
-    for where, found in by_processor(rows):
-        lines = [speeds(row | {"model": row["model"].removesuffix("_patch16_224")}, SHOWN) for row in found]
-        tables.append(f"1 thread, {where}:\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
+    for heading, own in by_processor(rows):
+        lines = [vit_cells(row | {"model": row["model"].removesuffix("_patch16_224")}, SHOWN) for row in own]
+        tables.append(f"1 thread, {heading}:\n\n{markdown(('model', 'batch', 'r', 'dense ms', *SHOWN), lines)}")
     return "\n".join(tables)
 
 
-def interval(found: Interval) -> str:
-    """A speed as a cell: `1.32× [1.20, 1.43]`."""
-    return f"{found[0]:.2f}× [{found[1]:.2f}, {found[2]:.2f}]"
+def speed_cell(speed: Interval) -> str:
+    """Returns a speed as a cell: `1.32× [1.20, 1.43]`."""
+    return f"{speed[0]:.2f}× [{speed[1]:.2f}, {speed[2]:.2f}]"
 
 
-def fastest(found: dict[str, Interval]) -> str:
-    """The fastest of the measured models, with every one whose 95 % interval overlaps its interval."""
-    ratios = {"dense fp32": (1.0, 1.0, 1.0)} | found
+def fastest(speeds: dict[str, Interval]) -> str:
+    """Returns the fastest model, and the others whose 95 % interval overlaps its interval.
+
+    If dense fp32 is among them, the text is "no difference".
+    """
+    ratios = {"dense fp32": (1.0, 1.0, 1.0)} | speeds
     best = max(ratios, key=lambda name: ratios[name][0])
     tied = [name for name in ratios if ratios[name][2] >= ratios[best][1]]
     if "dense fp32" in tied:
@@ -126,52 +129,53 @@ def fastest(found: dict[str, Interval]) -> str:
     return " or ".join(sorted(tied, key=lambda name: -ratios[name][0]))
 
 
-def faster() -> str:
-    """Speed of 2:4 and 1:4 in fp32, and of dense int8, relative to dense fp32: a row per processor, model and batch."""
-    rows = [row for row in [*rows_of("cpu_vit"), *rows_of("cpu_vit_2_threads")] if place(row) in FASTER]
-    rows.sort(key=lambda row: (row["device"], FASTER.index(place(row))))
+def readme_speeds() -> str:
+    """Returns the speeds of 2:4 and 1:4 in fp32 and of dense int8, relative to dense fp32, by processor and model."""
+    rows = [row for row in [*rows_of("cpu_vit"), *rows_of("cpu_vit_2_threads")] if row_key(row) in README_ROWS]
+    rows.sort(key=lambda row: (row["device"], README_ROWS.index(row_key(row))))
     table = []
     for row in rows:
-        found = {name: tuple(row["speedup"][key]) for name, key in MEASURED.items()}
+        speeds = {name: tuple(row["speedup"][key]) for name, key in MEASURED.items()}
         model, batch = VITS[row["model"]] + (f", `--tome {row['r']}`" if row["r"] else ""), str(row["batch"])
         dense = f"{row['dense_ms']:.0f} ms"
-        table.append((hardware(row), model, batch, dense, *(interval(found[n]) for n in MEASURED), fastest(found)))
-    return markdown(FASTER_COLUMNS, [*table, *small_models(), GPU])
+        cells = (speed_cell(speeds[name]) for name in MEASURED)
+        table.append((hardware(row), model, batch, dense, *cells, fastest(speeds)))
+    return markdown(SPEED_COLUMNS, [*table, *small_models(), GPU])
 
 
-def place(row: dict[str, Any]) -> tuple[int, str, int, int]:
-    """What tells a row of cpu_vit from the others of its processor."""
+def row_key(row: dict[str, Any]) -> tuple[int, str, int, int]:
+    """Returns the values that identify a row of cpu_vit among those of its processor."""
     return row["threads"], row["model"], row["r"], row["batch"]
 
 
 def hardware(row: dict[str, Any]) -> str:
-    """The processor and the number of threads that the model ran on."""
+    """Returns the processor and the number of threads of a row."""
     threads = row.get("threads", 1)
     processor = row["device"].partition(",")[0].replace("(R)", "").removesuffix(" Processor")
     return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def small_models() -> list[tuple[str, ...]]:
-    """The rows of the two models that patterns were compared on, at batch 8; dense int8 was not timed on them."""
+    """Returns the rows of the two models in cpu_choice, at batch 8; dense int8 was not timed on them."""
     device = {"device": json.loads((RESULTS / "cpu_choice.json").read_text(encoding="utf-8"))["environment"]["device"]}
     rows = {(row["model"], row["pattern"]): row for row in rows_of("cpu_choice")}
     table = []
     for model, name in SMALL.items():
-        found = {pattern: tuple(rows[model, pattern]["speedup"]["8"]) for pattern in ("2:4", "1:4")}
+        speeds = {pattern: tuple(rows[model, pattern]["speedup"]["8"]) for pattern in ("2:4", "1:4")}
         dense = f"{rows[model, '2:4']['dense_ms']['8']:.0f} ms"
-        used = rows[model, "2:4"]["native"]
-        result = f"{fastest(found)} (int8 not timed)" if used else "dense: no layer gains on the kernel"
-        table.append((hardware(device), name, "8", dense, *map(interval, found.values()), "–", result))
+        kernel_layers = rows[model, "2:4"]["native"]
+        result = f"{fastest(speeds)} (int8 not timed)" if kernel_layers else "dense: no layer is faster on the kernel"
+        table.append((hardware(device), name, "8", dense, *map(speed_cell, speeds.values()), "–", result))
     return table
 
 
 def accuracy() -> str:
-    """Top-1 of each model: dense, at 2:4 by magnitude alone, at 2:4 and 1:4 as compiled, and dense in int8."""
+    """Returns top-1 of each model: dense, 2:4 by magnitude without refit, 2:4 and 1:4 as compiled, and dense int8."""
 
     def percent(rows: list[dict[str, Any]], key: str = "top1") -> str:
-        found = [100 * row[key] for row in rows]
-        spread = f" [{min(found):.2f}, {max(found):.2f}]" if max(found) > min(found) else ""
-        return f"{sum(found) / len(found):.2f} %{spread}" if found else "–"
+        values = [100 * row[key] for row in rows]
+        spread = f" [{min(values):.2f}, {max(values):.2f}]" if max(values) > min(values) else ""
+        return f"{sum(values) / len(values):.2f} %{spread}" if values else "–"
 
     def of(model: str, method: str, pattern: str | None = None) -> str:
         return percent([r for r in shot if (r["model"], r["method"], r.get("pattern")) == (model, method, pattern)])
@@ -212,12 +216,13 @@ def accuracy() -> str:
 
 
 def blocks() -> dict[str, str]:
-    """The text of each block, by its name."""
+    """Returns the text of each block by its name in the pages."""
     capture = json.loads((RESULTS / "capture.json").read_text(encoding="utf-8"))
     fashion = json.loads((RESULTS / "fashion_vit.json").read_text(encoding="utf-8"))
-    rows, where = fashion["rows"], fashion["environment"]
+    rows, machine = fashion["rows"], fashion["environment"]
     device = (
-        f"{where['processor']}, {where['cores']} cores, ONNX Runtime {where['onnxruntime']}, torch {where['torch']}"
+        f"{machine['processor']}, {machine['cores']} cores, ONNX Runtime {machine['onnxruntime']}, "
+        f"torch {machine['torch']}"
     )
     captured = sum(row["captured"] for row in capture["rows"])
     return {
@@ -226,11 +231,11 @@ def blocks() -> dict[str, str]:
         "capture": f"{captured} of the {len(capture['rows'])} timm and torchvision architectures tried can be traced "
         "([list, with the reason for each failure](benchmarks/results/capture.md)).\n",
         "accuracy": accuracy(),
-        "faster": faster(),
+        "faster": readme_speeds(),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
         "spectra": first_table("spectra"),
         "budget": budget(),
-        "permute": orders(),
+        "permute": channel_orders(),
         "one_shot": one_shot(),
         "one_shot_imagenet": body("one_shot_imagenet"),
         "certificates": first_table("certificates"),
@@ -245,13 +250,13 @@ def blocks() -> dict[str, str]:
 
 
 def written() -> dict[Path, str]:
-    """Each of PAGES with its tables as the results have them. Exits if a table stands on no page, or on two."""
+    """Returns the new text of each of PAGES. Raises SystemExit unless each block is on exactly one page."""
     texts = {ROOT / page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     for name, block in blocks().items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         pages = [path for path, text in texts.items() for _ in range(text.count(begin))]
         if len(pages) != 1:
-            raise SystemExit(f"{len(pages)} blocks are named {name} in {', '.join(PAGES)}; needed is one")
+            raise SystemExit(f"{', '.join(PAGES)} have {len(pages)} blocks <!-- begin {name} -->; write exactly one")
         before, _, rest = texts[pages[0]].partition(begin)
         _, _, after = rest.partition(end)
         texts[pages[0]] = f"{before}{begin}{block}{end}{after}"

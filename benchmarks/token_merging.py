@@ -1,11 +1,11 @@
-"""Token merging on real ViTs, without training -> results/token_merging.{json,md,svg}.
+"""Accuracy and speed of token merging on two ViTs, without training -> results/token_merging.{json,md,svg}.
 
     make bench-models; python benchmarks/token_merging.py
 
-Accuracy, agreement and logit shift on held-out images, and latency in ONNX Runtime against the unmerged file, for the
-uniform schedule at several r, and for the decreasing and the automatic one of the same cost. All files of a model take
-turns in one run, on one thread. "Reached" is the measured speedup as a share of what counting multiply-accumulates
-promises.
+Accuracy, agreement and logit shift are measured on held-out images, and speed in ONNX Runtime relative to the file
+without merging. The uniform schedule is measured at several r; the decreasing and the automatic schedule at the same
+cost. All files of a model are timed in interleaved rounds on one thread. "Reached" is the measured speedup divided by
+the ratio of MACs.
 """
 
 import argparse
@@ -34,20 +34,20 @@ from mpcompile.passes import ToMe
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes import RUNTIMES, Build
 
-QUESTION = "what does merging tokens cost in accuracy, and how much faster is it really, without training?"
+QUESTION = "How much accuracy does token merging cost without training, and how much faster is it when measured?"
 COLUMNS = (
     "model", "schedule", "tokens merged", "MACs left", "top-1", "same answer", "logit shift",
     "speed, batch 1", "speed, batch 8", "reached, batch 8",
 )  # fmt: skip
 EXAMPLE = ROOT / "examples" / "fashion_vit"
-RATES = {"fashion_vit": (2, 4, 6), "vit_small": (2, 4, 5)}  # of 49 and of 65 tokens
-PIXELS = 112
+RATES = {"fashion_vit": (2, 4, 6), "vit_small": (2, 4, 5)}  # r per model, of 49 and 65 tokens
+PIXELS = 112  # image size of vit_small
 BATCHES = (1, 8)
 COLOURS = {"uniform": "#1f4e79", "decreasing": "#b5372c", "auto": "#3c8d40"}
 
 
 def models() -> Iterator[tuple[str, Model, Data]]:
-    """The example and the full-size backbone, with their images."""
+    """Yields the name, captured model and images of the example and of the ViT-S/14."""
     loaded = load(Request(str(EXAMPLE / "model.safetensors")))
     source = loaded.source
     yield "fashion_vit", capture(loaded.module, source), load_data(EXAMPLE / "images.npz", source, 10)
@@ -61,23 +61,22 @@ def models() -> Iterator[tuple[str, Model, Data]]:
 
 
 def variants(model: Model, data: Data, rates: tuple[int, ...]) -> dict[str, Model]:
-    """Merged models by the name of their schedule."""
-    found: dict[str, Model] = {}
+    """Returns the models with merged tokens, by the name of their schedule."""
+    by_schedule: dict[str, Model] = {}
 
-    def merged(name: str, step: ToMe) -> Model:
-        found[name], _ = PassManager([step]).run(model, data)
-        return found[name]
+    def add(schedule: str, step: ToMe) -> Model:
+        by_schedule[schedule], _ = PassManager([step]).run(model, data)
+        return by_schedule[schedule]
 
     for r in rates:
-        cost = charged(model, merged(f"uniform {r}", ToMe(r=r)))
-        share = cost.compressed / cost.dense
-        merged(f"decreasing {r}", ToMe(r=f"{r}:decreasing"))
-        merged(f"auto {r}", ToMe(r="auto", macs=share))
-    return found
+        cost = charged(model, add(f"uniform {r}", ToMe(r=r)))
+        add(f"decreasing {r}", ToMe(r=f"{r}:decreasing"))
+        add(f"auto {r}", ToMe(r="auto", macs=cost.compressed / cost.dense))
+    return by_schedule
 
 
 def measure(name: str, model: Model, data: Data, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """A row for each schedule of a model."""
+    """Measures one model, and returns a row for each schedule."""
     merged = variants(model, data, RATES[name])
     runtime = RUNTIMES["ort"]
     engines = {
@@ -90,11 +89,11 @@ def measure(name: str, model: Model, data: Data, folder: Path, seconds: float) -
         images = np.ascontiguousarray(data.held_out.first(batch).numpy())
         latency[batch] = sample({name: partial(engine, images) for name, engine in engines.items()}, seconds)
     for label, each in merged.items():
-        found = compare(engines["dense"], engines[label], data.held_out)
+        accuracy = compare(engines["dense"], engines[label], data.held_out)
         cost = charged(model, each)
         speeds = {batch: speedup(samples["dense"], samples[label], "dense") for batch, samples in latency.items()}
-        assert found.dense is not None
-        assert found.compressed is not None
+        assert accuracy.dense is not None
+        assert accuracy.compressed is not None
         rows.append(
             {
                 "model": name,
@@ -102,12 +101,12 @@ def measure(name: str, model: Model, data: Data, folder: Path, seconds: float) -
                 "merges": merges(each.graph, each.example),
                 "macs": cost.compressed / cost.dense,
                 "merging_macs": cost.merging / cost.dense,
-                "dense_top1": found.dense.top1,
-                "top1": found.compressed.top1,
-                "agreement": found.agreement,
-                "shift": found.logit_shift_mean,
-                "range": found.logit_range,
-                "images": found.count,
+                "dense_top1": accuracy.dense.top1,
+                "top1": accuracy.compressed.top1,
+                "agreement": accuracy.agreement,
+                "shift": accuracy.logit_shift_mean,
+                "range": accuracy.logit_range,
+                "images": accuracy.count,
                 "latency": {
                     str(batch): {
                         "dense_ms": float(np.median(latency[batch]["dense"])),
@@ -126,7 +125,7 @@ def measure(name: str, model: Model, data: Data, folder: Path, seconds: float) -
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the table."""
+    """Returns the row as cells of the table."""
 
     def speed(batch: str) -> str:
         pair = row["latency"][batch]
@@ -147,7 +146,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """Logit shift and measured speedup against the cost that is left, a column a model."""
+    """Draws logit shift and measured speedup against the remaining MACs, one column per model, into an SVG file."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["model"] for row in rows))
@@ -164,20 +163,20 @@ def plot(rows: list[dict[str, Any]]) -> None:
             high = [pair["interval"][1] - pair["ratio"] for pair in speeds]
             bottom.errorbar(left, [pair["ratio"] for pair in speeds], (low, high), fmt="o", color=colour, label=kind)
         limit = np.linspace(min(row["macs"] for row in rows if row["model"] == name), 1, 50)
-        bottom.plot(limit, 1 / limit, color="#6b6b6b", linewidth=1, label="by counting")
+        bottom.plot(limit, 1 / limit, color="#6b6b6b", linewidth=1, label="ratio of MACs")
         top.set_title(name)
-        top.set_ylabel("logit shift, share of the range")
-        bottom.set_ylabel("times as fast, batch 8")
-        bottom.set_xlabel("multiply-accumulates left")
+        top.set_ylabel("mean logit shift / logit range")
+        bottom.set_ylabel("speedup over dense, batch 8")
+        bottom.set_xlabel("remaining share of MACs")
         top.legend()
         bottom.legend()
     figure.savefig(RESULTS / "token_merging.svg", metadata={"Date": None})
 
 
 def main() -> None:
-    """Writes all files."""
+    """Measures, and writes the three results files."""
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of timing, for each model and batch")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of timing for each model and batch size")
     args = parser.parse_args()
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []

@@ -1,1 +1,1 @@
-"""What benchmarks share: results files, calls in turns, real models, and programs that run beside."""
+"""Shared by the benchmarks: results files, interleaved CPU timing, pretrained models, and workers run as processes."""

@@ -1,4 +1,4 @@
-"""What every benchmark file says of where it was run."""
+"""Results files: the measured rows with the commit, date and environment of the run; and Markdown tables of them."""
 
 import json
 import subprocess
@@ -22,9 +22,10 @@ def write(
     rows: list[dict[str, Any]],
     versions: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes results/NAME.json: the question, where and when it was answered, and the rows.
+    """Writes results/NAME.json (question, date, commit, environment, rows) and returns its path.
 
-    `versions` are of libraries that are not installed under one name.
+    The environment has the version of each of `libraries`, which are names of installed distributions. `versions` adds
+    versions that cannot be looked up by such a name.
     """
     RESULTS.mkdir(exist_ok=True)
     content = {
@@ -40,14 +41,14 @@ def write(
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """The rows of results/NAME.json, none where there is no such file."""
+    """Returns the rows of results/NAME.json, or an empty list if there is no such file."""
     path = RESULTS / f"{name}.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     return rows
 
 
 def commit() -> str:
-    """The commit that was measured, with a plus where files differ from it."""
+    """Returns the abbreviated hash of the current commit, with a plus if files differ from it."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
         cwd=ROOT,
@@ -59,6 +60,6 @@ def commit() -> str:
 
 
 def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

