@@ -1,8 +1,8 @@
-"""Compress a model as one step of your own program: shows progress, and handles a gate that fails.
+"""Compress a model from your own program, with progress messages and an accuracy gate.
 
     python examples/embed.py OUTPUT
 
-Tries a sparse pattern first, and a less sparse one if accuracy falls by more than the gate allows.
+Tries a sparse pattern first. If top-1 falls by more than the gate allows, tries a less sparse one.
 """
 
 import sys
@@ -16,7 +16,7 @@ from mpcompile.recipe.schema import BenchOptions, DataChoice, Gates
 EXAMPLE = Path(__file__).parent / "fashion_vit"
 RECIPE = Recipe(
     target="ort",
-    gates=Gates(max_drop=1.0),  # points of top-1 on held-out images
+    gates=Gates(max_drop=1.0),  # percentage points of top-1 on held-out images
     data=DataChoice(calibration=64, held_out=500),
     bench=BenchOptions(batches=(1,), seconds=0.2),
 )
@@ -42,7 +42,7 @@ def compress(output: Path) -> Artifact:
                 output=folder,
                 observe=show,
             )
-        except AccuracyError as error:  # the folder is written all the same: Artifact.open(folder)
+        except AccuracyError as error:  # the folder is written nevertheless: Artifact.open(folder)
             print(error, file=sys.stderr)
             if pattern == patterns[-1]:
                 raise
@@ -52,7 +52,7 @@ def compress(output: Path) -> Artifact:
 if __name__ == "__main__":
     try:
         artifact = compress(Path(sys.argv[1]))
-    except MpcompileError as failure:  # each class has the exit code of the command line
+    except MpcompileError as failure:  # each class has the exit code that the command line uses
         print(failure, file=sys.stderr)
         raise SystemExit(failure.exit_code) from None
     print(artifact.folder, *artifact.report.verdict, sep="\n")

@@ -1,4 +1,4 @@
-"""A pass of your own: a frozen dataclass, checked against the contract of passes, then used in a recipe.
+"""Write your own pass: a frozen dataclass, checked against the contract of passes, then used to compile a model.
 
 python examples/own_pass.py OUTPUT
 """
@@ -19,7 +19,7 @@ from mpcompile.testing import check_contract, tiny_vit
 
 @dataclass(frozen=True, slots=True)
 class ClipOutliers:
-    """Clips weights at `deviations` standard deviations of their layer, which helps formats with few bits."""
+    """Clips weights to ± `deviations` standard deviations of their layer, which helps low-precision formats."""
 
     name: ClassVar[str] = "clip-outliers"
     effect: ClassVar[Effect] = Effect.LOSSY
@@ -29,10 +29,10 @@ class ClipOutliers:
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
-        """Returns the model with clipped weights. Zeros stay zeros, so masks hold."""
+        """Returns the model with clipped weights. Zeros stay zero, so masks remain valid."""
         layers = dict(model.layers())
         for name in tracked(layers):  # reports progress
-            with on_layer(name):  # a failure in here names the layer
+            with on_layer(name):  # errors in this block name the layer
                 weight = layers[name].weight
                 limit = self.deviations * float(weight.std())
                 weight.clamp_(-limit, limit)
@@ -44,7 +44,7 @@ def main(output: Path) -> None:
     check_contract(ClipOutliers(deviations=3.0), tiny_vit())
 
     _, [record] = PassManager([ClipOutliers()]).run(tiny_vit(), Data())
-    print(f"{record.name} moved the outputs by {record.drift:.1%} of their size")
+    print(f"{record.name} changed the outputs by {record.drift:.1%} of their size")
 
     artifact = compile(
         Path(__file__).parent / "fashion_vit" / "model.safetensors",

@@ -1,7 +1,7 @@
-"""Serve an output folder from several threads: a request is an image's bytes, the answer is its class.
+"""Serve an output folder over HTTP with several threads: the request has an image's bytes, the response its class.
 
 python examples/serve.py OUTPUT [PORT]
-curl --data-binary @image.raw http://127.0.0.1:PORT      # bytes, channel by channel, row by row
+curl --data-binary @image.raw http://127.0.0.1:PORT      # one byte per pixel and channel, in the order (c, h, w)
 """
 
 import json
@@ -15,9 +15,9 @@ from mpcompile import Artifact, MpcompileError
 
 
 def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
-    """Returns a server on 127.0.0.1; port 0 takes a free port. Raises MpcompileError."""
+    """Returns an HTTP server on 127.0.0.1; port 0 selects a free port. Raises MpcompileError."""
     artifact = Artifact.open(folder)
-    artifact.verify()  # the files are those that were checked
+    artifact.verify()  # raises if a file was changed after compilation
     engine = artifact.load("onnx", threads=1)  # one thread per request, so that requests do not wait for each other
     source = artifact.report.model
     mean, std = (np.array(values)[:, None, None] for values in (source.mean, source.std))
@@ -26,7 +26,8 @@ def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if len(body) != math.prod(source.size):
-                self.send_error(400, f"an image has {'x'.join(map(str, source.size))} bytes, found {len(body)}")
+                needed = "x".join(map(str, source.size))
+                self.send_error(400, f"the request has {len(body)} bytes; an image has {needed} bytes")
                 return
             pixels = np.frombuffer(body, np.uint8).reshape(1, *source.size)
             [logits] = engine(((pixels / 255 - mean) / std).astype(np.float32))
@@ -39,16 +40,16 @@ def server(folder: str, port: int = 0) -> ThreadingHTTPServer:
             self.end_headers()
             self.wfile.write(answer)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class names it so)
-            """Logs nothing: logging is the caller's decision."""
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class has this name)
+            """Logs nothing; by default, each request is logged to stderr."""
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
 if __name__ == "__main__":
     try:
-        made = server(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+        http_server = server(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     except MpcompileError as failure:
         raise SystemExit(str(failure)) from None
-    print(f"http://127.0.0.1:{made.server_port}", flush=True)
-    made.serve_forever()
+    print(f"http://127.0.0.1:{http_server.server_port}", flush=True)
+    http_server.serve_forever()

@@ -1,9 +1,10 @@
-"""Fashion-MNIST's idx files as arrays; run as a script, writes images.npz, the labelled images of this example.
+"""Reads Fashion-MNIST's idx files; as a script, writes images.npz, the labelled images of this example.
 
     python examples/fashion_vit/fashion_mnist.py --data /usr/share/datasets/fashion-mnist
 
-1,000 calibration images from the training set and 2,000 held-out images from the test set, drawn at random with
-a fixed seed: calibration_images (1000, 28, 28), calibration_labels (1000,), heldout_images, heldout_labels; bytes.
+images.npz has 1,000 calibration images from the training set and 2,000 held-out images from the test set, drawn at
+random with a fixed seed. Its arrays are uint8: calibration_images (1000, 28, 28), calibration_labels (1000,),
+heldout_images (2000, 28, 28), heldout_labels (2000,).
 """
 
 import argparse
@@ -18,7 +19,7 @@ COUNTS = {"calibration": ("train", 1000), "heldout": ("t10k", 2000)}
 
 
 def read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images (n, 28, 28) and labels (n,) of `train` or `t10k`."""
+    """Returns images (n, 28, 28) and labels (n,) of the split `train` or `t10k`."""
     return (
         read_idx(folder / f"{split}-images-idx3-ubyte.gz"),
         read_idx(folder / f"{split}-labels-idx1-ubyte.gz"),
@@ -26,7 +27,11 @@ def read_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in a gzipped idx file: 32-bit big-endian sizes behind a magic number, then bytes."""
+    """Returns the array in a gzipped idx file.
+
+    The file has 4 bytes, of which the last is the number of axes; the size of each axis as a 32-bit big-endian integer;
+    then the values as bytes.
+    """
     raw = gzip.decompress(path.read_bytes())
     axes = raw[3]
     shape = np.frombuffer(raw, ">u4", axes, offset=4)
@@ -34,8 +39,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def main() -> None:
-    """Writes images.npz beside this file."""
-    parser = argparse.ArgumentParser(description="Write images.npz")
+    """Writes images.npz into the folder of this file."""
+    parser = argparse.ArgumentParser(description="Write images.npz into the folder of this script")
     parser.add_argument("--data", type=Path, required=True, help="folder with the four Fashion-MNIST .gz files")
     args = parser.parse_args()
     rng = np.random.default_rng(0)

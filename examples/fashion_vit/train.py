@@ -1,10 +1,10 @@
-"""Train the small ViT of this folder on Fashion-MNIST: writes model.safetensors (fp16) and config.json.
+"""Train the small ViT of this folder on Fashion-MNIST; writes model.safetensors (fp16) and config.json.
 
     python examples/fashion_vit/train.py --data /usr/share/datasets/fashion-mnist
 
-The data are the four idx files of https://github.com/zalandoresearch/fashion-mnist (MIT); Debian carries them
-as the package `dataset-fashion-mnist`. 5,000 training images are held out for choosing epochs, rate and
-augmentation; the test images are used once, after the last epoch.
+--data has the four idx files of https://github.com/zalandoresearch/fashion-mnist (MIT), or of Debian's package
+`dataset-fashion-mnist`. 5,000 training images are held out to choose the epochs, the learning rate and the
+augmentation. The test images are used once, after the last epoch.
 """
 
 import argparse
@@ -35,21 +35,21 @@ MODEL_ARGS = {
     "depth": 6,
     "num_heads": 4,
     "class_token": False,
-    "global_pool": "avg",  # learns much faster than a class token on this little data
+    "global_pool": "avg",  # learns much faster than a class token on so few images
 }
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images
 HELD_OUT = 5000
 
 
 def tensors(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Normalised images (n, 1, 28, 28) and labels (n,) of `train` or `t10k`."""
+    """Returns normalised images (n, 1, 28, 28) and labels (n,) of the split `train` or `t10k`."""
     images, labels = read_split(folder, split)
     x = torch.from_numpy(images.copy()).unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
     return x, torch.from_numpy(labels.astype(np.int64))
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Each image mirrored with probability one half and shifted by up to two pixels either way."""
+    """Returns the images (n, 1, 28, 28), each mirrored with probability 1/2 and shifted by up to 2 pixels per axis."""
     flip = torch.rand(len(x), generator=rng) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     padded = nn.functional.pad(x, (2, 2, 2, 2), value=-MEAN / STD)
@@ -61,20 +61,22 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Returns top-1 in 0 ... 1; sets the model to evaluation mode."""
     model.eval()
     hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
     return hits / len(y)
 
 
 def main() -> None:
+    """Trains, measures the stored weights on the test images, and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the four Fashion-MNIST .gz files")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=128, help="images per step")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate after warm-up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16: faster where the CPU has it")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16; faster on CPUs with bfloat16")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder for both files")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -109,14 +111,14 @@ def main() -> None:
             optimizer.step()
             schedule.step_update(epoch * steps + i + 1)
             total += loss.item()
-        checked = accuracy(model, x[held_out], y[held_out])
+        top1 = accuracy(model, x[held_out], y[held_out])
         seconds = time.perf_counter() - started
-        print(f"epoch {epoch + 1}: loss {total / steps:.4f}, held-out {checked:.4f}, {seconds:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}: loss {total / steps:.4f}, held-out {top1:.4f}, {seconds:.0f} s", flush=True)
 
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    model.load_state_dict(half)  # so that the stored weights are measured
-    tested = accuracy(model, *tensors(args.data, "t10k"))
-    print(f"test accuracy of the stored weights: {tested:.4f} (10,000 images)")
+    model.load_state_dict(half)  # so that the rounded weights are measured
+    test_top1 = accuracy(model, *tensors(args.data, "t10k"))
+    print(f"test accuracy of the stored weights: {test_top1:.4f} (10,000 images)")
 
     args.output.mkdir(parents=True, exist_ok=True)
     save_file(half, args.output / "model.safetensors", metadata={"format": "pt"})
@@ -139,7 +141,7 @@ def main() -> None:
             "label_names": CLASSES,
             "license": "mit",
         },
-        "measured": {"data": "Fashion-MNIST test, 10,000 images", "top1": round(tested, 4), "weights": "fp16"},
+        "measured": {"data": "Fashion-MNIST test, 10,000 images", "top1": round(test_top1, 4), "weights": "fp16"},
     }
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
