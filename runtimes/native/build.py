@@ -1,4 +1,4 @@
-"""Builds the kernel's shared library from `src/`: for setup.py and for `python -m mpcompile.runtimes.native`.
+"""Builds the kernel's shared library from `src/`, for setup.py and `python -m mpcompile.runtimes.native`.
 
 Imports only the standard library, because setup.py runs this before anything is installed. The kernel is compiled once
 per instruction set of the CPU family; the library selects one at run time.
@@ -28,11 +28,11 @@ KERNELS = {
         "baseline": (),
     }
 }
-ELSEWHERE: dict[str, tuple[str, ...]] = {"baseline": ()}  # on aarch64 that is NEON
+OTHER_CPUS: dict[str, tuple[str, ...]] = {"baseline": ()}  # on aarch64, the baseline has NEON
 
 
 class BuildFailed(Exception):
-    """The library was not built. The text is the compiler's output, or why nothing can be compiled here."""
+    """The library was not built. The text is the compiler's output, or why this machine cannot compile it."""
 
 
 def compiler() -> list[str] | None:
@@ -49,13 +49,13 @@ def unbuildable() -> str | None:
         return f"the N:M kernel is built on Linux and macOS, not on {platform.system()}"
     if compiler() is None:
         install = "xcode-select --install" if platform.system() == "Darwin" else "apt install g++"
-        return f"no C++17 compiler was found (c++, g++ or clang++, or what CXX names; {install})"
+        return f"no C++17 compiler was found (c++, g++, clang++ or $CXX): {install}"
     return None
 
 
 def instruction_sets() -> list[str]:
     """Returns the instruction sets that the kernel can be compiled for on this CPU family, widest first."""
-    return list(KERNELS.get(platform.machine(), ELSEWHERE))
+    return list(KERNELS.get(platform.machine(), OTHER_CPUS))
 
 
 def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) -> list[Path]:
@@ -64,22 +64,22 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
     The kernel is compiled for every instruction set, or for `widest` and the narrower ones. `extra` are compiler flags.
     """
     compiled = []
-    every = KERNELS.get(platform.machine(), ELSEWHERE)
-    chosen = instruction_sets()
+    available = KERNELS.get(platform.machine(), OTHER_CPUS)
+    selected = instruction_sets()
     if widest is not None:
-        if widest not in chosen:
+        if widest not in selected:
             raise BuildFailed(
-                f"{widest!r} is not an instruction set of {platform.machine()}; choose one of {', '.join(chosen)}"
+                f"{widest!r} is not an instruction set of {platform.machine()}; choose one of {', '.join(selected)}"
             )
-        chosen = chosen[chosen.index(widest) :]
-    kernels = {name: every[name] for name in chosen}
+        selected = selected[selected.index(widest) :]
+    kernels = {name: available[name] for name in selected}
     jobs = [
         (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_SKINNY=skinny_{name}"))
         for name, flags in kernels.items()
         for part in ("nm_gemm", "nm_gemm_skinny")
     ]
-    defined = tuple(f"-DNM_HAS_{name}" for name in kernels)  # for cpu_dispatch.cpp
-    jobs += [(source, Path(source).stem, defined) for source in SHARED]
+    macros = tuple(f"-DNM_HAS_{name}" for name in kernels)  # cpu_dispatch.cpp selects among these
+    jobs += [(source, Path(source).stem, macros) for source in SHARED]
     for source, name, flags in jobs:
         target = folder / f"{name}.o"
         run([*FLAGS, *flags, *extra, "-c", str(SOURCES / source), "-o", str(target)])
@@ -88,7 +88,7 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs the compiler with these arguments. Raises BuildFailed with its command and output."""
+    """Runs the compiler with these arguments. Raises BuildFailed with the command and the compiler's output."""
     command = compiler()
     if command is None:
         raise BuildFailed(unbuildable())
