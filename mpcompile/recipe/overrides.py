@@ -7,6 +7,7 @@ from mpcompile.recipe.schema import Recipe, Step
 
 # Passes after which `tome`, `restore` and `distill` are inserted.
 MASKING = ("mp-budget", "permute", "nm-mask")
+OPTION_OF = {"signal": "budget"}  # parameter of mp-budget -> its option, if the two names differ
 
 
 def overridden(
@@ -22,7 +23,7 @@ def overridden(
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
-    """The recipe with the values of the options in place of its own. Options that are None or empty change nothing.
+    """The recipe, with its values replaced by those of the command-line options. None and empty options change nothing.
 
     If the recipe has neither mp-budget nor nm-mask and patterns are given, mp-budget, permute and nm-mask are appended.
     If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome` and `distill` are
@@ -36,11 +37,11 @@ def overridden(
         tome: parameters of tome.
         restore: parameters of restore.
         distill: parameters of distill.
-        evidence: pass name -> parameters of the passes that correct and certify the result, in order.
+        evidence: pass name -> parameters, for the passes that correct and certify the result (batch-norm, certify).
         top: keys of the recipe itself.
         nested: section of the recipe -> its keys.
 
-    Raises UsageError if an option needs a pass that is not there.
+    Raises UsageError if an option needs a pass that the recipe does not have.
     """
     budget = {key: value for key, value in budget.items() if value}
     mask = {key: value for key, value in mask.items() if value}
@@ -50,14 +51,14 @@ def overridden(
     names = {step.name for step in steps}
     if (budget or mask) and not names & {"mp-budget", "nm-mask"}:
         if "patterns" not in budget:
-            flags = ", ".join(f"--{key}" for key in (budget | mask))
+            flags = ", ".join(f"--{OPTION_OF.get(key, key)}" for key in (budget | mask))
             raise UsageError(f"{flags} needs a pattern; give --pattern too")
         steps += [Step(name=name) for name in MASKING if name != "permute" or permute is not None]
     elif budget and "mp-budget" not in names:
         budget_only = [key for key in ("macs", "signal") if key in budget]
         if budget_only or len(budget.get("patterns", ())) > 1:
-            option = f"--{budget_only[0]}" if budget_only else "more than one --pattern"
-            raise UsageError(f"{option} needs a budget; add mp-budget to the recipe's passes")
+            option = f"--{OPTION_OF.get(budget_only[0], budget_only[0])}" if budget_only else "more than one --pattern"
+            raise UsageError(f"{option} needs the budget pass; add mp-budget to the recipe's passes")
         mask |= {"pattern" if key == "patterns" else key: value for key, value in budget.items()}
         if "pattern" in mask:
             [mask["pattern"]] = mask["pattern"]

@@ -176,13 +176,17 @@ def test_a_pattern_alone_adds_budget_permutation_and_mask() -> None:
         )
     with pytest.raises(UsageError, match="--exclude needs a pattern; give --pattern too"):
         flags(Recipe(), exclude=["head"])
+    with pytest.raises(UsageError, match="--budget needs a pattern; give --pattern too"):
+        flags(Recipe(), signal="owl")
 
 
 def test_a_budget_is_not_added_to_a_recipe_that_has_a_mask_alone() -> None:
     recipe = Recipe.from_yaml("passes: [nm-mask]")
-    with pytest.raises(UsageError, match="--macs needs a budget; add mp-budget to the recipe's passes"):
+    with pytest.raises(UsageError, match="--macs needs the budget pass; add mp-budget to the recipe's passes"):
         flags(recipe, macs=0.5)
-    with pytest.raises(UsageError, match="more than one --pattern needs a budget"):
+    with pytest.raises(UsageError, match="--budget needs the budget pass"):
+        flags(recipe, signal="owl")
+    with pytest.raises(UsageError, match="more than one --pattern needs the budget pass"):
         flags(recipe, patterns=("2:4", "1:4"))
 
 
