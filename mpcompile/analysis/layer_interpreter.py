@@ -28,12 +28,12 @@ class LayerInterpreter(fx.Interpreter):
         }
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The graph's outputs."""
-        with self.watching():
+        """The graph's outputs; `hook` is called for each application of a layer on the way."""
+        with self.forward_hooks():
             return super().run(*args, **kwargs)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def forward_hooks(self) -> Iterator[None]:
         """Keeps forward hooks on the layers while the context is open.
 
         Needed around `run_node` if single nodes are run; `run` opens the context itself.

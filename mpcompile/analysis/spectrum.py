@@ -47,7 +47,7 @@ class Fit:
         edge: √(n T₊), the edge with its Tracy–Widom correction as a singular value of the weight.
         bulk_edge: σ₊ = √(n λ₊), the edge without correction as a singular value of the weight.
         spikes: the number of eigenvalues above T₊.
-        spike_mass: their share of the sum of all eigenvalues, which is that of the sum of squared weights.
+        spike_mass: their share of the sum of all eigenvalues, which equals their share of ‖W‖².
         bulk_share: the share of eigenvalues in [λ₋, λ₊].
         tail_exponent: Hill's estimate from the TAIL largest eigenvalues, 1 + 1 / mean(log λᵢ − log λ_TAIL); infinite
             if they are all equal.
@@ -79,7 +79,7 @@ class Fit:
 
 
 def support(q: float, variance: float = 1.0) -> tuple[float, float]:
-    """The ends of the support, (λ₋, λ₊)."""
+    """The ends of the law's support, (λ₋, λ₊), for the aspect ratio q = p/n and the variance σ² of the entries."""
     return variance * (1 - q**0.5) ** 2, variance * (1 + q**0.5) ** 2
 
 
@@ -103,13 +103,13 @@ def distribution(x: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Fl
     return np.where(x <= low, 0.0, np.where(x >= high, 1.0, np.clip(value, 0, 1)))
 
 
-def quantile(share: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Float[ndarray, "*n"]:
-    """The inverse of `distribution`: x with F(x) = share, by bisection (60 halvings of the support)."""
+def quantile(probability: Float[ndarray, "*n"], q: float, variance: float = 1.0) -> Float[ndarray, "*n"]:
+    """The inverse of `distribution`: x with F(x) = probability, by bisection (60 halvings of the support)."""
     ends = support(q, variance)
-    low, high = np.full(share.shape, ends[0]), np.full(share.shape, ends[1])
+    low, high = np.full(probability.shape, ends[0]), np.full(probability.shape, ends[1])
     for _ in range(60):
         middle = (low + high) / 2
-        below = distribution(middle, q, variance) < share
+        below = distribution(middle, q, variance) < probability
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return np.asarray((low + high) / 2)
 
@@ -134,11 +134,11 @@ def tracy_widom_distribution(s: float, nodes: int = 60) -> float:
 
 
 @lru_cache(maxsize=32)
-def tracy_widom_quantile(share: float) -> float:
-    """The quantile of the Tracy–Widom law of order 1: t with F₁(t) = share."""
+def tracy_widom_quantile(probability: float) -> float:
+    """The quantile of the Tracy–Widom law of order 1: t with F₁(t) = probability."""
     import scipy.optimize
 
-    return float(scipy.optimize.brentq(lambda s: tracy_widom_distribution(s) - share, -8.0, 8.0, xtol=1e-10))
+    return float(scipy.optimize.brentq(lambda s: tracy_widom_distribution(s) - probability, -8.0, 8.0, xtol=1e-10))
 
 
 def noise_edge(p: int, n: int, variance: float = 1.0, level: float = 0.05) -> float:
@@ -242,8 +242,10 @@ def analyse(
 ) -> SpectrumFit:
     """The fit to a layer's weight and, if `null`, to its null model, shuffled with `seed`.
 
-    Raises NoFitError for a weight that is not finite or all zero, that has a side below SMALLEST_SIDE, of which more
-    than half of the singular values are zero, or whose entries are heavy-tailed: single entries make spikes.
+    `level` is the probability with which the largest eigenvalue of pure noise exceeds the edge.
+
+    Raises NoFitError if a weight is not finite or all zero, has a side below SMALLEST_SIDE, has more than half of its
+    singular values at zero, or has so heavy-tailed entries that single entries make spikes.
     """
     matrix = unfolded(np.asarray(weight, np.float64))
     p, n = sorted(matrix.shape)

@@ -1,4 +1,4 @@
-"""Decoding the calibration and validation images of a run once, before anything reads them.
+"""Decodes the calibration and validation images of a run once, before anything reads them.
 
 The fingerprint of the run, most passes and the checks of the result read these images. Without this step each of them
 opens and decodes every file again: six or seven times in one run. Training images, which may be many more, are decoded
@@ -16,19 +16,21 @@ from mpcompile.system.resource_errors import available_bytes
 # 1,783 float32 images of 3 × 224 × 224: 3 times the 512 that a run calibrates and validates on by default. The images
 # stay in memory until the run ends, so larger sets are not kept whole.
 MOST_BYTES = 2**30
-# Of the memory beyond the reserve. The rest is for what is not counted beforehand, such as gradients in a distillation.
-SHARE = 1 / 8
+# Share of the memory beyond the reserve. The rest is for uses that the reserve does not count, such as gradients in a
+# distillation.
+AVAILABLE_SHARE = 1 / 8
 
 
 def memory_limit(reserved_bytes: float) -> int:
     """How many bytes of decoded images to keep, if the run needs `reserved_bytes` of memory for other things.
 
-    At most MOST_BYTES, and SHARE of the memory available beyond the reserve; 0 if the system does not report it.
+    At most MOST_BYTES, and at most AVAILABLE_SHARE of the memory available beyond the reserve; 0 if the system does not
+    report its memory.
     """
     available = available_bytes()
     if available is None:
         return 0
-    return max(0, min(MOST_BYTES, int(SHARE * (available - reserved_bytes))))
+    return max(0, min(MOST_BYTES, int(AVAILABLE_SHARE * (available - reserved_bytes))))
 
 
 def decode_once(data: Data, limit_bytes: int) -> Data:

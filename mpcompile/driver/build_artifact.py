@@ -15,7 +15,7 @@ from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
 from mpcompile.driver.bench import command as bench_command
-from mpcompile.driver.compare_engines import engine_parity, images_for, in_turns, parity_of
+from mpcompile.driver.compare_engines import engine_parity, images_for, interleaved_times_ms, parity_of
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
@@ -209,7 +209,7 @@ def _latencies(dense: Engine, compressed: Engine, data: Data, model: Model, reci
     rows = []
     engines, example = {"dense": dense, "compressed": compressed}, model.example.numpy()
     for batch in recipe.timed_batches:
-        samples = in_turns(engines, data.held_out, example, batch, recipe.bench.seconds)
+        samples = interleaved_times_ms(engines, data.held_out, example, batch, recipe.bench.seconds)
         before, after = (timing(samples[name], batch, engine.device) for name, engine in engines.items())
         ratio = speedup(samples["dense"], samples["compressed"], "dense")
         rows.append(Latency(dense=before, compressed=after, speedup=ratio))

@@ -29,7 +29,7 @@ class Settings:
         threads: CPU threads; None leaves the number to the runtime.
         seconds: of timing for each batch size.
         transfers: whether copies to and from a GPU are timed.
-        graph: whether a GPU's work is recorded as a CUDA graph and launched as a whole.
+        graph: whether the GPU kernels are recorded as one CUDA graph and launched together.
     """
 
     target: str | None = None
@@ -41,14 +41,22 @@ class Settings:
 
 
 def engine_parity(engine: Engine, exported: Exported, images: NDArray[np.float32], what: str) -> Parity:
-    """The parity of an engine with ONNX Runtime on the CPU. Raises ParityError if it exceeds the tolerance."""
+    """The parity of an engine with ONNX Runtime on the CPU, both on the same images (b, c, h, w).
+
+    `exported` is the ONNX file that the engine was built from; `what` names the engine in the report and in errors.
+    Raises ParityError if the outputs differ by more than the tolerance of the file's precision.
+    """
     return parity_of(
         cpu_engine(exported)(images), engine(images), exported, f"{what} against {_reference_name(exported)}"
     )
 
 
 def parity_of(expected: NDArray[np.float32], outputs: NDArray[np.float32], exported: Exported, what: str) -> Parity:
-    """The report's row for two outputs (b, outputs) of one model. Raises ParityError if they differ too much."""
+    """The report's row for two outputs (b, outputs) of one model, `expected` from the reference.
+
+    `exported` gives the precision and whether tokens are merged; `what` names the comparison. Raises ParityError if the
+    outputs differ by more than the tolerance of the precision.
+    """
     difference = require_parity(expected, outputs, exported.precision, what, exported.merges)
     if exported.merges:
         largest = relative_difference(expected, outputs)
@@ -65,7 +73,10 @@ def _reference_name(exported: Exported) -> str:
 
 
 def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
-    """The function that is timed. Raises UsageError if the settings need a GPU and the engine has none."""
+    """A function that runs the engine once on the images, to be timed.
+
+    Raises UsageError if the settings need a GPU and the engine has none.
+    """
     if isinstance(engine, TimesDevice):
         return engine.staged(images, transfers=settings.transfers, graph=settings.graph)
     if settings.graph or not settings.transfers:
@@ -73,10 +84,13 @@ def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> 
     return partial(engine, images)
 
 
-def in_turns(
+def interleaved_times_ms(
     engines: Mapping[str, Engine], images: Split, example: NDArray[np.float32], batch: int, seconds: float
 ) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds per call of each engine, one value per round. All engines get the same batch of images."""
+    """Milliseconds per call of each engine (rounds,), measured in interleaved rounds for `seconds`.
+
+    All engines get the same `batch` images: those of `images`, or copies of `example` if there are too few.
+    """
     pixels = images_for(images, example, batch)
     return sample({name: call_of(engine, pixels, Settings()) for name, engine in engines.items()}, seconds)
 

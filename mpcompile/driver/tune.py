@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
-from mpcompile.driver.compare_engines import in_turns
+from mpcompile.driver.compare_engines import interleaved_times_ms
 from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search, within_limit
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.errors import MpcompileError, UsageError
@@ -38,7 +38,7 @@ class Reference:
 
     exported: Lowered
     engine: Engine
-    hits: NDArray[np.bool_]  # per validation image, whether it is classified correctly
+    hits: NDArray[np.bool_]  # (images,): whether each validation image is classified correctly
     cost: Cost
 
 
@@ -67,7 +67,7 @@ class Trial:
         return self._measured(candidate.name, engine, macs)
 
     def references(self) -> tuple[Point, ...]:
-        """The measurements of the quantised dense model; empty if the runtime has no quantised baselines."""
+        """The measurements of each int8 version of the dense model; empty if the runtime has no quantised baselines."""
         runtime, calibration = self.plan.runtime, self.data.calibration
         if self.plan.idle or not isinstance(runtime, HasQuantizedBaselines):
             return ()
@@ -91,12 +91,12 @@ class Trial:
     def _speedup(self, engine: Engine, batch: int) -> Speedup:
         """The speedup of an engine over the dense model's."""
         engines, example = {"dense": self.reference.engine, "tried": engine}, self.dense.example.numpy()
-        samples = in_turns(engines, self.data.validation, example, batch, self.recipe.bench.seconds)
+        samples = interleaved_times_ms(engines, self.data.validation, example, batch, self.recipe.bench.seconds)
         return speedup(samples["dense"], samples["tried"], "dense")
 
 
 def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
-    """The chosen recipe, which is the given one with other passes and without `tune`, and the record of the search.
+    """The chosen recipe and the record of the search. The chosen recipe is a variant of the given one, without `tune`.
 
     Raises UsageError if the recipe has nothing to search over or no accuracy limit, or if there are no labelled
     validation images.
@@ -109,7 +109,7 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
             f"tune measures on labelled validation images and has none; {'; '.join(data.notes) or 'give --data'}"
         )
     images, plan = data.for_passes(), plan_of(recipe)
-    first = [Candidate("as written, layers taken back", recipe)] if recipe.step("restore") else []
+    first = [Candidate("as written, layers restored", recipe)] if recipe.step("restore") else []
     counted = cost(dense)
     paths = paths_of(recipe.without("restore"), lambda base: least_macs(base, dense, counted, images))
     steps = iter(tracked(range(options.evaluations), lambda index: f"recipe {index + 1}"))

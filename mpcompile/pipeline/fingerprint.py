@@ -1,4 +1,4 @@
-"""Hashes of a model, images, code and versions: a checkpoint is used only if those that it depends on are unchanged."""
+"""Hashes of a model, images, code and versions. A checkpoint is used only if all hashes of its inputs are unchanged."""
 
 import hashlib
 import re
@@ -18,8 +18,8 @@ from mpcompile.data.npz import ArrayImages
 from mpcompile.ir.model import Model
 from mpcompile.system.hashing import sha256, sha256_of
 
-SAMPLED_IMAGES = 64  # images that are hashed in place of a whole set that consists neither of files nor of an array
-COMPUTES = ("torch", "numpy", "scipy", "timm")  # packages that results depend on, beside mpcompile
+SAMPLED_IMAGES = 64  # how many images of a set are hashed if it consists neither of files nor of an array
+RESULT_PACKAGES = ("torch", "numpy", "scipy", "timm")  # packages that results depend on, beside mpcompile
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -61,9 +61,9 @@ def model_key(model: Model) -> str:
 
 
 def training_key(data: Data) -> str:
-    """The hash of the images that every pass may see.
+    """The hash of the calibration, validation and training images, which every pass may read.
 
-    Of calibration and validation images every pixel is hashed; of training images the files or arrays.
+    Calibration and validation images are hashed pixel by pixel; training images as in `images_key`.
     """
     hashed = [_pixels_key(split) for split in (data.calibration, data.validation)]
     return sha256(*hashed, images_key(data.training))
@@ -115,11 +115,11 @@ def source_key(package: Path) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that results depend on; that of mpcompile with the hash of its code."""
-    return {"mpcompile": f"{version('mpcompile')} {code_key()}", **{name: version(name) for name in COMPUTES}}
+    return {"mpcompile": f"{version('mpcompile')} {code_key()}", **{name: version(name) for name in RESULT_PACKAGES}}
 
 
 def pass_key(step: object) -> str:
-    """The hash of a pass: its class, the source file of the class, and its configuration."""
+    """The hash of a pass (`step`): its class, the source file of the class, and its configuration."""
     kind = type(step)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     code = Path(file).read_bytes() if file and Path(file).is_file() else b""
@@ -131,8 +131,8 @@ def facts_of(
 ) -> list[dict[str, str]]:
     """For each pass, hashes of everything that its result depends on, by name.
 
-    These are the versions, the model, the images, and the passes up to it. `shows_held_out` says by position whether a
-    pass is given the held-out images; they count only then.
+    These are the versions, the model, the images, and the passes up to it. `shows_held_out` returns whether the pass
+    at a position gets the held-out images; only then are they hashed.
     """
     common = versions() | {"the model": model_key(model), "the choice of images": training_key(data)}
     keys = {f"pass {number} ({_name(step)})": pass_key(step) for number, step in enumerate(passes, start=1)}
@@ -148,10 +148,10 @@ def _name(step: object) -> str:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> Sequence[str]:
-    """The names of the facts that differ between two runs; a package is followed by both versions."""
+    """The names of the facts that differ between two runs, such as `torch (2.7.0, now 2.8.0)` or `the model`."""
     names = []
     for name in dict.fromkeys([*now, *before]):
         old, new = before.get(name), now.get(name)
         if old != new:
-            names.append(f"{name} ({old}, now {new})" if name in COMPUTES and old and new else name)
+            names.append(f"{name} ({old}, now {new})" if name in RESULT_PACKAGES and old and new else name)
     return names

@@ -20,7 +20,7 @@ class LayerCall(NamedTuple):
 class GraphExecutor:
     """One graph with the activations, batch by batch, that later nodes still need.
 
-    `execute` and `peek` must be called inside `with executor.interpreter.watching()`, and without gradients.
+    `execute` and `peek` must be called inside `with executor.interpreter.forward_hooks()`, and without gradients.
     """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor]) -> None:

@@ -94,7 +94,7 @@ def layerwise(
     dense_nodes = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
     dense_run, pruned_run = GraphExecutor(dense, batches), GraphExecutor(model.graph, batches if sequential else ())
     announced = tracked(weights, lambda weight: weight.names[0])
-    with dense_run.interpreter.watching(), pruned_run.interpreter.watching():
+    with dense_run.interpreter.forward_hooks(), pruned_run.interpreter.forward_hooks():
         for node, dense_node in dense_nodes.items():
             if node.op == "placeholder":
                 continue

@@ -59,12 +59,12 @@ def tuned_artifact(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
     speeds = iter([speed for speed in SPEEDS for _ in range(2)])  # at two batch sizes
     timed = []
 
-    def in_turns(engines: Mapping[str, Engine], *more: object) -> dict[str, NDArray[np.float64]]:
+    def interleaved_times_ms(engines: Mapping[str, Engine], *more: object) -> dict[str, NDArray[np.float64]]:
         timed.append(set(engines))
         return {"dense": np.full(15, next(speeds)), "tried": np.ones(15)}
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tune, "in_turns", in_turns)
+        patched.setattr(tune, "interleaved_times_ms", interleaved_times_ms)
         artifact = tuned_files(files, tmp_path_factory.mktemp("tuned") / "out", 4.0)
     assert timed == [{"dense", "tried"}] * 10
     return artifact
