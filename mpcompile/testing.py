@@ -32,7 +32,9 @@ def assert_same_function(before: nn.Module, after: nn.Module, images: Tensor, to
         expected, found = before(images), after(images)
     assert expected.shape == found.shape, f"outputs are {tuple(found.shape)}, expected {tuple(expected.shape)}"
     difference = relative_difference(expected.numpy(force=True), found.numpy(force=True))
-    assert difference <= tolerance, f"outputs differ by {difference:.2e} of their size, {tolerance:.0e} is allowed"
+    assert difference <= tolerance, (
+        f"outputs differ by {difference:.2e} of the largest output, {tolerance:.0e} is allowed"
+    )
 
 
 def assert_follows(weight: Shaped[Tensor, "out in_ *taps"], pattern: NM) -> None:

@@ -95,7 +95,7 @@ def test_embed_falls_back_to_the_pattern_that_passes_its_gate(embedded: Ran) -> 
 def test_own_pass_is_checked_run_and_recorded(embedded: Ran, tmp_path: Path) -> None:
     out, _ = run_script(embedded.folder, "own_pass.py", tmp_path / "out")
     assert re.match(
-        r"clip-outliers changed the outputs by \d+\.\d% of their size\n"
+        r"clip-outliers changed the outputs by \d+\.\d% of the largest output\n"
         r"name='clip-outliers' params={'deviations': 4.0}\n"
         r"__main__.ClipOutliers, given in Python\n",
         out,

@@ -14,13 +14,13 @@ from mpcompile.ir.model import Model
 
 BATCH = 32  # images
 MIN_ROWS_PER_CHANNEL = 16  # rows per input channel, after which a covariance estimate is accurate enough
-DAMPING = 0.02  # share of the mean variance that is added to the diagonal; also the default of a refit
+DAMPING = 0.02  # share of the mean variance that is added to the diagonal; also the default damping of a refit
 
 
 def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " channels"]]:
     """For each layer, the root mean square of each input channel over images and positions, in float64.
 
-    A grouped convolution has the channels of all its groups. Layers that the images do not reach are left out.
+    A grouped convolution has the channels of all its groups. Layers that the graph does not apply are left out.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

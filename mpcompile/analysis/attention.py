@@ -3,8 +3,8 @@
 An attention is found by its operators, never by a class name. It is one of
 
 1. `scaled_dot_product_attention(q, k, v)`;
-2. `softmax(q · kᵀ)`, with or without scaling, where fused attention is switched off;
-3. an `nn.MultiheadAttention` that capture could not rewrite as the first; its inside is unknown.
+2. `softmax(q · kᵀ)`, with or without scaling, if fused attention is switched off;
+3. an `nn.MultiheadAttention` that capture could not rewrite as the first; its keys are unknown.
 
 Its stream is the tensor of tokens (b, n, c) that it reads and that its result is added to. Shapes are those that
 ShapeProp stored in `tensor_meta`.
@@ -31,8 +31,8 @@ class Attention:
         keys: the node of the keys, of shape (b, h, n, d).
         stream: the residual stream (b, n, c) before the attention, None if the result is not added to the tokens (as
             in attention pooling).
-        total: the node of the sum (b, n, c) of stream and attention, None if `stream` is.
-        unfit: why its tokens cannot be merged, None if nothing is against it.
+        total: the residual add: the node of the sum (b, n, c) of stream and attention. None if `stream` is.
+        unfit: why its tokens cannot be merged, as a sentence; None if they can.
     """
 
     node: fx.Node
@@ -68,7 +68,7 @@ def attentions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Attent
 
 
 def operand(node: fx.Node, position: int) -> object:
-    """The first (0) or second (1) operand of a call, given by position or by torch's keyword; None if it has none."""
+    """The first (0) or second (1) operand of a call node, passed by position or by torch's keyword; None if absent."""
     if position < len(node.args):
         return node.args[position]
     return next(
@@ -136,7 +136,7 @@ def _with_stream(node: fx.Node, keys: fx.Node, tokens: int) -> Attention:
                 continue
             if len(shape_of(user)) == 3 and shape_of(user)[:2] == (batch, tokens):
                 return Attention(node, _name(node), tokens, keys, stream=other, total=user)
-            reason = f"its keys are {tokens} tokens and the stream it adds to is {shape_of(user)[1:]}"
+            reason = f"it has {tokens} keys, and the stream that it is added to has the shape {shape_of(user)[1:]}"
             return Attention(node, _name(node), tokens, keys, unfit=reason)
     return Attention(node, _name(node), tokens, keys)
 

@@ -77,13 +77,13 @@ def _merged_after(attention: Attention) -> int:
 
 
 def merges(graph: fx.GraphModule, example: torch.Tensor) -> tuple[int, ...]:
-    """The token merging schedule of a graph: the number of tokens merged after each attention."""
+    """The token merging schedule of a graph: the number of tokens merged after each attention; () without attention."""
     tokens = parts(graph, example).tokens
     return tuple(before - after for before, after in zip(tokens[::2], tokens[1::2], strict=True))
 
 
 def as_published(model: Model) -> Cost:
-    """The cost of one image by the paper's convention: each block with the tokens that enter it."""
+    """The cost of one image by the paper's convention: each block counts with the number of tokens that enter it."""
     exact, divided = cost(model), parts(model.graph, model.example)
     tokens = divided.tokens
     factors = {node.name: tokens[part - part % 2] / tokens[part] for node, part in divided.part_of.items()}
@@ -100,13 +100,13 @@ def as_published(model: Model) -> Cost:
 
 @dataclass(frozen=True, slots=True)
 class Charged:
-    """Multiply-accumulates of one image. The patterns' zeros are not counted, whether or not the target skips them.
+    """Multiply-accumulates (MACs) of one image. Zeros of patterns are not counted, even if no kernel skips them.
 
     Attributes:
         dense: the dense model.
         compressed: the compressed model, exact count.
         as_published: the compressed model by the paper's convention: each block with the tokens that enter it.
-        merging: token merging itself; not part of the other counts.
+        merging: token merging itself (matching and averaging tokens); not part of the other counts.
         tokens: the tokens that enter each attention, then those that leave the last; empty without attention.
         merged: the tokens that token merging removes after each attention.
     """
@@ -120,12 +120,15 @@ class Charged:
 
 
 def charged(dense: Model, compressed: Model) -> Charged:
-    """The MACs of a dense and of a compressed model, by both conventions."""
+    """The MACs of one image in a dense and in a compressed model, by both conventions."""
     return charged_from_costs(cost(dense), cost(compressed), compressed)
 
 
 def charged_from_costs(dense: Cost, compressed_cost: Cost, compressed: Model) -> Charged:
-    """As `charged`, from costs that are already computed, both without subtraction of the patterns' zeros."""
+    """The same as `charged`, if the costs of both models are known already: those that `cost` returned.
+
+    `dense` and `compressed_cost` are these costs; `compressed` is the compressed model.
+    """
     patterns, tokens = compressed.patterns(), parts(compressed.graph, compressed.example).tokens
     return Charged(
         dense=dense.macs,
@@ -138,9 +141,9 @@ def charged_from_costs(dense: Cost, compressed_cost: Cost, compressed: Model) ->
 
 
 def macs_of_parts(model: Model, patterns: Mapping[str, NM]) -> tuple[list[float], float]:
-    """The MACs of each part of one image, with these layers executed at their pattern, and the MACs outside all parts.
+    """The MACs of each part (2 L numbers) and the MACs outside all parts, for one image.
 
-    Token merging itself is not counted.
+    The layers in `patterns` are executed at their pattern, all others dense. Token merging itself is not counted.
     """
     dense, divided = cost(model), parts(model.graph, model.example)
     applied_at, _ = weight_nodes(model.graph)

@@ -7,7 +7,7 @@ A layer is eligible if
    depends on the image;
 3. it is not depthwise, and M divides its input channels (per group, for a grouped convolution).
 
-Conditions 1 and 3 are facts. Condition 2 is a default that `include` overrides. All are decided from module types and
+Conditions 1 and 3 always hold. Condition 2 is a default that `include` overrides. All are decided from module types and
 graph edges, never from the name of a layer.
 """
 
@@ -113,7 +113,7 @@ def _multiplies(user: fx.Node, weight: fx.Node) -> bool:
 
 
 def reason_incompatible(layer: nn.Linear | nn.Conv2d, position: GraphPosition | None, pattern: NM) -> str | None:
-    """Why this layer cannot have the pattern, whatever `include` says, or None."""
+    """Why this layer cannot have the pattern, even if `include` matches it, or None."""
     if reason := reason_uneditable(layer, position):
         return reason
     out, inputs = layer.weight.shape[:2]
@@ -150,7 +150,7 @@ def is_depthwise(layer: nn.Linear | nn.Conv2d) -> bool:
 
 
 def reason_dense_by_default(position: GraphPosition) -> str | None:
-    """Why this layer stays dense unless it is included by name, or None."""
+    """Why this layer stays dense unless `include` matches it, or None."""
     if not position.sees_image:
         return "its input does not depend on the image: it computes a constant"
     if not position.layers_before:
@@ -179,8 +179,8 @@ def eligible_patterns(
     """The pattern of each layer, or the reason why it stays dense, by qualified name.
 
     A layer's pattern is the one in its plan, or else `pattern`. If `pattern` is None, layers without a planned pattern
-    get 2:4, or stay dense if a budget planned patterns for other layers. `include`, `exclude` and errors are those of
-    `eligible`.
+    get 2:4, or stay dense if a budget planned patterns for other layers. `include` and `exclude` are as in
+    `eligible`, which raises the same UsageError.
     """
     budgeted = any(plan.pattern is not None and plan.mask is None for plan in model.plan.values())
     default = pattern or (None if budgeted else TWO_OF_FOUR)
@@ -203,15 +203,15 @@ def eligible(
     A layer's pattern is the one in its plan, or else `pattern`. A planned pattern counts as including the layer. Layers
     that share a weight are eligible together or not at all.
 
-    `include` and `exclude` are shell patterns over qualified names. Layers that match `include` may have a pattern even
-    if the default is dense (stem, output layer), but not against a fact (a width that M does not divide). Layers that
-    match `exclude` stay dense, even if they match `include`. Raises UsageError if a shell pattern matches no layer.
+    `include` and `exclude` are shell patterns over qualified names. `include` overrides condition 2 above (stem, output
+    layer), but not conditions 1 and 3 (such as a width that M does not divide). Layers that match `exclude` stay dense,
+    even if they match `include`. Raises UsageError if a shell pattern matches no layer.
     """
     names = [name for name, _ in model.layers()]
     for glob in (*include, *exclude):
         if not any(fnmatchcase(name, glob) for name in names):
             shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-            raise UsageError(f"no layer is called {glob!r}; the layers are {shown}")
+            raise UsageError(f"no layer name matches {glob!r}; the layers are {shown}")
     positions = graph_positions(model)
     reasons: dict[str, str | None] = dict(unsupported_modules(model))
     for name, layer in model.layers():

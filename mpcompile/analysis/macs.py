@@ -1,4 +1,4 @@
-"""Multiply-accumulates and bytes of a captured model, dense and as executed with the patterns in its plan.
+"""Multiply-accumulates (MACs) and bytes of a captured model, dense and as executed with the patterns in its plan.
 
 The graph is run node by node on its example under PyTorch's FLOP counter, so all products are counted: layers,
 attention, and products inside modules that tracing kept whole. One multiply-accumulate is two FLOPs of that counter.
@@ -44,7 +44,7 @@ class Cost:
 
     Attributes:
         nodes: all nodes that compute something, in order of execution.
-        layers: the multiply-accumulates of each Linear and Conv2d; part of those of the nodes.
+        layers: the multiply-accumulates of each Linear and Conv2d; the counts of the nodes include them.
         weights: the number of weights of each Linear and Conv2d, without bias; 0 if an earlier layer shares its weight.
         other_parameters: the number of all other parameters: biases, norms, embeddings.
     """
@@ -70,11 +70,11 @@ class Cost:
         return sum(node.activation_bytes for node in self.nodes)
 
     def executed_macs(self, patterns: Mapping[str, NM]) -> float:
-        """Multiply-accumulates with these layers executed at their pattern and every other node dense."""
+        """Multiply-accumulates with the layers in `patterns` executed at their pattern, and all other nodes dense."""
         return self.macs - sum(self.layers[name] * (1 - pattern.density) for name, pattern in patterns.items())
 
     def weight_bytes(self, patterns: Mapping[str, NM], bytes_each: int = 4) -> float:
-        """Bytes of all parameters with these layers packed, at `bytes_each` bytes for a value."""
+        """Bytes of all parameters, with the layers in `patterns` packed; a value takes `bytes_each` bytes."""
         total = self.other_parameters * bytes_each + 0.0
         for name, count in self.weights.items():
             pattern = patterns.get(name)

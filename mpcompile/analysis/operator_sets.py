@@ -1,7 +1,7 @@
 """Sets of torch operators and module classes, for graph analyses and graph rewrites.
 
 The target of a torch.fx node is a function object (`call_function`) or a method name (`call_method`). The first part
-holds both spellings in one set, to be compared with `node.target`. The second part holds names only, to be compared
+holds both forms in one set, to be compared with `node.target`. The second part holds names only, to be compared
 with a method name or with the `__name__` of a function, so that one entry covers `torch.`, `F.` and `operator.`
 functions of that name. In-place variants are members only where they are listed.
 """

@@ -14,8 +14,9 @@ Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be load
 
 
 def _with_short_help(items: list[Any]) -> list[Any]:
-    """The completion items, the help of each cut to one line: Typer wraps longer texts, and fish takes each line as an
-    item of its own.
+    """The completion items with their help cut to one line.
+
+    Typer wraps longer texts, and fish takes each line as an item of its own.
     """
     for item in items:
         item.help = item.help and textwrap.shorten(item.help.partition(". ")[0], 75, placeholder=" …")

@@ -34,9 +34,9 @@ def bench_command(
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure the latency of an output folder on its target.
+    """Measure the latency of the models in an output folder.
 
-    The dense model, the masked model with sparse kernels off, and the masked model with them on take turns.
+    Times the dense model, and the compressed model with sparse kernels off and on, in interleaved rounds.
     """
     configure_logging(verbose, quiet)
     from mpcompile.cli.tables import show_bench

@@ -93,8 +93,8 @@ def compile_command(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Largest drop of top-1 accuracy, in points. Layers are restored to dense until validation images keep "
-            "it. Fail (exit code 6) if held-out images still lose more."
+            help="Largest drop of top-1 accuracy, in points. Layers are restored to dense until the drop on "
+            "validation images is within it. Fail (exit code 6) if the drop on held-out images is larger."
         ),
     ] = None,
     tune: Annotated[

@@ -33,7 +33,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
     elif not quiet:
-        typer.echo(f"{len(rows)} masks hold in {artifact.onnx}, and no file has changed since they were checked")
+        typer.echo(f"{len(rows)} masks hold in {artifact.onnx}, and every file has the SHA-256 that report.json lists")
 
 
 @app.command(cls=Command)
@@ -99,7 +99,7 @@ def schema(
 def _print_warnings(sentences: Sequence[str]) -> None:
     """Prints one line on standard error for each installed pass or runtime that cannot be used.
 
-    It is no error, since the command line names none of them.
+    This is not an error, since the command does not name any of them.
     """
     for sentence in sentences:
         typer.echo(f"mpcompile: {' '.join(sentence.split())}", err=True)

@@ -33,7 +33,9 @@ PretrainedOption = Annotated[
 
 AllowPickleOption = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Load a pickled model, which runs the code in the file. Trust it first."),
+    typer.Option(
+        "--allow-pickle", help="Load a pickled model. This runs code in the file: use it only for files that you trust."
+    ),
 ]
 
 
@@ -84,8 +86,8 @@ MacsOption = Annotated[
     float | None,
     typer.Option(
         "--macs",
-        help="Fraction of multiply-accumulates to keep, such as 0.6. The budget decides which layers are masked for "
-        "it. With --tome auto, token merging reaches it instead.",
+        help="Fraction of multiply-accumulates to keep, such as 0.6. The budget chooses the layers to mask so "
+        "that it is reached. With --tome auto, token merging reaches it instead.",
     ),
 ]
 
@@ -104,20 +106,23 @@ IncludeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--include",
-        help="Also mask layers that stay dense by default. A shell pattern on their names. Can be repeated.",
+        help="Also mask the layers with this name (a shell pattern), if they are dense by default. Can be repeated.",
     ),
 ]
 
 
 ExcludeOption = Annotated[
     list[str] | None,
-    typer.Option("--exclude", help="Keep these layers dense. A shell pattern on their names. Can be repeated."),
+    typer.Option("--exclude", help="Keep the layers with this name (a shell pattern) dense. Can be repeated."),
 ]
 
 
 PermuteOption = Annotated[
     bool,
-    typer.Option("--permute/--no-permute", help="Reorder channels before masking, so that masks remove less."),
+    typer.Option(
+        "--permute/--no-permute",
+        help="Reorder channels before masking, so that patterns keep more of the important weights.",
+    ),
 ]
 
 

@@ -97,7 +97,9 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def macs_by_pass(macs: float | None, tome: str | None, pattern: str | None) -> tuple[float | None, float | None]:
-    """The value of --macs for the budget and for token merging: the one that is to reach it gets it, the other None.
+    """The value of --macs as a pair: for the budget and for token merging. One of the two is None.
+
+    With --tome auto, token merging gets the value; otherwise the budget does.
 
     Raises UsageError if both would have to reach it, or if --tome auto has no --macs.
     """

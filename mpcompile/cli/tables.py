@@ -39,11 +39,11 @@ def show_artifact(artifact: Artifact) -> None:
 
 
 def show_bench(found: BenchReport, folder: Path) -> None:
-    """Prints one row for each batch size and build, the conclusions, and the paths of the files."""
+    """Prints one row for each batch size and engine, the conclusions, and the paths of the files."""
     console = _console()
     table = Table(title=f"{found.model} on {found.target}, {found.precision}", title_justify="left")
-    for name in ("batch", "build", "p50 ms", "p90 ms", "p99 ms", "images/s", "times as fast as dense"):
-        table.add_column(name, justify="left" if name == "build" else "right", overflow="fold")
+    for name in ("batch", "engine", "p50 ms", "p90 ms", "p99 ms", "images/s", "times as fast as dense"):
+        table.add_column(name, justify="left" if name == "engine" else "right", overflow="fold")
     for row in found.rows():
         table.add_row(*row)
     console.print(table)

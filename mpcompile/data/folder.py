@@ -32,6 +32,7 @@ class FolderImages:
 
     @property
     def classes(self) -> int:
+        """The number of class folders; 0 without labels."""
         return len(self.names)
 
     def __len__(self) -> int:
@@ -47,18 +48,19 @@ class FolderImages:
 
         path = self.paths[index]
         if path.exists() and not path.is_file():  # reading a pipe may block, a device may never end
-            raise LoadError(f"{path} is a pipe or a device, and no image; remove it")
+            raise LoadError(f"{path} is a pipe or a device, not an image; remove it")
         try:
             with Image.open(path) as image:
                 return image.convert(self.mode), self.labels[index]
         except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, DecompressionBombError …
-            raise LoadError(f"{path} is not an image that can be read ({error}); mend or remove it") from error
+            raise LoadError(f"{path} is not an image that can be read ({error}); repair or remove it") from error
 
 
 def read_folders(root: Path, source: Source, notes: list[str]) -> tuple[FolderImages, FolderImages | None]:
-    """The images of `train/` and of the held-out folder beside it; without `train/`, all images of `root` and None.
+    """The images of `root/train` and of the held-out folder beside it; without `train`, all images of `root` and None.
 
-    Sentences for the report are appended to `notes`. Raises LoadError.
+    `source` gives the preprocessing. Sentences for the report are appended to `notes`. Raises LoadError if there is no
+    held-out folder, no image, or a class that only one of the folders has.
     """
     train = root / "train"
     if not train.is_dir():
@@ -91,7 +93,7 @@ def _read_folder(root: Path, source: Source, notes: list[str]) -> FolderImages:
     files, classes = find_images_and_targets(str(root), types=SUFFIXES)
     others = sum(path.is_file() and path.suffix.lower() not in SUFFIXES for path in root.rglob("*"))
     if others:
-        notes.append(f"{others} files in {root.name}/ were left out, since their suffix is not that of an image")
+        notes.append(f"{others} files in {root.name}/ were left out, since they have no suffix of an image file")
     if list(classes) != sorted(classes):
         notes.append("classes are numbered in timm's order, folder 2 before folder 10; torchvision puts 10 before 2")
     if not files:

@@ -31,9 +31,9 @@ class Images(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodedImages:
-    """What decoding some images of the set `images` once has left in memory (mpcompile/data/decode.py).
+    """Images of the set `images` that were decoded once and are kept in memory (mpcompile/data/decode.py).
 
-    `pixels` maps an index of the set to its image and label; over the memory limit an image is left out, and is decoded
+    `pixels` maps an index of the set to its image and label; an image over the memory limit is left out, and is decoded
     again at each use. `hashes` maps every index that was decoded to its `image_hash`.
     """
 
@@ -44,9 +44,9 @@ class DecodedImages:
 
 @dataclass(frozen=True)
 class Split:
-    """An ordered choice of images of a set.
+    """Some images of a set, in order. `order` has their indices; `labelled` says whether their labels count.
 
-    Images are read batch by batch, so memory holds one batch. Those that `decoded` keeps are taken from memory.
+    Images are read batch by batch, so memory holds one batch. Images in `decoded` are taken from memory.
     """
 
     images: Images
@@ -58,7 +58,7 @@ class Split:
         return len(self.order)
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (b, c, h, w) and labels (b,), -1 where unknown; the tensors are the caller's to change."""
+        """Images (b, c, h, w) and labels (b,), -1 where unknown; the caller may change the tensors."""
         for start in range(0, len(self.order), size):
             pairs = [self._image(index) for index in self.order[start : start + size]]
             yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])

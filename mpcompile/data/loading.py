@@ -32,11 +32,19 @@ def load_data(
     seed: int = 0,
     validation: int = 256,
 ) -> Data:
-    """The images at `path`, preprocessed for a model of that `source` with that many `outputs`.
+    """The images at `path`, preprocessed for a model and divided into calibration, validation, training and held-out.
 
-    `calibration`, `held_out` and `validation` are the largest numbers of images to take; `held_out=None` takes all.
-    `seed` decides which. If the folder has no `train/`, validation gets at most a fifth of the images that are not for
-    calibration. Labels count only if there are as many classes as outputs. Raises LoadError.
+    Args:
+        path: a folder of images, or an .npz file.
+        source: preprocessing of the model.
+        outputs: number of outputs of the model. Labels are used only if there are as many classes.
+        calibration: largest number of calibration images.
+        held_out: largest number of held-out images; None takes all.
+        seed: decides which images are taken.
+        validation: largest number of validation images. If the folder has no `train/`, at most a fifth of the images
+            that are not for calibration are taken.
+
+    Raises LoadError.
     """
     try:
         exists = path.exists()
@@ -59,12 +67,12 @@ def load_data(
         evaluating = rng.permutation(len(test))
     if not len(evaluating):
         raise LoadError(
-            f"{path}: all {len(train)} images are used for calibration and none are left to evaluate on; "
+            f"{path}: all {len(train)} images are used for calibration and none are left as held-out images; "
             "give more images, or a smaller --calibration"
         )
     evaluating = np.sort(evaluating[:held_out])  # in the order of the folder: neighbours on disk are read together
     if len(calibrating) < calibration:
-        notes.append(f"{calibration} calibration images were asked for, and there are {len(calibrating)}")
+        notes.append(f"{calibration} calibration images were requested, but there are only {len(calibrating)}")
     training = np.setdiff1d(order if test is not train else calibrating, validating)
     labelled, note = _labels_fit(test, outputs)
     return Data(

@@ -46,7 +46,11 @@ class ArrayImages:
 
 
 def read_npz(path: Path, source: Source, outputs: int) -> tuple[ArrayImages, ArrayImages]:
-    """The calibration and the held-out images of an .npz file. Raises LoadError."""
+    """The calibration and the held-out images of an .npz file.
+
+    `source` gives size, mean and standard deviation of the model, `outputs` its number of classes. Raises LoadError if
+    an array is missing or has another type or shape than the model needs.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             _require_memory(arrays.zip, path)

@@ -111,8 +111,8 @@ def analyze(
     """
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
-    with stage_progress(observe, STAGES) as tell:
-        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), plots, tell)
+    with stage_progress(observe, STAGES) as begin_stage:
+        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), plots, begin_stage)
 
 
 def _analysis(

@@ -55,7 +55,7 @@ FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Artifact:
-    """An output folder and its report."""
+    """An output folder of `compile` and its report."""
 
     folder: Path
     report: Report
@@ -80,7 +80,7 @@ class Artifact:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that the artifact was compiled with."""
+        """The recipe that the artifact was compiled with, from recipe.yaml. Raises UsageError if it is invalid."""
         return read_recipe(self.folder / RECIPE)
 
     @property

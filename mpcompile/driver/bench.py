@@ -40,8 +40,8 @@ PARITY_IMAGES = 8
 def bench(folder: Path, settings: Settings, observe: Callable[[Progress], None] | None = None) -> BenchReport:
     """The benchmark of an output folder, which is also written to `bench/TARGET` in it. Raises a MpcompileError."""
     artifact = Artifact.open(folder)
-    with stage_progress(observe, stages(artifact.recipe, settings)) as tell:
-        return _benched(artifact, settings, tell)
+    with stage_progress(observe, stages(artifact.recipe, settings)) as begin_stage:
+        return _benched(artifact, settings, begin_stage)
 
 
 def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> BenchReport:
@@ -118,19 +118,19 @@ def compared(
 
     Args:
         runtime: builds the engines.
-        before: the dense file.
-        after: the compressed file.
+        before: the dense ONNX file.
+        after: the compressed ONNX file.
         build: the options of the engines; every batch size in it is timed, and files go to its folder.
         settings: how long to time, and whether transfers count.
         observe: called as each stage begins.
-        shipped: a file that was made from the compressed one at compile time and its engine, which is timed too.
+        shipped: the file with kernels selected at compile time and its engine, which is timed too; None if absent.
 
     Raises RuntimeMissing, BuildError or ParityError.
     """
     observe("build")
     arms, engines = _built(runtime, before, after, build)
     if shipped is not None:
-        what = "the file for this target as it lies in the folder, with the kernels that were chosen when it was made"
+        what = "the file in the folder for this target, with the kernels that were selected at compile time"
         arms = (*arms, TimedEngine(name=SHIPPED, what=what, file=shipped[0].name))
         engines[SHIPPED] = shipped[1]
     images = _images(after, max(PARITY_IMAGES, min(build.batches)))

@@ -76,8 +76,8 @@ def compile(
     written: `Artifact.open(output)` returns it, and its report has the failed gate.
     """
     plan = plan_of(recipe, passes, runtime)
-    with ONE_RUN, stage_progress(observe, stages(plan.recipe)) as tell:
-        return _compiled(model, plan, data, Path(output), force, start, keep_passes, tell)
+    with ONE_RUN, stage_progress(observe, stages(plan.recipe)) as begin_stage:
+        return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage)
 
 
 def _compiled(
@@ -178,7 +178,7 @@ def _skip(step: Pass) -> None:
 def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None) -> None:
     """Runs a torchrun rank above 0: it takes part in each distributed pass, such as `distill`, and writes no files.
 
-    Rank 0 calls `compile` with the same arguments. Raises a MpcompileError.
+    Rank 0 calls `compile` with the same model, recipe and data. Raises a MpcompileError.
     """
     plan = plan_of(recipe)
     loaded, leaves = loaded_from(model)

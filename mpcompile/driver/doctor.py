@@ -22,7 +22,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings: Python, libraries, targets, processor, GPU, and the passes of installed packages."""
+    """One finding for each of: Python, libraries, targets, processor, GPU, and the passes of installed packages."""
     offered = known()
     return [
         Finding("python", True, platform.python_version()),

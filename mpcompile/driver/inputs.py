@@ -31,7 +31,11 @@ def path_of(given: object) -> Path | None:
 
 
 def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -> Data:
-    """The images of a run, divided into splits: as given, or read from a folder or an .npz file. Raises LoadError."""
+    """The images of a run, divided into splits. Raises LoadError.
+
+    `data` is returned if it is a `Data`. A path is read as a folder or an .npz file, with the preprocessing of `dense`
+    and the numbers of images in `choice`. None gives empty splits.
+    """
     if data is None:
         return Data()
     if isinstance(data, Data):

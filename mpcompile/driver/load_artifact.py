@@ -55,7 +55,7 @@ def module_of(
         module = copy.deepcopy(given).eval()
         if differences := mismatch(module, state):
             raise LoadError(
-                f"{weights} does not fit the given {type(given).__name__}: {differences}. Give one that is built with "
+                f"{weights} does not fit the given {type(given).__name__}: {differences}. Pass one that is built with "
                 "the same arguments as the compiled one"
             )
         module.load_state_dict(state)
@@ -98,18 +98,18 @@ def _rebuild_request(weights: Path, source: Source, allow_factory: bool) -> Requ
     """The request that builds the architecture of a report anew and loads the weights. Raises UsageError."""
     if source.arch_args is None:
         raise UsageError(
-            f"the model was a {source.arch} given in Python, which no report can build; give an instance, model="
+            f"the model was a {source.arch} given in Python, which no report can build; pass an instance with model="
         )
     if is_factory(source.arch) and not allow_factory:
         raise UsageError(
             f"the report names the function {source.arch}, which loading would run; if you trust the report as you "
-            "would a program, load with allow_factory=True; or give an instance, model="
+            "would a program, load with allow_factory=True; or pass an instance with model="
         )
     file_arguments = sorted(NAMING_FILES & source.arch_args.keys())
     if file_arguments and not allow_factory:
         raise UsageError(
             f"the report gives {source.arch} {', '.join(file_arguments)}, which names other files to open; if you "
-            "trust the report, load with allow_factory=True; or give an instance, model="
+            "trust the report, load with allow_factory=True; or pass an instance with model="
         )
     return Request(str(weights), arch=source.arch, arch_args=source.arch_args)
 
@@ -126,7 +126,7 @@ def _require_parity(module: nn.Module, source: Source, exported: Exported) -> No
     if difference > tolerance:
         raise ParityError(
             f"{type(module).__name__} with the compressed weights computes something else than "
-            f"{exported.onnx.name}: outputs differ by {difference:.1e} of their size, and {tolerance:.0e} is allowed. "
-            "It was built with other arguments than the compiled one, or a pass changed the graph besides the weights; "
-            "then load the ONNX file"
+            f"{exported.onnx.name}: outputs differ by {difference:.1e} of the largest output; {tolerance:.0e} is "
+            "allowed. It was built with other arguments than the compiled one, or a pass changed more than weights; "
+            "in the latter case load the ONNX file"
         )

@@ -84,9 +84,9 @@ def given_pass(step: object) -> str | None:
     if isinstance(step, type):
         raise UsageError(f"{_class_path(step)} is a class; passes are given as instances, {step.__name__}()")
     if fault := pass_fault(kind):
-        raise UsageError(f"{_type_and_value(step)} is no pass: {_class_path(kind)}: {fault}")
+        raise UsageError(f"{_type_and_value(step)} is not a pass: {_class_path(kind)}: {fault}")
     if kind.name in PASSES:  # type: ignore[attr-defined]
-        raise UsageError(f"{_class_path(kind)} has the name of the built-in pass {kind.name}; give it another")  # type: ignore[attr-defined]
+        raise UsageError(f"{_class_path(kind)} has the name of the built-in pass {kind.name}; rename it")  # type: ignore[attr-defined]
     return f"{_class_path(kind)}, {GIVEN}"
 
 
@@ -101,26 +101,26 @@ def given_runtime(runtime: object) -> str | None:
     if isinstance(runtime, type):
         raise UsageError(f"{_class_path(runtime)} is a class; a runtime is given as an instance, {runtime.__name__}()")
     if fault := runtime_fault(runtime):
-        raise UsageError(f"{_type_and_value(runtime)} is no runtime: {fault}")
+        raise UsageError(f"{_type_and_value(runtime)} is not a runtime: {fault}")
     if runtime.name in RUNTIMES:  # type: ignore[attr-defined]
-        raise UsageError(f"{_class_path(kind)} has the name of the built-in target {runtime.name}; give it another")  # type: ignore[attr-defined]
+        raise UsageError(f"{_class_path(kind)} has the name of the built-in target {runtime.name}; rename it")  # type: ignore[attr-defined]
     configured = dataclasses.is_dataclass(runtime) and dataclasses.fields(runtime)
     return f"{_class_path(kind)}{f' as {runtime}' if configured else ''}, {GIVEN}"
 
 
 def pass_fault(kind: object) -> str | None:
-    """Why an object is not a pass class, or None if it is one."""
+    """Why an object is not a pass class, as a sentence with `it` as its subject; None if it is one."""
     if not isinstance(kind, type):
-        return f"it is {_type_and_value(kind)}; a pass is a class, a frozen dataclass"
+        return f"it is {_type_and_value(kind)}; a pass is a frozen dataclass"
     if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         return "it is not a frozen dataclass"
     if not isinstance(name := getattr(kind, "name", None), str) or not name:
-        return "it has no name, a string"
+        return "its name is not a non-empty string"
     if not isinstance(getattr(kind, "effect", None), Effect):
-        return "it has no effect, one of Effect.ANALYSIS, EXACT and LOSSY"
+        return "its effect is not one of Effect.ANALYSIS, EXACT and LOSSY"
     requires = getattr(kind, "requires", None)
     if not isinstance(requires, tuple) or not all(isinstance(name, str) for name in requires):
-        return "it has no requires, a tuple of the names of passes that must run before it"
+        return "its requires is not a tuple of the names of passes that must run before it"
     if not any("__call__" in vars(base) for base in kind.__mro__):
         return "it has no __call__(model, data)"
     try:
@@ -134,14 +134,14 @@ def pass_fault(kind: object) -> str | None:
 
 
 def runtime_fault(value: object) -> str | None:
-    """Why an object is not a runtime, or None if it is one."""
+    """Why an object is not a runtime, as a sentence with `it` as its subject; None if it is one."""
     required = sorted(name for name in vars(Runtime) if not name.startswith("_"))
     required += [name for name in Runtime.__annotations__ if name not in required]
     absent = [name for name in required if not hasattr(value, name)]
     if absent:
         return f"it lacks {', '.join(absent)}"
     if not isinstance(name := getattr(value, "name", None), str) or not name:
-        return "it has no name, a string"
+        return "its name is not a non-empty string"
     return None
 
 

@@ -43,7 +43,7 @@ class StrengthPath:
 
 
 def within_limit(drop: float, error: float, limit: float) -> bool:
-    """Whether drop + error <= limit, all in points of top-1.
+    """Whether drop + error ≤ limit, all in percentage points of top-1.
 
     `error` is the standard error of the drop. It is added because the drop is measured on few images.
     """
@@ -53,7 +53,7 @@ def within_limit(drop: float, error: float, limit: float) -> bool:
 def search(
     paths: Sequence[StrengthPath], evaluate: Callable[[Candidate], Point], allowed: int, first: Sequence[Candidate] = ()
 ) -> tuple[tuple[Candidate, Point], ...]:
-    """The candidates that were tried, with their measurements, in order.
+    """The candidates that were tried and their measurements, in the order of evaluation.
 
     Args:
         paths: searched in turn, one candidate each.

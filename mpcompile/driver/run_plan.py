@@ -147,8 +147,8 @@ def _with_passes(recipe: Recipe, passes: Sequence[Pass]) -> Recipe:
         )
         if not same:
             raise UsageError(
-                f"the recipe names the passes {', '.join(recipe_names)}, and passes= gives {', '.join(given_names)} "
-                "with other parameters; leave one of the two out"
+                f"the recipe names the passes {', '.join(recipe_names)}, and passes= gives {', '.join(given_names)}: "
+                "their names or parameters differ; leave one of the two out"
             )
     return recipe.model_copy(update={"passes": steps})
 
@@ -213,7 +213,7 @@ def _built(step: Step, kind: type[Any]) -> Pass:
 
 
 def recipe_schema(known: Known) -> dict[str, Any]:
-    """The JSON Schema of recipes with the parameters of every pass, which editors use for completion."""
+    """The JSON Schema of recipes, with the parameters of every pass in `known`. Editors use it for completion."""
     schema = Recipe.model_json_schema()
     steps: list[dict[str, Any]] = [{"enum": list(known.passes)}]
     for name, kind in known.passes.items():

@@ -26,7 +26,7 @@ KEPT_IN_FLOAT32 = (
 
 
 def to_half(file: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in float16; operators of KEPT_IN_FLOAT32, input and output stay in float32.
+    """The float32 graph in float16; operators of KEPT_IN_FLOAT32, input and output stay in float32.
 
     Raises BuildError if the converter fails.
     """
@@ -59,7 +59,7 @@ def to_half(file: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_bfloat16(file: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph in bfloat16, with casts at the same places as in float16. Raises BuildError."""
+    """The float32 graph in bfloat16, with casts between the same operators as in float16. Raises BuildError."""
     exact = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
     exact |= {node.output[0]: numpy_helper.to_array(tensor) for node, tensor in _constants(file)}
     result = to_half(file)

@@ -31,9 +31,15 @@ CONSTANT_STEPS = ("Cast", "Identity", "Transpose", "QuantizeLinear", "Dequantize
 
 @dataclass(frozen=True, slots=True)
 class FileWeight:
-    """A constant weight of a Conv, Gemm or MatMul of the file; `values` are in PyTorch's layout (out, in_, *taps).
+    """A constant weight of a Conv, Gemm or MatMul node of the file, in PyTorch's layout.
 
-    `axis` is the axis of the input channels, and so of the N:M groups, in the initializer as stored.
+    Attributes:
+        node: name of the node that multiplies by the weight.
+        op: its operator.
+        initializer: name of the stored tensor.
+        axis: the axis of the input channels, and so of the N:M groups, in the initializer as stored.
+        values: the weight (out, in_, *taps).
+        scopes: qualified names of the modules that contain the node, as the exporter recorded them.
     """
 
     node: str
@@ -46,7 +52,19 @@ class FileWeight:
 
 @dataclass(frozen=True, slots=True)
 class ProvenMask:
-    """A planned mask that was verified in the file: its initializer, and the nodes that multiply by it."""
+    """A planned mask that was verified in the file.
+
+    Attributes:
+        layer: qualified name of the masked layer.
+        initializer: name of its weight in the file.
+        nodes: names of the nodes that multiply by the weight.
+        op: the operator of the node that was checked: Conv, Gemm or MatMul.
+        axis: the axis of the N:M groups in the initializer as stored.
+        pattern: such as `2:4`; `unstructured` for a mask that is not N:M.
+        group_size: M; 1 for an unstructured mask.
+        zeros: the number of zeros in the weight.
+        size: the number of values in the weight.
+    """
 
     layer: str
     initializer: str
@@ -65,7 +83,7 @@ class ProvenMask:
 
 
 def file_weights(file: onnx.ModelProto) -> list[FileWeight]:
-    """Every constant weight of a product in the file, one entry for each node."""
+    """The constant weight of each Conv, Gemm and MatMul node in the file, one entry for each node."""
     constants = {tensor.name: tensor for tensor in file.graph.initializer}
     makers = {output: node for node in file.graph.node for output in node.output}
     found = []
@@ -122,11 +140,12 @@ def _constant(
 def match_layers(
     file: onnx.ModelProto, plans: Mapping[str, LayerPlan], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, list[FileWeight]]:
-    """Maps each masked layer to its weights in the file.
+    """The weights in the file of each masked layer, by layer name; an empty list if none was found.
 
-    Tried in this order: the metadata that mpcompile wrote; the initializer's name (convolutions keep it); the node's
-    scope (a Linear keeps its module's name there); equal values (a weight that is used without calling its module, such
-    as BEiT's qkv, keeps neither).
+    `plans` are the plans of the layers, `weights` the exported state dict. A weight is matched, in this order, by the
+    metadata that mpcompile wrote; the initializer's name (convolutions keep it); the node's scope (a Linear keeps its
+    module's name there); equal values (a weight that is used without calling its module, such as BEiT's qkv, keeps
+    neither).
     """
     found = file_weights(file)
     noted = layers_in_metadata(file)

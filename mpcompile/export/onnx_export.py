@@ -34,7 +34,10 @@ INLINE_LIMIT_BYTES = 2_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """An ONNX file and the facts that a runtime needs. `batch` is None if the batch axis is dynamic."""
+    """An ONNX file and the facts that a runtime needs. `batch` is None if the batch axis is dynamic.
+
+    `masks` are the masks that were verified in the file.
+    """
 
     onnx: Path
     arch: str
@@ -47,7 +50,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lowered(Exported):
-    """An exported ONNX file with its model."""
+    """An exported ONNX file with the model that it was exported from, and its opset."""
 
     model: Model
     opset: int
@@ -63,12 +66,12 @@ def lower(
     metadata: Mapping[str, str] | None = None,
     inline_limit_bytes: int = INLINE_LIMIT_BYTES,
 ) -> Lowered:
-    """Exports a model to `path`, and verifies each of its masks in the file.
+    """Exports a model as an ONNX file, verifies each of its masks in the written file, and returns both.
 
     Args:
         model: the captured model.
         path: the ONNX file to write.
-        precision: the precision of the file's products.
+        precision: of the matrix products and convolutions in the file.
         batch: a fixed batch size; None for a dynamic batch axis.
         opset: the ONNX opset; None for 20, or 22 for bf16.
         metadata: entries to add to the file's metadata.
@@ -108,7 +111,7 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
     """The graph as ONNX in float32, from torch's exporter. Raises BuildError."""
     example = model.example if batch is None else model.example[:1].expand(batch, -1, -1, -1).contiguous()
     shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},) if batch is None else None
-    free = "free batch" if batch is None else f"batch of {batch}"
+    batch_name = "dynamic batch" if batch is None else f"batch of {batch}"
     try:
         # The unfused attention: the fused CPU kernel declares strides that its decomposition does not keep, and the
         # export of BEiT fails on them.
@@ -127,9 +130,9 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
                 custom_translation_table={torch.ops.aten.sort.stable: _sorted_stably},
             )
     except Exception as error:
-        hint = "; try a fixed one, --batch 1" if batch is None else ""
+        hint = "; try a fixed batch, --batch 1" if batch is None else ""
         raise BuildError(
-            f"torch.onnx cannot export {model.source.arch} with a {free}{hint}: {cause_of(error)}"
+            f"torch.onnx cannot export {model.source.arch} with a {batch_name}{hint}: {cause_of(error)}"
         ) from error
     if program is None:
         raise BuildError(f"torch.onnx returned nothing for {model.source.arch}")

@@ -53,7 +53,7 @@ def create_timm(
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise UsageError(f"timm knows no architecture {name!r}{hint}")
+        raise UsageError(f"timm has no architecture {name!r}{hint}")
     try:
         module: nn.Module = timm.create_model(
             name, pretrained=pretrained, pretrained_cfg=dict(pretrained_cfg) if pretrained_cfg else None, **arch_args
@@ -65,9 +65,10 @@ def create_timm(
 
 
 def call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
-    """The module that `pkg.mod:factory` returns. The working folder is importable, as with `python -m`.
+    """The module that the function `pkg.mod:factory` returns for these arguments.
 
-    Raises LoadError.
+    The working folder is importable, as with `python -m`. Raises LoadError if the function cannot be imported or
+    raises, or returns no nn.Module.
     """
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
@@ -84,5 +85,5 @@ def call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
         if added:
             sys.path.remove(here)
     if not isinstance(module, nn.Module):
-        raise LoadError(f"{name} returned a {type(module).__name__}; needed is a torch.nn.Module")
+        raise LoadError(f"{name} returned a {type(module).__name__}; it must return a torch.nn.Module")
     return module

@@ -88,15 +88,17 @@ def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
 def capture(
     module: nn.Module, source: Source | None = None, example: Tensor | None = None, leaves: Sequence[str] = ()
 ) -> Model:
-    """Captures a module, and checks the graph against it on the example and on another batch size.
+    """Captures a module as a Model. The graph must give the module's outputs on the example and on another batch size.
 
     Args:
         module: the model; it is not changed. A half-precision module is captured in float32.
-        source: its name and preprocessing; by default those of its `pretrained_cfg`, or ImageNet's.
+        source: its name and preprocessing; by default its class name and the preprocessing of its `pretrained_cfg`,
+            or ImageNet's.
         example: a batch (b, c, h, w); by default noise of the source's size.
         leaves: qualified names of modules to keep whole.
 
-    Raises CaptureError if the module cannot be traced or its graph computes something else.
+    Raises CaptureError if the module cannot be traced, does not return one finite tensor (b, …), or its graph computes
+    something else.
 
     Other threads may run modules meanwhile, except modules made by torch.compile, which refuse to run during a trace.
     Concurrent captures run one after the other.
@@ -153,17 +155,17 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__} does not run on a batch of shape {tuple(example.shape)} alone: {error}. "
-            "If the shape is not the one it was trained on, give that with --input-size"
+            "If it was trained on another shape, give that with --input-size"
         ) from error
     if not isinstance(outputs, Tensor):
         raise CaptureError(
-            f"{type(module).__name__} returns {type(outputs).__name__}; needed is one tensor of logits or features. "
-            "Wrap it in a module whose forward(x) returns that tensor"
+            f"{type(module).__name__} returns {type(outputs).__name__}; it must return one tensor of logits or "
+            "features. Wrap it in a module whose forward(x) returns that tensor"
         )
     if outputs.ndim < 2:
         raise CaptureError(
             f"{type(module).__name__} returns a tensor of shape {tuple(outputs.shape)} for a batch of {len(example)}; "
-            "needed is one row of outputs for each image"
+            "it must return one row of outputs for each image"
         )
     if torch.equal(outputs, outputs[:1].expand_as(outputs)):
         log.warning(
@@ -171,7 +173,9 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
             type(module).__name__,
         )
     if not outputs.isfinite().all():
-        raise CaptureError(f"{type(module).__name__} returns numbers that are not finite; are its weights sound?")
+        raise CaptureError(
+            f"{type(module).__name__} returns numbers that are not finite; check its weights for NaN and infinity"
+        )
     return outputs
 
 
@@ -194,8 +198,8 @@ def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
         if difference > CAPTURE_DRIFT:
             raise CaptureError(
                 f"the traced graph computes something else: outputs on a batch of {len(images)} differ by "
-                f"{difference:.1e} of their size; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably branches "
-                "on values or draws random numbers"
+                f"{difference:.1e} of the largest output; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably "
+                "branches on values or draws random numbers"
             )
 
 

@@ -39,7 +39,16 @@ NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_mode
 class Request:
     """Which model to load, and how it may be built.
 
-    `input_size` is (channels, height, width); `mean` and `std` are per channel, for pixels in [0, 1].
+    Attributes:
+        model: a weights file, `timm:NAME`, or `pkg.mod:factory`.
+        arch: architecture of a weights file: a timm name or `pkg.mod:factory`; None if the file names it.
+        arch_args: arguments of the architecture.
+        pretrained: download the hub's weights of `timm:NAME`.
+        allow_pickle: load a pickled module, which runs the code that the file names.
+        input_size: (channels, height, width); None for the recorded preprocessing. The same holds for `mean` and `std`.
+        mean: per channel, for pixels in [0, 1].
+        std: per channel, for pixels in [0, 1].
+        leaves: qualified names of modules that capture keeps whole.
     """
 
     model: str
@@ -50,7 +59,7 @@ class Request:
     input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    leaves: tuple[str, ...] = ()  # names of modules that capture keeps whole
+    leaves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class Loaded:
 
 
 def load(request: Request) -> Loaded:
-    """Loads the requested model. Raises LoadError or UsageError."""
+    """Loads the requested model, in evaluation mode. Raises LoadError or UsageError."""
     if request.model.startswith("timm:"):
         name = request.model.removeprefix("timm:")
         module = create_timm(name, request.arch_args, pretrained=request.pretrained)
@@ -78,7 +87,7 @@ def load(request: Request) -> Loaded:
         module = call_factory(request.model, request.arch_args)
         return _finish(module, request, arch=request.model, sha256=state_sha256(module))
     if request.pretrained:
-        raise UsageError("--pretrained goes with timm:NAME; a file has its own weights")
+        raise UsageError("--pretrained needs timm:NAME; a file has its own weights")
     if not exists:
         raise LoadError(f"{path} does not exist; a model is a file, timm:NAME or pkg.mod:factory")
     if path.is_dir():
@@ -127,7 +136,8 @@ def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -
     named = sorted(NAMING_FILES & arch_args.keys())
     if named:
         raise LoadError(
-            f"{path} gives its architecture {', '.join(named)}, which names other files; pass --arch yourself"
+            f"{path} gives its architecture {', '.join(named)}, which names other files; pass --arch and --arch-arg "
+            "if you trust it"
         )
 
 
@@ -144,7 +154,7 @@ def _timm_config(path: Path) -> dict[str, Any] | None:
         return None
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(config.get(key) or {}, dict):
-            raise LoadError(f"{beside}: {key} is {type(config[key]).__name__}; needed is a mapping")
+            raise LoadError(f"{beside}: {key} is {type(config[key]).__name__}; it must be a mapping")
     return config
 
 
@@ -177,10 +187,12 @@ def _finish(
             f"images of {source.size} (channels, height, width): each is 1 to {LARGEST_SIDE:,} (--input-size)"
         )
     if not all(map(math.isfinite, source.mean + source.std)) or min(source.std) <= 0:
-        raise UsageError(f"means {source.mean} and deviations {source.std} must be finite, and deviations above 0")
+        raise UsageError(
+            f"means {source.mean} and standard deviations {source.std} must be finite, and standard deviations above 0"
+        )
     if not len(source.mean) == len(source.std) == source.size[0]:
         raise UsageError(
-            f"images of {source.size[0]} channels need as many means and deviations; there are {len(source.mean)} and "
-            f"{len(source.std)} (--mean, --std)"
+            f"images of {source.size[0]} channels need as many means and standard deviations; there are "
+            f"{len(source.mean)} and {len(source.std)} (--mean, --std)"
         )
     return Loaded(module.eval(), source)

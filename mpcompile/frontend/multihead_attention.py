@@ -58,7 +58,10 @@ def _decompose(node: fx.Node, module: nn.MultiheadAttention) -> None:
 def split_packed_heads(
     x: Float[Tensor, "b n c"], weight: Float[Tensor, "c3 c"], bias: Float[Tensor, " c3"] | None, heads: int
 ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-    """Queries, keys and values from the packed projection weight (3c, c)."""
+    """Queries, keys and values, each (b, h, n, d): tokens x times the packed weight (3c, c) plus bias (3c,).
+
+    `heads` is the number of heads h; d = c / h.
+    """
     batch, tokens, width = x.shape
     packed = F.linear(x, weight, bias).reshape(batch, tokens, 3, heads, width // heads)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)

@@ -15,7 +15,15 @@ def source_of(
 ) -> Source:
     """A Source with the preprocessing that timm recorded in the module; ImageNet's if there is none.
 
-    `img_size` and `in_chans` in `arch_args` take precedence. Raises LoadError if the record is invalid.
+    Args:
+        module: the model.
+        name: its file or name, as the user gave it.
+        arch: its architecture.
+        sha256: hash of the file or of the weights.
+        arch_args: arguments it was built with. `img_size` and `in_chans` in it override the recorded input size. They
+            are kept in the Source if they can be written as JSON.
+
+    Raises LoadError if the recorded preprocessing is invalid.
     """
     try:
         return _recorded(module, name, arch, sha256, arch_args)
@@ -43,7 +51,7 @@ def _recorded(module: nn.Module, name: str, arch: str, sha256: str, arch_args: M
     texts = {"interpolation": cfg["interpolation"], "crop_mode": cfg["crop_mode"]}
     for key, value in (*texts.items(), *(("label_names", label) for label in labels)):
         if not isinstance(value, str):
-            raise TypeError(f"{key} has {value!r}, which is not a text")
+            raise TypeError(f"{key} has {value!r}, which is not text")
     return Source(
         name=name,
         sha256=sha256,

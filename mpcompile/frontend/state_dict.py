@@ -28,7 +28,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch:
     """Loads the weights into the module. Raises LoadError with the first few keys of each kind of mismatch."""
     state = without_prefixes(state, set(module.state_dict()))
     if listed := mismatch(module, state):
-        raise LoadError(f"{path} does not fit {arch}: {listed}. Is --arch right, and are its --arch-arg?")
+        raise LoadError(f"{path} does not fit {arch}: {listed}. Check --arch and --arch-arg")
     module.load_state_dict(state)
 
 

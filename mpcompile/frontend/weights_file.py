@@ -25,7 +25,10 @@ SAFE_WAYS = (
 
 
 def read(path: Path, allow_pickle: bool) -> Any:
-    """The content of a file: a mapping, or a module if `allow_pickle`. Raises LoadError."""
+    """The content of a weights file: a state dict or checkpoint as a mapping, or, if `allow_pickle`, a pickled module.
+
+    Raises LoadError if the file is in no known format, damaged, or needs pickled code that is not allowed.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -62,8 +65,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
     try:
         return dict(load_file(path))
-    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … of headers that are JSON and no header
-        raise LoadError(f"{path} is not a sound safetensors file ({first_line(error)}); is it cut short?") from error
+    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … for JSON that is no safetensors header
+        raise LoadError(f"{path} is not a valid safetensors file ({first_line(error)}); it may be cut short") from error
 
 
 def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
@@ -106,7 +109,9 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
         return inner if inner is not None else content
     if isinstance(content, nn.Module):
         return content
-    raise LoadError(f"{path} holds a {type(content).__name__}; needed is a state dict, or a module with --allow-pickle")
+    raise LoadError(
+        f"{path} holds a {type(content).__name__}; it must hold a state dict, or a module with --allow-pickle"
+    )
 
 
 def _read_pickle(path: Path) -> Any:

@@ -17,15 +17,13 @@ from mpcompile.ir.results import Certificate, Epoch, Spectrum
 class LayerPlan:
     """The decisions about one layer. The pass that a field's comment names writes it; every later pass may read it."""
 
-    spectrum: Spectrum | None = None  # the budget
-    unfitted: str | None = None  # the budget; why the layer has no spectrum, as a sentence
-    pattern: NM | None = None  # the budget, or else the mask pass
-    permutation: Int[Tensor, " in_"] | None = (
-        None  # the permutation; position i holds the former channel permutation[i]
-    )
-    unpermuted: str | None = None  # the permutation; why the input channels kept their order, as a sentence
-    mask: Bool[Tensor, "..."] | None = None  # the mask pass; shaped like the weight, True where kept
-    relative_error: float | None = None  # the mask pass; E‖y − W′x‖² / E‖y‖² on calibration images, y the refit target
+    spectrum: Spectrum | None = None  # mp-budget
+    unfitted: str | None = None  # mp-budget; why no spectrum could be fitted, as a sentence
+    pattern: NM | None = None  # mp-budget, or nm-mask if there was no budget
+    permutation: Int[Tensor, " in_"] | None = None  # permute; position i holds the former channel permutation[i]
+    unpermuted: str | None = None  # permute; why the input channels kept their order, as a sentence
+    mask: Bool[Tensor, "..."] | None = None  # nm-mask; shaped like the weight, True where kept
+    relative_error: float | None = None  # nm-mask; E‖y − W′x‖² / E‖y‖² on calibration images, y the refit target
     skipped: str | None = None  # why the layer stays dense, as a sentence
 
 
@@ -33,8 +31,11 @@ class LayerPlan:
 class Source:
     """Where a model came from, and its input preprocessing.
 
-    `arch` is a timm name, `pkg.mod:factory`, or the class name if a module was passed. `size` is (channels, height,
-    width). `mean` and `std` are per channel, for pixels in [0, 1].
+    `name` is the path or name that the user gave, or the class name if a module was passed. `sha256` is the hash of the
+    weights file, or of the state dict if there is no file. `arch` is a timm name, `pkg.mod:factory`, or the class name
+    if a module was passed. `size` is (channels, height, width). `mean` and `std` are per channel, for pixels in [0, 1].
+    `interpolation`, `crop_pct` and `crop_mode` are those of timm's evaluation transform. `labels` are the class names;
+    empty if unknown.
     """
 
     name: str
@@ -54,8 +55,8 @@ class Source:
 class Model:
     """A captured model and the plan for its layers, keyed by qualified module name.
 
-    The plan is not stored in `node.meta`, which is lost on re-trace, export and pickling. Only the graph is mutable;
-    the pass manager works on a copy of it.
+    `example` is a batch (b, c, h, w) on which passes and checks run the graph. The plan is not stored in `node.meta`,
+    which is lost on re-trace, export and pickling. Only the graph is mutable; the pass manager works on a copy of it.
     """
 
     graph: fx.GraphModule
@@ -84,11 +85,11 @@ class Model:
         return self.plan.get(name, LayerPlan())
 
     def patterns(self) -> dict[str, NM]:
-        """Pattern by name, for the masked layers."""
+        """The pattern of each masked layer, by layer name; layers with an unstructured mask are left out."""
         return {n: plan.pattern for n, plan in self.plan.items() if plan.mask is not None and plan.pattern is not None}
 
     def masks(self) -> dict[str, Tensor]:
-        """Mask by name, for the masked layers; shaped like the weight, True where kept."""
+        """The mask of each masked layer, by layer name; shaped like the weight, True where kept."""
         return {name: plan.mask for name, plan in self.plan.items() if plan.mask is not None}
 
     def with_plan(self, plans: Mapping[str, LayerPlan]) -> "Model":
@@ -97,6 +98,6 @@ class Model:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """The outputs for a batch (b, c, h, w)."""
+        """The outputs (b, …), usually logits, for a batch of images (b, c, h, w). Computes no gradients."""
         result: Tensor = self.graph(x)
         return result

@@ -38,12 +38,20 @@ def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floati
 def require_parity(
     expected: NDArray[np.floating], found: NDArray[np.floating], precision: str, what: str, merging: bool = False
 ) -> float:
-    """The relative difference of two outputs (b, …). Raises ParityError if it exceeds the tolerance of `precision`.
+    """The relative difference of two outputs (b, …) of one model.
 
-    With token merging (`merging`), it is the PARITY_QUANTILE over images of each image's difference.
+    Args:
+        expected: the outputs of the reference.
+        found: the outputs that are checked.
+        precision: a key of TOLERANCE.
+        what: names the comparison at the start of an error.
+        merging: whether the model merges tokens. The difference is then the PARITY_QUANTILE over images of each
+            image's difference.
+
+    Raises ParityError if the shapes differ, or the difference exceeds the tolerance of `precision`.
     """
     if expected.shape != found.shape:
-        raise ParityError(f"{what}: the outputs have shape {found.shape}; expected was {expected.shape}")
+        raise ParityError(f"{what}: the outputs have shape {found.shape}; the expected shape is {expected.shape}")
     difference = relative_difference(expected, found)
     if merging and np.isfinite(difference):
         scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
@@ -51,7 +59,7 @@ def require_parity(
         difference = float(np.quantile(each, PARITY_QUANTILE, method="higher"))
     if difference > TOLERANCE[precision]:
         raise ParityError(
-            f"{what}: the outputs differ by {difference:.1e} of their size; {TOLERANCE[precision]:.0e} is allowed in "
-            f"{precision}; nothing was written"
+            f"{what}: the outputs differ by {difference:.1e} of the largest output; {TOLERANCE[precision]:.0e} is "
+            f"allowed in {precision}; nothing was written"
         )
     return difference

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 class Spectrum:
     """Summary of the Marchenko–Pastur fit of one layer; floats only, so that it prints and serialises.
 
-    `q` is the aspect ratio of the weight matrix, `sigma` the fitted standard deviation of its noise entries, `edge` the
-    singular value T₊ that pure noise exceeds with 5 % probability, `spikes` the number of singular values above it, and
-    `bulk_share` the share of the spectrum inside the fitted bulk. `fit_error` is the Kolmogorov–Smirnov distance
-    between the empirical and the fitted distribution over the middle half of the spectrum; `null_error` is the same for
-    the layer's own entries shuffled (None if not computed). The mathematics: mpcompile/analysis/spectrum.py.
+    `q` is the aspect ratio of the weight matrix (shorter side / longer side), `sigma` the fitted standard deviation of
+    its noise entries, `edge` the singular value that pure noise exceeds with 5 % probability (or the budget's `level`),
+    `spikes` the number of singular values above it, and `bulk_share` the share of the spectrum inside the fitted bulk.
+    `fit_error` is the Kolmogorov–Smirnov distance between the empirical and the fitted distribution over the middle
+    half of the spectrum; `null_error` is the same for the layer's own entries shuffled (None if not computed). The
+    mathematics: mpcompile/analysis/spectrum.py.
     """
 
     q: float
@@ -28,10 +29,10 @@ class LayerCertificate:
     """The effect of one layer's change R = A − S, where A are its dense weights and S its compressed ones.
 
     `reach` is the mean over images of ‖Rψ‖∞, the largest change of any of the layer's outputs, where ψ are its inputs
-    in the compressed model; `reach_max` is the maximum over images. `share` is the layer's share of the logit shift, to
-    first order. `critical` is the largest amplification L from ‖Rψ‖∞ to the logits at which the paper's theorem still
-    certifies the change, given the penalties used in training; None if those are not known. The statements are in
-    passes/certify.py.
+    in the compressed model; `reach_max` is the maximum over images. `share` is the layer's share of the squared logit
+    shift, to first order; 0 if the attribution was switched off. `critical` is the largest amplification L from ‖Rψ‖∞
+    to the logits at which the paper's theorem still certifies the change, given the penalties used in training; None if
+    those are not known. The statements are in passes/certify.py.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Certificate:
     shift_mean: float  # mean over images of max |Δ logit|
     shift_max: float  # maximum over images
     margin_median: float  # median over images of the dense margin: largest logit minus second largest
-    explained: float  # sum of the layers' shares: 1 if the shift is first-order only
+    explained: float  # sum of the layers' shares: 1 if the logits are linear in the weights
     layers: tuple[LayerCertificate, ...]
 
 
@@ -66,5 +67,5 @@ class Epoch:
     labels_loss: float | None  # cross-entropy; None without labels
     teacher_loss: float  # τ² KL to the dense model
     rate: float  # learning rate of the last step
-    edge: float | None  # mean of σ₊ over the masked layers; None if no spectrum can be fitted
-    spikes: int | None  # singular values above the noise edge T₊, summed over the masked layers
+    edge: float | None  # mean bulk edge σ₊ (a singular value) of the masked layers; None if no law can be fitted
+    spikes: int | None  # singular values above the noise edge, summed over the masked layers

@@ -8,7 +8,7 @@ from mpcompile.ir.model import Model
 
 
 def run_example(model: Model) -> Tensor:
-    """The outputs on the example. Records each node's shape and dtype in `node.meta["tensor_meta"]`."""
+    """The outputs (b, …) on the example. Records each node's shape and dtype in `node.meta["tensor_meta"]`."""
     with torch.no_grad():
         outputs: Tensor = ShapeProp(model.graph).propagate(model.example)
     return outputs

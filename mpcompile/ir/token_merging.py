@@ -60,8 +60,8 @@ def merge_tokens(
         return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
     a, b, a_size, b_size = x[:, even::2], x[:, odd::2], size[:, even::2], size[:, odd::2]
-    places = torch.arange(b.shape[1], device=x.device)
-    into = (partner.gather(1, merged)[:, None, :] == places[None, :, None]).to(x.dtype)  # b, |B|, r
+    positions = torch.arange(b.shape[1], device=x.device)
+    into = (partner.gather(1, merged)[:, None, :] == positions[None, :, None]).to(x.dtype)  # b, |B|, r
     brought = into * taken(a_size, merged).transpose(-1, -2)
     total = b_size + brought.sum(-1, keepdim=True)
     mean = (b_size / total) * b + (brought / total) @ taken(a, merged)
@@ -82,7 +82,10 @@ def log_size(size: Float[Tensor, "b n 1"]) -> Float[Tensor, "b 1 1 n"]:
 
 
 def mean_by_size(x: Float[Tensor, "b n c"], size: Float[Tensor, "b m 1"], keepdim: bool = False) -> Tensor:
-    """The mean over tokens, weighted by size. `x` may lack protected tokens at its front."""
+    """The mean over tokens, weighted by size: (b, c), or (b, 1, c) with `keepdim`.
+
+    If `x` has fewer tokens than `size`, protected tokens at its front were cut off.
+    """
     weight = size[:, size.shape[1] - x.shape[1] :]
     return (x * (weight / weight.sum(1, keepdim=True))).sum(1, keepdim=keepdim)
 

@@ -71,7 +71,7 @@ class Comparison:
     logit_shift_max: float
     logit_range: float
     count: int
-    turned: ChangedAnswers | None = None  # None if the images have no labels
+    turned: ChangedAnswers | None = None  # top-1 answers that became right or wrong; None if the images have no labels
 
 
 def compare(
@@ -79,7 +79,8 @@ def compare(
 ) -> Comparison:
     """The comparison of two engines over all images of a split, batch by batch.
 
-    `observe` is called with the number of images done. Raises ParityError if outputs are not finite.
+    `dense` and `compressed` return logits (b, outputs) for images (b, c, h, w). `observe` is called with the number of
+    images done. Raises ParityError if outputs are not finite.
     """
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []

@@ -16,7 +16,7 @@ class Rule:
     name: str
     says: str  # the condition, as a sentence
     source: str  # where it is documented, or how it was observed
-    standing: Literal["documented", "observed"]
+    standing: Literal["documented", "observed"]  # whether the vendor documents it, or we observed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class LayerVerdict:
     rule: str  # the name of the rule that decided `eligible`
     reason: str  # the step at which the layer fails and why, or that this is unknown
     chosen: bool | None = None  # whether the engine runs it on a sparse kernel
-    kernel: str | None = None
-    dense_ms: float | None = None
-    sparse_ms: float | None = None
+    kernel: str | None = None  # name of the kernel that runs it
+    dense_ms: float | None = None  # time a call without sparse kernels
+    sparse_ms: float | None = None  # time a call with sparse kernels
 
 
 def tally(verdicts: Sequence[LayerVerdict]) -> str:

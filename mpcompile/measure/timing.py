@@ -62,7 +62,7 @@ class Speedup:
     @property
     def told(self) -> bool:
         """The name of `significant` in version 0.1."""
-        warnings.warn("told is now called significant; it goes with the next release", DeprecationWarning, stacklevel=2)
+        warnings.warn("told is now called significant; the next release removes told", DeprecationWarning, stacklevel=2)
         return self.significant
 
     @property
@@ -93,8 +93,8 @@ def sample(
     """Milliseconds per call of each engine, one value per round (rounds,).
 
     Args:
-        calls: by name; each runs one call and returns when it is done.
-        seconds: of rounds; at least ROUNDS[0] and at most ROUNDS[1] rounds are measured.
+        calls: engine name -> a function that runs the engine once and returns when it is done.
+        seconds: time for all rounds; at least ROUNDS[0] and at most ROUNDS[1] rounds are measured.
         watch: called after warm-up and again after the last round, while a GPU still has its clock under load.
     """
     for call in calls.values():
@@ -116,13 +116,16 @@ def sample(
 
 
 def timing(samples_ms: NDArray[np.float64], batch: int, device: str) -> Timing:
-    """Percentiles and interval of one engine's samples (rounds,)."""
+    """The Timing of one engine from its samples (rounds,), in milliseconds per call of `batch` images."""
     p50, p90, p99 = np.percentile(samples_ms, (50, 90, 99)).tolist()
     return Timing(p50, p90, p99, len(samples_ms), batch, median_interval(samples_ms), device)
 
 
 def speedup(baseline_ms: NDArray[np.float64], samples_ms: NDArray[np.float64], baseline: str) -> Speedup:
-    """The median over rounds of baseline time / time, both (rounds,). `baseline` is the baseline's name."""
+    """The Speedup of an engine: the median over rounds of baseline time / engine time.
+
+    Both arrays (rounds,) are milliseconds per call of the same rounds. `baseline` is the name of the baseline.
+    """
     ratios = baseline_ms / samples_ms
     return Speedup(float(np.median(ratios)), median_interval(ratios), len(ratios), baseline)
 

@@ -24,7 +24,7 @@ KEY = "mpcompile.frontend.weights_file"  # the metadata key of a checkpoint's en
 
 
 class Entry(BaseModel):
-    """The JSON part of a checkpoint file."""
+    """The JSON part of a checkpoint file: everything about the pass's result except tensors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,6 +97,7 @@ def _plan_rest(plan: LayerPlan) -> dict[str, Any]:
 def restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
     """The model after a pass, from its checkpoint.
 
+    `model` is the model before the pass, `rest` what `rest_of` returned, `tensors` the tensors that the pass changed.
     Weights and buffers are copied into the graph of `model` in place. Masks and permutations come from `tensors`, or
     from `model` if the pass did not change them; plan, certificate and epochs come from `rest`.
     """

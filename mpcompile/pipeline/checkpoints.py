@@ -229,7 +229,7 @@ class Checkpoints:
 
     def _stop(self, name: str, reason: str) -> None:
         """Saves no more checkpoints, since each builds on all before it. The run itself continues."""
-        log.warning("no checkpoints are saved from %s on (%s); after a kill these passes are run again", name, reason)
+        log.warning("no checkpoints are saved from %s on (%s); a killed run repeats these passes", name, reason)
         self._state = None
 
     def _drop(self, count: int) -> None:

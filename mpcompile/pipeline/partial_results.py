@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ResultStore:
-    """The folder for results, and how many bytes of its disk have to stay free for the output."""
+    """The folder for partial results, and how many bytes of its disk must stay free for the output."""
 
     folder: Path
     reserve_bytes: int
@@ -37,7 +37,10 @@ _current: ContextVar[ResultStore | None] = ContextVar("current", default=None)
 
 @contextmanager
 def keeping(folder: Path, reserve_bytes: int = 0) -> Iterator[None]:
-    """Inside the block, passes save results in the folder while more than `reserve_bytes` of the disk are free."""
+    """Makes passes inside the block save partial results in `folder`.
+
+    They stop saving when no more than `reserve_bytes` of the disk are free.
+    """
     token = _current.set(ResultStore(folder, reserve_bytes))
     try:
         yield
@@ -104,5 +107,5 @@ class PartialResults:
             partial.unlink(missing_ok=True)
 
     def _stop(self, why: str) -> None:
-        log.warning("results of this pass are no longer saved (%s); after a kill the pass is run again", why)
+        log.warning("results of this pass are no longer saved (%s); a killed run repeats the unsaved parts", why)
         self._stopped = True

@@ -53,7 +53,7 @@ class Pass(Protocol):
 
 @runtime_checkable
 class Distributed(Protocol):
-    """A pass that works in all processes of a torchrun group. Optional: a pass without these methods runs in rank 0.
+    """A pass that runs in all processes of a torchrun group. A pass without these methods runs in rank 0 only.
 
     Rank 0 calls the pass, which sends the model to the other ranks; each of them calls `follow` at the same time.
     """
@@ -212,7 +212,7 @@ def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Se
     if drift > allowed:
         raise PassError(
             f"{step.name}{context} declares the effect {step.effect}, and moved the outputs by {drift:.1e} of the "
-            f"largest; {allowed:.0e} is allowed"
+            f"largest output; {allowed:.0e} is allowed"
         )
     for name, plan in {**model.plan, **result.plan}.items():
         was_masked = model.plan_of(name).mask is not None
@@ -238,7 +238,7 @@ def _changed(before: Model, after: Model) -> tuple[str, ...]:
 
 
 def _notes(before: Model, after: Model) -> tuple[str, ...]:
-    """Short notes for the report on what a pass changed: plan fields, token merges and removed masks."""
+    """Short notes for the report on the changes of a pass: plan fields, token merges and removed masks."""
 
     def count(model: Model, field: str) -> int:
         return sum(getattr(plan, field) is not None for plan in model.plan.values())

@@ -79,15 +79,15 @@ def _locked(folder: Path, output: Path) -> int:
             if lacking := shortage(error, "the start", folder.parent):
                 raise ResourceError(lacking) from error
             raise UsageError(
-                f"{folder.parent} cannot be written to ({error.strerror}); name another with --output"
+                f"{folder.parent} cannot be written to ({error.strerror}); name another folder with --output"
             ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
             raise UsageError(
-                f"another process is writing {output} (it has locked {folder}); wait for it, or name another with "
-                "--output"
+                f"another process is writing {output} (it has locked {folder}); wait for it, or name another "
+                "folder with --output"
             ) from error
         # An earlier run may have removed the folder after it was opened here and before it was locked.
         if folder.is_dir() and os.fstat(handle).st_ino == folder.stat().st_ino:
@@ -96,7 +96,7 @@ def _locked(folder: Path, output: Path) -> int:
 
 
 def note_written(work: Path, written: Path, facts: Mapping[str, str]) -> None:
-    """Records in the work folder that `written` is about to become the output of a run with these facts.
+    """Records in the work folder that the folder `written` will now be renamed to the output of a run with these facts.
 
     If the run is killed after that and before the work folder is removed, `written_by` finds the output complete.
     """

@@ -68,16 +68,16 @@ def _batch(value: object) -> object:
 
 
 class DataChoice(Strict):
-    """How many images are used for what. The seed decides which."""
+    """The number of images for each purpose. `seed` decides which images are chosen."""
 
     calibration: Annotated[int, Field(ge=1)] = 256
-    validation: Annotated[int, Field(ge=0)] = 256  # for passes that measure a loss to decide
+    validation: Annotated[int, Field(ge=0)] = 256  # for passes that choose between results by a measured loss
     held_out: Annotated[int, Field(ge=1)] | None = None  # None: all
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class BenchOptions(Strict):
-    """How latency is measured: `seconds` for each batch size."""
+    """How latency is measured: the batch sizes, the seconds of timing for each, and the number of CPU threads."""
 
     batches: tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...] = (1, 8)
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
@@ -85,14 +85,14 @@ class BenchOptions(Strict):
 
 
 class Gates(Strict):
-    """Limits that the result must keep, else the command fails: exit code 6 for `max_drop`, 7 for `engine`."""
+    """Limits of the result. If one does not hold, the command fails: exit code 6 for `max_drop`, 7 for `engine`."""
 
-    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, held-out images
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, on held-out images
     engine: bool = False  # the target must build an engine on this machine; else a checked file is enough
 
 
 class Tune(Strict):
-    """A search for the fastest recipe that keeps `gates.max_drop`, from this recipe to milder ones.
+    """A search for the fastest recipe whose top-1 drop is within `gates.max_drop`, from this recipe to milder ones.
 
     mpcompile/driver/recipe_search.py defines the candidates.
     """
@@ -107,7 +107,7 @@ class Recipe(Strict):
     passes: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     target: str = "ort"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None
+    batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None  # None: dynamic
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
     data: DataChoice = DataChoice()
     bench: BenchOptions = BenchOptions()
@@ -119,7 +119,7 @@ class Recipe(Strict):
         return next((step for step in self.passes if step.name == name), None)
 
     def with_params(self, name: str, params: Mapping[str, Any]) -> "Recipe":
-        """A copy of the recipe in which the passes with this name have these parameters replaced."""
+        """A copy of the recipe. In the passes with this name, `params` replace or add parameters."""
         steps = (
             step.model_copy(update={"params": {**step.params, **params}}) if step.name == name else step
             for step in self.passes
@@ -132,7 +132,7 @@ class Recipe(Strict):
 
     @property
     def timed_batches(self) -> tuple[int, ...]:
-        """The batch sizes to build for and to time: the fixed batch if there is one, else `bench.batches`."""
+        """The batch sizes to build for and to time: the fixed `batch` if there is one, else `bench.batches`."""
         return self.bench.batches if self.batch is None else (self.batch,)
 
     @property
@@ -174,7 +174,7 @@ def explained(error: ValidationError) -> str:
     errors = error.errors(include_url=False)
     parts = []
     for item in errors[:MAX_ERRORS_SHOWN]:
-        key = ".".join(str(part) for part in item["loc"]) or "the whole"
+        key = ".".join(str(part) for part in item["loc"]) or "the whole value"
         parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {_shown(item['input'])})")
     more = len(errors) - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more else "")

@@ -16,10 +16,10 @@ COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b")
 
 
 class TimedEngine(Value):
-    """One engine that was timed in turns with the others."""
+    """One engine that was timed in interleaved rounds with the others."""
 
     name: str
-    what: str  # description: the file and the kernels
+    what: str  # which file it runs, with which kernels
     file: str
 
 
@@ -97,7 +97,7 @@ class BenchReport(Value):
     def markdown(self) -> str:
         """The benchmark as Markdown."""
         table = [
-            "| batch | build | p50 ms | p90 ms | p99 ms | images/s | speedup over the baseline |",
+            "| batch | engine | p50 ms | p90 ms | p99 ms | images/s | speedup over the baseline |",
             "|---|---|---|---|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in self.rows()),
         ]
@@ -105,7 +105,8 @@ class BenchReport(Value):
             f"# {self.model} on {self.target}, {self.precision}",
             "\n".join(self.sentences()),
             "\n".join(table),
-            "Engines, timed in turns in one process:\n\n" + "\n".join(f"- {arm.name}: {arm.what}" for arm in self.arms),
+            "Engines, timed in interleaved rounds in one process:\n\n"
+            + "\n".join(f"- {arm.name}: {arm.what}" for arm in self.arms),
             f"Baseline: {self.baseline}.",
             ", ".join(f"{key} {value}" for key, value in {**self.settings, **self.environment}.items()) + ".",
         ]

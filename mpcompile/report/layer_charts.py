@@ -82,7 +82,7 @@ def distance(report: Report) -> Chart | None:
 
 
 def spikes(report: Report) -> Chart | None:
-    """For each fitted layer, the share of its singular values above the noise edge T₊."""
+    """For each fitted layer, the share of its singular values above the noise edge (spikes)."""
     fitted = _fitted(report)
     if not fitted:
         return None

@@ -47,7 +47,7 @@ def location(row: LayerRow) -> Cell:
 
 
 def amplification(report: Report) -> Table:
-    """One row for each layer of the certificate, largest share of the logit shift first."""
+    """One row for each layer of the certificate, largest share of the squared logit shift first."""
     found = report.certificate.layers if report.certificate else ()
     rows = []
     for n, row in sorted(enumerate(found), key=lambda item: -item[1].share):

@@ -57,7 +57,7 @@ class Parity(Value):
 
 
 class Latency(Value):
-    """Latency of the dense and the compressed model, timed in turns in one run."""
+    """Latency of the dense and the compressed model, timed in interleaved rounds of one run."""
 
     dense: Timing
     compressed: Timing
@@ -73,7 +73,7 @@ class FileRow(Value):
 
 
 class DataUsed(Value):
-    """Number of images for each purpose, the seed that selected them, and notes about the data."""
+    """The number of images in each split, the seed that selected them, and notes about the data."""
 
     calibration: int
     validation: int
@@ -158,7 +158,7 @@ class Report(Value):
         return sum(math.prod(row.shape) for row in self.layers)
 
     def nonzero(self) -> int:
-        """The number of weights that are kept."""
+        """The number of weights of all layers that are kept."""
         return sum(round(row.density * math.prod(row.shape)) for row in self.layers)
 
 

@@ -12,8 +12,9 @@ class Point:
     """One model compared with the dense model on validation images.
 
     `drop` is the loss of top-1 in percentage points, `error` the standard error of that paired difference, `macs` the
-    share of multiply-accumulates that remain, `speedups` one value for each batch size. `failed` is the reason why a
-    recipe produced no model, `method` how an int8 model was quantised, and why.
+    share of multiply-accumulates that remain, `speedups` one value for each batch size. `holds` says whether drop and
+    error are within the limit. `failed` is the reason why a recipe produced no model, `method` how an int8 model was
+    quantised, and why.
     """
 
     name: str

@@ -22,7 +22,19 @@ def verdict_on(
     idle: str | None = None,
     certificate: Certificate | None = None,
 ) -> tuple[str, ...]:
-    """The verdict: speed, masks, tokens, accuracy and proofs. It claims only what this run measured."""
+    """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
+
+    Args:
+        layers: the rows of all layers.
+        target: name of the target.
+        accelerated: whether masked layers run on sparse kernels.
+        cost: MACs and tokens.
+        comparison: accuracy on held-out images; None if there are none.
+        latency: one entry for each batch size; empty if speed was not measured.
+        verdicts: kernel choice for each masked layer, if the target reports it.
+        idle: why no engine of the target ran on this machine; None if one ran.
+        certificate: what is proven on held-out images; None if there is no certificate.
+    """
     masked = [row for row in layers if row.pattern]
     sentences = [_speed(pair, full_baseline=pair is latency[0]) for pair in latency]
     if idle:

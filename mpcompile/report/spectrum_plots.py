@@ -113,7 +113,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written to ({error.strerror}); name another with --plots") from error
+        raise UsageError(
+            f"{folder} cannot be written to ({error.strerror}); name another folder with --plots"
+        ) from error
 
 
 def save(figure: "Figure", path: Path) -> None:

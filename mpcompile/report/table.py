@@ -68,7 +68,7 @@ def number(value: float | int | None, form: str, key: str, scale: float | int = 
 
 
 def verdict_table(verdicts: Sequence[LayerVerdict]) -> Table:
-    """One row for each masked layer: whether a sparse kernel of the target can run it and does, and its times."""
+    """One row for each masked layer: whether it is eligible for a sparse kernel, whether one runs it, times, reason."""
     rows = []
     for n, row in enumerate(verdicts):
         key = f".verdicts[{n}]"
@@ -84,5 +84,14 @@ def verdict_table(verdicts: Sequence[LayerVerdict]) -> Table:
                 Cell(row.reason),
             )
         )
-    names = ("masked layer", "pattern", "operator", "eligible", "sparse kernel", "ms without", "ms with", "reason")
-    return Table(columns(*names, numbers=("ms without", "ms with")), tuple(rows), ".verdicts")
+    names = (
+        "masked layer",
+        "pattern",
+        "operator",
+        "eligible",
+        "sparse kernel",
+        "ms, kernels off",
+        "ms, kernels on",
+        "reason",
+    )
+    return Table(columns(*names, numbers=("ms, kernels off", "ms, kernels on")), tuple(rows), ".verdicts")

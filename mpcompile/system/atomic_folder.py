@@ -20,13 +20,14 @@ REPORT = "report.json"
 
 
 def require_writable(output: Path, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raises UsageError if `output` cannot be written, or if replacing it would delete foreign files.
+    """Raises UsageError if `output` cannot be written, or holds files that mpcompile did not write.
 
-    `inputs` are the files and folders that the run reads; they must not lie inside `output`.
+    A folder that is not empty is replaced only with `force`. `inputs` are the files and folders that the run reads;
+    they must not lie inside a folder that is replaced.
     """
     given, output = output, output.resolve()
     if output.exists() and not output.is_dir():
-        raise UsageError(f"{given} is not a folder; name another with --output")
+        raise UsageError(f"{given} is not a folder; name another folder with --output")
     if Path.cwd().is_relative_to(output) or output.is_mount():
         raise UsageError(f"{given} is the working folder, holds it, or is a mount point; name a folder inside it")
     if output.exists() and any(output.iterdir()):
@@ -35,7 +36,9 @@ def require_writable(output: Path, force: bool, inputs: Sequence[Path] = ()) -> 
         foreign = foreign_names(output)
         if foreign:
             listed = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-            raise UsageError(f"{given} holds what mpcompile did not write ({listed}), so --force does not replace it")
+            raise UsageError(
+                f"{given} holds files that mpcompile did not write ({listed}), so --force does not replace it"
+            )
         inside = [str(path) for path in inputs if path.exists() and path.resolve().is_relative_to(output)]
         if inside:
             raise UsageError(f"{given} holds {inside[0]}, which this run reads, so --force does not replace it")
@@ -45,7 +48,7 @@ def require_writable(output: Path, force: bool, inputs: Sequence[Path] = ()) -> 
 
 
 def foreign_names(folder: Path) -> list[str]:
-    """The names in a folder that its report.json does not list; all names if there is no report."""
+    """The names in `folder` (files and folders) that its report.json does not list; all names if there is no report."""
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         known = {REPORT, "report.md", "report.html", "bench", *(Path(row["name"]).parts[0] for row in content["files"])}
@@ -56,7 +59,10 @@ def foreign_names(folder: Path) -> list[str]:
 
 @contextmanager
 def written_atomically(output: Path, force: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """Yields a folder to write into. It becomes `output` when the block ends, and is removed if the block raises."""
+    """Yields an empty folder to write into. It becomes `output` when the block ends. An exception removes it.
+
+    Raises UsageError as `require_writable` does, before the block and again after it.
+    """
     require_writable(output, force, inputs)
     output = output.resolve()
     try:
@@ -65,14 +71,14 @@ def written_atomically(output: Path, force: bool, inputs: Sequence[Path] = ()) -
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     except OSError as error:
         raise UsageError(
-            f"{output.parent} cannot be written to ({error.strerror}); name another with --output"
+            f"{output.parent} cannot be written to ({error.strerror}); name another folder with --output"
         ) from error
     lock = os.open(partial, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         partial.chmod(0o777 & ~_umask())  # as mkdir does; mkdtemp makes a folder that only its owner can read
         yield partial
-        require_writable(output, force, inputs)  # files that appeared meanwhile are foreign
+        require_writable(output, force, inputs)  # files may have appeared in `output` meanwhile
         _swap(partial, output)
     finally:
         os.close(lock)

@@ -54,7 +54,7 @@ def process_group() -> Iterator[ProcessRank]:
         yield ProcessRank(0, 1)
         return
     if not size.isdecimal():
-        raise UsageError(f"WORLD_SIZE is {size!r}; needed is the number of processes, as torchrun sets it")
+        raise UsageError(f"WORLD_SIZE is {size!r}; it must be the number of processes, as torchrun sets it")
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, and {', '.join(missing)} are not set; start it with torchrun")

@@ -11,7 +11,10 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux only
 
 
 def environment(versions: Mapping[str, str], device: str) -> dict[str, str]:
-    """The environment of a measurement: processor, cores, system, Python, device and the given versions."""
+    """The environment of a measurement: processor, logical cores, system, Python, device and library versions.
+
+    `versions` maps the name of a library to its version; `device` is the name of the device that ran the model.
+    """
     return {
         "processor": processor_name(),
         "cores": str(os.cpu_count()),
@@ -35,9 +38,9 @@ def cpuinfo(field: str, file: Path = CPUINFO) -> tuple[str, ...]:
     return tuple(value.strip() for name, _, value in lines if name.strip() == field)
 
 
-BUSY = 0.5  # load per core before the first call, above which the machine counts as busy
-SLOWED = 0.9  # of the clock at the start; below it, the clock counts as throttled
-# NVML's names of reasons why a GPU lowers its clocks, without idling and limits that the user set.
+BUSY = 0.5  # load per core before the first call; above it, the machine counts as busy
+SLOWED = 0.9  # share of the clock at the start; below it, the clock counts as throttled
+# NVML's names of reasons why a GPU lowers its clocks, except idling and limits that the user set.
 THROTTLES = (
     "SwPowerCap",
     "HwSlowdown",
@@ -56,7 +59,7 @@ class MachineState:
     mhz: float | None  # clock of the processor, mean over cores
     gpu_mhz: int | None
     gpu_celsius: int | None
-    throttles: tuple[str, ...]
+    throttles: tuple[str, ...]  # NVML's reasons for lower clocks, by the names in THROTTLES
 
 
 def machine_state(gpu: bool = False) -> MachineState:
@@ -67,17 +70,24 @@ def machine_state(gpu: bool = False) -> MachineState:
 
 
 def disturbances(before: MachineState, after: MachineState) -> tuple[str, ...]:
-    """Conditions that may have distorted a timing, one sentence each; empty if none was seen."""
+    """Conditions that may have distorted a timing, one sentence each; empty if none was observed.
+
+    These are a load above BUSY before the timing, a clock that fell below SLOWED of its value before the timing, and
+    throttle reasons of the GPU.
+    """
     found = []
     cores = os.cpu_count() or 1
     if before.load is not None and before.load > BUSY * cores:
-        found.append(f"in the minute before, {before.load:.1f} processes ran on {cores} cores, this one among them")
+        found.append(
+            f"in the minute before, {before.load:.1f} processes were running on {cores} cores on average, this one "
+            "included"
+        )
     for what, first, last in (("processor", before.mhz, after.mhz), ("GPU", before.gpu_mhz, after.gpu_mhz)):
         if first and last and last < SLOWED * first:
             found.append(f"the {what}'s clock fell from {first:.0f} to {last:.0f} MHz")
     throttles = sorted({*before.throttles, *after.throttles})
     if throttles:
-        found.append(f"the GPU held its clock back: {', '.join(throttles)}")
+        found.append(f"the GPU throttled its clock: {', '.join(throttles)}")
     return tuple(found)
 
 
@@ -113,6 +123,6 @@ def _uuid() -> str:
 
 
 def _throttles(pynvml: Any, bits: int) -> tuple[str, ...]:
-    """The names of the bits that are set."""
+    """The names of the throttle reasons whose bits are set."""
     known = ((name, getattr(pynvml, f"nvmlClocksThrottleReason{name}", 0)) for name in THROTTLES)
     return tuple(name for name, bit in known if bits & bit)

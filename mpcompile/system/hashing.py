@@ -14,7 +14,7 @@ def file_sha256(path: Path) -> str:
 
 
 def state_sha256(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of a module's parameters and buffers."""
+    """SHA-256 over names, shapes, types and bytes of a module's state dict, in hexadecimal."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
@@ -23,7 +23,10 @@ def state_sha256(module: nn.Module) -> str:
 
 
 def sha256(*parts: str | bytes) -> str:
-    """SHA-256 of a sequence of texts; each is hashed with its length, so that ("ab", "c") differs from ("a", "bc")."""
+    """SHA-256 of a sequence of texts, in hexadecimal.
+
+    Each text is hashed with its length, so that ("ab", "c") differs from ("a", "bc").
+    """
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -32,7 +35,7 @@ def sha256(*parts: str | bytes) -> str:
 
 
 def sha256_of(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
+    """SHA-256 of a tensor's type, shape and bytes, in hexadecimal."""
     value = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
     digest.update(value.flatten().view(torch.uint8).numpy().data)

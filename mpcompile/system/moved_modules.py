@@ -1,4 +1,4 @@
-"""Import paths and class names of version 0.1, each with a DeprecationWarning that gives the new one. For one release.
+"""Keeps the import paths and class names of version 0.1 for one release, with a DeprecationWarning for each.
 
 `from mpcompile.lower import Exported` still works, and warns that `Exported` is now in `mpcompile.export.onnx_export`.
 `from mpcompile.runtimes import Judging` still works, and warns that the class is now called `ReportsKernels`.
@@ -57,7 +57,7 @@ def renamed_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], An
     def getattr_of_module(name: str) -> Any:
         if name not in renamed:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        text = f"{module}.{name} is now called {renamed[name]}; the old name goes with the next release"
+        text = f"{module}.{name} is now called {renamed[name]}; the next release removes the old name"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         return getattr(sys.modules[module], renamed[name])
 
@@ -73,7 +73,7 @@ class MovedModule(ModuleType):
             for home in MOVED[self.__name__]:
                 module = importlib.import_module(home)
                 if hasattr(module, name):
-                    text = f"{self.__name__}.{name} is now {home}.{name}; the old path goes with the next release"
+                    text = f"{self.__name__}.{name} is now {home}.{name}; the next release removes the old path"
                     warnings.warn(text, DeprecationWarning, stacklevel=2)
                     return getattr(module, name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")

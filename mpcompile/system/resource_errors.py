@@ -51,17 +51,25 @@ def as_resource_errors(
 def shortage(
     error: BaseException, during: str, folder: Path | None = None, needed_bytes: int | None = None
 ) -> str | None:
-    """Explains an error that a full disk or too little memory caused; None for any other error."""
+    """The text for a user if a full disk or too little memory caused the error or one of its causes; None otherwise.
+
+    `during` names the current stage, `folder` is where the output is written, `needed_bytes` is its estimated size.
+    """
     for cause in _chain(error):
         text = (
             "" if isinstance(cause, MpcompileError) else str(cause).lower()
-        )  # ours have what they quote as their cause
+        )  # our own errors quote other errors, which are in the chain themselves
         if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
             found = (
-                f"files may have {format_bytes(limit)} (ulimit -f)" if limit >= 0 else "the disk takes no larger one"
+                f"the limit is {format_bytes(limit)} (ulimit -f)"
+                if limit >= 0
+                else "the file system allows no larger one"
             )
-            return f"a file grew too large during {during}: {found}; raise that limit, or name another --output"
+            return (
+                f"a file grew too large during {during}: {found}; raise that limit, or name another folder with "
+                "--output"
+            )
         if (isinstance(cause, OSError) and cause.errno in FULL) or any(part in text for part in FULL_TEXTS):
             place = Path(str(cause.filename)) if isinstance(cause, OSError) and cause.filename else folder
             needed = f"the whole output takes about {format_bytes(needed_bytes)}" if needed_bytes else "more is needed"
@@ -74,8 +82,8 @@ def shortage(
             found_size = ASKED.search(str(cause))
             asked = f"{_size(found_size)} more were needed" if found_size else "more was needed"
             return (
-                f"memory ran out during {during}: {asked}, and {_memory_left()}; give fewer images (--calibration), "
-                "a smaller batch, or the process more memory"
+                f"memory ran out during {during}: {asked}, and {_memory_left()}; use fewer calibration images "
+                "(--calibration) or a smaller batch, or give the process more memory"
             )
     return None
 
@@ -106,7 +114,7 @@ def _memory_left() -> str:
     if limit >= 0:
         return f"the process may use {format_bytes(limit)} (ulimit -v)"
     free = available_bytes()
-    return "there is no more" if free is None else f"{format_bytes(free)} are free"
+    return "the system does not report what is free" if free is None else f"{format_bytes(free)} are free"
 
 
 def available_bytes() -> int | None:

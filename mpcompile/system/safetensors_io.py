@@ -15,7 +15,10 @@ ALIGNMENT_BYTES = 8  # of the start of the tensors, as the format requires
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a safetensors file with these tensors and metadata."""
+    """The bytes of a safetensors file with these tensors and metadata.
+
+    Each tensor is stored in full, even if two of them share memory.
+    """
     from safetensors.torch import save
 
     # Cloned: safetensors refuses tensors that share memory, such as tied weights.
@@ -28,11 +31,11 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
-    """Tensor by name. Raises LoadError if the file is damaged."""
+    """The tensors of a safetensors file, by name. Raises LoadError if the file cannot be read."""
     from safetensors.torch import load_file
 
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … of headers that are JSON and no header
-        raise LoadError(f"{path} is not a sound safetensors file: {error}") from error
+    except Exception as error:  # SafetensorError, and KeyError, RuntimeError … for JSON that is no safetensors header
+        raise LoadError(f"{path} is not a valid safetensors file: {error}") from error
     return tensors

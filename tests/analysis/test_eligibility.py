@@ -30,7 +30,7 @@ def test_include_and_exclude() -> None:
     assert patterns["head"] == TWO_OF_FOUR  # dense by default
     assert patterns["widen"] == "6 input channels are not a multiple of 4"  # a fact
     assert patterns["body"] == "excluded by 'body'"
-    with pytest.raises(UsageError, match="no layer is called 'boddy'; the layers are stem"):
+    with pytest.raises(UsageError, match="no layer name matches 'boddy'; the layers are stem"):
         eligible_patterns(tiny_cnn(), TWO_OF_FOUR, exclude=("boddy",))
 
 

@@ -33,7 +33,7 @@ from commandline import mpcompile, refused
         ),
         (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--arch-arg", "x"], 2, "--arch-arg 'x' is not KEY=VALUE"),
         (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--config", "no.yaml"], 2, "recipe no.yaml cannot be read"),
-        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--exclude", "zz"], 2, "no layer is called 'zz'"),
+        (["timm:resnet18", "--pattern", "2:4", "-o", "out", "--exclude", "zz"], 2, "no layer name matches 'zz'"),
         (["verify", "nowhere"], 3, "nowhere is not an output folder of mpcompile"),
     ],
 )
@@ -81,7 +81,7 @@ def test_output_folders_that_are_in_use_are_refused(example: Path, tmp_path: Pat
     taken.mkdir()
     (taken / "thesis.tex").write_text("x")
     refused(mpcompile(model, "--pattern", "2:4", "-o", taken), 2, "is not empty")
-    refused(mpcompile(model, "--pattern", "2:4", "-o", taken, "--force"), 2, "holds what mpcompile did not write")
+    refused(mpcompile(model, "--pattern", "2:4", "-o", taken, "--force"), 2, "holds files that mpcompile did not write")
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
     refused(mpcompile(model, "--pattern", "2:4", "-o", "/proc/out"), 2, "cannot be written to")
 

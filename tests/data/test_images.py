@@ -61,7 +61,7 @@ def test_train_and_val_folders_are_kept_apart(tmp_path: Path) -> None:
     save_classes(tmp_path / "val", each=2)
     data = load_data(tmp_path, SOURCE, outputs=2, calibration=256, held_out=3)
     assert (len(data.calibration), len(data.held_out)) == (6, 3)
-    assert data.notes == ("256 calibration images were asked for, and there are 6",)
+    assert data.notes == ("256 calibration images were requested, but there are only 6",)
 
 
 def test_images_are_preprocessed_as_the_source_says(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_error_names_the_image_that_cannot_be_read(tmp_path: Path) -> None:
     save_classes(tmp_path, each=4)
     (tmp_path / "dog" / "9.png").write_bytes((tmp_path / "dog" / "0.png").read_bytes()[:40])
     data = load_data(tmp_path, SOURCE, outputs=2, calibration=1)
-    with pytest.raises(LoadError, match=r"dog/9.png is not an image that can be read .*; mend or remove it") as error:
+    with pytest.raises(LoadError, match=r"dog/9.png is not an image that can be read .*; repair or remove it") as error:
         list(data.held_out.batches()) + list(data.calibration.batches())
     assert error.value.exit_code == 3
 

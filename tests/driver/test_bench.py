@@ -308,7 +308,7 @@ def test_load_and_clock_changes_are_reported(monkeypatch: pytest.MonkeyPatch) ->
     assert disturbances(calm, calm) == ()
     assert disturbances(replace(calm, load=2.0), calm) == ()  # half of the cores
     [load] = disturbances(MachineState(2.1, None, None, None, ()), calm)
-    assert "2.1 processes ran on 4 cores" in load
+    assert "2.1 processes were running on 4 cores" in load
     found = disturbances(calm, MachineState(0.1, 2000.0, 1000, 90, ("SwThermalSlowdown",)))
     assert [sentence.split(" ")[1] for sentence in found] == ["processor's", "GPU's", "GPU"]
     assert (machine_state(gpu=True).load is not None) == hasattr(os, "getloadavg")

@@ -72,7 +72,7 @@ def test_given_passes_and_runtime_are_recorded_in_the_recipe() -> None:
         plan_of(again)
     assert plan_of(again, plan.passes, OwnRuntime()).passes == plan.passes
     with pytest.raises(
-        UsageError, match="names the passes nm-mask, keeps-model, and passes= gives nm-mask, keeps-model with"
+        UsageError, match="names the passes nm-mask, keeps-model, and passes= gives nm-mask, keeps-model: their"
     ):
         plan_of(again, [NMMask(NM(1, 4)), own], OwnRuntime())
     with pytest.raises(UsageError, match="names the passes nm-mask, keeps-model, and passes= gives keeps-model"):
@@ -110,9 +110,12 @@ class NamedNMMask(KeepsModel):
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ("nm-mask", "str 'nm-mask' is no pass: builtins.str: it is not a frozen dataclass"),
+        ("nm-mask", "str 'nm-mask' is not a pass: builtins.str: it is not a frozen dataclass"),
         (KeepsModel, r"test_given_plugins.KeepsModel is a class; passes are given as instances, KeepsModel\(\)"),
-        (NamedNMMask(), "test_given_plugins.NamedNMMask has the name of the built-in pass nm-mask; give it another"),
+        (
+            NamedNMMask(),
+            "test_given_plugins.NamedNMMask has the name of the built-in pass nm-mask; rename it",
+        ),
         (
             TensorField(),
             "TensorField: its fields cannot be written into a recipe .*use numbers, text, patterns, or tuples of these",
@@ -192,11 +195,11 @@ class NotCallable:
     ("kind", "fault"),
     [
         (KeepsModel, None),
-        (3, "it is int 3; a pass is a class, a frozen dataclass"),
+        (3, "it is int 3; a pass is a frozen dataclass"),
         (str, "it is not a frozen dataclass"),
-        (NoFields, "it has no name, a string"),
-        (TextEffect, "it has no effect, one of Effect.ANALYSIS, EXACT and LOSSY"),
-        (ListRequires, "it has no requires, a tuple of the names of passes that must run before it"),
+        (NoFields, "its name is not a non-empty string"),
+        (TextEffect, "its effect is not one of Effect.ANALYSIS, EXACT and LOSSY"),
+        (ListRequires, "its requires is not a tuple of the names of passes that must run before it"),
         (NotCallable, "it has no __call__(model, data)"),
     ],
 )
@@ -222,9 +225,9 @@ def test_objects_that_are_no_runtime_are_refused() -> None:
     assert given_runtime(Configured(8)) == "test_given_plugins.Configured as Configured(cores=8), given in Python"
     with pytest.raises(UsageError, match=r"OwnRuntime is a class; a runtime is given as an instance, OwnRuntime\(\)"):
         given_runtime(OwnRuntime)
-    with pytest.raises(UsageError, match="int 3 is no runtime: it lacks auto_patterns, build"):
+    with pytest.raises(UsageError, match="int 3 is not a runtime: it lacks auto_patterns, build"):
         given_runtime(3)
-    with pytest.raises(UsageError, match="NamedOrt has the name of the built-in target ort; give it another"):
+    with pytest.raises(UsageError, match="NamedOrt has the name of the built-in target ort; rename it"):
         given_runtime(NamedOrt())
     assert runtime_fault(OwnRuntime()) is None
 
@@ -247,7 +250,7 @@ def test_a_compile_with_a_given_pass_and_runtime(tmp_path: Path) -> None:
     assert [record.name for record in artifact.report.passes] == ["nm-mask", "keeps-model"]
     with pytest.raises(UsageError, match="target 'own-runtime' is unknown"):
         artifact.load("engine")
-    with pytest.raises(UsageError, match=r"the model was a Net given in Python.*give an instance, model="):
+    with pytest.raises(UsageError, match=r"the model was a Net given in Python.*pass an instance with model="):
         artifact.load("torch")
     assert type(artifact.load("torch", model=Net())) is Net
     # OwnRuntime inherits graph_engine, so the module is captured for it.

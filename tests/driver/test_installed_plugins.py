@@ -126,7 +126,7 @@ BROKEN = {
     "raises": ("raise OSError('no card')", "their_package:X", "does not load: OSError: no card"),
     "exits": ("raise SystemExit(1)", "their_package:X", "does not load: SystemExit: 1"),
     "lacks it": ("", "their_package:X", "does not load: AttributeError: module 'their_package' has no attribute 'X'"),
-    "no class": ("X = 3", "their_package:X", "cannot be used: it is int 3; a pass is a class, a frozen dataclass"),
+    "no class": ("X = 3", "their_package:X", "cannot be used: it is int 3; a pass is a frozen dataclass"),
     "other name": (SOURCE, "their_package:Halve", "its name is 'halve', which differs from its entry point"),
 }
 

@@ -82,7 +82,7 @@ def test_weights_are_loaded_into_a_copy_of_the_given_module(own: Artifact) -> No
 
 
 def test_modules_of_another_class_are_refused(own: Artifact) -> None:
-    with pytest.raises(UsageError, match=r"the model was a Net given in Python, .*; give an instance, model="):
+    with pytest.raises(UsageError, match=r"the model was a Net given in Python, .*; pass an instance with model="):
         own.load("torch")
     with pytest.raises(
         LoadError, match=r"does not fit the given Linear: 1 missing: weight.*built with the same arguments"

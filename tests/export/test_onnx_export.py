@@ -162,7 +162,8 @@ def test_an_export_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(
-        BuildError, match=r"cannot export tiny with a free batch; try a fixed one, --batch 1: ValueError: no such op"
+        BuildError,
+        match=r"cannot export tiny with a dynamic batch; try a fixed batch, --batch 1: ValueError: no such op",
     ) as error:
         lower(tiny_mlp(), tmp_path / "model.onnx")
     assert "advice" not in str(error.value)

@@ -201,7 +201,7 @@ def test_constant_outputs_are_told(caplog: pytest.LogCaptureFixture) -> None:
     [
         (OneNumber(), r"returns a tensor of shape \(2,\) for a batch of 2"),
         (torch.compile(TinyMLP()), "was made by torch.compile"),
-        (TwoOutputs(), "returns tuple; needed is one tensor"),
+        (TwoOutputs(), "returns tuple; it must return one tensor"),
         (Random(), "computes something else.*draws random numbers"),
         (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\) alone"),
         (Infinite(), "not finite"),

@@ -139,11 +139,11 @@ def test_a_wrong_architecture_lists_keys_of_each_kind(module: nn.Module, tmp_pat
             LoadError,
             "nowhere.pt does not exist; a model is a file, timm:NAME or pkg.mod:factory",
         ),
-        (Request("timm:vit_tinny_patch16_224"), UsageError, "timm knows no architecture 'vit_tinny_patch16_224'"),
+        (Request("timm:vit_tinny_patch16_224"), UsageError, "timm has no architecture 'vit_tinny_patch16_224'"),
         (Request("timm:vit_tiny_patch16"), UsageError, "near it: vit_tiny_patch16_224"),
         (Request(f"timm:{ARCH}", arch_args={"wings": 2}), LoadError, "could not be built with {'wings': 2}"),
         (Request("no_such_package.models:make"), LoadError, "could not be called: ModuleNotFoundError"),
-        (Request("builtins:dict"), LoadError, "returned a dict; needed is a torch.nn.Module"),
+        (Request("builtins:dict"), LoadError, "returned a dict; it must return a torch.nn.Module"),
     ],
 )
 def test_other_mistakes(request_: Request, kind: type[MpcompileError], text: str) -> None:
@@ -173,7 +173,7 @@ def test_a_config_without_arguments(module: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"std": (0.0,) * 3}, {"mean": (float("nan"),) * 3}, {"std": (-1.0,) * 3}])
 def test_preprocessing_that_cannot_be(changes: dict[str, tuple[float, ...]]) -> None:
-    with pytest.raises(UsageError, match="must be finite, and deviations above 0"):
+    with pytest.raises(UsageError, match="must be finite, and standard deviations above 0"):
         load(Request(f"timm:{ARCH}", **changes))  # type: ignore[arg-type]
 
 

@@ -76,7 +76,7 @@ def archive(path: Path, *names: str) -> Path:
         (b"\x08\x07\x12\x07pytorch", "for an ONNX model give the PyTorch model"),
         (b"PK\x03\x04" + b"\0" * 60, "cut short or damaged"),
         (b"\x80\x02garbage that is no pickle", "damaged|cannot be unpickled|pickled code"),
-        ((10**6).to_bytes(8, "little") + b'{"weight":{"dtype":', "not a sound safetensors file"),
+        ((10**6).to_bytes(8, "little") + b'{"weight":{"dtype":', "not a valid safetensors file"),
     ],
 )
 def test_files_that_are_no_model(tmp_path: Path, content: bytes, text: str) -> None:

@@ -195,8 +195,8 @@ def test_a_run_continues_without_checkpoints_on_a_full_disk(tmp_path: Path, capl
     assert not list((tmp_path / "work").iterdir())
     first, second = caplog.messages
     assert first == (
-        "no checkpoints are saved from mp-budget on (the disk would have no room left for the output); after a kill "
-        "these passes are run again"
+        "no checkpoints are saved from mp-budget on (the disk would have no room left for the output); a killed "
+        "run repeats these passes"
     )
     assert second.startswith(
         "results of this pass are no longer saved (the disk would have no room left for the output)"

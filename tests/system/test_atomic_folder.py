@@ -72,7 +72,9 @@ def test_force_replaces_only_what_mpcompile_wrote(tmp_path: Path) -> None:
     write(output, force=True)
     assert written(output) == "new"
     (output / "notes.txt").write_text("x")
-    with pytest.raises(UsageError, match=r"holds what mpcompile did not write \(notes.txt\), so --force does not"):
+    with pytest.raises(
+        UsageError, match=r"holds files that mpcompile did not write \(notes.txt\), so --force does not"
+    ):
         write(output, force=True)
     (output / REPORT).write_text("{}")
     with pytest.raises(UsageError, match=r"did not write \(model.onnx, notes.txt, report.json\)"):

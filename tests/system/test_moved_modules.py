@@ -22,7 +22,9 @@ from mpcompile.system.moved_modules import MOVED, install_moved_modules
 )
 def test_a_name_is_found_where_it_was(old: str, name: str, new: str) -> None:
     module = importlib.import_module(old)
-    with pytest.warns(DeprecationWarning, match=f"{old}.{name} is now {new}.{name}; the old path goes with the next"):
+    with pytest.warns(
+        DeprecationWarning, match=f"{old}.{name} is now {new}.{name}; the next release removes the old path"
+    ):
         found = getattr(module, name)
     assert found is getattr(importlib.import_module(new), name)
 
@@ -38,7 +40,9 @@ def test_a_name_is_found_where_it_was(old: str, name: str, new: str) -> None:
 )
 def test_a_renamed_class_is_found_under_its_old_name(module: str, old: str, new: str) -> None:
     home = importlib.import_module(module)
-    with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now called {new}; the old name goes with the next"):
+    with pytest.warns(
+        DeprecationWarning, match=f"{module}.{old} is now called {new}; the next release removes the old name"
+    ):
         found = getattr(home, old)
     assert found is getattr(home, new)
     with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Never'"):

@@ -139,8 +139,8 @@ def test_a_limit_on_files_is_one_line(large: Path, tmp_path: Path, monkeypatch: 
         done = run_command("large:net", *SIZE, "--pattern", "2:4", "-o", tmp_path / "out", "-q")
     assert done.returncode == 1, done.stderr
     assert done.stderr == (
-        "mpcompile: a file grew too large during export dense: files may have 2.0 MB (ulimit -f); raise that limit, or "
-        "name another --output\n"
+        "mpcompile: a file grew too large during export dense: the limit is 2.0 MB (ulimit -f); raise that limit, or "
+        "name another folder with --output\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -146,7 +146,9 @@ def test_exclude_wins_over_include() -> None:
 
 
 def test_an_exclude_that_matches_no_layer_is_refused_with_the_layer_names() -> None:
-    with pytest.raises(UsageError, match=r"no layer is called 'blokcs.*'; the layers are patch_embed.proj, blocks.0"):
+    with pytest.raises(
+        UsageError, match=r"no layer name matches 'blokcs.*'; the layers are patch_embed.proj, blocks.0"
+    ):
         run(tiny_vit(), NMMask(NM(2, 4), exclude=("blokcs.*",)))
 
 

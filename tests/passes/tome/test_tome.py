@@ -58,10 +58,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "no self-attention that is added to its tokens",
         {"depths": (2, 2), "num_heads": (3, 6), "embed_dim": 24},
     ),
-    "pvt_v2_b0": ("its keys are 49 tokens and the stream it adds to is", {}),
+    "pvt_v2_b0": ("it has 49 keys, and the stream that it is added to has the shape", {}),
     "beit_base_patch16_224": ("it adds a bias or mask of its own", {"depth": 2, **NARROW}),
     "vit_small_patch16_dinov3": ("does not run on another number of tokens", {"depth": 2, **NARROW}),
-    "cait_xxs24_224": ("its keys are 197 tokens and the stream it adds to is", {"depth": 2}),
+    "cait_xxs24_224": ("it has 197 keys, and the stream that it is added to has the shape", {"depth": 2}),
     "torchvision:SwinTransformer": ("no self-attention that is added to its tokens", {}),
 }
 
