@@ -20,7 +20,7 @@ from mpcompile.pipeline.fingerprint import structure_of, tensors_of
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.system.hashing import sha256, sha256_of
 
-KEY = "mpcompile.frontend.weights_file"  # the metadata key of a checkpoint's entry; part of the file format
+KEY = "mpcompile.checkpoint"  # the metadata key of a checkpoint's entry; part of the file format
 
 
 class Entry(BaseModel):
