@@ -7,13 +7,15 @@ rounds are correlated; the block length follows from that correlation. If a run 
 widened by the ratio of Student's t to the normal quantile.
 
 A difference is significant only if the whole interval lies outside 1 ± INDISTINCT: memory layout alone makes two builds
-of the same computation differ by a few per cent.
+of the same computation differ by a few per cent. So there are three conclusions, and each sentence states its own: the
+difference is significant, the interval includes 1, or the interval excludes 1 and overlaps 1 ± INDISTINCT.
 """
 
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ INDISTINCT = 0.03  # largest relative difference that is never significant
 NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 
 Call = Callable[[], object]
+Conclusion = Literal["faster", "slower", "interval includes 1", "interval overlaps the 3 % band"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,16 @@ class Speedup:
     interval: tuple[float, float]  # 95 % confidence
     count: int  # rounds
     baseline: str
+    conclusion: Conclusion = "interval includes 1"  # always derived from `interval`; a given value is replaced
+
+    def __post_init__(self) -> None:
+        """Derives `conclusion` from `interval`."""
+        object.__setattr__(self, "conclusion", conclusion_from(self.interval))
 
     @property
     def significant(self) -> bool:
         """Whether the whole interval lies outside 1 ± INDISTINCT."""
-        return self.interval[0] > 1 + INDISTINCT or self.interval[1] < 1 - INDISTINCT
+        return self.conclusion in ("faster", "slower")
 
     @property
     def told(self) -> bool:
@@ -80,11 +88,40 @@ class Speedup:
         return f"{self.ratio:.2f} ({self.interval[0]:.2f}–{self.interval[1]:.2f})"
 
     def describe(self, baseline: str) -> str:
-        """The comparison with a baseline of this name as part of a sentence, with interval and number of rounds."""
+        """The comparison with a baseline of this name as part of a sentence, with interval and number of rounds.
+
+        Unless `undecided`, the subject of the sentence is the engine, which the caller names.
+        """
         interval = f"interval {self.interval[0]:.2f} to {self.interval[1]:.2f}, {self.count} rounds"
-        if not self.significant:
+        if self.undecided:
             return f"no significant difference from {baseline} was measured ({interval})"
-        return f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
+        text = f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
+        if self.significant:
+            return text
+        return (
+            f"{text}, which is not significant: the interval excludes 1 but overlaps 1 ± {100 * INDISTINCT:g} %, "
+            "and memory layout alone can cause such a difference"
+        )
+
+    def remark(self) -> str:
+        """What to write behind the ratio and its interval if the difference is not significant; otherwise empty."""
+        if self.significant:
+            return ""
+        return (
+            ", no significant difference"
+            if self.undecided
+            else f", not significant: overlaps 1 ± {100 * INDISTINCT:g} %"
+        )
+
+
+def conclusion_from(interval: tuple[float, float]) -> Conclusion:
+    """The conclusion that the 95 % interval of a ratio allows."""
+    low, high = interval
+    if low > 1 + INDISTINCT:
+        return "faster"
+    if high < 1 - INDISTINCT:
+        return "slower"
+    return "interval includes 1" if low <= 1 <= high else "interval overlaps the 3 % band"
 
 
 def sample(

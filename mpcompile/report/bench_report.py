@@ -73,7 +73,7 @@ class BenchReport(Value):
                 speed = "baseline"
                 if against is not None:
                     speed = f"{against.ratio:.2f} [{against.interval[0]:.2f}, {against.interval[1]:.2f}]"
-                    speed += "" if against.significant else ", no significant difference"
+                    speed += against.remark()
                 milliseconds = (f"{ms:.3f}" for ms in (timing.p50_ms, timing.p90_ms, timing.p99_ms))
                 rows.append((str(each.batch), arm.name, *milliseconds, f"{timing.images_per_second:,.0f}", speed))
         return rows

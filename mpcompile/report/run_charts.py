@@ -36,7 +36,7 @@ def latency(report: Report) -> Chart | None:
 def speedup(report: Report) -> Chart | None:
     """The speedup over the dense model with its 95 % interval, one row a batch size.
 
-    A grey band marks the ratios that are too close to 1 to count as a difference.
+    A grey band marks 1 ± INDISTINCT. If an interval overlaps it, the difference is not significant.
     """
     if not report.latency:
         return None
@@ -56,9 +56,11 @@ def speedup(report: Report) -> Chart | None:
         marks += error_bar(scale, *s.interval, y, text)
         marks.append(Dot(scale(s.ratio), y, "compressed" if s.significant else "dense", text, 4.5))
         marks += [Label(84, y + 4, f"batch {batch}", "end"), Label(NARROW - 112, y + 4, text)]
-        descriptions.append(f"batch {batch}: {text}" + ("" if s.significant else ", no significant difference"))
+        descriptions.append(f"batch {batch}: {text}{s.remark()}")
     marks.append(Label(scale(1), 10, "as fast as dense", "middle", "tick"))
-    descriptions.append(f"ratios from {band_start:.2f} to {band_end:.2f} (the band) count as no difference")
+    descriptions.append(
+        f"a ratio whose interval overlaps the band from {band_start:.2f} to {band_end:.2f} is not significant"
+    )
     title = "Speedup over the dense model, with 95 % confidence intervals"
     return Chart(NARROW, bottom + 22, title, f"{'; '.join(descriptions)}.", tuple(marks))
 

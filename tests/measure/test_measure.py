@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from mpcompile.data.images import Split
@@ -69,6 +70,39 @@ def test_a_slower_engine_is_significantly_slower(monkeypatch: pytest.MonkeyPatch
     assert not speedup(samples["slow"], samples["slow"], "slow").significant
     with pytest.warns(DeprecationWarning, match="told is now called significant"):
         assert found.told
+
+
+@pytest.mark.parametrize(
+    ("interval", "conclusion", "sentence", "remark"),
+    [
+        ((1.04, 1.12), "faster", "1.08 times as fast as dense (interval 1.04 to 1.12, 20 rounds)", ""),
+        ((0.80, 0.96), "slower", "0.88 times as fast as dense (interval 0.80 to 0.96, 20 rounds)", ""),
+        (
+            (0.99, 1.12),
+            "interval includes 1",
+            "no significant difference from dense was measured (interval 0.99 to 1.12, 20 rounds)",
+            ", no significant difference",
+        ),
+        (
+            (1.01, 1.12),
+            "interval overlaps the 3 % band",
+            "1.06 times as fast as dense (interval 1.01 to 1.12, 20 rounds), which is not significant: the interval "
+            "excludes 1 but overlaps 1 ± 3 %, and memory layout alone can cause such a difference",
+            ", not significant: overlaps 1 ± 3 %",
+        ),
+    ],
+)
+def test_a_conclusion_agrees_with_its_interval(
+    interval: tuple[float, float], conclusion: str, sentence: str, remark: str
+) -> None:
+    found = Speedup(sum(interval) / 2, interval, 20, "dense")
+    assert (found.conclusion, found.describe("dense"), found.remark()) == (conclusion, sentence, remark)
+    assert found.significant == (conclusion in ("faster", "slower"))
+    assert found.undecided == (conclusion == "interval includes 1")
+    read = TypeAdapter(Speedup).validate_json(TypeAdapter(Speedup).dump_json(found))
+    assert read == found
+    old = {"ratio": 1.5, "interval": [1.4, 1.6], "count": 20, "baseline": "dense"}  # written before `conclusion`
+    assert TypeAdapter(Speedup).validate_python(old).conclusion == "faster"
 
 
 def test_a_timing_has_percentiles_in_milliseconds() -> None:
