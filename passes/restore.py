@@ -1,11 +1,14 @@
 """Prune–restore: fills unused N:M slots, then un-prunes the costliest layers until the accuracy limits hold.
 
-Two steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P stays removed and Q comes back):
+Three steps (Berlyand et al., arXiv 2606.02608, prune–restore: A = S + Q + P, P stays removed and Q comes back):
 
 1. Fill unused slots. Sparse kernels read N values of every M, whatever they are. A group that keeps fewer than N
    weights, or keeps zeros, has unused slots; they take the dense model's largest weights of that group. The mask pass
    leaves no unused slots, but masks from elsewhere may.
-2. Un-prune layers. While the loss on the validation images exceeds a limit, the masked layer with the largest share of
+2. Merge fewer tokens. If the model merges tokens and exceeds a limit, the loss of merging alone (dense weights) and of
+   the masks alone (no merging) are measured. While merging alone exceeds the limit, fewer tokens are merged; no mask is
+   given back for it. After that, while both together exceed the limit, the one that loses more is reduced.
+3. Un-prune layers. While the loss on the validation images exceeds a limit, the masked layer with the largest share of
    the logits' shift (first order, passes/dense_comparison.py) is masked and refitted again from its dense weights, at
    the mildest of `patterns` that it can have and that is milder than its own; if there is none, it becomes dense.
    The shares are measured again after each layer, since they depend on what was restored. Dense layers that were
@@ -33,6 +36,7 @@ from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.reconstruct.dense_layers import layers_downstream
 from mpcompile.passes.reconstruct.tied_weight import tied_weights
+from mpcompile.passes.tome.merging_loss import MergingModel, merging_model
 from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.progress import tracked
 
@@ -42,6 +46,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Restore:
     """Fills unused N:M slots, then un-prunes layers, costliest first, until validation images are within the limits.
+
+    If merged tokens lose more than the masks, fewer tokens are merged instead.
 
     Args:
         max_drop: limit on the drop of top-1 accuracy from the dense model, in percentage points; needs labels.
@@ -84,9 +90,19 @@ class Restore:
             raise PassError("max_drop needs labels, and the validation images have none; give max_shift instead")
         with torch.no_grad():
             dense = outputs_of(reference, images)
+        if self._within(model.graph, dense, images):
+            return model
+        merging = merging_model(model)
+        note = "" if merging is None else self._note(merging, dense, images)
+        while merging is not None and merging.step and not self._within(merging.merging_alone(), dense, images):
+            merging = merging.weaker()
         counted = cost(model)
         steps = tracked([name for name, plan in model.plan.items() if plan.mask is not None])
-        while not self._within(model, dense, images):
+        while not self._within(model.graph, dense, images):
+            if merging is not None and self._merging_loses_more(merging, dense, images):
+                merging = merging.weaker()
+                counted = cost(model)
+                continue
             next(steps, None)
             shares = attribution(model, images)
             masked = [name for name, plan in model.plan.items() if plan.mask is not None]
@@ -97,6 +113,7 @@ class Restore:
             reason = f"restored: masked, its share of the logits' shift was {share:.0%}, past the limit"
             with on_layer(worst):
                 model = self._restored(model, data, worst, reason)
+            merging = None if merging is None else replace(merging, model=model)
             log.info(
                 "%s goes to %s, its share of the shift was %.0f %%; %.3g multiply-accumulates an image are left",
                 worst,
@@ -104,7 +121,13 @@ class Restore:
                 100 * share,
                 counted.executed_macs(model.patterns()),
             )
-        return model
+        if merging is None:
+            return model
+        if merging.schedule != merging.given:
+            before, after = (", ".join(map(str, schedule)) for schedule in (merging.given, merging.schedule))
+            note = f"{note}; tokens merged after each attention reduced from {before} to {after}"
+            log.warning("restore: %s", note)
+        return replace(model, notes=(note,))
 
     def _filled(self, model: Model) -> Model:
         """The model with every slot of its patterns used."""
@@ -123,20 +146,50 @@ class Restore:
                     plans[name] = replace(plan, mask=mask)
         return model.with_plan(plans)
 
-    def _within(self, model: Model, dense: Tensor, images: Split) -> bool:
-        """Whether the model is within both limits; `dense` are the dense model's outputs for the images."""
-        with torch.no_grad():
-            outputs = outputs_of(model.graph, images)
-        if self.max_shift is not None:
-            shift = (outputs - dense).abs().flatten(1).amax(1).mean()
-            spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
-            if not float(shift) <= self.max_shift * float(spread):
-                return False
+    def _note(self, merging: MergingModel, dense: Tensor, images: Split) -> str:
+        """How much token merging and the masks lose alone, and what is allowed."""
+        losses = [self._loss(graph, dense, images) for graph in (merging.merging_alone(), merging.masks_alone())]
+        texts = []
         if self.max_drop is not None:
-            labels = torch.cat([labels for _, labels in images.batches()])
-            before, after = ((z.argmax(1) == labels).double().mean() for z in (dense, outputs))
-            return float(100 * (before - after)) <= self.max_drop
-        return True
+            one, other = (drop for drop, _ in losses)
+            texts.append(
+                f"token merging alone loses {one:.2f} points of top-1, the masks alone {other:.2f}, and "
+                f"{self.max_drop:g} are allowed"
+            )
+        if self.max_shift is not None:
+            one, other = (shift for _, shift in losses)
+            texts.append(
+                f"token merging alone shifts the logits by {one:.3g} of their range, the masks alone by {other:.3g}, "
+                f"and {self.max_shift:g} is allowed"
+            )
+        return "; ".join(texts)
+
+    def _merging_loses_more(self, merging: MergingModel, dense: Tensor, images: Split) -> bool:
+        """Whether token merging alone loses more than the masks alone, by the measure whose limit is exceeded."""
+        if not any(merging.schedule):
+            return False
+        graphs = (merging.model.graph, merging.merging_alone(), merging.masks_alone())
+        total, tokens, masks = (self._loss(graph, dense, images) for graph in graphs)
+        if self.max_drop is not None and total[0] > self.max_drop:
+            return tokens > masks  # of equal drops, by the shift
+        return tokens[1] > masks[1]
+
+    def _loss(self, graph: fx.GraphModule, dense: Tensor, images: Split) -> tuple[float, float]:
+        """The drop of top-1 in points (0 without `max_drop`), and the shift as a share of the range of the logits."""
+        with torch.no_grad():
+            outputs = outputs_of(graph, images)
+        shift, spread = _shift_and_spread(outputs, dense)
+        return 0.0 if self.max_drop is None else _drop(outputs, dense, images), shift / spread if spread else 0.0
+
+    def _within(self, graph: fx.GraphModule, dense: Tensor, images: Split) -> bool:
+        """Whether a graph is within both limits; `dense` are the dense model's outputs for the images."""
+        with torch.no_grad():
+            outputs = outputs_of(graph, images)
+        if self.max_shift is not None:
+            shift, spread = _shift_and_spread(outputs, dense)
+            if not shift <= self.max_shift * spread:
+                return False
+        return self.max_drop is None or _drop(outputs, dense, images) <= self.max_drop
 
     def _restored(self, model: Model, data: Data, name: str, reason: str) -> Model:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
@@ -157,6 +210,20 @@ class Restore:
                 return model.with_plan(plans)
         plans = {tied: replace(model.plan_of(tied), mask=None, relative_error=None, skipped=reason) for tied in names}
         return _without_needless_repairs(model.with_plan(plans))
+
+
+def _shift_and_spread(outputs: Tensor, dense: Tensor) -> tuple[float, float]:
+    """The means over images of the largest change of a logit, and of the range of the dense logits."""
+    shift = (outputs - dense).abs().flatten(1).amax(1).mean()
+    spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
+    return float(shift), float(spread)
+
+
+def _drop(outputs: Tensor, dense: Tensor, images: Split) -> float:
+    """The drop of top-1 accuracy from the dense outputs, in percentage points."""
+    labels = torch.cat([labels for _, labels in images.batches()])
+    before, after = ((z.argmax(1) == labels).double().mean() for z in (dense, outputs))
+    return float(100 * (before - after))
 
 
 def _copy_dense(model: Model, names: Sequence[str]) -> None:

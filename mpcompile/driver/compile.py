@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from mpcompile.driver.inputs import data_for, decoded_for, loaded_from, path_of
 from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import search_recipe
-from mpcompile.errors import AccuracyError, UsageError
+from mpcompile.errors import AccuracyError, PassError, UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import NMMask
+from mpcompile.passes import NMMask, ToMe
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
@@ -114,6 +116,7 @@ def _compiled(
         needed_bytes = output_bytes(loaded.module)
         began("capture")
         dense = capture(loaded.module, loaded.source, leaves=leaves)
+        _check_merging(plan, dense)
         images = data_for(data, dense, recipe.data)
         if recipe.gates.max_drop is not None and not images.held_out.labelled:
             raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
@@ -158,6 +161,17 @@ def _require_tunable(plan: RunPlan) -> None:
         raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
     if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
         raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
+
+
+def _check_merging(plan: RunPlan, dense: Model) -> None:
+    """Raises UsageError if the given schedule of a token-merging pass does not fit the captured model.
+
+    Whether the model permits merging at all is left to the pass: a pass before it may change the graph.
+    """
+    for step in plan.passes:
+        if isinstance(step, ToMe):
+            with suppress(PassError):
+                step.check(dense)
 
 
 def output_bytes(module: nn.Module) -> int:
@@ -218,6 +232,7 @@ def preview(
     plan = plan_of(recipe)
     loaded, leaves = loaded_from(model)
     dense = capture(loaded.module, loaded.source, leaves=leaves)
+    _check_merging(plan, dense)
     images = data_for(data, dense, recipe.data)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())

@@ -66,6 +66,7 @@ class Model:
     dense: fx.GraphModule | None = None  # the graph before the first lossy pass; None before that
     certificate: Certificate | None = None  # of this graph; None if not certified, or changed since
     epochs: tuple[Epoch, ...] = ()  # every distillation epoch so far
+    notes: tuple[str, ...] = ()  # of the pass that returned this model, for its row in the report
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         """Each Linear and Conv2d with its qualified name, in the order of module definition."""

@@ -152,7 +152,7 @@ class PassManager:
                 continue
             started = time.perf_counter()
             images = data if self.shows_held_out(index) else data.for_passes()
-            result = _run(step, model, images, earlier)
+            result = _run(step, replace(model, notes=()), images, earlier)
             seconds = time.perf_counter() - started
             outputs, drift = _verify(step, model, result, outputs, earlier)
             changed = _changed(model, result)
@@ -238,7 +238,7 @@ def _changed(before: Model, after: Model) -> tuple[str, ...]:
 
 
 def _notes(before: Model, after: Model) -> tuple[str, ...]:
-    """Short notes for the report on the changes of a pass: plan fields, token merges and removed masks."""
+    """Short notes for the report on the changes of a pass: plan fields, token merges, removed masks, its own notes."""
 
     def count(model: Model, field: str) -> int:
         return sum(getattr(plan, field) is not None for plan in model.plan.values())
@@ -251,4 +251,4 @@ def _notes(before: Model, after: Model) -> tuple[str, ...]:
     unmasked = [name for name, plan in before.plan.items() if plan.mask is not None and after.plan[name].mask is None]
     if unmasked:
         notes.append(f"masks removed: {', '.join(unmasked)}")
-    return tuple(notes)
+    return (*notes, *after.notes)

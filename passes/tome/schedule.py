@@ -54,6 +54,27 @@ def decreasing(r: int, attentions: int) -> tuple[int, ...]:
     )
 
 
+def require_mergeable(r: int | str | tuple[int, ...], tokens: int, protected: int) -> None:
+    """Raises UsageError if one number for every attention is more than the first attention can merge."""
+    number, most = int(str(r).partition(":")[0]), most_merged(tokens, protected)
+    if number > most:
+        raise UsageError(
+            f"tome: r is {number}, but of {tokens} tokens ({protected} protected) at most {most} can merge after one "
+            "attention; give a smaller r"
+        )
+
+
+def require_tokens_left(schedule: Sequence[int], tokens: int, least: float) -> None:
+    """Raises UsageError if a schedule leaves less than the share `least` of the tokens."""
+    left = tokens - sum(schedule)
+    if left < least * tokens:
+        raise UsageError(
+            f"tome: the schedule {', '.join(map(str, schedule))} leaves {left} of {tokens} tokens "
+            f"({100 * left / tokens:.1f} %), and at least {100 * least:g} % have to be left; merge fewer tokens, or "
+            "lower least_left in the recipe"
+        )
+
+
 def within_limits(
     asked: Sequence[int], attentions: Sequence[Attention], protected: int, exact: bool = False
 ) -> tuple[int, ...]:

@@ -25,7 +25,12 @@ from mpcompile.passes.tome.graph_rewrite import (
     protected_tokens,
     require_weighted_set,
 )
-from mpcompile.passes.tome.schedule import parse_schedule, within_limits
+from mpcompile.passes.tome.schedule import (
+    parse_schedule,
+    require_mergeable,
+    require_tokens_left,
+    within_limits,
+)
 from mpcompile.passes.tome.schedule_search import search_schedule
 from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
@@ -37,7 +42,8 @@ class ToMe:
 
     `r` is the number of merged tokens: one number for every attention (`8`); `8:decreasing`, linearly from 16 to 0; one
     number for each attention (`0,0,4,8`); or `auto`, which searches the schedule with the smallest logit shift on
-    `images` calibration images that leaves the share `macs` of the dense MACs, masks included.
+    `images` calibration images that leaves the share `macs` of the dense MACs, masks included. A schedule that leaves
+    less than the share `least_left` of the tokens is refused.
     """
 
     name: ClassVar[str] = "tome"
@@ -47,6 +53,7 @@ class ToMe:
     r: int | str | tuple[int, ...] = 8
     macs: float | None = None
     images: int = 64
+    least_left: float = 0.05
 
     def __post_init__(self) -> None:
         """Raises UsageError for options that are invalid for every model."""
@@ -58,6 +65,8 @@ class ToMe:
             raise UsageError(f"tome: macs must be between 0 and 1, found {self.macs:g}")
         if self.images < 1:
             raise UsageError(f"tome: images must be at least 1, found {self.images}")
+        if not 0 <= self.least_left < 1:
+            raise UsageError(f"tome: least_left is a share of the tokens, from 0 to below 1; found {self.least_left:g}")
         if self.r != "auto":
             parse_schedule(self.r, self._listed or 1)
 
@@ -75,13 +84,31 @@ class ToMe:
         protected = protected_tokens(model, attentions[0])
         require_weighted_set(model, attentions, protected)
         if self.macs is None:
-            schedule = within_limits(
-                parse_schedule(self.r, len(attentions)), attentions, protected, exact=self._listed > 0
-            )
+            schedule = self._given(attentions, protected)
         else:
             schedule = self._searched(model, data, attentions, protected, self.macs)
+            require_tokens_left(schedule, attentions[0].tokens, self.least_left)
         model.graph.graph = nodes_with_merging(model.graph, schedule, protected)
         return model
+
+    def check(self, model: Model) -> None:
+        """Raises UsageError if a given schedule does not fit the model, and PassError if its tokens cannot merge.
+
+        The driver calls this before the first pass, so that masks are not made in vain.
+        """
+        if self.macs is None:
+            run_example(model)
+            attentions = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
+            self._given(attentions, protected_tokens(model, attentions[0]))
+
+    def _given(self, attentions: Sequence[Attention], protected: int) -> tuple[int, ...]:
+        """The schedule of `r`, within the limits of the tokens. Raises UsageError."""
+        parsed, tokens = parse_schedule(self.r, len(attentions)), attentions[0].tokens
+        if not self._listed:
+            require_mergeable(self.r, tokens, protected)
+        schedule = within_limits(parsed, attentions, protected, exact=self._listed > 0)
+        require_tokens_left(schedule, tokens, self.least_left)
+        return schedule
 
     def _searched(
         self, model: Model, data: Data, attentions: Sequence[Attention], protected: int, macs: float

@@ -1,11 +1,15 @@
 """Schedules of token merging: parsing, limits, cost, and the automatic search."""
 
+from pathlib import Path
+
 import pytest
 from tome_models import NARROW, captured, run
 from torch import nn
 
+import mpcompile
 from mpcompile.analysis.block_macs import as_published, charged, merges
 from mpcompile.analysis.macs import cost
+from mpcompile.driver.compile import preview
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
@@ -14,6 +18,7 @@ from mpcompile.passes import NMMask, ToMe
 from mpcompile.passes.tome.graph_rewrite import mergeable_attentions
 from mpcompile.passes.tome.schedule import decreasing, parse_schedule
 from mpcompile.passes.tome.schedule_search import costs
+from mpcompile.recipe.schema import Recipe
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
 
@@ -43,12 +48,43 @@ def test_other_mistakes_are_refused() -> None:
         run(tiny_vit(), ToMe(r=(1, 2, 3)))
     with pytest.raises(UsageError, match="at blocks.1.attn there are 9 tokens, 1 of them protected, .* at most 4"):
         run(tiny_vit(), ToMe(r="8,5"))
+    with pytest.raises(UsageError, match=r"least_left is a share of the tokens, .* found 1"):
+        ToMe(least_left=1.0)
     with pytest.raises(PassError, match="this graph merges tokens already"):
         run(tiny_vit(), ToMe(r=1), ToMe(r=1))
     with pytest.raises(PassError, match="measures on calibration images, and there are none"):
         run(tiny_vit(), ToMe(r="auto", macs=0.7))
     with pytest.raises(PassError, match=r"leaves \d\d.\d% of the dense multiply-accumulates, and macs asks for 10.0%"):
         run(tiny_vit(), ToMe(r="auto", macs=0.1), data=tiny_data(tiny_vit()))
+
+
+def test_a_schedule_that_leaves_too_few_tokens_is_refused() -> None:
+    """`--tome 1000` was accepted, and left one token of an image."""
+    model = captured("vit_tiny_patch16_224", depth=6, img_size=96, **NARROW)  # 37 tokens
+    for r in (1000, "1000:decreasing"):
+        with pytest.raises(UsageError, match=r"r is 1000, but of 37 tokens \(1 protected\) at most 18 can merge"):
+            run(model, ToMe(r=r))
+        with pytest.raises(UsageError, match="at most 18 can merge after one attention; give a smaller r"):
+            ToMe(r=r).check(model)
+    with pytest.raises(UsageError, match=r"leaves 2 of 37 tokens \(5.4 %\), and at least 10 % have to be left"):
+        run(model, ToMe(r=18, least_left=0.1))
+    assert sum(merges((found := run(model, ToMe(r=18))).graph, found.example)) == 35
+
+
+def test_a_schedule_is_refused_before_the_masks_are_made(tmp_path: Path) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = VisionTransformer(img_size=8, patch_size=1, in_chans=1, num_classes=4, embed_dim=16, depth=8, num_heads=2)
+    vit.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    stages: list[str] = []
+    recipe = Recipe.checked({"passes": [{"nm-mask": {"pattern": "2:4"}}, {"tome": {"r": 31}}]})
+    with pytest.raises(UsageError, match=r"leaves 2 of 65 tokens \(3.1 %\), and at least 5 % have to be left"):
+        mpcompile.compile(
+            vit.eval(), recipe, output=tmp_path / "out", observe=lambda step: stages.append(str(step.stage))
+        )
+    assert stages == ["load", "capture"]
+    with pytest.raises(UsageError, match="at least 5 % have to be left; merge fewer tokens, or lower least_left"):
+        preview(vit.eval(), recipe)
 
 
 def test_costs_are_those_of_the_merged_graph() -> None:
