@@ -27,6 +27,7 @@ def verify(
 ) -> None:
     """Check that every mask holds in the files of an output folder and that no file has changed."""
     from mpcompile.driver.artifact import Artifact
+    from mpcompile.report.report_hashes import is_protected
 
     artifact = Artifact.open(folder)
     rows = artifact.verify()
@@ -34,6 +35,12 @@ def verify(
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
     elif not quiet:
         typer.echo(f"{len(rows)} masks hold in {artifact.onnx}, and every file has the SHA-256 that report.json lists")
+    if not is_protected(artifact.folder):
+        typer.echo(
+            "mpcompile: the folder has no report.sha256, so edits of report.json, report.md and report.html cannot be "
+            "noticed; compile again to protect them",
+            err=True,
+        )
 
 
 @app.command(cls=Command)

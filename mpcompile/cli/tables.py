@@ -35,7 +35,9 @@ def show_artifact(artifact: Artifact) -> None:
     for command in artifact.report.commands:
         console.print(f"  {command}", soft_wrap=True)
     files = ", ".join(row.name for row in artifact.report.files)
-    console.print(f"Written to {artifact.folder}: {files}, report.json, report.md, report.html", soft_wrap=True)
+    console.print(
+        f"Written to {artifact.folder}: {files}, report.json, report.md, report.html, report.sha256", soft_wrap=True
+    )
 
 
 def show_bench(found: BenchReport, folder: Path) -> None:

@@ -9,6 +9,7 @@ model.native.onnx   the compressed model with N:M kernels for the CPU, if these 
 *.engine .json .log files that the target built from the ONNX files, if it builds files
 report.json .md     passes, measurements and results, with the hashes of the files above
 report.html         the same report as one page, for the browser and for printing
+report.sha256       the hashes of the three files of the report, in the format of sha256sum
 passes/             the result of each pass (--keep-passes), for --from
 bench/TARGET/       results of a later `mpcompile bench`
 """
@@ -34,6 +35,7 @@ from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.recipe.schema import Recipe, explained, read_recipe
+from mpcompile.report.report_hashes import require_unchanged
 from mpcompile.report.schema import FileRow, Report
 from mpcompile.runtimes import LoadsFile, RunsGraph
 from mpcompile.system.hashing import file_sha256
@@ -182,6 +184,9 @@ class Artifact:
     def verify(self) -> tuple[ProvenMask, ...]:
         """The masks, checked in the weights and in the ONNX file; then the SHA-256 of every file is checked.
 
+        The files of the report are checked against report.sha256. If the folder has none, they are not protected
+        (`mpcompile.report.report_hashes.is_protected`).
+
         Raises MaskError, which names the layer, if a mask does not hold, and LoadError if a file is missing, damaged or
         changed.
         """
@@ -227,6 +232,7 @@ class Artifact:
                 raise LoadError(f"{path} is missing")
             if file_sha256(path) != row.sha256:
                 raise LoadError(f"{path} was changed: its SHA-256 differs from the one in the report")
+        require_unchanged(self.folder)
         return rows
 
 

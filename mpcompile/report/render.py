@@ -11,6 +11,7 @@ import mpcompile.report.run_charts as charts
 import mpcompile.report.run_tables as tables
 import mpcompile.report.search_chart as search_chart
 from mpcompile.report.chart import Chart
+from mpcompile.report.report_hashes import write_hashes
 from mpcompile.report.schema import Report
 from mpcompile.report.sentences import command, command_terms, proven, searched
 from mpcompile.report.table import verdict_table
@@ -22,10 +23,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write(report: Report, folder: Path) -> None:
-    """Writes report.json, report.md and report.html into a folder."""
+    """Writes report.json, report.md and report.html into a folder, and their hashes (report.sha256)."""
     (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     (folder / "report.html").write_text(html(report), encoding="utf-8")
+    write_hashes(folder)
 
 
 def markdown(report: Report) -> str:

@@ -51,7 +51,8 @@ def foreign_names(folder: Path) -> list[str]:
     """The names in `folder` (files and folders) that its report.json does not list; all names if there is no report."""
     try:
         content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        known = {REPORT, "report.md", "report.html", "bench", *(Path(row["name"]).parts[0] for row in content["files"])}
+        listed = (Path(row["name"]).parts[0] for row in content["files"])
+        known = {REPORT, "report.md", "report.html", "report.sha256", "bench", *listed}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         known = set()
     return sorted(path.name for path in folder.iterdir() if path.name not in known)

@@ -42,6 +42,7 @@ def test_compile_writes_a_folder_and_its_recipe_reproduces_it(
         "report.json",
         "report.md",
         "report.html",
+        "report.sha256",
     }
     assert {path.name for path in output.iterdir()} - {"model.native.onnx"} == names
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1"):

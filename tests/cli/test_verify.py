@@ -49,6 +49,31 @@ def test_verify_rejects_one_weight_filled_into_the_state_dict(copy: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("report.json", '"agreement": 0', '"agreement": 1'),
+        ("report.md", "masked", "fast"),
+        ("report.html", "masked", "fast"),
+        ("report.sha256", "report.md", "other.md"),
+    ],
+)
+def test_verify_rejects_an_edited_report(copy: Path, name: str, old: str, new: str) -> None:
+    text = (copy / name).read_text(encoding="utf-8")
+    assert old in text
+    (copy / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+    refused(mpcompile("verify", copy), 3, f"{name} was changed: ")
+
+
+def test_verify_says_that_a_report_without_hashes_is_not_protected(copy: Path) -> None:
+    (copy / "report.sha256").unlink()
+    done = mpcompile("verify", copy)
+    assert done.returncode == 0
+    assert "the folder has no report.sha256, so edits of report.json" in done.stderr
+    (copy / "report.html").unlink()
+    assert mpcompile("verify", copy).returncode == 0
+
+
 def test_verify_rejects_other_changes(copy: Path) -> None:
     file = onnx.load(copy / "model.onnx")
     next(t for t in file.graph.initializer if t.name == "head.bias").raw_data = b"\0" * 40

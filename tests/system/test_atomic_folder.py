@@ -71,6 +71,8 @@ def test_force_replaces_only_what_mpcompile_wrote(tmp_path: Path) -> None:
         write(output)
     write(output, force=True)
     assert written(output) == "new"
+    (output / "report.sha256").write_text("x")
+    write(output, force=True)
     (output / "notes.txt").write_text("x")
     with pytest.raises(
         UsageError, match=r"holds files that mpcompile did not write \(notes.txt\), so --force does not"
