@@ -240,4 +240,6 @@ def _parity(exported: Lowered, images: NDArray[np.float32], what: str) -> Parity
 
 def _versions(runtime: Runtime) -> dict[str, str]:
     names: Sequence[str] = ("torch", "timm", "onnx", "onnxscript")
-    return {**{name: version(name) for name in names}, **runtime.versions()}
+    # Sums of products depend on how many threads share them.
+    threads = f"{torch.get_num_threads()}; with another number, sums round differently and masks may differ"
+    return {"threads of PyTorch": threads, **{name: version(name) for name in names}, **runtime.versions()}
