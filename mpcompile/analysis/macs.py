@@ -13,8 +13,10 @@ pattern share that index.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from mpcompile.analysis.eligibility import tied_layers
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
@@ -91,13 +94,11 @@ def cost(model: Model) -> Cost:
     counter = _Counter(model.graph)
     batch = len(model.example)
     # The counter does not know the fused attention kernels of every device; the MATH backend runs two plain products.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _unfused_attention():
         counter.run(model.example)
-    weights: dict[str, int] = {}
-    seen: set[int] = set()
-    for name, layer in model.layers():
-        weights[name] = 0 if id(layer.weight) in seen else layer.weight.numel()
-        seen.add(id(layer.weight))
+    weights = {name: layer.weight.numel() for name, layer in model.layers()}
+    for _, *others in tied_layers(model, list(weights)):
+        weights |= dict.fromkeys(others, 0)
     total = sum(parameter.numel() for parameter in model.graph.parameters())
     return Cost(
         nodes=tuple(NodeCost(name, macs / batch, size / batch, merging) for name, macs, size, merging in counter.rows),
@@ -105,6 +106,17 @@ def cost(model: Model) -> Cost:
         weights=weights,
         other_parameters=total - sum(weights.values()),
     )
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Runs nn.MultiheadAttention as plain products: the counter does not know torch's fused kernel for inference."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class _Counter(LayerInterpreter):
@@ -118,6 +130,22 @@ class _Counter(LayerInterpreter):
     def _count_layer(self, name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
         positions = y.numel() / layer.weight.shape[0]  # each output channel is computed once at each position
         self.layers[name] = self.layers.get(name, 0.0) + positions * layer.weight.numel()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Also keeps hooks on each nn.MultiheadAttention: it uses its output projection without calling that layer."""
+        whole = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.MultiheadAttention)]
+        handles = [module.register_forward_hook(partial(self._count_projection, name)) for name, module in whole]
+        try:
+            with super().watching():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _count_projection(self, name: str, module: nn.Module, args: Any, outputs: tuple[Tensor, Any]) -> None:
+        assert isinstance(module, nn.MultiheadAttention)
+        self._count_layer(f"{name}.out_proj", module.out_proj, outputs[0], outputs[0])
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A parameter or buffer, detached: the counter would otherwise inspect how autograd made a view of it."""

@@ -27,6 +27,7 @@ def verify(
 ) -> None:
     """Check that every mask holds in the files of an output folder and that no file has changed."""
     from mpcompile.driver.artifact import Artifact
+    from mpcompile.report.layer_counts import weight_owners
     from mpcompile.report.report_hashes import is_protected
 
     artifact = Artifact.open(folder)
@@ -34,7 +35,9 @@ def verify(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
     elif not quiet:
-        typer.echo(f"{len(rows)} masks hold in {artifact.onnx}, and every file has the SHA-256 that report.json lists")
+        owners = weight_owners(artifact.report.layers)
+        masks = len({owners.get(row.layer, row.layer) for row in rows})
+        typer.echo(f"{masks} masks hold in {artifact.onnx}, and every file has the SHA-256 that report.json lists")
     if not is_protected(artifact.folder):
         typer.echo(
             "mpcompile: the folder has no report.sha256, so edits of report.json, report.md and report.html cannot be "

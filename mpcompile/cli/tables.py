@@ -133,8 +133,9 @@ def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
     typer.echo(f"\nstages: {', '.join(plan['stages'])}\n")
     for row in plan["layers"]:
         typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
-    masked = sum(row["pattern"] is not None for row in plan["layers"])
-    typer.echo(f"\n{masked} of {len(plan['layers'])} layers would be masked; no model was written")
+    layers = [row for row in plan["layers"] if row["shares_weight_with"] is None]  # each weight once
+    masked = sum(row["pattern"] is not None for row in layers)
+    typer.echo(f"\n{masked} of {len(layers)} layers would be masked; no model was written")
 
 
 def _console() -> Console:

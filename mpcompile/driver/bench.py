@@ -22,11 +22,12 @@ from mpcompile.driver.compare_engines import SECONDS, Settings, call_of, engine_
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
-from mpcompile.measure.layer_verdict import LayerVerdict
+from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
 from mpcompile.measure.timing import sample, speedup, timing
 from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BatchTimings, BenchReport, TimedEngine
+from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.schema import Parity
 from mpcompile.runtimes import Build, Engine, ReportsKernels, RunsGraph, Runtime, ShipsFile, TimesDevice
 from mpcompile.system.hardware import disturbances, environment, machine_state
@@ -83,7 +84,7 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
             meanings=comparison.meanings,
             parity=comparison.parity,
             batches=comparison.batches,
-            verdicts=comparison.verdicts,
+            verdicts=one_per_weight(comparison.verdicts, weight_owners(artifact.report.layers)),
             command=command(target, batches, settings),
         )
         result.write(partial_output)

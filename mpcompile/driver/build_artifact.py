@@ -22,11 +22,12 @@ from mpcompile.frontend.load_model import Loaded
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.accuracy import Comparison, compare
-from mpcompile.measure.layer_verdict import LayerVerdict
+from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
 from mpcompile.measure.timing import speedup, timing
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
+from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.render import write as write_report
 from mpcompile.report.schema import DataUsed, Gate, Latency, LayerRow, Parity, Report
@@ -92,6 +93,7 @@ def build_artifact(
     if keep_passes:
         checkpoints.copy_to(folder / PASSES)
     layers = layer_rows(model, after, dense_cost, cost_left)
+    verdicts = one_per_weight(verdicts, weight_owners(layers))
     costs = charged_from_costs(dense_cost, cost_left, model)
     accelerated = _accelerated(plan, layers, verdicts)
     report = Report(

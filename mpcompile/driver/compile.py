@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpcompile.analysis.eligibility import eligible_patterns
+from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import build_artifact
@@ -236,11 +236,14 @@ def preview(
     images = data_for(data, dense, recipe.data)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())
+    groups = tied_layers(planned, [name for name, _ in planned.layers()])
+    owners = {name: first for first, *others in groups for name in others}
     rows = [
         {
             "layer": name,
             "pattern": str(choice) if isinstance(choice, NM) else None,
             "reason": choice if isinstance(choice, str) else None,
+            "shares_weight_with": owners.get(name),
         }
         for step in plan.passes
         if isinstance(step, NMMask)

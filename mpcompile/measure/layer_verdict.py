@@ -4,8 +4,8 @@ The steps: masked, mask found in the ONNX file, eligible by the runtime's rules,
 that was not checked is None, which means unknown: the engine was not built or does not report its kernels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -23,7 +23,8 @@ class Rule:
 class LayerVerdict:
     """The verdict on one masked layer.
 
-    Times are those of the engine's layer that contains it. After fusion that layer may contain its neighbours too.
+    Times are those of the engine's layer that contains it. After fusion that layer may contain its neighbours too. If
+    the layer is applied several times, they are those of its first application that was timed.
     """
 
     layer: str  # qualified module name
@@ -37,6 +38,48 @@ class LayerVerdict:
     kernel: str | None = None  # name of the kernel that runs it
     dense_ms: float | None = None  # time a call without sparse kernels
     sparse_ms: float | None = None  # time a call with sparse kernels
+
+
+def one_per_weight(verdicts: Sequence[LayerVerdict], owners: Mapping[str, str]) -> tuple[LayerVerdict, ...]:
+    """One verdict for each masked weight, in the order of the first verdicts on it.
+
+    Engines report a verdict for each application of a weight and for each layer that shares it. A weight counts as run
+    on a sparse kernel only if all its applications do.
+
+    Args:
+        verdicts: those of the engine.
+        owners: for each layer the first layer that has the same weight (mpcompile/report/layer_counts.py); a layer that
+            is not in it has its own weight.
+    """
+    groups: dict[str, list[LayerVerdict]] = {}
+    for verdict in verdicts:
+        groups.setdefault(owners.get(verdict.layer, verdict.layer), []).append(verdict)
+    return tuple(_combined(owner, group) for owner, group in groups.items())
+
+
+def _combined(layer: str, group: Sequence[LayerVerdict]) -> LayerVerdict:
+    """One verdict of several on the same weight. The first that keeps it from sparse kernels gives the reason."""
+    eligible, chosen = _all_of([v.eligible for v in group]), _all_of([v.chosen for v in group])
+    decisive = next((v for v in group if (v.eligible, v.chosen) == (eligible, chosen)), group[0])
+    timed = next((v for v in group if v.dense_ms is not None), decisive)
+    reason = decisive.reason
+    if chosen is False and any(v.chosen for v in group):
+        reason = f"not all applications of the weight run on a sparse kernel: {reason}"
+    return replace(
+        decisive,
+        layer=layer,
+        eligible=eligible,
+        chosen=chosen,
+        reason=reason,
+        kernel=decisive.kernel if chosen else None,
+        dense_ms=timed.dense_ms,
+        sparse_ms=timed.sparse_ms,
+    )
+
+
+def _all_of(values: Sequence[bool | None]) -> bool | None:
+    """False if any value is False, else None if any is unknown, else True."""
+    return False if False in values else None if None in values else True
 
 
 def tally(verdicts: Sequence[LayerVerdict]) -> str:

@@ -1,5 +1,7 @@
 """Builds the report's rows of layers from the model and the exported file."""
 
+from torch import Tensor, nn
+
 from mpcompile.analysis.macs import Cost
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.ir.model import LayerPlan, Model
@@ -12,12 +14,13 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
     `dense` and `compressed` are the MACs of one image before and after compression, with the zeros of masks counted.
     """
     masks, patterns = {row.layer: row for row in lowered.masks}, model.patterns()
+    owners: dict[int, str] = {}  # the first layer of each weight
     names = dict.fromkeys([*(name for name, _ in model.layers()), *model.plan])
     rows = []
     for name in names:
         plan, mask, module = model.plan_of(name), masks.get(name), model.graph.get_submodule(name)
-        # MultiheadAttention has no parameter called "weight": its first matrix is taken.
-        weight = next(p for n, p in module.named_parameters() if n == "weight" or p.ndim > 1)
+        shape, identity = _weight_of(module)
+        owner = owners.setdefault(identity, name)
         left = compressed.layers.get(name)
         if left is not None and name in patterns:
             left *= patterns[name].density
@@ -25,7 +28,7 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
             LayerRow(
                 name=name,
                 kind=type(module).__name__,
-                shape=tuple(weight.shape),
+                shape=shape,
                 pattern=str(plan.pattern) if plan.mask is not None and plan.pattern else None,
                 density=1.0 if plan.mask is None else float(plan.mask.float().mean()),
                 macs=dense.layers.get(name),
@@ -38,9 +41,24 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
                 missed=plan.relative_error,
                 permuted=plan.permutation is not None,
                 unpermuted=plan.unpermuted,
+                shares_weight_with=None if owner == name else owner,
             )
         )
     return tuple(rows)
+
+
+def _weight_of(module: nn.Module) -> tuple[tuple[int, ...], int]:
+    """The shape of a module's weight, and a number that is equal for modules that share the weight.
+
+    MultiheadAttention has no attribute called `weight`: its first matrix is taken. A weight that a hook or a
+    parametrization computes is a new tensor at each access, so the module itself identifies it.
+    """
+    stored = module._parameters.get("weight")
+    computed = getattr(module, "weight", None)
+    if stored is None and isinstance(computed, Tensor):
+        return tuple(computed.shape), id(module)
+    weight = stored if stored is not None else next(p for p in module.parameters() if p.ndim > 1)
+    return tuple(weight.shape), id(weight)
 
 
 def _reason(plan: LayerPlan) -> str:

@@ -43,7 +43,8 @@ def location(row: LayerRow) -> Cell:
     """The weight and the axis of a layer's mask in the ONNX file, or the reason why the layer is dense."""
     if row.reason:
         return Cell(row.reason)
-    return Cell(f"{row.initializer}, groups on axis {row.axis}", file="model.onnx")
+    shared = f", shared with {row.shares_weight_with}" if row.shares_weight_with else ""
+    return Cell(f"{row.initializer}, groups on axis {row.axis}{shared}", file="model.onnx")
 
 
 def amplification(report: Report) -> Table:
@@ -119,7 +120,7 @@ def everything(report: Report) -> Table:
     rows = []
     for n, row in enumerate(report.layers):
         sigma, edge, spikes, _, distance, _ = fit(row, n)
-        verdict, certified = verdicts.get(row.name), shares.get(row.name)
+        verdict, certified = verdicts.get(row.shares_weight_with or row.name), shares.get(row.name)
         share = Cell()
         if report.certificate and certified is not None:
             value = report.certificate.layers[certified].share
@@ -148,7 +149,7 @@ def everything(report: Report) -> Table:
 def remarks(report: Report) -> tuple[tuple[str, ...], ...]:
     """For each layer, the reasons why its channels kept their order, it has no fit, or it runs on no sparse kernel."""
     verdicts = {row.layer: row for row in report.verdicts}
-    return tuple(_remarks(row, verdicts.get(row.name)) for row in report.layers)
+    return tuple(_remarks(row, verdicts.get(row.shares_weight_with or row.name)) for row in report.layers)
 
 
 def _remarks(row: LayerRow, verdict: LayerVerdict | None) -> tuple[str, ...]:

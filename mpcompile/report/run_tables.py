@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
 from mpcompile.report.table import Cell, Column, Table, columns, number
 
@@ -207,11 +208,12 @@ def budget(report: Report) -> Table:
     rows = []
     for pattern in dict.fromkeys(row.pattern for row in report.layers):
         chosen = [row for row in report.layers if row.pattern == pattern]
+        count = count_layers(chosen).layers
         before, after = (_total(getattr(row, key) for row in chosen) for key in ("macs", "macs_left"))
         rows.append(
             (
                 Cell(pattern or "dense"),
-                Cell(str(len(chosen)), float(len(chosen))),
+                Cell(str(count), float(count)),
                 Cell(f"{100 * before / report.cost.dense:.1f} %", before / report.cost.dense),
                 Cell(f"{100 * after / report.cost.dense:.1f} %", after / report.cost.dense),
             )

@@ -1,6 +1,5 @@
 """Report: the values of report.json. report.md and report.html are rendered from them (render.py)."""
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup, Timing
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.recipe.schema import Recipe
+from mpcompile.report.layer_counts import LayerCounts, count_layers
 from mpcompile.report.search_schema import Tuning
 
 
@@ -45,6 +45,7 @@ class LayerRow(Value):
     permuted: bool  # whether its input channels were reordered
     missed: float | None  # relative squared error of the refit on calibration images
     unpermuted: str | None  # why its channels were not reordered, if `permute` examined it
+    shares_weight_with: str | None = None  # the first layer with the same weight, if that is an earlier one
 
 
 class Parity(Value):
@@ -153,13 +154,17 @@ class Report(Value):
         """The layers that a permutation examined and did not reorder."""
         return [row for row in self.layers if row.unpermuted]
 
+    def counts(self) -> LayerCounts:
+        """The numbers of layers and weights; a weight that several layers share counts once."""
+        return count_layers(self.layers)
+
     def weights(self) -> int:
         """The number of weights of all layers."""
-        return sum(math.prod(row.shape) for row in self.layers)
+        return self.counts().weights
 
     def nonzero(self) -> int:
         """The number of weights of all layers that are kept."""
-        return sum(round(row.density * math.prod(row.shape)) for row in self.layers)
+        return self.counts().nonzero
 
 
 def report_schema() -> dict[str, Any]:

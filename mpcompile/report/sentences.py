@@ -1,12 +1,12 @@
 """Sentences of a report: the verdict, the proofs, the search for a recipe, and the command that reproduces it."""
 
 import shlex
-from collections import Counter
 
 from mpcompile.analysis.block_macs import Charged
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
+from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Latency, LayerRow, Report
 from mpcompile.report.search_schema import Tuning
 
@@ -35,24 +35,24 @@ def verdict_on(
         idle: why no engine of the target ran on this machine; None if one ran.
         certificate: what is proven on held-out images; None if there is no certificate.
     """
-    masked = [row for row in layers if row.pattern]
+    counts = count_layers(layers)
     sentences = [_speed(pair, full_baseline=pair is latency[0]) for pair in latency]
     if idle:
         sentences.append(f"No engine of the target {target} ran on this machine, so speed was not measured: {idle}.")
-    if masked:
-        patterns = ", ".join(
-            f"{count} at {pattern}" for pattern, count in Counter(row.pattern for row in masked).most_common()
-        )
+    if counts.masked:
+        patterns = ", ".join(f"{count} at {pattern}" for pattern, count in counts.patterns.items())
         sentences.append(
-            f"{len(masked)} of {len(layers)} layers are masked ({patterns}). Each mask was checked in the ONNX file, "
-            "along the axis that the product sums over."
+            f"{counts.masked} of {counts.layers} layers are masked ({patterns}). Each mask was checked in the ONNX "
+            "file, along the axis that the product sums over."
         )
+        if counts.shared:
+            sentences[-1] += " Layers that share a weight count as one."
     else:
-        sentences.append(f"None of the {len(layers)} layers is masked.")
+        sentences.append(f"None of the {counts.layers} layers is masked.")
     if verdicts:
         sentences.append(tally(verdicts))
     unknown = bool(idle) or any(row.chosen is None for row in verdicts)
-    if masked and not accelerated and not unknown:
+    if counts.masked and not accelerated and not unknown:
         why = "no sparse kernel was chosen" if verdicts else f"the target {target} has no kernels for these patterns"
         sentences.append(f"Masked layers run on dense kernels and save no time: {why}.")
     if any(cost.merged):
