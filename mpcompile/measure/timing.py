@@ -90,10 +90,10 @@ class Speedup:
     def describe(self, baseline: str) -> str:
         """The comparison with a baseline of this name as part of a sentence, with interval and number of rounds.
 
-        Unless `undecided`, the subject of the sentence is the engine, which the caller names.
+        Unless the conclusion is that the interval includes 1, the subject is the engine, which the caller names.
         """
         interval = f"interval {self.interval[0]:.2f} to {self.interval[1]:.2f}, {self.count} rounds"
-        if self.undecided:
+        if self.conclusion == "interval includes 1":
             return f"no significant difference from {baseline} was measured ({interval})"
         text = f"{self.ratio:.2f} times as fast as {baseline} ({interval})"
         if self.significant:
@@ -107,21 +107,22 @@ class Speedup:
         """What to write behind the ratio and its interval if the difference is not significant; otherwise empty."""
         if self.significant:
             return ""
-        return (
-            ", no significant difference"
-            if self.undecided
-            else f", not significant: overlaps 1 ± {100 * INDISTINCT:g} %"
-        )
+        if self.conclusion == "interval includes 1":
+            return ", no significant difference"
+        return f", not significant: overlaps 1 ± {100 * INDISTINCT:g} %"
 
 
 def conclusion_from(interval: tuple[float, float]) -> Conclusion:
-    """The conclusion that the 95 % interval of a ratio allows."""
+    """The conclusion that the 95 % interval of a ratio allows.
+
+    Whether it includes 1 is decided by its ends as they are shown, with 2 decimals: `0.99 to 1.00` includes 1.
+    """
     low, high = interval
     if low > 1 + INDISTINCT:
         return "faster"
     if high < 1 - INDISTINCT:
         return "slower"
-    return "interval includes 1" if low <= 1 <= high else "interval overlaps the 3 % band"
+    return "interval includes 1" if round(low, 2) <= 1 <= round(high, 2) else "interval overlaps the 3 % band"
 
 
 def sample(

@@ -89,7 +89,7 @@ def _speed(pair: Latency, full_baseline: bool) -> str:
     baseline = "the dense model"
     if full_baseline:
         baseline += f" in the same precision on the same target ({pair.dense.device})"
-    subject = "" if pair.speedup.undecided else "the compressed model is "
+    subject = "" if pair.speedup.conclusion == "interval includes 1" else "the compressed model is "
     return f"At batch {pair.dense.batch} {subject}{pair.speedup.describe(baseline)}."
 
 
