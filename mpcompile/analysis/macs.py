@@ -132,12 +132,12 @@ class _Counter(LayerInterpreter):
         self.layers[name] = self.layers.get(name, 0.0) + positions * layer.weight.numel()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def forward_hooks(self) -> Iterator[None]:
         """Also keeps hooks on each nn.MultiheadAttention: it uses its output projection without calling that layer."""
         whole = [(n, m) for n, m in self.module.named_modules() if isinstance(m, nn.MultiheadAttention)]
         handles = [module.register_forward_hook(partial(self._count_projection, name)) for name, module in whole]
         try:
-            with super().watching():
+            with super().forward_hooks():
                 yield
         finally:
             for handle in handles:
