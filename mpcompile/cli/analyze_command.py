@@ -10,12 +10,15 @@ from mpcompile.cli.app import Command, app
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.options import (
     AllowPickleOption,
+    AlphaOption,
     ArchArgOption,
     ArchOption,
     BudgetOption,
     CalibrationOption,
+    ClassesOption,
     DataOption,
     ExcludeOption,
+    ExifOption,
     IncludeOption,
     InputSizeOption,
     JsonOption,
@@ -28,6 +31,7 @@ from mpcompile.cli.options import (
     QuietOption,
     SeedOption,
     ShareRowsOption,
+    SkipBrokenOption,
     StdOption,
     TargetOption,
     VerboseOption,
@@ -52,6 +56,10 @@ def analyze_command(
     null: Annotated[bool, typer.Option(help="Fit each layer's shuffled entries too, which doubles the time.")] = True,
     calibration: CalibrationOption = None,
     seed: SeedOption = None,
+    classes: ClassesOption = None,
+    exif: ExifOption = None,
+    alpha: AlphaOption = None,
+    skip_broken: SkipBrokenOption = False,
     arch: ArchOption = None,
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
@@ -68,7 +76,7 @@ def analyze_command(
     configure_logging(verbose, quiet)
     from mpcompile.cli.tables import show_analysis
     from mpcompile.driver.analyze import analyze, budget_from
-    from mpcompile.recipe.schema import DataChoice
+    from mpcompile.recipe.schema import Recipe
 
     params = {
         "patterns": parse.patterns(pattern, target or "ort", macs, share_rows),
@@ -79,13 +87,20 @@ def analyze_command(
         "seed": seed,
     }
     step = budget_from({"null": null} | {k: v for k, v in params.items() if v})
-    choice = {"calibration": calibration, "seed": seed}
+    choice = {
+        "calibration": calibration,
+        "seed": seed,
+        "classes": str(classes) if classes else None,
+        "exif": exif,
+        "alpha": alpha,
+        "skip_broken": skip_broken or None,
+    }
     with progress(quiet or as_json) as observe:
         found = analyze(
             request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, mean, std, leaf),
             step,
             data=data,
-            choice=DataChoice.model_validate({k: v for k, v in choice.items() if v is not None}),
+            choice=Recipe.checked({"data": {k: v for k, v in choice.items() if v is not None}}, "options").data,
             plots=plots,
             observe=observe,
         )

@@ -39,6 +39,15 @@ REFITS: Mapping[str, str] = {
     "layer": "to the layer's own dense outputs",
     "none": "no refit",
 }
+EXIF: Mapping[str, str] = {
+    "apply": "turn images by their EXIF orientation",
+    "ignore": "read images as stored",
+}
+ALPHA: Mapping[str, str] = {
+    "drop": "keep the stored colour of transparent pixels",
+    "white": "put images on white",
+    "black": "put images on black",
+}
 PASSES: Mapping[str, str] = {
     "mp-budget": "plan a pattern for each layer",
     "permute": "reorder channels",

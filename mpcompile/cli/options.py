@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpcompile.cli.choices import SIGNALS, TARGETS, completion, listed
+from mpcompile.cli.choices import ALPHA, EXIF, SIGNALS, TARGETS, completion, listed
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A weights file, timm:NAME, or pkg.mod:factory.")]
 
@@ -154,6 +154,47 @@ TargetOption = Annotated[
 
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of images, or an .npz file.")]
+
+
+ClassesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes",
+        metavar="FILE",
+        help="File with the class folder of each output: one name a line, or JSON such as class_to_idx.json.",
+    ),
+]
+
+
+ExifOption = Annotated[
+    str | None,
+    typer.Option(
+        "--exif",
+        help=f"EXIF orientation of image files: {'; '.join(f'{name} ({text})' for name, text in EXIF.items())}. "
+        "[default: apply]",
+        autocompletion=completion(EXIF),
+    ),
+]
+
+
+AlphaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--alpha",
+        help=f"Transparency of image files: {'; '.join(f'{name} ({text})' for name, text in ALPHA.items())}. "
+        "[default: drop]",
+        autocompletion=completion(ALPHA),
+    ),
+]
+
+
+SkipBrokenOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken",
+        help="Leave out image files that cannot be read, and count them. Every file is read once first.",
+    ),
+]
 
 
 CalibrationOption = Annotated[

@@ -1,27 +1,32 @@
-"""Image files in a folder, with one subfolder per class; each is decoded when it is read."""
+"""Image files in folders: train and held-out splits, class folders, and files that are decoded when they are read."""
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mpcompile.data.class_file import IN_FOLDER, class_file_in, read_class_file
+from mpcompile.data.class_folders import LabelledImages, label_trees
+from mpcompile.data.class_names import ClassTable
+from mpcompile.data.image_tree import ImageTree, printable, read_tree, shown
 from mpcompile.data.images import MODES
+from mpcompile.data.picture import Reading, read_picture
+from mpcompile.data.split_folders import splits_in, without_wrappers
 from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 
-HELD_OUT_FOLDERS = ("val", "validation", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
 class FolderImages:
     """Image files after timm's evaluation transform: float32 tensors of the model's input size (c, h, w).
 
-    `labels` are indices of `names`, the class folders, or -1 if there are none. `mode` is PIL's colour mode. Reading
-    raises LoadError for a file that cannot be decoded.
+    `labels` are indices of the model's outputs, or -1 if they are not known. `classes` is the number of outputs, or 0
+    without labels. `names` are the class folders, `mode` is PIL's colour mode. Reading raises LoadError for a file that
+    cannot be decoded.
     """
 
     paths: tuple[Path, ...]
@@ -29,11 +34,8 @@ class FolderImages:
     names: tuple[str, ...]
     transform: Callable[[Any], Tensor]
     mode: str
-
-    @property
-    def classes(self) -> int:
-        """The number of class folders; 0 without labels."""
-        return len(self.names)
+    classes: int
+    reading: Reading = DEFAULT_READING
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -44,61 +46,66 @@ class FolderImages:
 
     def picture(self, index: int) -> tuple[Any, int]:
         """The image as a PIL image, without the transform, and its label."""
-        from PIL import Image
+        return read_picture(self.paths[index], self.mode, self.reading), self.labels[index]
 
-        path = self.paths[index]
-        if path.exists() and not path.is_file():  # reading a pipe may block, a device may never end
-            raise LoadError(f"{path} is a pipe or a device, not an image; remove it")
-        try:
-            with Image.open(path) as image:
-                return image.convert(self.mode), self.labels[index]
-        except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, DecompressionBombError …
-            raise LoadError(f"{path} is not an image that can be read ({error}); repair or remove it") from error
+    def only(self, kept: Sequence[bool]) -> "FolderImages":
+        """The set without the images for which `kept` is false."""
+        pairs = [(self.paths[index], self.labels[index]) for index, keep in enumerate(kept) if keep]
+        return replace(self, paths=tuple(path for path, _ in pairs), labels=tuple(label for _, label in pairs))
 
 
-def read_folders(root: Path, source: Source, notes: list[str]) -> tuple[FolderImages, FolderImages | None]:
-    """The images of `root/train` and of the held-out folder beside it; without `train`, all images of `root` and None.
+def read_folders(
+    root: Path, source: Source, outputs: int, class_file: Path | None, reading: Reading, notes: list[str]
+) -> tuple[FolderImages, FolderImages | None]:
+    """The images of the training folder and of the held-out folder; without both, all images and None.
 
-    `source` gives the preprocessing. Sentences for the report are appended to `notes`. Raises LoadError if there is no
-    held-out folder, no image, or a class that only one of the folders has.
+    `class_file` is the file of --classes. Sentences for the report are appended to `notes`. Raises LoadError.
     """
-    train = root / "train"
-    if not train.is_dir():
-        return _read_folder(root, source, notes), None
-    held_out = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), None)
-    if held_out is None:
-        raise LoadError(
-            f"{root} has train/ but no held-out folder; add one of {', '.join(f'{n}/' for n in HELD_OUT_FOLDERS)}"
-        )
-    splits = _read_folder(train, source, notes), _read_folder(held_out, source, [])
-    if splits[0].names != splits[1].names:
-        differ = sorted(set(splits[0].names) ^ set(splits[1].names))
-        raise LoadError(
-            f"{train} and {held_out} have different classes: only one of them has {', '.join(differ[:4])}; give "
-            "both the same class folders"
-        )
-    return splits
-
-
-def _read_folder(root: Path, source: Source, notes: list[str]) -> FolderImages:
-    """The images below `root`: one class per subfolder, or no labels if `root` itself holds the images."""
-    from timm.data import create_transform
-    from timm.data.readers.reader_image_folder import find_images_and_targets
-
     if source.size[0] not in MODES:
         raise LoadError(
             f"the model takes images of {source.size[0]} channels, and image files have 1 or 3; give an .npz file"
         )
-    _require_tree(root)
-    files, classes = find_images_and_targets(str(root), types=SUFFIXES)
-    others = sum(path.is_file() and path.suffix.lower() not in SUFFIXES for path in root.rglob("*"))
+    tree = without_wrappers(read_tree(root))
+    trees = _split_trees(tree, notes)
+    for part in trees:
+        _note_left_out(part, notes)
+    found = class_file or class_file_in(root) or class_file_in(tree.root)
+    table = ClassTable(read_class_file(found), printable(str(found))) if found else None
+    sets = [
+        _images(part, labelled, source, outputs, reading)
+        for part, labelled in zip(trees, label_trees(trees, outputs, table, source.labels, notes), strict=True)
+    ]
+    return sets[0], sets[1] if len(sets) == 2 else None
+
+
+def _split_trees(tree: ImageTree, notes: list[str]) -> list[ImageTree]:
+    """The tree of training images and that of held-out images, or only one tree. Raises LoadError."""
+    splits = splits_in(tree)
+    if splits is None:
+        return [tree]
+    if splits.held_out is None:
+        notes.append(f"there is only {splits.train}/: calibration, validation and held-out images are all from it")
+    elif splits.calibrates_on_held_out:
+        notes.append(f"there is no train/: calibration images are from {splits.train}/")
+    if splits.unused:
+        notes.append(f"{shown(f'{name}/' for name in splits.unused)} beside the splits was not used")
+    return [without_wrappers(tree.below(name)) for name in (splits.train, splits.held_out) if name is not None]
+
+
+def _note_left_out(tree: ImageTree, notes: list[str]) -> None:
+    """Appends notes about the files of a tree that are not read."""
+    others = [path for path in tree.others if path.name not in IN_FOLDER]
+    name = printable(tree.root.name)
     if others:
-        notes.append(f"{others} files in {root.name}/ were left out, since they have no suffix of an image file")
-    if list(classes) != sorted(classes):
-        notes.append("classes are numbered in timm's order, folder 2 before folder 10; torchvision puts 10 before 2")
-    if not files:
-        raise LoadError(f"{root} has no images; give a folder of images, or one with a subfolder for each class")
-    labelled = list(classes) != [""]
+        notes.append(f"{len(others)} files in {name}/ were left out, since their suffix is not that of an image")
+    if tree.hidden:
+        notes.append(f"hidden and system files and folders of {name}/ were left out: {shown(tree.hidden)}")
+
+
+def _images(tree: ImageTree, labelled: LabelledImages, source: Source, outputs: int, reading: Reading) -> FolderImages:
+    """The labelled images of a tree, with the preprocessing of the source."""
+    from timm.data import create_transform
+
     transform = create_transform(
         source.size,
         is_training=False,
@@ -108,20 +115,13 @@ def _read_folder(root: Path, source: Source, notes: list[str]) -> FolderImages:
         crop_pct=source.crop_pct,
         crop_mode=source.crop_mode,
     )
+    known = all(label >= 0 for label in labelled.labels)
     return FolderImages(
-        paths=tuple(Path(path) for path, _ in files),
-        labels=tuple(label if labelled else -1 for _, label in files),
-        names=tuple(classes) if labelled else (),
+        paths=tuple(tree.root / path for path in labelled.images),
+        labels=labelled.labels,
+        names=labelled.names,
         transform=transform,
         mode=MODES[source.size[0]],
+        classes=outputs if known else 0,
+        reading=reading,
     )
-
-
-def _require_tree(root: Path) -> None:
-    """Raises LoadError if a symbolic link leads back to a folder above it: timm would follow it some 40 times."""
-    top = root.resolve()
-    for folder, inner, _ in os.walk(root):
-        for name in inner:
-            link = Path(folder, name)
-            if link.is_symlink() and (top.is_relative_to(link.resolve()) or link.resolve() in link.absolute().parents):
-                raise LoadError(f"{root} contains a link to a folder above it: {link}; remove the link")

@@ -43,7 +43,17 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
     logits = dense(dense.example)
     outputs = logits.shape[1] if logits.ndim == 2 else 0  # outputs with more axes have no classes
     return load_data(
-        Path(data), dense.source, outputs, choice.calibration, choice.held_out, choice.seed, choice.validation
+        Path(data),
+        dense.source,
+        outputs,
+        choice.calibration,
+        choice.held_out,
+        choice.seed,
+        choice.validation,
+        classes=Path(choice.classes) if choice.classes is not None else None,
+        exif=choice.exif,
+        alpha=choice.alpha,
+        skip_broken=choice.skip_broken,
     )
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import build_architecture, call_factory, create_timm, is_factory
+from mpcompile.frontend.label_names import labels_beside
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.frontend.state_dict import load_state
 from mpcompile.frontend.weights_file import read, state_dict_in
@@ -94,7 +95,9 @@ def load(request: Request) -> Loaded:
         raise LoadError(f"{path} is a folder; name the file in it")
     if not path.is_file():
         raise LoadError(f"{path} is a pipe or a device; a model is a file, timm:NAME or pkg.mod:factory")
-    return _load_file(path, request)
+    loaded = _load_file(path, request)
+    labels = loaded.source.labels or labels_beside(path)
+    return replace(loaded, source=replace(loaded.source, labels=labels))
 
 
 def _load_file(path: Path, request: Request) -> Loaded:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mpcompile.errors import LoadError
+from mpcompile.frontend.label_names import labels_of
 from mpcompile.ir.model import Source
 
 
@@ -47,7 +48,7 @@ def _recorded(module: nn.Module, name: str, arch: str, sha256: str, arch_args: M
         values if len(values) == channels else (sum(values) / len(values),) * channels
         for values in (tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"])))
     )
-    labels = tuple((getattr(module, "pretrained_cfg", None) or {}).get("label_names") or ())
+    labels = labels_of(module)
     texts = {"interpolation": cfg["interpolation"], "crop_mode": cfg["crop_mode"]}
     for key, value in (*texts.items(), *(("label_names", label) for label in labels)):
         if not isinstance(value, str):

@@ -1,6 +1,7 @@
 """Hashes of a model, images, code and versions. A checkpoint is used only if all hashes of its inputs are unchanged."""
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -82,12 +83,13 @@ def images_key(split: Split) -> str:
         parts += [repr((images.mean.tolist(), images.std.tolist(), images.labels[indices].tolist()))]
         parts += [repr(indices), hashlib.sha256(np.ascontiguousarray(images.pixels).data).hexdigest()]
     elif isinstance(images, FolderImages):
-        parts += [ADDRESS.sub("", f"{images.transform!r} {images.mode}")]
+        parts += [ADDRESS.sub("", f"{images.transform!r} {images.mode} {images.reading!r}")]
         for index in order:
             path = images.paths[index]
             status = path.stat() if path.exists() else None  # the pass that reads a missing file raises the error
             version_of_file = (status.st_size, status.st_mtime_ns) if status else None
-            parts += [f"{path.parent.name}/{path.name} {images.labels[index]} {version_of_file}"]
+            # As bytes: a name may hold bytes that are not UTF-8.
+            parts += [os.fsencode(f"{path.parent.name}/{path.name} {images.labels[index]} {version_of_file}")]
     else:
         parts += [repr(order), _pixels_key(replace(split, order=order[:SAMPLED_IMAGES]))]
     return sha256(*parts)

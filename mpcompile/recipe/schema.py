@@ -68,12 +68,16 @@ def _batch(value: object) -> object:
 
 
 class DataChoice(Strict):
-    """The number of images for each purpose. `seed` decides which images are chosen."""
+    """How many images are used for what, and how folders of images are read. The seed decides which images."""
 
     calibration: Annotated[int, Field(ge=1)] = 256
     validation: Annotated[int, Field(ge=0)] = 256  # for passes that choose between results by a measured loss
     held_out: Annotated[int, Field(ge=1)] | None = None  # None: all
     seed: Annotated[int, Field(ge=0)] = 0
+    classes: str | None = None  # path of a file that gives the output of each class folder
+    exif: Literal["apply", "ignore"] = "apply"
+    alpha: Literal["drop", "white", "black"] = "drop"
+    skip_broken: bool = False
 
 
 class BenchOptions(Strict):
