@@ -13,6 +13,7 @@ from typer.main import get_command
 from mpcompile.cli import choices
 from mpcompile.cli.app import app
 from mpcompile.driver.run_plan import PASSES, RUNTIMES, known, recipe_schema
+from mpcompile.recipe.schema import DataChoice
 
 LARGE = ("torch", "onnx", "onnxruntime", "timm", "matplotlib", "scipy", "numpy", "yaml", "rich.progress")
 COMMANDS = ("analyze", "bench", "compile", "verify", "doctor", "passes", "schema")
@@ -65,6 +66,8 @@ def test_the_names_in_help_and_completion_are_those_of_the_code() -> None:
     assert set(choices.REFITS) == set(enum_of("nm-mask", "refit"))
     assert list(choices.SIGNALS) == enum_of("mp-budget", "signal")
     assert list(choices.PRECISIONS) == recipe_schema(known())["properties"]["precision"]["enum"]
+    images = DataChoice.model_json_schema()["properties"]
+    assert [list(choices.EXIF), list(choices.ALPHA)] == [images[key]["enum"] for key in ("exif", "alpha")]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,8 @@ def test_the_names_in_help_and_completion_are_those_of_the_code() -> None:
         ("refit", choices.REFITS),
         ("budget", choices.SIGNALS),
         ("precision", choices.PRECISIONS),
+        ("exif", choices.EXIF),
+        ("alpha", choices.ALPHA),
     ],
 )
 def test_help_lists_every_name_that_an_option_accepts(option: str, names: dict[str, str]) -> None:
