@@ -12,7 +12,7 @@ from mpcompile.data.class_file import read_class_file
 from mpcompile.data.class_names import ClassMatch, ClassTable, match_classes
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.ir.model import Source
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data
-from mpcompile.data.load_data import load_data
+from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.ir.model import Source
