@@ -48,6 +48,21 @@ ALPHA: Mapping[str, str] = {
     "white": "put images on white",
     "black": "put images on black",
 }
+PREPROCESSING: Mapping[str, str] = {
+    "imagenet": "ImageNet's mean and deviation, bicubic, centre crop of 0.875",
+    "cifar10": "CIFAR-10's mean and deviation, no crop",
+    "clip": "OpenAI CLIP's mean and deviation, bicubic",
+    "dinov2": "ImageNet's mean and deviation, bicubic, 256 for 224",
+}
+INTERPOLATIONS: Mapping[str, str] = {
+    "nearest": "nearest pixel",
+    "bilinear": "PIL's bilinear",
+    "bicubic": "PIL's bicubic",
+    "lanczos": "PIL's Lanczos",
+    "box": "PIL's box",
+    "hamming": "PIL's Hamming",
+}
+CHANNEL_ORDERS: Mapping[str, str] = {"rgb": "red, green, blue", "bgr": "blue, green, red, as OpenCV and Caffe"}
 PASSES: Mapping[str, str] = {
     "mp-budget": "plan a pattern for each layer",
     "permute": "reorder channels",

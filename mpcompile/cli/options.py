@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from mpcompile.cli.choices import ALPHA, EXIF, SIGNALS, TARGETS, completion, listed
+from mpcompile.cli.choices import (
+    ALPHA,
+    CHANNEL_ORDERS,
+    EXIF,
+    INTERPOLATIONS,
+    PREPROCESSING,
+    SIGNALS,
+    TARGETS,
+    completion,
+    listed,
+)
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A weights file, timm:NAME, or pkg.mod:factory.")]
 
@@ -52,6 +62,56 @@ MeanOption = Annotated[
 StdOption = Annotated[
     str | None,
     typer.Option("--std", metavar="S,S,S", help="Per-channel standard deviation of pixels scaled to [0, 1]."),
+]
+
+
+PreprocessOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        metavar="NAME",
+        help=f"Preprocessing of the images: {listed(PREPROCESSING)}; FILE.json; or torchvision:WEIGHTS. "
+        "The options below override it.",
+        autocompletion=completion(PREPROCESSING),
+    ),
+]
+
+
+ResizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resize",
+        metavar="N|HxW",
+        help="Resize images before the centre crop: the shorter side to N pixels, or both sides to HxW.",
+    ),
+]
+
+
+CropPctOption = Annotated[
+    float | None,
+    typer.Option(
+        "--crop-pct", help="Resize images to the input's size divided by this, such as 0.875, then crop the centre."
+    ),
+]
+
+
+InterpolationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--interpolation",
+        help=f"Interpolation of the resize: {listed(INTERPOLATIONS)}.",
+        autocompletion=completion(INTERPOLATIONS),
+    ),
+]
+
+
+ChannelOrderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--channel-order",
+        help=f"Order of the channels that the model takes: {listed(CHANNEL_ORDERS)}. --mean and --std follow it.",
+        autocompletion=completion(CHANNEL_ORDERS),
+    ),
 ]
 
 

@@ -21,6 +21,11 @@ def request_of(
     mean: str | None,
     std: str | None,
     leaf: list[str] | None,
+    preprocess: str | None = None,
+    resize: str | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    channel_order: str | None = None,
 ) -> "Request":
     """The model, its architecture and its preprocessing, as the options name them. Raises UsageError."""
     from mpcompile.frontend.load_model import Request
@@ -35,6 +40,11 @@ def request_of(
         mean=numbers(mean, "--mean"),
         std=numbers(std, "--std"),
         leaves=tuple(leaf or ()),
+        preprocess=preprocess,
+        resize=sides(resize),
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        channel_order=channel_order,
     )
 
 
@@ -73,6 +83,18 @@ def size(text: str | None) -> tuple[int, int, int] | None:
         raise UsageError(f"--input-size {text!r} is not CxHxW; give for example 3x224x224")
     channels, height, width = map(int, parts)
     return channels, height, width
+
+
+def sides(text: str | None) -> tuple[int, ...] | None:
+    """The pixels in `256` (of the shorter side) or `224x224` (height and width). Raises UsageError."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(
+        part.isdecimal() and part.isascii() and len(part) < 10 and int(part) for part in parts
+    ):
+        raise UsageError(f"--resize {text!r} is neither N nor HxW; give for example 256 or 224x224")
+    return tuple(map(int, parts))
 
 
 def numbers(text: str | None, option: str) -> tuple[float, ...] | None:

@@ -14,6 +14,7 @@ from mpcompile.data.image_tree import ImageTree, printable, read_tree, shown
 from mpcompile.data.images import MODES
 from mpcompile.data.picture import Reading, read_picture
 from mpcompile.data.split_folders import splits_in, without_wrappers
+from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 
@@ -22,7 +23,7 @@ DEFAULT_READING = Reading()
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files after timm's evaluation transform: float32 tensors of the model's input size (c, h, w).
+    """Image files after the evaluation transform of the model: float32 tensors of the model's input size (c, h, w).
 
     `labels` are indices of the model's outputs, or -1 if they are not known. `classes` is the number of outputs, or 0
     without labels. `names` are the class folders, `mode` is PIL's colour mode. Reading raises LoadError for a file that
@@ -104,23 +105,13 @@ def _note_left_out(tree: ImageTree, notes: list[str]) -> None:
 
 def _images(tree: ImageTree, labelled: LabelledImages, source: Source, outputs: int, reading: Reading) -> FolderImages:
     """The labelled images of a tree, with the preprocessing of the source."""
-    from timm.data import create_transform
-
-    transform = create_transform(
-        source.size,
-        is_training=False,
-        interpolation=source.interpolation,
-        mean=source.mean,
-        std=source.std,
-        crop_pct=source.crop_pct,
-        crop_mode=source.crop_mode,
-    )
+    transform = evaluation_transform(source)
     known = all(label >= 0 for label in labelled.labels)
     return FolderImages(
         paths=tuple(tree.root / path for path in labelled.images),
         labels=labelled.labels,
         names=labelled.names,
-        transform=transform,
+        transform=evaluation_transform(source),
         mode=MODES[source.size[0]],
         classes=outputs if known else 0,
         reading=reading,

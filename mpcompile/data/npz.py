@@ -21,7 +21,8 @@ from mpcompile.ir.model import Source
 class ArrayImages:
     """Images of an .npz file: uint8 pixels (n, h, w, c) of the model's input size, and labels (n,).
 
-    An image is read as (pixels / 255 - mean) / std, in float32 of shape (c, h, w).
+    An image is read as (pixels / 255 - mean) / std, in float32 of shape (c, h, w). If `channel_order` is "bgr", its
+    channels are reversed first.
     """
 
     pixels: NDArray[np.uint8]
@@ -29,12 +30,14 @@ class ArrayImages:
     classes: int
     mean: Tensor
     std: Tensor
+    channel_order: str = "rgb"
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = torch.from_numpy(self.pixels[index]).permute(2, 0, 1).float() / 255
+        image = image.flip(0) if self.channel_order == "bgr" else image
         return (image - self.mean[:, None, None]) / self.std[:, None, None], int(self.labels[index])
 
     def picture(self, index: int) -> tuple[Any, int]:
@@ -99,4 +102,5 @@ def _read_arrays(arrays: Mapping[str, NDArray[Any]], path: Path, split: str, sou
         raise LoadError(f"{path}: {names[1]} is {labels.dtype} {labels.shape}; it needs one class index ≥ 0 per image")
     if not len(pixels):
         raise LoadError(f"{path}: {names[0]} is empty")
-    return ArrayImages(pixels, labels, int(labels.max()) + 1, torch.tensor(source.mean), torch.tensor(source.std))
+    mean, std = torch.tensor(source.mean), torch.tensor(source.std)
+    return ArrayImages(pixels, labels, int(labels.max()) + 1, mean, std, source.channel_order)

@@ -88,6 +88,7 @@ class ModelAnalysis(Value):
     planned_weight_bytes: float  # packed
     layers: tuple[LayerAnalysis, ...]
     forecasts: tuple[Forecast, ...]
+    notes: tuple[str, ...] = ()  # about the images
 
 
 def analyze(
@@ -140,6 +141,7 @@ def _analysis(
     return ModelAnalysis(
         version=version("mpcompile"),
         model=loaded.source,
+        notes=images.notes,
         environment=environment({name: version(name) for name in ("torch", "numpy", "scipy")}, "cpu"),
         signal=budget.signal,
         dense_macs=counted.macs,

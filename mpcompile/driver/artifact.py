@@ -25,6 +25,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from mpcompile.data.transform import Transform, evaluation_transform
 from mpcompile.driver.load_artifact import Engine, OrtEngine, Runtime, module_of, onnx_engine, target_engine
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
@@ -95,6 +96,10 @@ class Artifact:
         """The path of the dense ONNX file, in the same precision."""
         return self.folder / DENSE
 
+    def transform(self) -> Transform:
+        """The preprocessing that the model was compiled with: PIL image in RGB or L -> float32 (c, h, w)."""
+        return evaluation_transform(self.report.model)
+
     def exported(self, file: Path, masks: tuple[ProvenMask, ...] = ()) -> Exported:
         """`onnx` or `dense_onnx` with the facts that a runtime needs; `masks` are those that `verify` returned."""
         recipe, source = self.report.recipe, self.report.model
@@ -154,7 +159,7 @@ class Artifact:
         and `allow_factory` are used as above if the target runs the graph and not a file (`eager`).
 
         The last two forms take images (b, c, h, w) and return logits (b, outputs), NumPy arrays of float32. Images have
-        to be normalised with `report.model.mean` and `.std`. Raises a MpcompileError; RuntimeMissing names the package
+        to be preprocessed by `transform()`. Raises a MpcompileError; RuntimeMissing names the package
         to install.
         """
         arguments: dict[str, object] = {"model": model, "allow_factory": allow_factory, "runtime": runtime}

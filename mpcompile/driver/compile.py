@@ -254,4 +254,5 @@ def preview(
         "recipe": recipe.model_dump(mode="json"),
         "stages": stages(recipe),
         "layers": rows,
+        "notes": list(images.notes),
     }

@@ -1,5 +1,6 @@
 """Loads the inputs of a run, a model and images, which are given by a path or in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +9,7 @@ from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
-from mpcompile.frontend.preprocessing import source_of
+from mpcompile.frontend.preprocessing import assumption, source_of
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice
@@ -42,8 +43,9 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
         return data
     logits = dense(dense.example)
     outputs = logits.shape[1] if logits.ndim == 2 else 0  # outputs with more axes have no classes
-    return load_data(
-        Path(data),
+    path = Path(data)
+    images = load_data(
+        path,
         dense.source,
         outputs,
         choice.calibration,
@@ -55,6 +57,8 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
         alpha=choice.alpha,
         skip_broken=choice.skip_broken,
     )
+    assumed = assumption(dense.source, pixels_only=path.is_file())
+    return replace(images, notes=(*images.notes, assumed)) if assumed else images
 
 
 def decoded_for(data: Data, dense: Model, output_bytes: int) -> Data:

@@ -13,7 +13,6 @@ A file's content, not its suffix, decides its format. Accepted:
 import argparse
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from torch import nn
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import build_architecture, call_factory, create_timm, is_factory
 from mpcompile.frontend.label_names import labels_beside
-from mpcompile.frontend.preprocessing import source_of
+from mpcompile.frontend.preprocessing import ASSUMABLE, Preprocessing, check_asked, source_of, with_preprocessing
+from mpcompile.frontend.presets import preset_named
 from mpcompile.frontend.state_dict import load_state
 from mpcompile.frontend.weights_file import read, state_dict_in
 from mpcompile.ir.model import Source
@@ -32,7 +32,6 @@ from mpcompile.system.hashing import file_sha256, state_sha256
 
 log = logging.getLogger(__name__)
 
-LARGEST_SIDE = 65536  # pixels
 NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model that name files
 
 
@@ -50,6 +49,9 @@ class Request:
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1].
         leaves: qualified names of modules that capture keeps whole.
+        interpolation, crop_pct, resize, channel_order: override the recorded preprocessing. `resize` is in pixels: of the
+            shorter side, or (height, width).
+        preprocess: name of a preset (mpcompile/frontend/presets.py), which completes the other options.
     """
 
     model: str
@@ -61,6 +63,19 @@ class Request:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     leaves: tuple[str, ...] = ()
+    preprocess: str | None = None
+    resize: tuple[int, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    channel_order: str | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing that the options ask for, without that of the preset."""
+        return Preprocessing(
+            self.input_size, self.mean, self.std, self.interpolation, self.crop_pct, None, self.resize,
+            self.channel_order,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,9 @@ class Loaded:
 
 def load(request: Request) -> Loaded:
     """Loads the requested model, in evaluation mode. Raises LoadError or UsageError."""
+    check_asked(request.preprocessing)
+    if request.preprocess is not None:
+        preset_named(request.preprocess)  # before the weights are read
     if request.model.startswith("timm:"):
         name = request.model.removeprefix("timm:")
         module = create_timm(name, request.arch_args, pretrained=request.pretrained)
@@ -127,7 +145,10 @@ def _load_file(path: Path, request: Request) -> Loaded:
     state = state_dict_in(content, path)
     module = build_architecture(arch, arch_args, state, pretrained_cfg)
     load_state(module, state, path, arch)
-    return _finish(module, request, arch=arch, sha256=sha256, arch_args=arch_args)
+    record = pretrained_cfg if pretrained_cfg is not None else _timm_training_preprocessing(content.get("args"))
+    return _finish(
+        module, request, arch=arch, sha256=sha256, arch_args=arch_args, record=record, published=pretrained_cfg is None
+    )
 
 
 def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:
@@ -173,29 +194,26 @@ def _timm_training_args(args: object) -> dict[str, Any]:
     return {**{k: v for k, v in found.items() if v is not None}, **(more if isinstance(more, Mapping) else {})}
 
 
+def _timm_training_preprocessing(args: object) -> dict[str, Any]:
+    """Preprocessing in the command line that a timm training checkpoint holds, by timm's keys."""
+    options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    return {key: options[key] for key in ASSUMABLE if options.get(key) is not None}
+
+
 def _finish(
-    module: nn.Module, request: Request, *, arch: str, sha256: str, arch_args: Mapping[str, Any] | None = None
+    module: nn.Module,
+    request: Request,
+    *,
+    arch: str,
+    sha256: str,
+    arch_args: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    published: bool = False,
 ) -> Loaded:
     """The module with its Source; options of the request override recorded preprocessing. Raises UsageError."""
     args = arch_args or request.arch_args
-    source = source_of(module, name=request.model, arch=arch, sha256=sha256, arch_args=args)
-    source = replace(
-        source,
-        size=request.input_size or source.size,
-        mean=request.mean or source.mean,
-        std=request.std or source.std,
+    source = source_of(
+        module, name=request.model, arch=arch, sha256=sha256, arch_args=args, record=record, published=published
     )
-    if not all(isinstance(side, int) and 0 < side <= LARGEST_SIDE for side in source.size):
-        raise UsageError(
-            f"images of {source.size} (channels, height, width): each is 1 to {LARGEST_SIDE:,} (--input-size)"
-        )
-    if not all(map(math.isfinite, source.mean + source.std)) or min(source.std) <= 0:
-        raise UsageError(
-            f"means {source.mean} and standard deviations {source.std} must be finite, and standard deviations above 0"
-        )
-    if not len(source.mean) == len(source.std) == source.size[0]:
-        raise UsageError(
-            f"images of {source.size[0]} channels need as many means and standard deviations; there are "
-            f"{len(source.mean)} and {len(source.std)} (--mean, --std)"
-        )
-    return Loaded(module.eval(), source)
+    preset = None if request.preprocess is None else preset_named(request.preprocess)
+    return Loaded(module.eval(), with_preprocessing(source, request.preprocessing, preset, request.preprocess))

@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.results import Certificate, Epoch, Spectrum
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
@@ -36,6 +38,9 @@ class Source:
     if a module was passed. `size` is (channels, height, width). `mean` and `std` are per channel, for pixels in [0, 1].
     `interpolation`, `crop_pct` and `crop_mode` are those of timm's evaluation transform. `labels` are the class names;
     empty if unknown.
+    `mean` and `std` are in the order of channels that the model takes. `preprocessing` says where the values come from:
+    "recorded" in the model, "assumed" (ImageNet's), "architecture" (timm's configuration of `arch`, where the weights
+    come from another file), or the value of --preprocess.
     """
 
     name: str
@@ -49,6 +54,11 @@ class Source:
     crop_mode: str = "center"
     labels: tuple[str, ...] = ()
     arch_args: Mapping[str, Any] | None = None  # arguments that `arch` was built with; None if it cannot be rebuilt
+    resize: tuple[int, ...] | None = None  # pixels of the shorter side, or (height, width); replaces crop_pct
+    keep_exact: bool = False  # whether images that already have the input's size are neither resized nor cropped
+    channel_order: str = "rgb"  # or "bgr"
+    preprocessing: str = "recorded"
+    assumed: tuple[str, ...] = ()  # fields that are neither recorded nor given
 
 
 @dataclass(frozen=True, slots=True)

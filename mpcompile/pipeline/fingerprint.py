@@ -39,8 +39,8 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
 
 def structure_of(model: Model) -> str:
     """The hash of a model without its values: nodes, modules, tied weights, dtypes, shapes, source and example."""
-    # Without the source's name: one file has several paths, and the weights are hashed elsewhere.
-    lines = [f"{sha256_of(model.example)} {replace(model.source, name='')!r}"]
+    # Without the names of files, which have several paths: weights are hashed elsewhere, preprocessing by its values.
+    lines = [f"{sha256_of(model.example)} {replace(model.source, name='', preprocessing='')!r}"]
     for node in model.graph.graph.nodes:
         target = node.target
         if callable(target):
@@ -80,7 +80,8 @@ def images_key(split: Split) -> str:
     parts: list[str | bytes] = [repr((split.labelled, images.classes, len(order)))]
     if isinstance(images, ArrayImages):
         indices = list(order)
-        parts += [repr((images.mean.tolist(), images.std.tolist(), images.labels[indices].tolist()))]
+        parts += [repr((images.mean.tolist(), images.std.tolist(), images.channel_order))]
+        parts += [repr(images.labels[indices].tolist())]
         parts += [repr(indices), hashlib.sha256(np.ascontiguousarray(images.pixels).data).hexdigest()]
     elif isinstance(images, FolderImages):
         parts += [ADDRESS.sub("", f"{images.transform!r} {images.mode} {images.reading!r}")]

@@ -8,6 +8,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mpcompile.data.images import MODES, Split
+from mpcompile.data.transform import in_channel_order
 from mpcompile.ir.model import Source
 from mpcompile.system.distributed import ProcessRank
 
@@ -47,6 +49,11 @@ class Augmentation:
 
 def training_transform(augmentation: Augmentation, source: Source) -> Callable[[Any], Tensor]:
     """Timm's training transform with the preprocessing of a source: PIL image -> tensor (c, h, w)."""
+    return in_channel_order(source, partial(_rgb_training_transform, augmentation))
+
+
+def _rgb_training_transform(augmentation: Augmentation, source: Source) -> Callable[[Any], Tensor]:
+    """The training transform for a model that takes RGB."""
     from timm.data import create_transform
 
     transform: Callable[[Any], Tensor] = create_transform(

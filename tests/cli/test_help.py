@@ -80,6 +80,9 @@ def test_the_names_in_help_and_completion_are_those_of_the_code() -> None:
         ("precision", choices.PRECISIONS),
         ("exif", choices.EXIF),
         ("alpha", choices.ALPHA),
+        ("preprocess", choices.PREPROCESSING),
+        ("interpolation", choices.INTERPOLATIONS),
+        ("channel_order", choices.CHANNEL_ORDERS),
     ],
 )
 def test_help_lists_every_name_that_an_option_accepts(option: str, names: dict[str, str]) -> None:

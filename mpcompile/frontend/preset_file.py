@@ -1,0 +1,155 @@
+"""Preprocessing in a JSON file: by the names of Source, by timm's, or a Hugging Face `preprocessor_config.json`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpcompile.errors import MpcompileError, UsageError
+from mpcompile.frontend.preprocessing import Preprocessing, check_asked
+
+MAX_BYTES = 1_000_000
+KEYS = ("size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "resize", "channel_order")
+CROP_MODES = ("center", "squash", "border")
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+# Keys of Hugging Face files that begin with do_ and change pixels in a way that is understood, or not at all.
+UNDERSTOOD = {
+    "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_flip_channel_order", "do_convert_rgb",
+    "do_reduce_labels",
+}  # fmt: skip
+# Image processors that read a size of one number as the shorter side; the others in SQUARE resize both sides to it.
+SHORTER_SIDE = ("CLIP", "ChineseCLIP", "ConvNext", "MobileNetV1", "MobileNetV2", "PoolFormer", "Bit")
+SQUARE = ("ViT", "DeiT", "Beit", "Siglip", "Swin2SR", "EfficientNet", "Blip")
+
+
+def read_preset(path: Path) -> Preprocessing:
+    """The preprocessing in a JSON file. Raises a UsageError that says what it cannot use."""
+    try:
+        if not path.is_file():
+            raise UsageError(
+                f"--preprocess {path}: there is no such file; give a .json file, or a name such as imagenet"
+            )
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"--preprocess {path} has more than {MAX_BYTES:,} bytes; give a preprocessor_config.json")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--preprocess {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--preprocess {path} holds {type(content).__name__}; needed is a mapping with mean and std")
+    try:
+        found = _read(content)
+        check_asked(found)
+    except MpcompileError as error:
+        raise UsageError(f"--preprocess {path}: {error}") from error
+    except Exception as error:  # a value of another type than its key needs
+        raise UsageError(
+            f"--preprocess {path} has a value of the wrong type: {type(error).__name__}: {error}"
+        ) from error
+    return found
+
+
+def _read(content: Mapping[str, Any]) -> Preprocessing:
+    if isinstance(content.get("pretrained_cfg"), dict):  # timm's config.json
+        return _of_timm(content["pretrained_cfg"])
+    if "image_mean" in content or any(key.startswith("do_") for key in content):
+        return _of_hugging_face(content)
+    if "input_size" in content:
+        return _of_timm(content)
+    unknown = sorted(content.keys() - set(KEYS))
+    if unknown or not content:
+        raise UsageError(f"the keys {', '.join(unknown) or 'are missing'}; needed are some of {', '.join(KEYS)}")
+    return _of_timm({**content, "input_size": content.get("size")})
+
+
+def _of_timm(content: Mapping[str, Any]) -> Preprocessing:
+    """Preprocessing by timm's keys; `resize` and `channel_order` as in Source."""
+    size, resize, crop_pct = (content.get(key) for key in ("input_size", "resize", "crop_pct"))
+    crop_mode = content.get("crop_mode")
+    if crop_mode is not None and crop_mode not in CROP_MODES:
+        raise UsageError(f"crop_mode is {crop_mode!r}; needed is one of {', '.join(CROP_MODES)}")
+    if size is not None and not (len(size) == 3 and all(isinstance(side, int) for side in size)):
+        raise UsageError(f"the size is {size}; needed are channels, height and width, such as [3, 224, 224]")
+    return Preprocessing(
+        size=None if size is None else (size[0], size[1], size[2]),
+        mean=_numbers(content.get("mean")),
+        std=_numbers(content.get("std")),
+        interpolation=_text(content.get("interpolation")),
+        crop_pct=None if crop_pct is None else float(crop_pct),
+        crop_mode=crop_mode,
+        resize=None if resize is None else (resize,) if isinstance(resize, int) else tuple(map(int, resize)),
+        channel_order=_text(content.get("channel_order")),
+    )
+
+
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, [values] if isinstance(values, int | float) else values))
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _of_hugging_face(content: Mapping[str, Any]) -> Preprocessing:
+    """Preprocessing of a `preprocessor_config.json`, with transformers' rules. Raises UsageError."""
+    others = [key for key, value in content.items() if key.startswith("do_") and value and key not in UNDERSTOOD]
+    others += [key for key in ("rescale_offset", "include_top") if content.get(key)]  # EfficientNet's second scaling
+    if others:
+        raise UsageError(f"{', '.join(others)} is not supported; give the values by --mean, --std, --resize")
+    # (factor * pixel - mean) / std for pixels of 0 to 255, written for pixels of 0 to 1
+    factor = 255 * float(content.get("rescale_factor", 1 / 255)) if content.get("do_rescale", True) else 255.0
+    factor = 1.0 if abs(factor - 1) < 1e-6 else factor
+    mean, std = _numbers(content.get("image_mean")), _numbers(content.get("image_std"))
+    if not content.get("do_normalize", mean is not None):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    if mean is None or std is None:
+        raise UsageError("image_mean and image_std are missing; give them, or do_normalize: false")
+    resample = content.get("resample", 2)
+    if resample not in RESAMPLE:
+        raise UsageError(f"resample is {resample!r}; needed is one of PIL's numbers 0 to 5")
+    resize = _resized(content) if content.get("do_resize", True) else None
+    crop = _sides(content["crop_size"]) if content.get("crop_size") and content.get("do_center_crop", True) else None
+    inner = crop or (None if resize is None else resize if len(resize) == 2 else resize * 2)
+    if content.get("crop_pct") and resize is not None:  # ConvNext: the size is that after cropping
+        side = resize[0]
+        resize = (int(side / float(content["crop_pct"])),) if side < 384 else (side, side)
+        inner = (side, side)
+    return Preprocessing(
+        size=None if inner is None else (3, inner[0], inner[1]),
+        mean=tuple(value / factor for value in mean),
+        std=tuple(value / factor for value in std),
+        interpolation=RESAMPLE[resample],
+        resize=resize,
+        crop_pct=1.0 if resize is None else None,
+        crop_mode="center" if resize is None else None,
+        channel_order="bgr" if content.get("do_flip_channel_order") else "rgb",
+    )
+
+
+def _resized(content: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The pixels that images are resized to: of the shorter side, or (height, width). Raises UsageError."""
+    size = content.get("size")
+    if size is None:
+        return None
+    if isinstance(size, Mapping) and "shortest_edge" in size and "longest_edge" not in size:
+        return (int(size["shortest_edge"]),)
+    if isinstance(size, int):
+        kind = str(content.get("image_processor_type") or content.get("feature_extractor_type") or "")
+        if kind.startswith(SHORTER_SIDE):
+            return (size,)
+        if not kind.startswith(SQUARE):
+            raise UsageError(
+                f"size {size} is of the shorter side or of both, and {kind or 'no image_processor_type'} does not "
+                f'say which; write {{"shortest_edge": {size}}} or {{"height": {size}, "width": {size}}}'
+            )
+    return _sides(size)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width in a size of one number, two numbers, or a mapping. Raises UsageError."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Mapping) and {"height", "width"} <= size.keys():
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, list) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    raise UsageError(f"the size {size} is not understood; needed are height and width, or shortest_edge")
