@@ -4,12 +4,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mpcompile.cli.app import Command, app
-from mpcompile.cli.options import FolderArgument, JsonOption, QuietOption
+from mpcompile.cli.console import configure_logging, progress
+from mpcompile.cli.options import (
+    AllowPickleOption,
+    ArchArgOption,
+    ArchOption,
+    FolderArgument,
+    InputSizeOption,
+    JsonOption,
+    LeafOption,
+    PreprocessOption,
+    PretrainedOption,
+    QuietOption,
+)
+from mpcompile.cli.parse import request_of
+from mpcompile.errors import UsageError
 
 
 class Schema(StrEnum):
@@ -47,16 +62,49 @@ def verify(
 
 
 @app.command(cls=Command)
-def doctor(as_json: JsonOption = False) -> None:
-    """Show what works on this machine, what is missing, and how to install it."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="With --data: a weights file, timm:NAME, or pkg.mod:factory."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Labelled images. Try the usual preprocessings of MODEL on up to 200 of them."),
+    ] = None,
+    arch: ArchOption = None,
+    arch_arg: ArchArgOption = None,
+    pretrained: PretrainedOption = False,
+    allow_pickle: AllowPickleOption = False,
+    input_size: InputSizeOption = None,
+    preprocess: PreprocessOption = None,
+    leaf: LeafOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what works on this machine, or which preprocessing of images gives MODEL its accuracy."""
+    configure_logging(0, quiet)
+    if (model is None) != (data is None):
+        raise UsageError("doctor tries preprocessings with a model and images; give both MODEL and --data, or neither")
+    if model is not None and data is not None:
+        from mpcompile.cli.tables import show_trials
+        from mpcompile.driver.preprocessing_trials import try_preprocessings
+
+        request = request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, None, None, leaf, preprocess)
+        with progress(quiet or as_json) as observe:
+            trials = try_preprocessings(request, data, observe)
+        if as_json:
+            typer.echo(json.dumps(asdict(trials), indent=2))
+        elif not quiet:
+            show_trials(trials)
+        return
     from mpcompile.cli.tables import show_findings
     from mpcompile.driver.doctor import examine
 
     findings = examine()
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-        return
-    show_findings(findings)
+    elif not quiet:
+        show_findings(findings)
 
 
 @app.command(cls=Command)

@@ -16,6 +16,7 @@ from rich.table import Table
 from mpcompile.driver.analyze import Forecast, ModelAnalysis
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
+from mpcompile.driver.preprocessing_trials import PreprocessingTrials
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BenchReport
 from mpcompile.report.run_tables import summary
@@ -84,6 +85,8 @@ def show_analysis(found: ModelAnalysis) -> None:
         f"({found.planned_macs / found.dense_macs:.1%}) if every planned pattern has a kernel. Weights: "
         f"{found.dense_weight_bytes / 1e6:.1f} MB; {found.planned_weight_bytes / 1e6:.1f} MB packed."
     )
+    for note in found.notes:
+        console.print(f"Note: {note}.")
     for forecast in found.forecasts:
         console.print(f"Target {forecast.target} {_forecast_text(forecast)}.")
 
@@ -124,6 +127,19 @@ def show_findings(findings: Sequence[Finding]) -> None:
     _console().print(table)
 
 
+def show_trials(found: PreprocessingTrials) -> None:
+    """Prints the accuracy of each preprocessing, best first, the options for it, and the conclusion."""
+    console = _console()
+    table = Table(title=f"Top-1 of the dense model on {found.images} images", title_justify="left")
+    table.add_column("top-1", justify="right")
+    for name in ("preprocessing", "options"):
+        table.add_column(name, overflow="fold")
+    for row in found.trials:
+        table.add_row(f"{row.top1:.1%}", row.name, row.options)
+    console.print(table)
+    console.print(f"{found.conclusion[0].upper()}{found.conclusion[1:]}.", soft_wrap=True)
+
+
 def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
     """Prints the recipe, the stages and the plan of each layer: the result of `--dry-run`."""
     if as_json:
@@ -133,6 +149,8 @@ def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
     typer.echo(f"\nstages: {', '.join(plan['stages'])}\n")
     for row in plan["layers"]:
         typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
+    for note in plan["notes"]:
+        typer.echo(f"Note: {note}.")
     layers = [row for row in plan["layers"] if row["shares_weight_with"] is None]  # each weight once
     masked = sum(row["pattern"] is not None for row in layers)
     typer.echo(f"\n{masked} of {len(layers)} layers would be masked; no model was written")

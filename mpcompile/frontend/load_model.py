@@ -49,8 +49,8 @@ class Request:
         mean: per channel, for pixels in [0, 1].
         std: per channel, for pixels in [0, 1].
         leaves: qualified names of modules that capture keeps whole.
-        interpolation, crop_pct, resize, channel_order: override the recorded preprocessing. `resize` is in pixels: of the
-            shorter side, or (height, width).
+        interpolation, crop_pct, resize, channel_order: override the recorded preprocessing. `resize` is in pixels: of
+            the shorter side, or (height, width).
         preprocess: name of a preset (mpcompile/frontend/presets.py), which completes the other options.
     """
 
