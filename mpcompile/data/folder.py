@@ -105,7 +105,6 @@ def _note_left_out(tree: ImageTree, notes: list[str]) -> None:
 
 def _images(tree: ImageTree, labelled: LabelledImages, source: Source, outputs: int, reading: Reading) -> FolderImages:
     """The labelled images of a tree, with the preprocessing of the source."""
-    transform = evaluation_transform(source)
     known = all(label >= 0 for label in labelled.labels)
     return FolderImages(
         paths=tuple(tree.root / path for path in labelled.images),

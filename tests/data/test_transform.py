@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mpcompile.data.load_data import load_data
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from mpcompile.data.loading import load_data
 from mpcompile.data.npz import ArrayImages
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
