@@ -1,12 +1,13 @@
 """Certificates: what is proven about the compressed model's predictions, on images that no other pass has seen.
 
 Let z(s) and z′(s) be the logits of the dense and the compressed model for an image s. The shift is ‖z − z′‖∞. The
-margin Δ(s) is the dense model's largest logit minus its second largest.
+margin Δ(s) is the dense model's largest logit minus its second largest. For decisions by a threshold t on each output
+(mpcompile/ir/head.py) it is 2 min_k |z_k(s) − t|, since a decision changes only if one output crosses t.
 
-- **One image.** If Δ(s) > 2 ‖z(s) − z′(s)‖∞, the prediction is the same: no other logit can have become the largest
-  (Berlyand et al., arXiv 2606.02608, margin corollary, with a measured shift in place of a bound). This is a theorem.
-  On an image that both models have run on, a comparison of the predictions shows the same; the theorem adds how large
-  the safety margin is.
+- **One image.** If Δ(s) > 2 ‖z(s) − z′(s)‖∞, the prediction is the same: no other logit can have become the largest,
+  and none can have crossed the threshold (Berlyand et al., arXiv 2606.02608, margin corollary, with a measured shift in
+  place of a bound). This is a theorem. On an image that both models have run on, a comparison of the predictions shows
+  the same; the theorem adds how large the safety margin is.
 - **Unseen images.** Suppose the n held-out images are drawn from the same distribution as future ones, and k
   predictions agree. Then with 95 % confidence the models agree on at least the Clopper–Pearson share: the p at which
   P(Binomial(n, p) ≥ k) = 5 %. This says nothing about images from other distributions.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
+from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
@@ -73,21 +75,22 @@ class Certify:
     def __call__(self, model: Model, data: Data) -> Model:
         """The same model with its certificate; without one if there are no held-out images or no earlier lossy pass.
 
-        Raises PassError if the outputs are not logits of two or more classes.
+        Raises PassError if the outputs are not one row for each image.
         """
         if model.dense is None or not len(data.held_out):
             return model
         with torch.no_grad():
             before, after = outputs_of(model.dense, data.held_out), outputs_of(model.graph, data.held_out)
-            if before.ndim != 2 or before.shape[1] < 2:
+            if before.ndim != 2:
                 raise PassError(
-                    f"an output has shape {tuple(before.shape[1:])}; certify needs 2 or more logits, so leave it out"
+                    f"an output has shape {tuple(before.shape[1:])}; certify needs one row of logits for each image; "
+                    "leave it out"
                 )
             errors = output_errors(model, data.held_out)
         some = replace(data.held_out, order=data.held_out.order[: self.attribute])
         shares = attribution(model, some) if self.attribute else {}
         layers = tuple(self._layer(model, name, error, shares.get(name, 0.0)) for name, error in errors.items())
-        logits_only = certificate(before, after, self.confidence)
+        logits_only = certificate(before, after, self.confidence, head_for(model.head, before))
         return replace(model, certificate=replace(logits_only, explained=sum(shares.values(), 0.0), layers=layers))
 
     def _layer(self, model: Model, name: str, error: Tensor, share: float) -> LayerCertificate:
@@ -101,33 +104,29 @@ class Certify:
         return LayerCertificate(name, float(error.mean()), float(error.max()), share, critical)
 
 
-def certificate(before: Tensor, after: Tensor, confidence: float) -> Certificate:
-    """The certificate from dense and compressed logits, each (images, classes); it has no attribution and no layers."""
-    agreeing = int((before.argmax(1) == after.argmax(1)).sum())
-    shift = shift_of(before, after)
+def certificate(before: Tensor, after: Tensor, confidence: float, head: Head | None = None) -> Certificate:
+    """The certificate from dense and compressed logits, each (images, outputs); no attribution, no layers."""
+    head = head_for(head, before)
+    agreeing = int(head.same(before, after).sum())
+    shift, margin = shift_of(before, after), head.margin(before)
     return Certificate(
         images=len(before),
         agreeing=agreeing,
-        proven=int(unchanged(before, after).sum()),
+        proven=int(unchanged(before, after, head).sum()),
         agreement_bound=lower_bound(agreeing, len(before), confidence),
         confidence=confidence,
         shift_mean=float(shift.mean()),
         shift_max=float(shift.max()),
-        margin_median=float(margin_of(before).median()),
+        margin_median=float((2 * margin if head.kind == "softmax" else margin).median()),
         explained=0.0,
         layers=(),
+        head=head.kind,
     )
 
 
-def unchanged(before: Tensor, after: Tensor) -> Tensor:
-    """For each row of logits, whether the dense margin exceeds twice the shift, which proves the same argmax."""
-    return margin_of(before) > 2 * shift_of(before, after)
-
-
-def margin_of(logits: Tensor) -> Tensor:
-    """Each row's largest logit minus its second largest, in float64."""
-    top = logits.double().topk(2, dim=1).values
-    return top[:, 0] - top[:, 1]
+def unchanged(before: Tensor, after: Tensor, head: Head | None = None) -> Tensor:
+    """For each row of logits, whether the shift is below the change that the decision needs, which proves it."""
+    return head_for(head, before).margin(before) > shift_of(before, after)
 
 
 def shift_of(before: Tensor, after: Tensor) -> Tensor:

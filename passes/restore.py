@@ -29,6 +29,7 @@ from mpcompile.analysis.eligibility import graph_positions, reason_incompatible,
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
+from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.dense_comparison import attribution, dense_layer, outputs_of
@@ -50,9 +51,10 @@ class Restore:
     If merged tokens lose more than the masks, fewer tokens are merged instead.
 
     Args:
-        max_drop: limit on the drop of top-1 accuracy from the dense model, in percentage points; needs labels.
+        max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Accuracy is
+            the share of right decisions (mpcompile/ir/head.py), such as top-1.
         max_shift: limit on the mean over images of the largest change of a logit, as a share of the mean range of the
-            dense logits of an image.
+            dense logits of an image; for one output, of their range over the images.
         patterns: patterns to try for a layer before it becomes dense.
 
     The loss is measured on calibration images if there are no validation images. Without a limit, only slots are
@@ -90,15 +92,19 @@ class Restore:
             raise PassError("max_drop needs labels, and the validation images have none; give max_shift instead")
         with torch.no_grad():
             dense = outputs_of(reference, images)
-        if self._within(model.graph, dense, images):
+        if self._within(model.graph, dense, images, model.head):
             return model
         merging = merging_model(model)
         note = "" if merging is None else self._note(merging, dense, images)
-        while merging is not None and merging.step and not self._within(merging.merging_alone(), dense, images):
+        while (
+            merging is not None
+            and merging.step
+            and not self._within(merging.merging_alone(), dense, images, model.head)
+        ):
             merging = merging.weaker()
         counted = cost(model)
         steps = tracked([name for name, plan in model.plan.items() if plan.mask is not None])
-        while not self._within(model.graph, dense, images):
+        while not self._within(model.graph, dense, images, model.head):
             if merging is not None and self._merging_loses_more(merging, dense, images):
                 merging = merging.weaker()
                 counted = cost(model)
@@ -148,7 +154,10 @@ class Restore:
 
     def _note(self, merging: MergingModel, dense: Tensor, images: Split) -> str:
         """How much token merging and the masks lose alone, and what is allowed."""
-        losses = [self._loss(graph, dense, images) for graph in (merging.merging_alone(), merging.masks_alone())]
+        losses = [
+            self._loss(graph, dense, images, merging.model.head)
+            for graph in (merging.merging_alone(), merging.masks_alone())
+        ]
         texts = []
         if self.max_drop is not None:
             one, other = (drop for drop, _ in losses)
@@ -169,19 +178,20 @@ class Restore:
         if not any(merging.schedule):
             return False
         graphs = (merging.model.graph, merging.merging_alone(), merging.masks_alone())
-        total, tokens, masks = (self._loss(graph, dense, images) for graph in graphs)
+        total, tokens, masks = (self._loss(graph, dense, images, merging.model.head) for graph in graphs)
         if self.max_drop is not None and total[0] > self.max_drop:
             return tokens > masks  # of equal drops, by the shift
         return tokens[1] > masks[1]
 
-    def _loss(self, graph: fx.GraphModule, dense: Tensor, images: Split) -> tuple[float, float]:
-        """The drop of top-1 in points (0 without `max_drop`), and the shift as a share of the range of the logits."""
+    def _loss(self, graph: fx.GraphModule, dense: Tensor, images: Split, head: Head | None) -> tuple[float, float]:
+        """The drop of accuracy in points (0 without `max_drop`), and the shift as a share of the range of the logits."""
         with torch.no_grad():
             outputs = outputs_of(graph, images)
         shift, spread = _shift_and_spread(outputs, dense)
-        return 0.0 if self.max_drop is None else _drop(outputs, dense, images), shift / spread if spread else 0.0
+        drop = 0.0 if self.max_drop is None else _drop(outputs, dense, images, head)
+        return drop, shift / spread if spread else 0.0
 
-    def _within(self, graph: fx.GraphModule, dense: Tensor, images: Split) -> bool:
+    def _within(self, graph: fx.GraphModule, dense: Tensor, images: Split, head: Head | None) -> bool:
         """Whether a graph is within both limits; `dense` are the dense model's outputs for the images."""
         with torch.no_grad():
             outputs = outputs_of(graph, images)
@@ -189,7 +199,7 @@ class Restore:
             shift, spread = _shift_and_spread(outputs, dense)
             if not shift <= self.max_shift * spread:
                 return False
-        return self.max_drop is None or _drop(outputs, dense, images) <= self.max_drop
+        return self.max_drop is None or _drop(outputs, dense, images, head) <= self.max_drop
 
     def _restored(self, model: Model, data: Data, name: str, reason: str) -> Model:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
@@ -215,14 +225,17 @@ class Restore:
 def _shift_and_spread(outputs: Tensor, dense: Tensor) -> tuple[float, float]:
     """The means over images of the largest change of a logit, and of the range of the dense logits."""
     shift = (outputs - dense).abs().flatten(1).amax(1).mean()
+    if dense.shape[1] == 1:  # an image has one logit, so the range is taken over the images
+        return float(shift), float(dense.max() - dense.min())
     spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
     return float(shift), float(spread)
 
 
-def _drop(outputs: Tensor, dense: Tensor, images: Split) -> float:
-    """The drop of top-1 accuracy from the dense outputs, in percentage points."""
+def _drop(outputs: Tensor, dense: Tensor, images: Split, head: Head | None) -> float:
+    """The drop of accuracy from the dense outputs, in percentage points."""
     labels = torch.cat([labels for _, labels in images.batches()])
-    before, after = ((z.argmax(1) == labels).double().mean() for z in (dense, outputs))
+    decides = head_for(head, dense)
+    before, after = (decides.right(z, labels).double().mean() for z in (dense, outputs))
     return float(100 * (before - after))
 
 

@@ -63,6 +63,13 @@ INTERPOLATIONS: Mapping[str, str] = {
     "hamming": "PIL's Hamming",
 }
 CHANNEL_ORDERS: Mapping[str, str] = {"rgb": "red, green, blue", "bgr": "blue, green, red, as OpenCV and Caffe"}
+HEADS: Mapping[str, str] = {
+    "auto": "by the number of outputs",
+    "softmax": "the largest output",
+    "sigmoid": "one output against a threshold",
+    "multilabel": "each output against a threshold",
+    "ordinal": "the number of outputs above a threshold",
+}
 PASSES: Mapping[str, str] = {
     "mp-budget": "plan a pattern for each layer",
     "permute": "reorder channels",

@@ -22,6 +22,7 @@ from mpcompile.cli.options import (
     DataOption,
     ExcludeOption,
     ExifOption,
+    HeadOption,
     IncludeOption,
     InputSizeOption,
     InterpolationOption,
@@ -60,6 +61,7 @@ def compile_command(
     tome: TomeOption = None,
     target: TargetOption = None,
     data: DataOption = None,
+    head: HeadOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     permute: PermuteOption = True,
@@ -187,7 +189,7 @@ def compile_command(
         restore={"max_drop": max_drop} if data and max_drop is not None else {},
         distill={"epochs": distill} if distill is not None else {},
         evidence={"batch-norm": {}, "certify": {}} if data else {},
-        top={"target": target, "precision": precision, "batch": file_batch, "opset": opset},
+        top={"target": target, "precision": precision, "batch": file_batch, "opset": opset, "head": head},
         nested={
             "data": {
                 "calibration": calibration,

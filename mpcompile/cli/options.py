@@ -9,6 +9,7 @@ from mpcompile.cli.choices import (
     ALPHA,
     CHANNEL_ORDERS,
     EXIF,
+    HEADS,
     INTERPOLATIONS,
     PREPROCESSING,
     SIGNALS,
@@ -253,6 +254,17 @@ SkipBrokenOption = Annotated[
     typer.Option(
         "--skip-broken",
         help="Leave out image files that cannot be read, and count them. Every file is read once first.",
+    ),
+]
+
+
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head",
+        help=f"How outputs become a decision: {listed(HEADS)}. auto takes sigmoid for one output and softmax for "
+        "several. sigmoid:0.3 sets the threshold as a probability. [default: auto, threshold 0.5]",
+        autocompletion=completion(HEADS),
     ),
 ]
 

@@ -32,7 +32,7 @@ from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.render import write as write_report
 from mpcompile.report.schema import DataUsed, Gate, Latency, LayerRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
-from mpcompile.report.sentences import verdict_on
+from mpcompile.report.sentences import accuracy_name, verdict_on
 from mpcompile.runtimes import Engine, ReportsKernels, ReportsReference, Runtime
 from mpcompile.runtimes.ort.overflow import require_finite
 from mpcompile.runtimes.ort.session import cpu_engine
@@ -83,7 +83,9 @@ def build_artifact(
     built = _built(plan, before, after, folder, check)
     observe("evaluate")
     engines = built.dense, built.compressed
-    comparison = compare(*engines, data.held_out) if len(data.held_out) else None
+    comparison = (
+        compare(*engines, data.held_out, head=dense.head, claimed=loaded.claimed) if len(data.held_out) else None
+    )
     observe("time")
     latency = () if plan.idle else _latencies(*engines, data, dense, recipe)
     verdicts = built.verdicts if plan.idle else _verdicts(built, after, data, dense, recipe)
@@ -129,12 +131,22 @@ def build_artifact(
 
 
 def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
-    """The recipe's accuracy gate with the measured drop; empty if there is no gate or no labelled held-out image."""
+    """The recipe's accuracy gate with the measured drop; empty if there is no gate or no labelled held-out image.
+
+    If the dense model's accuracy cannot be right, a second gate fails with the reason: no drop can be judged then.
+    """
     limit = recipe.gates.max_drop
     if limit is None or comparison is None or comparison.dense is None or comparison.compressed is None:
         return ()
     drop = 100 * (comparison.dense.top1 - comparison.compressed.top1)
-    return (Gate(name="top-1 drop in points", limit=limit, found=drop, holds=drop <= limit),)
+    measure = accuracy_name(comparison.head)
+    gates = [Gate(name=f"{measure} drop in points", limit=limit, found=drop, holds=drop <= limit)]
+    reasons = comparison.dense_check.reasons if comparison.dense_check else ()
+    if reasons:
+        name = f"dense {measure} in %, contradicted"
+        found = 100 * comparison.dense.top1
+        gates.append(Gate(name=name, limit=0, found=found, holds=False, reason="; ".join(reasons)))
+    return tuple(gates)
 
 
 @dataclass(frozen=True, slots=True)

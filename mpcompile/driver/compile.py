@@ -14,7 +14,7 @@ from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import build_artifact
-from mpcompile.driver.inputs import data_for, decoded_for, loaded_from, path_of
+from mpcompile.driver.inputs import data_for, decoded_for, headed, loaded_from, path_of
 from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import search_recipe
@@ -117,10 +117,11 @@ def _compiled(
         began("capture")
         dense = capture(loaded.module, loaded.source, leaves=leaves)
         _check_merging(plan, dense)
-        images = data_for(data, dense, recipe.data)
+        images = data_for(data, dense, recipe.data, recipe.head)
         if recipe.gates.max_drop is not None and not images.held_out.labelled:
             raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
         images = decoded_for(images, dense, needed_bytes)
+        dense, images = headed(dense, images, recipe.head)
         tuning = None
         if recipe.tune is not None:
             began("tune")
@@ -197,7 +198,8 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
     plan = plan_of(recipe)
     loaded, leaves = loaded_from(model)
     dense = capture(loaded.module, loaded.source, leaves=leaves)
-    images = data_for(data, dense, recipe.data)
+    images = data_for(data, dense, recipe.data, recipe.head)
+    dense, images = headed(dense, images, recipe.head)
     for step in plan.passes:
         if isinstance(step, Distributed):
             step.follow(images, dense.source)
@@ -233,7 +235,7 @@ def preview(
     loaded, leaves = loaded_from(model)
     dense = capture(loaded.module, loaded.source, leaves=leaves)
     _check_merging(plan, dense)
-    images = data_for(data, dense, recipe.data)
+    dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())
     groups = tied_layers(planned, [name for name, _ in planned.layers()])

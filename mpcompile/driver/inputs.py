@@ -5,15 +5,19 @@ from pathlib import Path
 
 from torch import nn
 
+from mpcompile.analysis.output_head import with_head
 from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.preprocessing import assumption, source_of
+from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice
 from mpcompile.system.hashing import state_sha256
+
+EXAMINED_IMAGES = 32  # calibration images whose outputs tell what the outputs are
 
 
 def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
@@ -31,23 +35,27 @@ def path_of(given: object) -> Path | None:
     return Path(name) if isinstance(name, str | Path) else None
 
 
-def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -> Data:
+def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, head: str = "auto") -> Data:
     """The images of a run, divided into splits. Raises LoadError.
 
     `data` is returned if it is a `Data`. A path is read as a folder or an .npz file, with the preprocessing of `dense`
     and the numbers of images in `choice`. None gives empty splits.
+    `head` is the one that the recipe asks for; it says how many labels there are. Raises UsageError if it does not
+    fit the outputs.
     """
     if data is None:
         return Data()
     if isinstance(data, Data):
         return data
+    dense, _ = with_head(dense, head, None)
     logits = dense(dense.example)
-    outputs = logits.shape[1] if logits.ndim == 2 else 0  # outputs with more axes have no classes
+    # Outputs with more axes have no classes.
+    classes = head_for(dense.head, logits).classes(logits.shape[1]) if logits.ndim == 2 else 0
     path = Path(data)
     images = load_data(
         path,
         dense.source,
-        outputs,
+        classes,
         choice.calibration,
         choice.held_out,
         choice.seed,
@@ -59,6 +67,13 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice) -
     )
     assumed = assumption(dense.source, pixels_only=path.is_file())
     return replace(images, notes=(*images.notes, assumed)) if assumed else images
+
+
+def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
+    """The model with its head, and the data with notes on what the outputs are. Raises UsageError."""
+    images = data.calibration.first(min(EXAMINED_IMAGES, len(data.calibration))) if len(data.calibration) else None
+    dense, notes = with_head(dense, head, images)
+    return dense, replace(data, notes=(*data.notes, *notes))
 
 
 def decoded_for(data: Data, dense: Model, output_bytes: int) -> Data:

@@ -21,6 +21,7 @@ from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search,
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.errors import MpcompileError, UsageError
 from mpcompile.export.onnx_export import Lowered
+from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.measure.timing import Speedup, speedup
 from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
@@ -82,7 +83,7 @@ class Trial:
 
     def _measured(self, name: str, engine: Engine, macs: float | None) -> Point:
         """Accuracy and speed of an engine. Drop and standard error are in points of top-1, paired by image."""
-        losses = self.reference.hits.astype(float) - hits(engine, self.data.validation)
+        losses = self.reference.hits.astype(float) - hits(engine, self.data.validation, self.dense.head)
         drop, error = 100 * float(losses.mean()), 100 * float(losses.std()) / math.sqrt(len(losses))
         batches = () if self.plan.idle else self.recipe.timed_batches
         speedups = tuple(self._speedup(engine, batch) for batch in batches)
@@ -118,7 +119,7 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
         build = plan.build_options(folder)
         exported = plan.lower(dense, folder / "dense.onnx")
         engine = plan.build_engine(exported, build)
-        reference = Reference(exported, engine, hits(engine, images.validation), counted)
+        reference = Reference(exported, engine, hits(engine, images.validation, dense.head), counted)
         trial = Trial(recipe, plan, limit, dense, images, build, folder, reference)
 
         def evaluate(candidate: Candidate) -> Point:
@@ -157,7 +158,10 @@ def passes_to_last_change(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     return tuple(passes[: last + 1])
 
 
-def hits(engine: Engine, images: Split) -> NDArray[np.bool_]:
-    """For each labelled image (n,), whether the engine's top-1 class is its label."""
-    batches = [engine(pixels.numpy()).argmax(1) == labels.numpy() for pixels, labels in images.batches()]
+def hits(engine: Engine, images: Split, head: Head | None) -> NDArray[np.bool_]:
+    """For each labelled image (n,), whether the engine's decision is its label."""
+    batches = []
+    for pixels, labels in images.batches():
+        outputs = engine(pixels.numpy())
+        batches.append(head_for(head, outputs).right(outputs, labels.numpy()))
     return np.concatenate(batches)

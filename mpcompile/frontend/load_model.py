@@ -22,6 +22,7 @@ from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import build_architecture, call_factory, create_timm, is_factory
+from mpcompile.frontend.claimed_accuracy import claimed_accuracy
 from mpcompile.frontend.label_names import labels_beside
 from mpcompile.frontend.preprocessing import ASSUMABLE, Preprocessing, check_asked, source_of, with_preprocessing
 from mpcompile.frontend.presets import preset_named
@@ -80,10 +81,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A module with its weights, in evaluation mode, and its Source."""
+    """A module with its weights, in evaluation mode, its Source, and the accuracy in [0, 1] that its file records."""
 
     module: nn.Module
     source: Source
+    claimed: float | None = None
 
 
 def load(request: Request) -> Loaded:
@@ -146,9 +148,10 @@ def _load_file(path: Path, request: Request) -> Loaded:
     module = build_architecture(arch, arch_args, state, pretrained_cfg)
     load_state(module, state, path, arch)
     record = pretrained_cfg if pretrained_cfg is not None else _timm_training_preprocessing(content.get("args"))
-    return _finish(
+    loaded = _finish(
         module, request, arch=arch, sha256=sha256, arch_args=arch_args, record=record, published=pretrained_cfg is None
     )
+    return replace(loaded, claimed=claimed_accuracy(content))
 
 
 def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:

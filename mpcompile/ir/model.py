@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, fx, nn
 
+from mpcompile.ir.head import Head
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.results import Certificate, Epoch, Spectrum
 
@@ -77,6 +78,7 @@ class Model:
     certificate: Certificate | None = None  # of this graph; None if not certified, or changed since
     epochs: tuple[Epoch, ...] = ()  # every distillation epoch so far
     notes: tuple[str, ...] = ()  # of the pass that returned this model, for its row in the report
+    head: Head | None = None  # how outputs become decisions; None: by the number of outputs (`head_for`)
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         """Each Linear and Conv2d with its qualified name, in the order of module definition."""

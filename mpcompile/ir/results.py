@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mpcompile.ir.head import Kind
+
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
@@ -47,15 +49,18 @@ class Certificate:
     """What is proven about the compressed model on held-out images, and a bound for unseen images."""
 
     images: int
-    agreeing: int  # images with the same top-1 as the dense model
-    proven: int  # images whose dense margin exceeds twice their logit shift, so top-1 cannot change
+    agreeing: int  # images with the same decision as the dense model
+    proven: int  # images whose logit shift is too small for their dense margin to change the decision
     agreement_bound: float  # lower bound of the agreement on unseen images: Clopper–Pearson, one-sided, at `confidence`
     confidence: float
     shift_mean: float  # mean over images of max |Δ logit|
     shift_max: float  # maximum over images
-    margin_median: float  # median over images of the dense margin: largest logit minus second largest
+    # Median over images of the dense margin: largest logit minus second largest, or the distance to the threshold if
+    # `head` is not softmax.
+    margin_median: float
     explained: float  # sum of the layers' shares: 1 if the logits are linear in the weights
     layers: tuple[LayerCertificate, ...]
+    head: Kind = "softmax"  # the kind of decision (mpcompile/ir/head.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.data.images import Split
 from mpcompile.errors import ParityError
+from mpcompile.ir.head import Head, head_for
+from mpcompile.measure.dense_check import DenseCheck, check_dense
 
 SIGNIFICANCE = 0.05  # level of the exact McNemar test on top-1
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -15,10 +18,13 @@ Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Top-1 and top-5 accuracy as shares in [0, 1], and the number of images."""
+    """Accuracy as shares in [0, 1], and the number of images.
+
+    `top1` is the share of right decisions (mpcompile/ir/head.py): top-1 for classes, exact matches for multilabel.
+    """
 
     top1: float
-    top5: float | None  # None if the model has 5 outputs or fewer
+    top5: float | None  # None if the model has 5 outputs or fewer, or decides by a threshold
     count: int
 
 
@@ -60,27 +66,45 @@ class Comparison:
     """A compressed model compared with the dense one on the same images.
 
     The logit shift of an image is the maximum over outputs of |logit − dense logit|. `logit_range` is the mean over
-    images of the dense model's max − min logit, the scale to compare shifts with.
+    images of the dense model's max − min logit, the scale to compare shifts with; for one output it is the largest
+    minus the smallest logit of all images.
     """
 
     dense: Accuracy | None  # None if the images have no labels
     compressed: Accuracy | None
-    agreement: float  # share of images with the same top-1 answer
+    agreement: float  # share of images with the same decision
     logit_shift_mean: float
     logit_shift_p99: float
     logit_shift_max: float
     logit_range: float
     count: int
     turned: ChangedAnswers | None = None  # top-1 answers that became right or wrong; None if the images have no labels
+    head: Head | None = None  # how outputs become decisions
+    dense_check: DenseCheck | None = None  # whether the dense model's accuracy can be right
 
 
 def compare(
-    dense: Run, compressed: Run, images: Split, observe: Callable[[int], None] = lambda done: None
+    dense: Run,
+    compressed: Run,
+    images: Split,
+    observe: Callable[[int], None] = lambda done: None,
+    *,
+    head: Head | None = None,
+    claimed: float | None = None,
 ) -> Comparison:
     """The comparison of two engines over all images of a split, batch by batch.
 
-    `dense` and `compressed` return logits (b, outputs) for images (b, c, h, w). `observe` is called with the number of
-    images done. Raises ParityError if outputs are not finite.
+    `dense` and `compressed` return logits (b, outputs) for images (b, c, h, w).
+
+    Args:
+        dense: the dense engine.
+        compressed: the compressed engine.
+        images: the images; accuracy is measured if they have labels.
+        observe: called with the number of images done.
+        head: how outputs become decisions; None chooses it by the number of outputs.
+        claimed: the accuracy that the checkpoint records, in [0, 1], if it records one.
+
+    Raises ParityError if outputs are not finite.
     """
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []
@@ -94,23 +118,36 @@ def compare(
         if not np.isfinite(logits).all():
             raise ParityError(f"the {name} model returns numbers that are not finite on held-out images")
     truth = np.concatenate(labels)
-    answers = before.argmax(1), after.argmax(1)
+    head = head_for(head, before)
     shift = np.abs(after - before).reshape(len(before), -1).max(axis=1)
     return Comparison(
-        dense=accuracy(before, truth) if images.labelled else None,
-        compressed=accuracy(after, truth) if images.labelled else None,
-        agreement=float((answers[0] == answers[1]).mean()),
+        dense=accuracy(before, truth, head) if images.labelled else None,
+        compressed=accuracy(after, truth, head) if images.labelled else None,
+        agreement=float(head.same(before, after).mean()),
         logit_shift_mean=float(shift.mean()),
         logit_shift_p99=float(np.percentile(shift, 99)),
         logit_shift_max=float(shift.max()),
-        logit_range=float(np.ptp(before, axis=1).mean()),
+        logit_range=float(np.ptp(before, axis=1).mean() if before.shape[1] > 1 else np.ptp(before)),
         count=len(before),
-        turned=ChangedAnswers.between(answers[0] == truth, answers[1] == truth) if images.labelled else None,
+        turned=_changed(before, after, truth, head) if images.labelled else None,
+        head=head,
+        dense_check=check_dense(before, truth if images.labelled else None, head, claimed),
     )
 
 
-def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Accuracy:
-    """Top-1 and top-5 accuracy of logits (n, outputs) against labels (n,). In a tie the lower index ranks first."""
+def _changed(before: NDArray[Any], after: NDArray[Any], labels: NDArray[Any], head: Head) -> ChangedAnswers:
+    """The answers that became right or wrong."""
+    return ChangedAnswers.between(head.right(before, labels), head.right(after, labels))
+
+
+def accuracy(logits: NDArray[Any], labels: NDArray[Any], head: Head | None = None) -> Accuracy:
+    """Accuracy of logits (n, outputs) against labels (n,), or (n, outputs) for multilabel.
+
+    In a tie of two classes the lower index ranks first.
+    """
+    head = head_for(head, logits)
+    if head.kind != "softmax":
+        return Accuracy(float(head.right(logits, labels).mean()), None, len(labels))
     order = np.argsort(-logits, axis=1, kind="stable")
     hits = order == labels[:, None]
     top5 = float(hits[:, :5].any(axis=1).mean()) if logits.shape[1] > 5 else None

@@ -13,9 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mpcompile.errors import UsageError
+from mpcompile.ir.head import HeadChoice
 from mpcompile.ir.pattern import NM
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
 from mpcompile.system.moved_modules import renamed_names
@@ -61,6 +71,11 @@ def _pattern_as_text(value: Any) -> Any:
     if isinstance(value, NM):
         return str(value)
     return type(value)(map(_pattern_as_text, value)) if type(value) in (list, tuple) else value
+
+
+def _head(text: str) -> str:
+    HeadChoice.parse(text)  # raises ValueError
+    return text
 
 
 def _batch(value: object) -> object:
@@ -113,6 +128,7 @@ class Recipe(Strict):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None  # None: dynamic
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
+    head: Annotated[str, AfterValidator(_head)] = "auto"  # how outputs become decisions (mpcompile/ir/head.py)
     data: DataChoice = DataChoice()
     bench: BenchOptions = BenchOptions()
     gates: Gates = Gates()

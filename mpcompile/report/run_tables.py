@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
+from mpcompile.report.sentences import accuracy_name
 from mpcompile.report.table import Cell, Column, Table, columns, number
 
 
@@ -18,7 +19,7 @@ def summary(report: Report) -> Table:
         )
         gained = "100 * (.comparison.compressed.top1 - .comparison.dense.top1)"
         drop = number(100 * (c.compressed.top1 - c.dense.top1), "{:+.2f} points", gained)
-        rows.append((Cell(f"top-1, {c.count:,} held-out images"), *sides, drop))
+        rows.append((Cell(f"{accuracy_name(c.head)}, {c.count:,} held-out images"), *sides, drop))
     if c:
         same = number(c.agreement, "{:.2%}", ".comparison.agreement")
         rows.append((Cell(f"same answer as dense, {c.count:,} images"), Cell(), same, Cell()))

@@ -91,9 +91,10 @@ class Gate(Value):
     limit: float
     found: float
     holds: bool
+    reason: str | None = None  # why it does not hold, if the two numbers do not say it
 
     def __str__(self) -> str:
-        return f"{self.name} is {self.found:.2f}; {self.limit:g} is allowed"
+        return self.reason or f"{self.name} is {self.found:.2f}; {self.limit:g} is allowed"
 
 
 class Report(Value):

@@ -3,6 +3,7 @@
 import shlex
 
 from mpcompile.analysis.block_macs import Charged
+from mpcompile.ir.head import Head
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
@@ -24,6 +25,8 @@ def verdict_on(
 ) -> tuple[str, ...]:
     """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
 
+    It begins with warnings: why the dense model's accuracy cannot be right, and what is unusual about its decisions.
+
     Args:
         layers: the rows of all layers.
         target: name of the target.
@@ -36,7 +39,9 @@ def verdict_on(
         certificate: what is proven on held-out images; None if there is no certificate.
     """
     counts = count_layers(layers)
-    sentences = [_speed(pair, full_baseline=pair is latency[0]) for pair in latency]
+    check = comparison.dense_check if comparison else None
+    sentences = [f"Warning: {reason}." for reason in (*check.reasons, *check.remarks)] if check else []
+    sentences += [_speed(pair, full_baseline=pair is latency[0]) for pair in latency]
     if idle:
         sentences.append(f"No engine of the target {target} ran on this machine, so speed was not measured: {idle}.")
     if counts.masked:
@@ -64,7 +69,8 @@ def verdict_on(
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
         test = f", {comparison.turned}" if comparison.turned else ""
         sentences.append(
-            f"On {comparison.count:,} held-out images, top-1 is {comparison.compressed.top1:.2%} compressed and "
+            f"On {comparison.count:,} held-out images, {accuracy_name(comparison.head)} is "
+            f"{comparison.compressed.top1:.2%} compressed and "
             f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}{test}."
         )
     elif comparison:
@@ -84,6 +90,13 @@ def verdict_on(
     return tuple(sentences)
 
 
+def accuracy_name(head: Head | None) -> str:
+    """The name of the share of right decisions: top-1 for classes, accuracy for a threshold, exact match for labels."""
+    return {"sigmoid": "accuracy", "ordinal": "accuracy", "multilabel": "exact match"}.get(
+        head.kind if head else "softmax", "top-1"
+    )
+
+
 def _speed(pair: Latency, full_baseline: bool) -> str:
     """The speed at one batch size; with `full_baseline`, the baseline's precision, target and device are named."""
     baseline = "the dense model"
@@ -96,10 +109,15 @@ def _speed(pair: Latency, full_baseline: bool) -> str:
 def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
     """The claims of a certificate, strongest first: pairs of a claim and its justification."""
     c = certificate
+    margin, exceeds = "largest logit minus the second", "exceeds twice"
+    if c.head != "softmax":
+        margin, exceeds = "the distance of its logit to the threshold", "exceeds"
+        if c.head != "sigmoid":
+            margin = "the smallest distance of a logit to the threshold"
     return (
         (
             f"{c.proven} predictions are proven unchanged",
-            f": the dense model's margin (largest logit minus the second, median {c.margin_median:.3f}) exceeds twice "
+            f": the dense model's margin ({margin}, median {c.margin_median:.3f}) {exceeds} "
             f"the largest change of any logit (mean {c.shift_mean:.3f}, maximum {c.shift_max:.3f}). This holds for "
             "these images, and for every model whose logits differ no more from the dense ones.",
         ),

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation
@@ -40,11 +41,12 @@ SKIPPED = "taken from a checkpoint"  # what rank 0 broadcasts in place of a Trai
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What the other ranks need to train with rank 0: both graphs and the masks."""
+    """What the other ranks need to train with rank 0: both graphs, the masks and the head."""
 
     graph: PicklableGraph
     dense: PicklableGraph
     masks: dict[str, Tensor]
+    head: Head | None
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ class Distill:
                 "training on the %d calibration images only; for more, give folders train/ and val/", len(images)
             )
         masks = model.masks()
-        broadcast(TrainingJob(PicklableGraph.of(model.graph), PicklableGraph.of(model.dense), masks))
+        broadcast(TrainingJob(PicklableGraph.of(model.graph), PicklableGraph.of(model.dense), masks, model.head))
         finished = PartialResults(lambda: self._key(model, images))
-        epochs = self._trained(model.graph, model.dense, masks, images, model.source, finished)
+        epochs = self._trained(model.graph, model.dense, masks, images, model.source, model.head, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
 
     def skip(self) -> None:
@@ -167,7 +169,7 @@ class Distill:
             return None
         graph = job.graph.unpacked()
         # Only rank 0 keeps checkpoints, and broadcasts them.
-        self._trained(graph, job.dense.unpacked(), job.masks, images, source, PartialResults(lambda: ""))
+        self._trained(graph, job.dense.unpacked(), job.masks, images, source, job.head, PartialResults(lambda: ""))
         return graph
 
     def _require(self, images: Split) -> None:
@@ -187,7 +189,7 @@ class Distill:
     def _key(self, model: Model, images: Split) -> str:
         """A key that identifies this training: options, model, dense model, masks and images."""
         digest = hashlib.sha256(repr(replace(self, workers=0, minutes=0.0)).encode())
-        digest.update(repr((model.source, images.labelled, images.order)).encode())
+        digest.update(repr((model.source, images.labelled, images.order, model.head)).encode())
         for node in model.graph.graph.nodes:
             digest.update(f"{node.op} {node.name} {node.target if node.op != 'call_function' else ''} ".encode())
             digest.update(f"{node.args} {node.kwargs}".encode())
@@ -198,7 +200,7 @@ class Distill:
         labels = getattr(images.images, "labels", None)
         some = replace(images, order=images.order[:SAMPLED_IMAGES])
         known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
-        digest.update(repr([int(label) for label in known]).encode())
+        digest.update(repr([label if isinstance(label, list) else int(label) for label in known]).encode())
         return run_key(digest.hexdigest(), model, {}, some)
 
     def _trained(
@@ -208,6 +210,7 @@ class Distill:
         masks: dict[str, Tensor],
         images: Split,
         source: Source,
+        head: Head | None,
         finished: PartialResults,
     ) -> tuple[Epoch, ...]:
         """Trains the graph in place. Returns a record of each epoch."""
@@ -217,7 +220,7 @@ class Distill:
             dense,
             masks,
             Schedule(**{field: getattr(self, field) for field in Schedule.__dataclass_fields__}),
-            Objective(self.alpha, self.tau, self.smoothing, net),
+            Objective(self.alpha, self.tau, self.smoothing, net, head),
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         )
         return training.run(images, source, self._augmentation, finished)

@@ -4,6 +4,10 @@ With logits z of the model and z_T of the dense model, labels y, temperature τ:
 
     (1 − α) · CE_ε(z, y) + α τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)) + λ₁ ‖W‖₁ + λ₂ ‖W‖²_F
 
+For heads that decide by a threshold (mpcompile/ir/head.py), each output is a logit of its own: softmax becomes the
+sigmoid, CE_ε the binary cross-entropy, KL that of Bernoulli variables, each the mean over outputs. Outputs that are
+probabilities are turned into logits first.
+
 CE_ε is cross-entropy with label smoothing ε (Szegedy et al.), the second term is Hinton's distillation loss, and the
 last two are the elastic net of Berlyand et al. (arXiv 2606.02608): each masked layer is W = S + R, with separate λ for
 the kept part S and the removed part R. R is zero except while masks are soft. Without labels the first term is omitted,
@@ -17,6 +21,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from mpcompile.ir.head import Head
+
+SOFTMAX = Head()
+SMALLEST = 1e-6  # probability, so that logits of probabilities are finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +50,36 @@ class ElasticNet:
         return total
 
 
-def labels_loss(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"], smoothing: float) -> Float[Tensor, ""]:
-    """Cross-entropy CE_ε with label smoothing, the mean over images."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+def labels_loss(
+    outputs: Float[Tensor, "b k"], labels: Int[Tensor, "b ..."], smoothing: float, head: Head = SOFTMAX
+) -> Float[Tensor, ""]:
+    """Cross-entropy CE_ε with label smoothing, the mean over images; labels (b, k) are for multilabel heads."""
+    logits = _logits(outputs, head)
+    if head.kind == "softmax":
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    targets = labels if head.kind == "multilabel" else labels[:, None]
+    if head.kind == "ordinal":  # output i says whether the rank exceeds i
+        targets = targets > torch.arange(logits.shape[1], device=logits.device)
+    wanted = targets.float() * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, wanted)
 
 
-def teacher_loss(logits: Float[Tensor, "b k"], dense: Float[Tensor, "b k"], temperature: float) -> Float[Tensor, ""]:
+def teacher_loss(
+    outputs: Float[Tensor, "b k"], dense: Float[Tensor, "b k"], temperature: float, head: Head = SOFTMAX
+) -> Float[Tensor, ""]:
     """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images."""
-    log_p = F.log_softmax(logits.float() / temperature, dim=1)
-    log_q = F.log_softmax(dense.float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    ours, theirs = _logits(outputs, head) / temperature, _logits(dense, head) / temperature
+    if head.kind == "softmax":
+        log_p, log_q = F.log_softmax(ours, dim=1), F.log_softmax(theirs, dim=1)
+        return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    wanted = theirs.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(theirs, wanted)
+    return temperature**2 * (F.binary_cross_entropy_with_logits(ours, wanted) - entropy)
+
+
+def _logits(outputs: Tensor, head: Head) -> Tensor:
+    """The outputs as logits, in float32."""
+    outputs = outputs.float()
+    if not head.probabilities:
+        return outputs
+    return outputs.clamp_min(SMALLEST).log() if head.kind == "softmax" else torch.logit(outputs, eps=SMALLEST)

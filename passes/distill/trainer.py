@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpcompile.analysis.spectrum import NoFitError, analyse
 from mpcompile.data.images import Split
 from mpcompile.errors import PassError
+from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
@@ -68,6 +69,7 @@ class Objective:
     temperature: float
     smoothing: float
     net: ElasticNet
+    head: Head | None = None  # None: by the number of outputs
 
 
 class Training:
@@ -162,8 +164,9 @@ class Training:
             logits = model(pixels)
             with torch.no_grad():
                 dense = self._teacher(pixels)
-        teacher = teacher_loss(logits, dense, objective.temperature)
-        answered = teacher.new_zeros(()) if labels is None else labels_loss(logits, labels, objective.smoothing)
+        head = head_for(objective.head, dense)
+        teacher = teacher_loss(logits, dense, objective.temperature, head)
+        answered = teacher.new_zeros(()) if labels is None else labels_loss(logits, labels, objective.smoothing, head)
         alpha = 1.0 if labels is None else objective.alpha
         loss = (1 - alpha) * answered + alpha * teacher
         if objective.net:

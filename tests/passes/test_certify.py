@@ -12,13 +12,14 @@ from hypothesis.extra import numpy as npst
 
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
+from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import Certify, NMMask
 from mpcompile.passes.certify import certificate, lower_bound, output_errors, unchanged
 from mpcompile.passes.dense_comparison import attribution, dense_layer, outputs_of
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
+from mpcompile.testing import TinyMLP, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 LOGITS = npst.arrays(np.float32, (6, 5), elements=st.floats(-100, 100, width=32))
 
@@ -130,12 +131,27 @@ def test_the_critical_amplification_is_the_largest_that_the_theorem_allows() -> 
     assert row.critical * budget == pytest.approx(float(saved), rel=1e-4)
 
 
-def test_outputs_that_are_not_logits_are_refused() -> None:
-    from mpcompile.frontend.capture import capture
-    from mpcompile.testing import TinyMLP, tiny_source
-
+def test_one_logit_is_certified_at_its_threshold() -> None:
     model = capture(TinyMLP(outputs=1), tiny_source())
-    with pytest.raises(PassError, match=r"an output has shape \(1,\); certify needs 2 or more logits"):
+    result, _ = PassManager([NMMask(NM(1, 16)), Certify()]).run(model, data := tiny_data(model))
+    assert result.dense is not None
+    assert result.certificate is not None
+    with torch.no_grad():
+        before, after = (outputs_of(graph, data.held_out) for graph in (result.dense, result.graph))
+    assert result.certificate.head == "sigmoid"
+    assert result.certificate.agreeing == int(((before > 0) == (after > 0)).sum())
+    assert result.certificate.proven == int((before.abs() > (before - after).abs()).sum())
+
+
+def test_outputs_that_are_not_logits_are_refused() -> None:
+    class Maps(TinyMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).reshape(-1, 5, 2)  # type: ignore[no-any-return]
+
+    model = capture(Maps(), tiny_source())
+    with pytest.raises(
+        PassError, match=r"an output has shape \(5, 2\); certify needs one row of logits for each image"
+    ):
         PassManager([NMMask(NM(2, 4)), Certify()]).run(model, tiny_data(model))
     with pytest.raises(UsageError, match="confidence is 1.5"):
         Certify(confidence=1.5)
