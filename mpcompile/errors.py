@@ -70,7 +70,10 @@ class MaskError(MpcompileError):
 
 
 class AccuracyError(MpcompileError):
-    """A compressed model that lost more accuracy than the recipe's gate allows. Its output folder is still written."""
+    """A compressed model that lost more accuracy than the gate allows, or a dense one whose accuracy cannot be right.
+
+    The output folder is still written.
+    """
 
     exit_code = 6
 

@@ -105,7 +105,8 @@ def compile_command(
         float | None,
         typer.Option(
             help="Largest drop of top-1 accuracy, in points. Layers are restored to dense until the drop on "
-            "validation images is within it. Fail (exit code 6) if the drop on held-out images is larger."
+            "validation images is within it. Fail (exit code 6) if the drop on held-out images is larger, or if "
+            "the dense accuracy cannot be right."
         ),
     ] = None,
     tune: Annotated[

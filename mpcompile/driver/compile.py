@@ -117,11 +117,10 @@ def _compiled(
         began("capture")
         dense = capture(loaded.module, loaded.source, leaves=leaves)
         _check_merging(plan, dense)
-        images = data_for(data, dense, recipe.data, recipe.head)
+        dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
         if recipe.gates.max_drop is not None and not images.held_out.labelled:
             raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
         images = decoded_for(images, dense, needed_bytes)
-        dense, images = headed(dense, images, recipe.head)
         tuning = None
         if recipe.tune is not None:
             began("tune")

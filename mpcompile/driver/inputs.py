@@ -73,7 +73,19 @@ def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
     """The model with its head, and the data with notes on what the outputs are. Raises UsageError."""
     images = data.calibration.first(min(EXAMINED_IMAGES, len(data.calibration))) if len(data.calibration) else None
     dense, notes = with_head(dense, head, images)
+    if dense.head is not None and dense.head.kind == "multilabel" and data.held_out.labelled:
+        _, labels = next(data.held_out.batches(1))
+        if labels.ndim == 1:
+            note = "the images have one class each, and the head is multilabel: agreement is measured, and not accuracy"
+            data, notes = _without_labels(data), (*notes, note)
     return dense, replace(data, notes=(*data.notes, *notes))
+
+
+def _without_labels(data: Data) -> Data:
+    """The same images, whose labels are not used."""
+    names = ("calibration", "held_out", "validation", "training")
+    splits = {name: replace(getattr(data, name), labelled=False) for name in names}
+    return replace(data, **splits)
 
 
 def decoded_for(data: Data, dense: Model, output_bytes: int) -> Data:

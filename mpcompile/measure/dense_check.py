@@ -5,7 +5,8 @@ accuracy, so that a gate on the difference would pass. Four findings contradict 
 
 - **Order of the labels.** Matching outputs to labels one to one makes many more images right. The match is the
   assignment that maximises the confusion matrix of one half of the images; it is counted on the other half.
-- **Chance.** The model is confident, and right no more often than decisions that are independent of the labels.
+- **Confidence.** The model is confident, and right no more often than decisions that are independent of the labels,
+  or far less often than its confidence says.
 - **Claim.** The checkpoint records an accuracy, and the measured one is far below it.
 - **Constant outputs.** The outputs do not depend on the image.
 """
@@ -21,6 +22,7 @@ ABOVE_CHANCE = 0.01  # p-value from which accuracy is not above chance
 CONTRADICTION = 1e-4  # p-value below which an observation contradicts the measured accuracy: a rare false alarm
 SMALLEST_GAIN = 0.02  # of a reordering, as a share of the images
 FAR_BELOW = 0.10  # a claimed accuracy, as a share of the images
+OVERCONFIDENT = 0.30  # confidence minus accuracy; trained models rarely exceed 0.15 on the images they are made for
 FEWEST = 8  # images, below which nothing can be told
 MOST_CLASSES = 4000  # of an assignment problem, which takes seconds at this size
 EQUAL = 1e-6  # outputs of different images that differ by less, relative to the largest, are rounding errors
@@ -113,12 +115,13 @@ def _contradictions(
                 "the labels is wrong, or the images are not of the model's classes. Name the class folders as the "
                 "model names its labels, or number them in the order of its outputs"
             ]
-    surprising = found.confidence is not None and binom.cdf(hits, count, found.confidence) < CONTRADICTION
-    if surprising and _by_chance(found, right):
+    expected = found.confidence or 0.0
+    by_chance = _by_chance(found, right) and binom.cdf(hits, count, expected) < CONTRADICTION
+    if by_chance or (expected > OVERCONFIDENT and binom.cdf(hits, count, expected - OVERCONFIDENT) < CONTRADICTION):
+        chance = f", no more than by chance ({found.chance:.2%})," if by_chance else ""
         return [
-            f"{subject}, no more than by chance ({found.chance:.2%}), with a mean confidence of "
-            f"{found.confidence:.0%} {numbers}: its accuracy cannot be right. Check {PREPROCESSING}, and whether "
-            "the file is the model for these images"
+            f"{subject}{chance} with a mean confidence of {expected:.0%} {numbers}: its accuracy cannot be right. "
+            f"Check {PREPROCESSING}, and whether the file is the model for these images"
         ]
     floor = (found.claimed or 0.0) - FAR_BELOW
     if floor > 0 and binom.cdf(hits, count, floor) < CONTRADICTION:

@@ -107,6 +107,7 @@ class Gates(Strict):
     """Limits of the result. If one does not hold, the command fails: exit code 6 for `max_drop`, 7 for `engine`."""
 
     max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, on held-out images
+    dense: bool = True  # with max_drop: fail if the dense model's own accuracy cannot be right
     engine: bool = False  # the target must build an engine on this machine; else a checked file is enough
 
 

@@ -20,7 +20,7 @@ def classifier(count: int, classes: int, accuracy: float, seed: int = 0) -> tupl
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(
-    ("count", "classes", "accuracy"), [(60, 10, 0.9), (400, 10, 0.5), (300, 100, 0.7), (100, 2, 0.8)]
+    ("count", "classes", "accuracy"), [(60, 10, 0.9), (400, 10, 0.75), (300, 100, 0.7), (100, 2, 0.8)]
 )
 def test_right_models_raise_no_alarm(seed: int, count: int, classes: int, accuracy: float) -> None:
     logits, labels = classifier(count, classes, accuracy, seed)
@@ -60,11 +60,18 @@ def test_a_confident_model_at_chance_cannot_be_right() -> None:
     assert "not above chance" in found.remarks[0]
 
 
+def test_a_model_far_less_often_right_than_its_confidence_says_cannot_be_right() -> None:
+    logits, labels = classifier(400, 10, 0.4)
+    [reason] = check_dense(logits, labels, Head()).reasons
+    assert "with a mean confidence of 9" in reason
+    assert "by chance" not in reason
+
+
 def test_an_accuracy_far_below_the_claim_is_noticed() -> None:
-    logits, labels = classifier(400, 10, 0.5)
-    [reason] = check_dense(logits, labels, Head(), claimed=0.92).reasons
-    assert "its checkpoint records 92.00%" in reason
-    assert check_dense(logits, labels, Head(), claimed=0.6).reasons == ()
+    logits, labels = classifier(400, 10, 0.75)
+    [reason] = check_dense(logits, labels, Head(), claimed=0.95).reasons
+    assert "its checkpoint records 95.00%" in reason
+    assert check_dense(logits, labels, Head(), claimed=0.8).reasons == ()
 
 
 def test_swapped_labels_of_one_logit_are_noticed() -> None:
