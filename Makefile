@@ -75,6 +75,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/permute.py
 	$(BIN)/python benchmarks/one_shot.py
 	$(BIN)/python benchmarks/certificates.py
+	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/token_merging.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme_picture.py
