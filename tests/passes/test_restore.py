@@ -8,13 +8,14 @@ import torch
 
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
+from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.passes import NMMask, Restore
 from mpcompile.passes.restore import filled
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.testing import assert_follows, tiny_cnn, tiny_data, tiny_vit
+from mpcompile.testing import TinyMLP, assert_follows, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
 
 def shift(model: Model, dense: Model, data: Data) -> float:
@@ -133,3 +134,20 @@ def test_a_limit_on_accuracy_holds_on_the_validation_images() -> None:
     labels = torch.tensor([data.validation.images[i][1] for i in data.validation.order])
     drop = sum(sign * int((m(images).argmax(1) == labels).sum()) for sign, m in ((1, model), (-1, result)))
     assert drop <= 0.64
+
+
+def test_the_limits_of_a_model_with_one_output_are_those_of_its_threshold() -> None:
+    model = capture(TinyMLP(outputs=1), tiny_source())
+    data = tiny_data(model)
+    # One logit has no range in an image; over the images it has one, so a loose limit keeps the mask.
+    result, _ = PassManager([NMMask(NM(1, 16)), Restore(max_shift=10.0)]).run(model, data)
+    assert result.plan_of("hidden").mask is not None
+    images, labels = next(data.validation.batches(64))
+
+    def right(side: Model) -> int:
+        return int(((side(images)[:, 0] > 0) * 1 == labels).sum())
+
+    masked, _ = PassManager([NMMask(NM(1, 16), "magnitude", "none")]).run(model, data)
+    result, _ = PassManager([NMMask(NM(1, 16), "magnitude", "none"), Restore(max_drop=0.0)]).run(model, data)
+    assert right(result) >= right(model)
+    assert (result.plan_of("hidden").mask is None) == (right(masked) < right(model))

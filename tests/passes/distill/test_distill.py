@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.passes import ToMe
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages
@@ -44,6 +45,28 @@ def test_losses_are_their_formulae() -> None:
     assert float(teacher_loss(z_, dense_, tau)) == pytest.approx(kl, rel=1e-5)
     assert float(labels_loss(z_, torch.tensor(labels), smoothing)) == pytest.approx(ce, rel=1e-5)
     assert float(teacher_loss(z_, z_, tau)) == pytest.approx(0, abs=1e-6)
+
+
+def test_thresholds_are_trained_by_binary_cross_entropy() -> None:
+    logits, dense = torch.tensor([[1.0], [-2.0]]), torch.tensor([[3.0], [0.5]])
+    labels, sigmoid = torch.tensor([1, 0]), Head("sigmoid")
+    p, q = logits.sigmoid(), dense.sigmoid()
+    entropy = -(labels[:, None] * p.log() + (1 - labels[:, None]) * (1 - p).log()).mean()
+    assert float(labels_loss(logits, labels, 0.0, sigmoid)) == pytest.approx(float(entropy), rel=1e-5)
+    kl = (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
+    assert float(teacher_loss(logits, dense, 1.0, sigmoid)) == pytest.approx(float(kl), rel=1e-5)
+    # Of probabilities the losses are the same.
+    probabilities = Head("sigmoid", 0.5, probabilities=True)
+    assert float(teacher_loss(p, q, 1.0, probabilities)) == pytest.approx(float(kl), rel=1e-4)
+    soft = Head(probabilities=True)
+    z = torch.tensor([[1.0, 2.0, 0.0]])
+    expected = labels_loss(z, torch.tensor([1]), 0.0)
+    assert float(labels_loss(z.softmax(1), torch.tensor([1]), 0.0, soft)) == pytest.approx(float(expected), rel=1e-4)
+    ranks = torch.tensor([[2.0, -1.0]])  # rank 1 of 0, 1 and 2: the first threshold is exceeded, the second is not
+    expected = -(ranks[0, 0].sigmoid().log() + (1 - ranks[0, 1].sigmoid()).log()) / 2
+    assert float(labels_loss(ranks, torch.tensor([1]), 0.0, Head("ordinal"))) == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_the_elastic_net_tells_kept_from_removed() -> None:
