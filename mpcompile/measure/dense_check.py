@@ -24,7 +24,7 @@ SMALLEST_GAIN = 0.02  # of a reordering, as a share of the images
 FAR_BELOW = 0.10  # a claimed accuracy, as a share of the images
 OVERCONFIDENT = 0.30  # confidence minus accuracy; trained models rarely exceed 0.15 on the images they are made for
 FEWEST = 8  # images, below which nothing can be told
-MOST_CLASSES = 4000  # of an assignment problem, which takes seconds at this size
+MOST_CLASSES = 2500  # of an assignment problem, which takes seconds at this size
 EQUAL = 1e-6  # outputs of different images that differ by less, relative to the largest, are rounding errors
 PREPROCESSING = "the preprocessing (mean, deviation, size, interpolation, crop, channel order)"
 
