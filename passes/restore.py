@@ -184,7 +184,7 @@ class Restore:
         return tokens[1] > masks[1]
 
     def _loss(self, graph: fx.GraphModule, dense: Tensor, images: Split, head: Head | None) -> tuple[float, float]:
-        """The drop of accuracy in points (0 without `max_drop`), and the shift as a share of the range of the logits."""
+        """The drop of accuracy in points (0 without `max_drop`), and the shift relative to the range of the logits."""
         with torch.no_grad():
             outputs = outputs_of(graph, images)
         shift, spread = _shift_and_spread(outputs, dense)
