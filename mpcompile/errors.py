@@ -6,7 +6,8 @@ A message says what was found, what was needed, and what to do. Low-level code s
 manager add the context of the call once.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 __all__ = [
@@ -133,3 +134,10 @@ def cause_of(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; empty if it has none."""
     return (str(error).strip().splitlines() or [""])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name that is nearest to a misspelt one; empty if none is near."""
+    by_lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""

@@ -40,13 +40,17 @@ class BatchNorm:
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
 
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises PassError if the model has batch norms and there are no calibration images."""
+        if any(_batch_norms(model.graph)):
+            _require_images(data)
+
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
         """The model with corrected statistics, or as it was. Raises PassError without calibration images."""
         if model.dense is None or not any(_batch_norms(model.graph)):
             return model
-        if not len(data.calibration):
-            raise PassError("batch-norm statistics are measured on calibration images; give --data")
+        _require_images(data)
         corrected = copy.deepcopy(model.graph)
         match_statistics(model.dense, corrected, data.calibration)
         check = data.validation if len(data.validation) else data.calibration
@@ -54,6 +58,11 @@ class BatchNorm:
         if distance(outputs_of(corrected, check), dense) < distance(outputs_of(model.graph, check), dense):
             return replace(model, graph=corrected)
         return model
+
+
+def _require_images(data: Data) -> None:
+    if not len(data.calibration):
+        raise PassError("batch-norm statistics are measured on calibration images; give --data")
 
 
 def distance(logits: Tensor, dense: Tensor) -> float:

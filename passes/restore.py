@@ -44,6 +44,11 @@ from mpcompile.system.progress import tracked
 log = logging.getLogger(__name__)
 
 
+def _measured_on(data: Data) -> Split:
+    """The images on which losses are measured: validation images, or else calibration images."""
+    return data.validation if len(data.validation) else data.calibration
+
+
 @dataclass(frozen=True, slots=True)
 class Restore:
     """Fills unused N:M slots, then un-prunes layers, costliest first, until validation images are within the limits.
@@ -85,11 +90,8 @@ class Restore:
         reference, model = model.dense, self._filled(model)
         if self.max_drop is None and self.max_shift is None:
             return model
-        images = data.validation if len(data.validation) else data.calibration
-        if not len(images):
-            raise PassError("max_drop and max_shift are measured on validation images; give --data")
-        if self.max_drop is not None and not images.labelled:
-            raise PassError("max_drop needs labels, and the validation images have none; give max_shift instead")
+        self.require_inputs(model, data)
+        images = _measured_on(data)
         with torch.no_grad():
             dense = outputs_of(reference, images)
         if self._within(model.graph, dense, images, model.head):
@@ -134,6 +136,16 @@ class Restore:
             note = f"{note}; tokens merged after each attention reduced from {before} to {after}"
             log.warning("restore: %s", note)
         return replace(model, notes=(note,))
+
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises PassError if images, or labels for `max_drop`, are missing."""
+        if self.max_drop is None and self.max_shift is None:
+            return
+        images = _measured_on(data)
+        if not len(images):
+            raise PassError("max_drop and max_shift are measured on validation images; give --data")
+        if self.max_drop is not None and not images.labelled:
+            raise PassError("max_drop needs labels, and the validation images have none; give max_shift instead")
 
     def _filled(self, model: Model) -> Model:
         """The model with every slot of its patterns used."""

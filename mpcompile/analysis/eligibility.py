@@ -43,8 +43,8 @@ class GraphPosition:
 
     Attributes:
         sees_image: its input depends on the image.
-        layers_before: a layer that sees the image is between the image and it.
-        layers_after: a layer is between it and the output.
+        layers_before: a layer that sees the image is between the image and it. Layers of other kinds count too.
+        layers_after: a layer of any kind is between it and the output.
         weight_as_stored: only linear and convolution operators use its weight, and as it is stored.
     """
 
@@ -58,7 +58,7 @@ def graph_positions(model: Model) -> dict[str, GraphPosition]:
     """The position of each Linear and Conv2d that the graph uses, by qualified name."""
     nodes: Sequence[fx.Node] = list(model.graph.graph.nodes)
     nodes_of, altered = weight_nodes(model.graph)
-    applies = {node for applying in nodes_of.values() for node in applying}
+    applies = {node for applying in nodes_of.values() for node in applying} | _nodes_of_other_weights(model.graph)
 
     sees_image: set[fx.Node] = set()
     layers_before: set[fx.Node] = set()
@@ -105,6 +105,26 @@ def weight_nodes(graph: fx.GraphModule) -> tuple[dict[str, list[fx.Node]], set[s
             if field == "weight" and not all(_multiplies(user, node) for user in node.users):
                 altered.add(owner)
     return nodes_of, altered
+
+
+def _nodes_of_other_weights(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that apply the weights of layers other than Linear and Conv2d, such as Conv1d or nn.GRU."""
+    modules = dict(graph.named_modules())
+    nodes = set()
+    for node in graph.graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and any(map(_has_other_weights, modules[target].modules())):
+            nodes.add(node)
+        elif node.op == "get_attr" and "weight" in target.rpartition(".")[2]:
+            owner = modules.get(target.rpartition(".")[0])
+            nodes |= set(node.users) if owner is not None and _has_other_weights(owner) else set()
+    return nodes
+
+
+def _has_other_weights(module: nn.Module) -> bool:
+    """Whether a module has a weight matrix and is neither Linear nor Conv2d."""
+    other = isinstance(module, _ConvNd | nn.Bilinear | nn.RNNBase | nn.MultiheadAttention)
+    return other and not isinstance(module, nn.Conv2d)
 
 
 def _multiplies(user: fx.Node, weight: fx.Node) -> bool:
@@ -168,7 +188,7 @@ def unsupported_modules(model: Model) -> dict[str, str]:
             reasons[name] = (
                 "nn.MultiheadAttention packs query, key and value into one parameter that belongs to no Linear"
             )
-        elif isinstance(module, _ConvNd | nn.Bilinear | nn.RNNBase) and not isinstance(module, nn.Conv2d):
+        elif _has_other_weights(module):
             reasons[name] = f"{type(module).__name__}: only Linear and Conv2d can be masked"
     return reasons
 

@@ -40,6 +40,7 @@ from mpcompile.cli.options import (
     StdOption,
     TargetOption,
     VerboseOption,
+    WeightsKeyOption,
 )
 from mpcompile.cli.parse import request_of
 
@@ -69,6 +70,7 @@ def analyze_command(
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
     allow_pickle: AllowPickleOption = False,
+    weights_key: WeightsKeyOption = None,
     input_size: InputSizeOption = None,
     preprocess: PreprocessOption = None,
     mean: MeanOption = None,
@@ -122,6 +124,7 @@ def analyze_command(
                 crop_pct,
                 interpolation,
                 channel_order,
+                weights_key,
             ),
             step,
             data=data,

@@ -45,6 +45,7 @@ from mpcompile.cli.options import (
     TargetOption,
     TomeOption,
     VerboseOption,
+    WeightsKeyOption,
 )
 from mpcompile.cli.parse import request_of
 from mpcompile.errors import AccuracyError, UsageError
@@ -134,6 +135,7 @@ def compile_command(
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
     allow_pickle: AllowPickleOption = False,
+    weights_key: WeightsKeyOption = None,
     input_size: InputSizeOption = None,
     preprocess: PreprocessOption = None,
     mean: MeanOption = None,
@@ -221,14 +223,15 @@ def compile_command(
         crop_pct,
         interpolation,
         channel_order,
+        weights_key,
     )
     if save_config:
         _write_text(save_config, recipe.to_yaml())
-    if dry_run:
-        show_preview(preview(request, recipe, data), recipe, as_json)
-        return
     if distill is not None and not data:
         raise UsageError("--distill needs images to train on; give --data")
+    if dry_run:
+        show_preview(preview(request, recipe, data, output, force), recipe, as_json)
+        return
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
     failure = None

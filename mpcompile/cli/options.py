@@ -50,6 +50,16 @@ AllowPickleOption = Annotated[
 ]
 
 
+WeightsKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights-key",
+        metavar="KEY",
+        help="Weights to take from a checkpoint that holds several sets, such as ema or state_dict.student.",
+    ),
+]
+
+
 InputSizeOption = Annotated[
     str | None, typer.Option("--input-size", metavar="CxHxW", help="Shape of one image, such as 3x224x224.")
 ]

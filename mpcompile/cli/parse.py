@@ -26,6 +26,7 @@ def request_of(
     crop_pct: float | None = None,
     interpolation: str | None = None,
     channel_order: str | None = None,
+    weights_key: str | None = None,
 ) -> "Request":
     """The model, its architecture and its preprocessing, as the options name them. Raises UsageError."""
     from mpcompile.frontend.load_model import Request
@@ -45,6 +46,7 @@ def request_of(
         crop_pct=crop_pct,
         interpolation=interpolation,
         channel_order=channel_order,
+        weights_key=weights_key,
     )
 
 

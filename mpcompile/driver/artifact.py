@@ -247,6 +247,8 @@ def write_weights(folder: Path, module: nn.Module, model: Model) -> None:
     aliases = _aliases(module)
     weights = {}
     for name, old in module.state_dict().items():
+        if not isinstance(old, torch.Tensor):  # what get_extra_state returned
+            continue
         alias = next((alias for alias in (name, *aliases.get(name, ())) if alias in new), None)
         weights[name] = old if alias is None else new[alias]
     source = {"format": "pt", "arch": model.source.arch, "source_sha256": model.source.sha256}

@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import build_artifact
 from mpcompile.driver.inputs import data_for, decoded_for, headed, loaded_from, path_of
-from mpcompile.driver.plugins import GIVEN
+from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import search_recipe
-from mpcompile.errors import AccuracyError, PassError, UsageError
+from mpcompile.errors import AccuracyError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
-from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import NMMask, ToMe
+from mpcompile.passes import NMMask
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
@@ -32,7 +30,6 @@ from mpcompile.pipeline.run_folder import note_written, working, written_by
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Runtime
 from mpcompile.system.atomic_folder import require_writable, written_atomically
-from mpcompile.system.distributed import process_rank
 from mpcompile.system.progress import Progress, stage_progress
 from mpcompile.system.resource_errors import as_resource_errors
 
@@ -94,13 +91,11 @@ def _compiled(
 ) -> Artifact:
     """The artifact of a plan; the caller holds ONE_RUN."""
     recipe = plan.recipe
-    _require_tunable(plan)
+    require_consistent(plan, data is not None)
     inputs = [path for path in map(path_of, (model, data)) if path is not None]
     written = written_by(output) if start is None else None
     if written is None:
         require_writable(output, force, inputs)
-    if recipe.gates.max_drop is not None and data is None:
-        raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
     stage = "load"
 
     def began(name: str) -> None:
@@ -114,12 +109,11 @@ def _compiled(
         began("load")
         loaded, leaves = loaded_from(model)
         needed_bytes = output_bytes(loaded.module)
+        require_space(output, needed_bytes)
         began("capture")
         dense = capture(loaded.module, loaded.source, leaves=leaves)
-        _check_merging(plan, dense)
         dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
-        if recipe.gates.max_drop is not None and not images.held_out.labelled:
-            raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+        require_inputs(plan, dense, images)
         images = decoded_for(images, dense, needed_bytes)
         tuning = None
         if recipe.tune is not None:
@@ -151,35 +145,12 @@ def _compiled(
     return artifact
 
 
-def _require_tunable(plan: RunPlan) -> None:
-    """Raises UsageError if the recipe asks for a search that is not possible."""
-    if plan.recipe.tune is None:
-        return
-    if plan.recipe.gates.max_drop is None:
-        raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
-    if process_rank().size > 1:
-        raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
-    if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
-        raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
-
-
-def _check_merging(plan: RunPlan, dense: Model) -> None:
-    """Raises UsageError if the given schedule of a token-merging pass does not fit the captured model.
-
-    Whether the model permits merging at all is left to the pass: a pass before it may change the graph.
-    """
-    for step in plan.passes:
-        if isinstance(step, ToMe):
-            with suppress(PassError):
-                step.check(dense)
-
-
 def output_bytes(module: nn.Module) -> int:
     """The approximate size of an output folder in bytes: four copies of the weights, one byte of mask for each, 1 MiB.
 
     The copies are model.safetensors and three ONNX files.
     """
-    tensors: list[Tensor] = list(module.state_dict().values())
+    tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
     return sum(value.numel() * (4 * value.element_size() + 1) for value in tensors) + 2**20
 
 
@@ -223,18 +194,30 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
 
 
 def preview(
-    model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None
+    model: str | Path | nn.Module | Request,
+    recipe: Recipe,
+    data: str | Path | Data | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """What `compile` would do, as JSON values: the resolved recipe, the stages, each layer's pattern or reason.
+
+    It makes the checks that `compile` makes before it works; those of the output folder if `output` is given. Raises a
+    MpcompileError.
 
     Analysis passes are run, because they choose the patterns. Other passes are not run; mask passes only report
     the pattern or the reason of each layer.
     """
     plan = plan_of(recipe)
+    require_consistent(plan, data is not None)
+    if output is not None:
+        require_writable(Path(output), force, [path for path in map(path_of, (model, data)) if path is not None])
     loaded, leaves = loaded_from(model)
+    if output is not None:
+        require_space(Path(output), output_bytes(loaded.module))
     dense = capture(loaded.module, loaded.source, leaves=leaves)
-    _check_merging(plan, dense)
     dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
+    require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())
     groups = tied_layers(planned, [name for name, _ in planned.layers()])

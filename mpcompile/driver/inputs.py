@@ -10,6 +10,7 @@ from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
+from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
 from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model
@@ -23,6 +24,7 @@ EXAMINED_IMAGES = 32  # calibration images whose outputs tell what the outputs a
 def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
     """The module with its source, and the names of submodules that tracing keeps as leaves. Raises LoadError."""
     if isinstance(model, nn.Module):
+        model = plain_module(model, type(model).__name__)
         name = type(model).__name__
         return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), ()
     request = model if isinstance(model, Request) else Request(str(model))

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpcompile.errors import LoadError, UsageError, first_line
-from mpcompile.frontend.state_dict import without_prefixes
+from mpcompile.errors import LoadError, UsageError, did_you_mean, first_line
 
 
 def is_factory(text: str) -> bool:
@@ -19,25 +18,23 @@ def is_factory(text: str) -> bool:
     return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
-def build_architecture(
-    arch: str, arch_args: Mapping[str, Any], state: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any] | None
-) -> nn.Module:
-    """Builds an architecture; without `num_classes` in `arch_args`, the classifier gets the size of the weights' one.
-
-    Raises UsageError for an unknown name, LoadError if it cannot be built.
-    """
+def build_architecture(arch: str, arch_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any] | None) -> nn.Module:
+    """Builds an architecture. Raises UsageError for an unknown name, LoadError if it cannot be built."""
     if is_factory(arch):
         return call_factory(arch, arch_args)
-    name = arch.removeprefix("timm:")
-    module = create_timm(name, arch_args, pretrained_cfg=pretrained_cfg)
-    if "num_classes" not in arch_args:
-        classifier = (getattr(module, "pretrained_cfg", None) or {}).get("classifier")
-        key = f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight"
-        own, given = module.state_dict(), without_prefixes(state, set(module.state_dict()))
-        if key in own and key in given and own[key].shape[0] != given[key].shape[0]:
-            args = {**arch_args, "num_classes": given[key].shape[0]}
-            module = create_timm(name, args, pretrained_cfg=pretrained_cfg)
-    return module
+    return create_timm(arch.removeprefix("timm:"), arch_args, pretrained_cfg=pretrained_cfg)
+
+
+def classes_in(arch: str, module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes of the weights, if it is not that of a timm module's classifier; else None."""
+    if is_factory(arch):
+        return None
+    classifier = (getattr(module, "pretrained_cfg", None) or {}).get("classifier")
+    key = f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight"
+    own = module.state_dict()
+    if key in own and key in state and state[key].ndim and own[key].shape[0] != state[key].shape[0]:
+        return state[key].shape[0]
+    return None
 
 
 def create_timm(
@@ -50,9 +47,10 @@ def create_timm(
     """A timm model by name. Raises UsageError for an unknown name, LoadError if it cannot be built."""
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        hint = f"; near it: {', '.join(near)}" if near else ""
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture}*")[:3]
+        hint = f"; near it: {', '.join(near)}" if near else did_you_mean(architecture, timm.list_models())
         raise UsageError(f"timm has no architecture {name!r}{hint}")
     try:
         module: nn.Module = timm.create_model(

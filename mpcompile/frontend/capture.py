@@ -9,8 +9,7 @@ CaptureError names the line of model code that cannot be traced.
 import copy
 import logging
 import threading
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, fx, nn
 from mpcompile.errors import CaptureError
 from mpcompile.frontend.multihead_attention import decompose_attention
 from mpcompile.frontend.preprocessing import source_of
+from mpcompile.frontend.trace_errors import copy_refusal, trace_refusal
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.shapes import run_example
@@ -44,6 +44,19 @@ class ImageTracer(fx.Tracer):
         self._leaf_types: tuple[type[nn.Module], ...] = tuple(get_notrace_modules())
         self._leaf_names = frozenset(leaves)
         self._thread = threading.get_ident()
+        self.decided_by: fx.Node | None = None  # the node whose truth, length or items Python code asked for
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuses the truth of a traced value, as torch.fx does, and notes its node."""
+        self.decided_by = obj.node
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterates over a traced value where torch.fx can, and notes its node."""
+        self.decided_by = obj.node
+        found: Iterator[Any] = super().iter(obj)
+        self.decided_by = None
+        return found
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -120,16 +133,16 @@ def _captured(module: nn.Module, source: Source | None, example: Tensor | None, 
         reference = copy.deepcopy(module).eval().to(dtype)
         traced = copy.deepcopy(module).eval().to(dtype)
     except Exception as error:
-        raise CaptureError(
-            f"{type(module).__name__} cannot be deep-copied, so it cannot be traced safely: {error}"
-        ) from error
+        raise CaptureError(copy_refusal(module, error)) from error
     expected = _run_original(reference, example)
+    _require_repeatable(reference, example, expected)
     tracer = ImageTracer(leaves)
     try:
         graph = tracer.trace(traced)
         graph_module = fx.GraphModule(traced, graph, type(module).__name__)
     except Exception as error:
-        raise CaptureError(_refusal(module, error)) from error
+        graph_so_far = getattr(tracer, "graph", None)
+        raise CaptureError(trace_refusal(traced, graph_so_far, tracer.decided_by, error)) from error
     _keep_layer_modules(graph_module, traced)
     decompose_attention(graph_module)
     model = Model(graph=graph_module.eval(), example=example, source=source)
@@ -179,6 +192,29 @@ def _run_original(module: nn.Module, example: Tensor) -> Tensor:
     return outputs
 
 
+def _require_repeatable(module: nn.Module, example: Tensor, outputs: Tensor) -> None:
+    """Raises CaptureError if a second run on the same images gives other outputs.
+
+    Every later check compares outputs, so that a pass would be blamed for the model's noise.
+    """
+    state = torch.get_rng_state()
+    again = _run_original(module, example)
+    if again.shape == outputs.shape and torch.equal(again, outputs):
+        if not torch.equal(state, torch.get_rng_state()):
+            log.warning("%s draws random numbers in evaluation mode; its outputs did not change", type(module).__name__)
+        return
+    moved = (
+        relative_difference(outputs.numpy(force=True), again.numpy(force=True))
+        if again.shape == outputs.shape
+        else float("inf")
+    )
+    raise CaptureError(
+        f"{type(module).__name__} gives other outputs when the same images are run again: they differ by {moved:.1e} "
+        "of their size. It probably draws random numbers in evaluation mode, or keeps state between calls; make "
+        "forward the same for the same images when module.training is False"
+    )
+
+
 def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
     """Raises CaptureError if graph and module differ on the example or on another batch size."""
     other = noise(model.example.shape[1:], batch=3, seed=1).to(model.example.dtype)
@@ -212,16 +248,3 @@ def _keep_layer_modules(graph_module: fx.GraphModule, root: nn.Module) -> None:
         owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
         if owner and isinstance(root.get_submodule(owner), nn.Linear | nn.Conv2d):
             graph_module.set_submodule(owner, root.get_submodule(owner))
-
-
-def _refusal(module: nn.Module, error: BaseException) -> str:
-    """The text of a CaptureError: the reason, the line of model code, and what to do."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "/torch/fx/" not in frame.filename and frame.filename != __file__]
-    own = [frame for frame in own if not frame.filename.endswith("torch/nn/modules/module.py")]
-    where = f"{own[-1].filename}:{own[-1].lineno}: `{own[-1].line}`" if own else "an unknown line"
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"{type(module).__name__} cannot be traced: {reason} At {where}. "
-        "Make that line independent of the values of the image, or keep the module around it whole with --leaf NAME"
-    )

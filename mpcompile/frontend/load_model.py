@@ -21,13 +21,15 @@ from typing import Any
 from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.frontend.architectures import build_architecture, call_factory, create_timm, is_factory
+from mpcompile.frontend.architectures import build_architecture, call_factory, classes_in, create_timm, is_factory
+from mpcompile.frontend.checkpoint_weights import chosen_weights
 from mpcompile.frontend.claimed_accuracy import claimed_accuracy
 from mpcompile.frontend.label_names import labels_beside
+from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import ASSUMABLE, Preprocessing, check_asked, source_of, with_preprocessing
 from mpcompile.frontend.presets import preset_named
 from mpcompile.frontend.state_dict import load_state
-from mpcompile.frontend.weights_file import read, state_dict_in
+from mpcompile.frontend.weights_file import module_in, read, require_plain
 from mpcompile.ir.model import Source
 from mpcompile.system.hashing import file_sha256, state_sha256
 
@@ -69,6 +71,7 @@ class Request:
     crop_pct: float | None = None
     interpolation: str | None = None
     channel_order: str | None = None
+    weights_key: str | None = None  # which weights of a checkpoint that holds several; None: chosen
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -94,6 +97,7 @@ def load(request: Request) -> Loaded:
     if request.preprocess is not None:
         preset_named(request.preprocess)  # before the weights are read
     if request.model.startswith("timm:"):
+        _require_no_weights_key(request)
         name = request.model.removeprefix("timm:")
         module = create_timm(name, request.arch_args, pretrained=request.pretrained)
         if not request.pretrained:
@@ -105,7 +109,8 @@ def load(request: Request) -> Loaded:
     except (OSError, ValueError) as error:  # name too long, no permission, or a null byte
         raise LoadError(f"{request.model} cannot be looked up: {error}") from error
     if is_factory(request.model) and not exists:
-        module = call_factory(request.model, request.arch_args)
+        _require_no_weights_key(request)
+        module = plain_module(call_factory(request.model, request.arch_args), request.model)
         return _finish(module, request, arch=request.model, sha256=state_sha256(module))
     if request.pretrained:
         raise UsageError("--pretrained needs timm:NAME; a file has its own weights")
@@ -120,11 +125,19 @@ def load(request: Request) -> Loaded:
     return replace(loaded, source=replace(loaded.source, labels=labels))
 
 
+def _require_no_weights_key(request: Request) -> None:
+    if request.weights_key is not None:
+        raise UsageError(f"--weights-key goes with a checkpoint file, and {request.model} is none; leave it out")
+
+
 def _load_file(path: Path, request: Request) -> Loaded:
     """A model from a file: a pickled module, or weights for an architecture."""
     content, config = read(path, request.allow_pickle), _timm_config(path)
     sha256 = file_sha256(path)
+    if isinstance(content, Mapping) and (module := module_in(content, path, request.weights_key)) is not None:
+        content = module
     if isinstance(content, nn.Module):
+        content = plain_module(content, request.model)
         loaded = _finish(content, request, arch=type(content).__name__, sha256=sha256)
         return replace(
             loaded, source=replace(loaded.source, arch_args=None)
@@ -144,9 +157,16 @@ def _load_file(path: Path, request: Request) -> Loaded:
         )
     if request.arch is None:
         _require_named_safely(arch, arch_args, path)
-    state = state_dict_in(content, path)
-    module = build_architecture(arch, arch_args, state, pretrained_cfg)
-    load_state(module, state, path, arch)
+    module = plain_module(build_architecture(arch, arch_args, pretrained_cfg), arch)
+    weights, notes = chosen_weights(content, module.state_dict().keys(), path, request.weights_key)
+    require_plain(weights.state, path)
+    if "num_classes" not in arch_args and (classes := classes_in(arch, module, weights.state)) is not None:
+        module = build_architecture(arch, {**arch_args, "num_classes": classes}, pretrained_cfg)  # a timm module
+    load_state(module, weights.state, path, arch)
+    if weights.name:
+        log.warning("weights taken from %r of %s", weights.name, path.name)
+    for note in notes:
+        log.warning("%s", note)
     record = pretrained_cfg if pretrained_cfg is not None else _timm_training_preprocessing(content.get("args"))
     loaded = _finish(
         module, request, arch=arch, sha256=sha256, arch_args=arch_args, record=record, published=pretrained_cfg is None
@@ -213,7 +233,10 @@ def _finish(
     record: Mapping[str, Any] | None = None,
     published: bool = False,
 ) -> Loaded:
-    """The module with its Source; options of the request override recorded preprocessing. Raises UsageError."""
+    """The module with its Source; options of the request override recorded preprocessing.
+
+    Raises UsageError, or LoadError for a module that `plain_module` refuses.
+    """
     args = arch_args or request.arch_args
     source = source_of(
         module, name=request.model, arch=arch, sha256=sha256, arch_args=args, record=record, published=published

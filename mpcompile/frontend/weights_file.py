@@ -15,8 +15,7 @@ from mpcompile.errors import LoadError, first_line
 
 log = logging.getLogger(__name__)
 
-# Keys under which training scripts store the weights; averaged weights (EMA) first, as in timm.
-STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "net")
+MODULE_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model", "module", "net")  # averaged ones first
 MOST_REPEATED = 2**24  # values that expand() may add to a buffer, beyond those in the file
 SAFE_WAYS = (
     "save a state dict (torch.save(model.state_dict(), …)) or safetensors and name its --arch, or pass "
@@ -76,15 +75,21 @@ def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
             unpacked = sum(record.file_size for record in archive.infolist())
     except Exception as error:  # BadZipFile, NotImplementedError, UnicodeDecodeError …
         raise LoadError(f"{path} is a torch archive that is cut short or damaged ({first_line(error)})") from error
+    if any("/code/" in name for name in names):
+        raise LoadError(
+            f"{path} is a TorchScript archive, which torch.fx cannot trace; save its weights with "
+            f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt'), and name the --arch"
+        )
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        raise LoadError(
+            f"{path} is a torch.export archive, which has no modules left to plan for; save its weights with "
+            f"torch.save(torch.export.load({path.name!r}).state_dict, 'weights.pt'), and name the --arch"
+        )
     size = path.stat().st_size
-    if unpacked > size:  # torch never compresses; a small file must not fill the memory
+    if unpacked > size:  # torch never compresses tensors; a small file must not fill the memory
         raise LoadError(
             f"{path} is compressed, from {unpacked:,} to {size:,} bytes, which torch never does; save it again"
         )
-    if any("/code/" in name for name in names):
-        raise LoadError(f"{path} is a TorchScript archive, which torch.fx cannot trace; {SAFE_WAYS}")
-    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        raise LoadError(f"{path} is a torch.export archive, which has no modules left to plan for; {SAFE_WAYS}")
     if not any(name.endswith("data.pkl") for name in names):
         raise LoadError(f"{path} is a zip file without torch data in it")
     return _read_torch(path, allow_pickle)
@@ -105,8 +110,7 @@ def _read_torch(path: Path, allow_pickle: bool) -> Any:
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError … on damaged files
         raise LoadError(f"{path} is damaged or no torch file ({type(error).__name__}: {first_line(error)})") from error
     if isinstance(content, Mapping):
-        inner = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), nn.Module)), None)
-        return inner if inner is not None else content
+        return content
     if isinstance(content, nn.Module):
         return content
     raise LoadError(
@@ -123,27 +127,32 @@ def _read_pickle(path: Path) -> Any:
         ) from error
 
 
-def state_dict_in(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, from the first key of STATE_DICT_KEYS that it has, or from its top level.
+def module_in(content: Mapping[Any, Any], path: Path, key: str | None) -> nn.Module | None:
+    """The pickled module in a checkpoint: that under `key`, or the first one of the usual keys; None if there is none.
 
-    Raises LoadError if there are none, or if a tensor is not dense, finite and in memory.
+    Of several, the log names the one that is taken.
     """
-    for key in STATE_DICT_KEYS:
-        if isinstance(content.get(key), Mapping):
-            log.info("weights taken from %r of %s", key, path.name)
-            content = content[key]
-            break
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        keys = ", ".join(map(str, list(content)[:5]))
-        raise LoadError(f"{path} holds no tensors (its keys: {keys or 'none'})")
+    modules = {str(name): value for name, value in content.items() if isinstance(value, nn.Module)}
+    if key is not None:
+        return modules.get(key)
+    usual = [name for name in MODULE_KEYS if name in modules]
+    if not usual:
+        return None
+    if len(usual) > 1:
+        log.warning(
+            "%s: module %r was taken; --weights-key takes another of %s", path.name, usual[0], ", ".join(modules)
+        )
+    return modules[usual[0]]
+
+
+def require_plain(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises LoadError if a tensor of a state dict is not dense, finite and in memory."""
     for name, value in state.items():
         if found := _unusual(value):
             raise LoadError(f"{path}: {name} is {found}; needed are plain tensors")
         if value.is_floating_point() and not value.float().isfinite().all():
             bad = int((~value.float().isfinite()).sum())
             raise LoadError(f"{path}: {name} has {bad} of {value.numel()} values that are NaN or infinite")
-    return state
 
 
 def _unusual(value: Tensor) -> str | None:

@@ -52,6 +52,15 @@ class Pass(Protocol):
 
 
 @runtime_checkable
+class RequiresInputs(Protocol):
+    """A pass that can tell before any pass has run whether it can work. Optional."""
+
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises a MpcompileError if the pass cannot work on the captured model or these images; changes neither."""
+        ...
+
+
+@runtime_checkable
 class Distributed(Protocol):
     """A pass that runs in all processes of a torchrun group. A pass without these methods runs in rank 0 only.
 
@@ -160,6 +169,16 @@ class PassManager:
             model = result
             records.append(record if checkpoints is None else checkpoints.save(index, model, record))
         return model, tuple(records)
+
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises a MpcompileError, named by the pass, if a pass says that it cannot work on this model or data."""
+        for index, step in enumerate(self.passes):
+            if not isinstance(step, RequiresInputs):
+                continue
+            try:
+                step.require_inputs(model, data if self.shows_held_out(index) else data.for_passes())
+            except MpcompileError as error:
+                raise type(error)(f"{step.name} cannot run: {error}") from error
 
     def shows_held_out(self, index: int) -> bool:
         """Whether pass `index` gets held-out images: only if it and all passes after it are analyses."""

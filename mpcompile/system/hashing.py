@@ -14,9 +14,12 @@ def file_sha256(path: Path) -> str:
 
 
 def state_sha256(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of a module's state dict, in hexadecimal."""
+    """SHA-256 over names, shapes, types and bytes of a module's state dict and its extra state, in hexadecimal."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):  # what get_extra_state returned
+            digest.update(f"{name}{value!r}".encode())
+            continue
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

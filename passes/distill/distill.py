@@ -153,6 +153,10 @@ class Distill:
         epochs = self._trained(model.graph, model.dense, masks, images, model.source, model.head, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
 
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises PassError if the images do not fill a batch, or if the ranks do not divide a batch."""
+        self._require(data.for_training())
+
     def skip(self) -> None:
         """Tells the other ranks that this training is taken from a checkpoint."""
         broadcast(SKIPPED)

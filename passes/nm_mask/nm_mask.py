@@ -153,6 +153,20 @@ class NMMask:
     def _target(self, data: Data) -> RefitTarget:
         return self.refit or ("model" if len(data.calibration) else "none")
 
+    def _criterion(self, data: Data) -> str:
+        refitted = len(data.calibration) and self.refit != "none"
+        return self.criterion or (DEFAULT if refitted else DEFAULT_WITHOUT_REFIT)
+
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises PassError if the criterion or the refit needs calibration images and there are none."""
+        criterion, target = self._criterion(data), self._target(data)
+        if len(data.calibration) or (not CRITERIA[criterion].needs_images and target == "none"):
+            return
+        what = f"the criterion {criterion}" if CRITERIA[criterion].needs_images else f"the refit to the {target}"
+        raise PassError(
+            f"{what} needs calibration images; give --data, or --criterion {DEFAULT_WITHOUT_REFIT} --refit none"
+        )
+
     def mask_layers(
         self, model: Model, data: Data, patterns: Mapping[str, NM | None], dense: fx.GraphModule | None = None
     ) -> dict[str, tuple[Tensor, float | None]]:
@@ -162,9 +176,7 @@ class NMMask:
         that is None, of the model as it is. The relative error is E‖y − W′x‖² / E‖y‖² on the calibration images; None
         if no images were used. Raises PassError if calibration images are needed and there are none.
         """
-        refitted = len(data.calibration) and self.refit != "none"
-        name_of_criterion = self.criterion or (DEFAULT if refitted else DEFAULT_WITHOUT_REFIT)
-        criterion, target = CRITERIA[name_of_criterion], self._target(data)
+        criterion, target = CRITERIA[self._criterion(data)], self._target(data)
         results: dict[str, tuple[Tensor, float | None]] = {}
         if not criterion.needs_images and target == "none":
             for name, pattern in patterns.items():
@@ -174,11 +186,7 @@ class NMMask:
             return results
         if not patterns:
             return {}
-        if not len(data.calibration):
-            what = f"the criterion {name_of_criterion}" if criterion.needs_images else f"the refit to the {target}"
-            raise PassError(
-                f"{what} needs calibration images; give --data, or --criterion {DEFAULT_WITHOUT_REFIT} --refit none"
-            )
+        self.require_inputs(model, data)
         finished = PartialResults(lambda: run_key(repr(self), model, patterns, data.calibration))
         residual = self.residual and target == "model"
         for step in layerwise(

@@ -157,6 +157,11 @@ class Permute:
         if self.sweeps < 1:
             raise UsageError(f"sweeps is {self.sweeps}; the search needs at least 1")
 
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises PassError if the score needs calibration images and there are none."""
+        if self.score not in (None, "magnitude") and not len(data.calibration):
+            raise PassError(f"the score {self.score} needs calibration images; give --data, or the score magnitude")
+
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
         """The model with its channels reordered; each masked layer's plan has the order, or the reason for none."""
@@ -185,11 +190,10 @@ class Permute:
     def _scales(self, model: Model, data: Data) -> dict[str, Tensor]:
         """For each layer, the factor of each input channel in the scores; empty for the score magnitude."""
         images = data.calibration
+        self.require_inputs(model, data)
         score = self.score or ("refit" if len(images) else "magnitude")
         if score == "magnitude":
             return {}
-        if not len(images):
-            raise PassError(f"the score {score} needs calibration images; give --data, or the score magnitude")
         return input_scales(model, images) if score == "activation" else conditional_scales(model, images)
 
     def _coupling(self, model: Model) -> tuple[Coupling, str | None]:

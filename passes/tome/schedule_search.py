@@ -80,6 +80,12 @@ def costs(model: Model, attentions: Sequence[Attention], protected: int, pattern
     return Costs(coefficients, found[0][1], tokens)
 
 
+def require_images(images: Split) -> None:
+    """Raises PassError if there are no calibration images to search a schedule on."""
+    if not len(images):
+        raise PassError("tome: r: auto measures on calibration images, and there are none; give --data, or an r")
+
+
 def search_schedule(
     model: Model, images: Split, attentions: Sequence[Attention], protected: int, share: float, count: int
 ) -> tuple[int, ...]:
@@ -87,8 +93,7 @@ def search_schedule(
 
     Raises PassError without calibration images, or if no schedule reaches the share.
     """
-    if not len(images):
-        raise PassError("tome: r: auto measures on calibration images, and there are none; give --data, or an r")
+    require_images(images)
     if most_merged(attentions[0].tokens, protected) < 2:
         raise PassError(f"tome: {attentions[0].tokens} tokens are too few to search for a schedule; give an r")
     dense = costs(model, attentions, protected, {}).of([0] * len(attentions))

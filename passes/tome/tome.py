@@ -31,7 +31,7 @@ from mpcompile.passes.tome.schedule import (
     require_tokens_left,
     within_limits,
 )
-from mpcompile.passes.tome.schedule_search import search_schedule
+from mpcompile.passes.tome.schedule_search import require_images, search_schedule
 from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
 
@@ -77,12 +77,25 @@ class ToMe:
             return len(self.r)
         return str(self.r).count(",") + 1 if "," in str(self.r) else 0
 
-    def __call__(self, model: Model, data: Data) -> Model:
-        """The model with token merging in its graph."""
+    def require_inputs(self, model: Model, data: Data) -> None:
+        """Raises PassError if the tokens of the model cannot be merged, UsageError for a schedule of another length."""
+        attentions, protected = self._sites(model)
+        if self.macs is None:
+            self._given(attentions, protected)
+        else:
+            require_images(data.calibration)
+
+    def _sites(self, model: Model) -> tuple[list[Attention], int]:
+        """The attentions after which tokens can merge, and the number of protected tokens. Raises PassError."""
         run_example(model)
         attentions = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
         protected = protected_tokens(model, attentions[0])
         require_weighted_set(model, attentions, protected)
+        return attentions, protected
+
+    def __call__(self, model: Model, data: Data) -> Model:
+        """The model with token merging in its graph."""
+        attentions, protected = self._sites(model)
         if self.macs is None:
             schedule = self._given(attentions, protected)
         else:
@@ -90,16 +103,6 @@ class ToMe:
             require_tokens_left(schedule, attentions[0].tokens, self.least_left)
         model.graph.graph = nodes_with_merging(model.graph, schedule, protected)
         return model
-
-    def check(self, model: Model) -> None:
-        """Raises UsageError if a given schedule does not fit the model, and PassError if its tokens cannot merge.
-
-        The driver calls this before the first pass, so that masks are not made in vain.
-        """
-        if self.macs is None:
-            run_example(model)
-            attentions = mergeable_attentions(model.graph.graph, dict(model.graph.named_modules()))
-            self._given(attentions, protected_tokens(model, attentions[0]))
 
     def _given(self, attentions: Sequence[Attention], protected: int) -> tuple[int, ...]:
         """The schedule of `r`, within the limits of the tokens. Raises UsageError."""

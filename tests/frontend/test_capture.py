@@ -5,6 +5,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from mpcompile.errors import CaptureError
 from mpcompile.frontend.capture import capture, noise
@@ -138,6 +140,73 @@ def test_a_branch_on_values_is_refused_with_its_line() -> None:
     assert error.value.exit_code == 3
 
 
+class PadsByShape(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            x = nn.functional.pad(x, (0, 1))
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+class CutsByShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(64))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.get_buffer("table")[: x.shape[-1]]
+        return self.head((x + first).mean((1, 2)))  # type: ignore[no-any-return]
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("inner", [PadsByShape, CutsByShape])
+def test_a_line_that_depends_on_the_shape_is_said_to(inner: type[nn.Module]) -> None:
+    with pytest.raises(CaptureError, match="It is the shape of the image that decides there.*--leaf inner$"):
+        capture(Around(inner()), tiny_source())
+    with pytest.raises(CaptureError, match="move it into a module of its own"):
+        capture(inner(), tiny_source())
+    with pytest.raises(CaptureError, match="independent of the values of the image"):
+        capture(Around(Branches()), tiny_source())
+
+
+def test_hooks_that_compute_a_weight_are_named_with_the_remedy() -> None:
+    for hook, remedy in (
+        (partial(prune.l1_unstructured, name="weight", amount=0.5), "prune.remove"),
+        (nn.utils.weight_norm, "remove_weight_norm"),
+    ):
+        module = TinyMLP()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated
+            hook(module.head)
+        with pytest.raises(CaptureError, match=rf"a hook computes a weight of head before.*{remedy}"):
+            capture(module, tiny_source())
+
+
+class Counts(nn.Module):
+    """Draws random numbers that change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(1)
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def test_random_numbers_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    capture(Counts(), tiny_source())
+    assert "draws random numbers in evaluation mode" in caplog.text
+
+
 def test_a_leaf_is_kept_whole_and_optional_arguments_vanish() -> None:
     model = capture(Outer(), tiny_source(), leaves=["inner"])
     assert [node.op for node in model.graph.graph.nodes] == ["placeholder", "call_module", "output"]
@@ -202,7 +271,7 @@ def test_constant_outputs_are_told(caplog: pytest.LogCaptureFixture) -> None:
         (OneNumber(), r"returns a tensor of shape \(2,\) for a batch of 2"),
         (torch.compile(TinyMLP()), "was made by torch.compile"),
         (TwoOutputs(), "returns tuple; it must return one tensor"),
-        (Random(), "computes something else.*draws random numbers"),
+        (Random(), "gives other outputs when the same images are run again.*draws random numbers"),
         (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\) alone"),
         (Infinite(), "not finite"),
         (nn.Linear(7, 2), "does not run on a batch of shape.*--input-size"),

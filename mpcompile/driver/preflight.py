@@ -1,0 +1,48 @@
+"""Checks of a run that need no work: settings that contradict each other, images that are too few, space on the disk.
+
+`compile` makes them before its first stage that takes long, and `preview` (--dry-run) makes all of them.
+"""
+
+import shutil
+from pathlib import Path
+
+from mpcompile.data.images import Data
+from mpcompile.driver.plugins import GIVEN
+from mpcompile.driver.run_plan import RunPlan
+from mpcompile.errors import ResourceError, UsageError
+from mpcompile.ir.model import Model
+from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.system.distributed import process_rank
+from mpcompile.system.resource_errors import format_bytes
+
+
+def require_consistent(plan: RunPlan, with_images: bool) -> None:
+    """Raises UsageError if the recipe asks for a search or a gate that is not possible. Nothing is loaded for it."""
+    recipe = plan.recipe
+    if recipe.tune is not None:
+        if recipe.gates.max_drop is None:
+            raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
+        if process_rank().size > 1:
+            raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
+        if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
+            raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
+    if recipe.gates.max_drop is not None and not with_images:
+        raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
+
+
+def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
+    """Raises a MpcompileError if the gate or a pass cannot work with this model and these images."""
+    if plan.recipe.gates.max_drop is not None and not images.held_out.labelled:
+        raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+    PassManager(plan.passes).require_inputs(dense, images)
+
+
+def require_space(output: Path, needed_bytes: int) -> None:
+    """Raises ResourceError if the disk of the output folder has less free space than the output takes."""
+    existing = next(parent for parent in output.resolve().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"the disk is too full: {format_bytes(free)} are left under {existing}, and the whole output takes about "
+            f"{format_bytes(needed_bytes)}; free some space, or name a folder on another disk with --output"
+        )

@@ -1,0 +1,223 @@
+"""Finds the weights of an architecture in the content of a checkpoint.
+
+Training scripts store weights under different keys (`state_dict`, `model_state_dict`, `ema`) and under prefixes of
+wrappers (`module.`, Lightning's `model.`). Instead of a list of such names, every mapping and every prefix is searched
+for all names that the architecture needs.
+"""
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import LoadError, UsageError, did_you_mean
+from mpcompile.frontend.plain_weights import plain_weights, quantized_entry
+
+# Usual keys of weights, in the order in which the differences of a file that fits nowhere are listed.
+USUAL_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "net")
+AVERAGED = frozenset({"ema", "swa", "avg", "averaged"})  # words in the name of averaged weights
+DEPTH = 3  # levels of mappings that are searched
+# Names that torch's load_state_dict may do without: torch before 0.4.1 did not save the first one.
+OPTIONAL = ("num_batches_tracked", "_extra_state")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """One set of weights in a checkpoint.
+
+    Attributes:
+        name: the keys and the prefix that lead to it, joined by dots; empty for the top level.
+        state: its tensors, without the prefix, with the version numbers of torch's state dicts (`_metadata`).
+        unused: names of tensors beside the prefix, which belong to other parts of a training, such as a loss.
+        notes: how parametrized weights were computed, as sentences.
+    """
+
+    name: str
+    state: Mapping[str, Tensor]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def chosen_weights(
+    content: Mapping[Any, Any], needed: Set[str], path: Path, key: str | None = None
+) -> tuple[WeightSet, tuple[str, ...]]:
+    """The set of weights that holds all names that an architecture needs, and sentences about the choice.
+
+    Args:
+        content: the content of the file.
+        needed: names in the state dict of the architecture.
+        path: the file, for messages.
+        key: the name of the set to take (--weights-key); None chooses. Of averaged weights and others, the averaged
+            ones are taken, as timm does. Without a set that fits, the one that shares most names is returned.
+
+    Raises LoadError if there are no tensors, if the weights are quantised, or if several sets fit and differ;
+    UsageError if no set has the name `key`.
+    """
+    mappings = dict(_mappings(content))
+    if not mappings:
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise LoadError(f"{path} holds no tensors (its keys: {keys or 'none'})")
+    fitting = [found for name, entries in mappings.items() for found in _fitting_sets(name, entries, needed)]
+    if key is not None:
+        fitting = _named(fitting, mappings, key, needed, path)
+    if not fitting:
+        nearest = _nearest(mappings, needed)
+        if found := quantized_entry(nearest[1]):
+            raise LoadError(
+                f"{path} holds quantised weights ({found}), and masks are chosen on floating-point ones; give the "
+                "checkpoint that was quantised"
+            )
+        return _without_shared_prefix(*nearest, needed), ()
+    best, notes = _best(fitting, path)
+    if best.unused:
+        listed = ", ".join(best.unused[:3]) + (", …" if len(best.unused) > 3 else "")
+        count = f"{len(best.unused)} tensors" if len(best.unused) > 1 else "1 tensor"
+        verb = "are" if len(best.unused) > 1 else "is"
+        notes += (f"{path.name}: {count} outside {best.name!r} {verb} not used: {listed}",)
+    return best, notes + tuple(f"{path.name}: {note}" for note in best.notes)
+
+
+def _mappings(
+    content: Mapping[Any, Any], name: str = "", depth: int = DEPTH
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every mapping that holds tensors, by its keys joined by dots: usual keys first, then the top level, then others.
+
+    States of optimizers are left out.
+    """
+    if {"param_groups", "state"} <= content.keys():
+        return
+    usual = [key for key in USUAL_KEYS if isinstance(content.get(key), Mapping)]
+    own = any(isinstance(value, Tensor) for value in content.values())
+    for key in usual:
+        if depth:
+            yield from _mappings(content[key], _joined(name, key), depth - 1)
+    if own:
+        yield name, content
+    for key, value in content.items():
+        if isinstance(value, Mapping) and isinstance(key, str) and key not in usual and depth:
+            yield from _mappings(value, _joined(name, key), depth - 1)
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _fitting_sets(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> Iterator[WeightSet]:
+    """For each prefix under which a mapping holds all needed names: the set without the prefix."""
+    for plain, notes in ((entries, ()), plain_weights(entries)):
+        tensors = {str(key): value for key, value in plain.items() if isinstance(value, Tensor)}
+        prefixes = _prefixes(tensors, needed)
+        for prefix in prefixes:
+            state = _Versioned(
+                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            )
+            state._metadata = _metadata(entries, prefix)
+            unused = tuple(key for key in tensors if not key.startswith(prefix))
+            yield WeightSet(_joined(name, prefix.rstrip(".")), state, unused, notes)
+        if prefixes:
+            return
+
+
+class _Versioned(dict[str, Tensor]):
+    """A state dict with torch's version numbers, by which `load_state_dict` knows old formats."""
+
+    _metadata: dict[str, Any]
+
+
+def _metadata(entries: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
+    """The version numbers of modules below a prefix, by their names without it; empty if the file has none."""
+    versions = getattr(entries, "_metadata", None)
+    if not isinstance(versions, Mapping):
+        return {}
+    inside = {
+        str(key)[len(prefix) :] if prefix else str(key): value
+        for key, value in versions.items()
+        if str(key).startswith(prefix.rstrip(".")) and isinstance(value, Mapping)
+    }
+    return {**inside, **({"": versions[prefix[:-1]]} if prefix and prefix[:-1] in versions else {})}
+
+
+def _prefixes(tensors: Mapping[str, Tensor], needed: Set[str]) -> list[str]:
+    """The prefixes under which all needed names exist; only the empty one if it is among them."""
+    required = [key for key in needed if not key.endswith(OPTIONAL)]
+    if not required:
+        return [""] if not tensors or tensors.keys() <= needed else []
+    longest = max(required, key=len)
+    ends = [key.removesuffix(longest) for key in tensors if key.endswith(longest)]
+    found = [end for end in ends if (not end or end.endswith(".")) and all(end + key in tensors for key in required)]
+    return [""] if "" in found else found
+
+
+def _named(
+    fitting: list[WeightSet], mappings: Mapping[str, Mapping[Any, Any]], key: str, needed: Set[str], path: Path
+) -> list[WeightSet]:
+    """The sets called `key`, or the part of their name before a prefix. Raises UsageError if there are none."""
+    exact = [found for found in fitting if found.name == key]
+    below = [found for found in fitting if found.name.startswith(f"{key}.")]
+    if found := exact or below:
+        return found
+    if key in mappings:
+        return [_without_shared_prefix(key, mappings[key], needed)]
+    names = list(dict.fromkeys([*(found.name for found in fitting if found.name), *filter(None, mappings)]))
+    raise UsageError(
+        f"{path} has no weights {key!r}{did_you_mean(key, names)}; --weights-key takes {', '.join(names[:8]) or 'none'}"
+    )
+
+
+def _best(fitting: list[WeightSet], path: Path) -> tuple[WeightSet, tuple[str, ...]]:
+    """One of the sets that fit, with a note if there was a choice. Raises LoadError if the choice is the user's."""
+    distinct: list[WeightSet] = []
+    for found in fitting:
+        if not any(_equal(found.state, other.state) for other in distinct):
+            distinct.append(found)
+    if len(distinct) == 1:
+        return distinct[0], ()
+    shown = [found.name or "the top level" for found in distinct]
+    averaged = [found for found in distinct if AVERAGED & set(found.name.lower().replace(".", "_").split("_"))]
+    if len(averaged) != 1:
+        raise LoadError(
+            f"{path} holds {len(distinct)} sets of weights that fit and differ: {', '.join(shown)}; choose one with "
+            f"--weights-key, such as --weights-key {distinct[0].name or distinct[1].name}"
+        )
+    others = [found.name or "the top level" for found in distinct if found is not averaged[0]]
+    return averaged[0], (
+        f"{path.name} holds {len(distinct)} sets of weights that fit: {', '.join(shown)}. {averaged[0].name} was "
+        f"taken, the averaged weights; --weights-key {others[0]} takes the others",
+    )
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two sets hold the same values."""
+    try:
+        return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    except (RuntimeError, NotImplementedError):  # layouts and types that cannot be compared
+        return False
+
+
+def _nearest(mappings: Mapping[str, Mapping[Any, Any]], needed: Set[str]) -> tuple[str, Mapping[Any, Any]]:
+    """The mapping that shares most names with the architecture, prefixes removed; the first one of equal ones."""
+
+    def shared(item: tuple[str, Mapping[Any, Any]]) -> int:
+        return len(needed & _without_shared_prefix(*item, needed).state.keys())
+
+    return max(mappings.items(), key=shared)
+
+
+PREFIXES = ("module.", "model.", "_orig_mod.")
+
+
+def _without_shared_prefix(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> WeightSet:
+    """The tensors of a mapping without the wrapper prefixes that all names share, to list the differences.
+
+    A prefix stays if more names match `needed` with it than without it.
+    """
+    best = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    while (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in best)), None)) is not None and best:
+        shorter = {key.removeprefix(prefix): value for key, value in best.items()}
+        if len(needed & best.keys()) > len(needed & shorter.keys()):
+            break
+        best = shorter
+    return WeightSet(name, best)

@@ -1,0 +1,169 @@
+"""Kinds of checkpoints: the right weights are loaded and named, or the cause of the refusal is."""
+
+import sys
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from mpcompile.errors import LoadError, UsageError
+from mpcompile.frontend.load_model import Request, load
+
+ARCH = "norm_model:Normed"
+
+
+class Normed(nn.Module):
+    """A convolution, a batch norm and a head, with a table that the state dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        self.register_buffer("index", torch.arange(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.conv(x)).mean((2, 3)))
+        return out
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "norm_model", sys.modules[__name__])
+
+
+def seeded(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Normed()
+
+
+def loaded(path: Path, content: Any, key: str | None = None) -> dict[str, Tensor]:
+    torch.save(content, path / "model.pt")
+    request = Request(str(path / "model.pt"), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), weights_key=key)
+    return dict(load(request).module.state_dict())
+
+
+def same(found: dict[str, Tensor], module: nn.Module) -> bool:
+    return all(torch.equal(value, found[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "net_g", "weights"])
+def test_weights_under_any_key(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
+    module = seeded(1)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.zeros(2, 1, 8, 8)).sum().backward()
+    optimizer.step()
+    content = {"epoch": 3, "optimizer_state_dict": optimizer.state_dict(), key: module.state_dict()}
+    assert same(loaded(tmp_path, content), module)
+    assert f"weights taken from {key!r} of model.pt" in caplog.text
+
+
+def test_weights_two_keys_down(tmp_path: Path) -> None:
+    module = seeded(1)
+    assert same(loaded(tmp_path, {"checkpoint": {"model": module.state_dict()}, "step": torch.tensor(7)}), module)
+
+
+def test_averaged_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = seeded(1)
+    assert same(loaded(tmp_path, AveragedModel(module).state_dict()), module)
+    assert "1 tensor outside 'module' is not used: n_averaged" in caplog.text
+
+
+def test_lightning_with_a_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = seeded(1)
+    state = {f"model.{name}": value for name, value in module.state_dict().items()}
+    assert same(loaded(tmp_path, {"state_dict": state | {"criterion.weight": torch.ones(4)}}), module)
+    assert "1 tensor outside 'state_dict.model' is not used: criterion.weight" in caplog.text
+
+
+def test_averaged_weights_beside_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw, averaged = seeded(1), seeded(2)
+    content = {"model": raw.state_dict(), "ema": averaged.state_dict(), "epoch": 3}
+    assert same(loaded(tmp_path, content), averaged)
+    assert "model, ema. ema was taken, the averaged weights; --weights-key model takes the others" in caplog.text
+    assert same(loaded(tmp_path, content, "model"), raw)
+    assert same(loaded(tmp_path, content, "ema"), averaged)
+
+
+def test_two_networks_that_both_fit_are_a_question(tmp_path: Path) -> None:
+    student, teacher = seeded(1), seeded(2)
+    content = {"student": student.state_dict(), "teacher": teacher.state_dict()}
+    with pytest.raises(
+        LoadError, match="2 sets of weights that fit and differ: student, teacher; choose one with --weig"
+    ):
+        loaded(tmp_path, content)
+    assert same(loaded(tmp_path, content, "teacher"), teacher)
+    with pytest.raises(UsageError, match="no weights 'techer'; did you mean 'teacher'.*takes student, teacher"):
+        loaded(tmp_path, content, "techer")
+    assert same(loaded(tmp_path, {"a": student.state_dict(), "b": student.state_dict()}), student)  # no question
+
+
+def test_two_networks_under_prefixes(tmp_path: Path) -> None:
+    query, momentum = seeded(1), seeded(2)
+    state = {f"encoder_q.{name}": value for name, value in query.state_dict().items()}
+    state |= {f"encoder_k.{name}": value for name, value in momentum.state_dict().items()}
+    with pytest.raises(LoadError, match=r"fit and differ: state_dict.encoder_q, state_dict.encoder_k"):
+        loaded(tmp_path, {"state_dict": state})
+    assert same(loaded(tmp_path, {"state_dict": state}, "state_dict.encoder_k"), momentum)
+
+
+def test_weights_key_without_a_file() -> None:
+    with pytest.raises(UsageError, match="--weights-key goes with a checkpoint file"):
+        load(Request(ARCH, weights_key="ema"))
+
+
+def test_pruned_by_torch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = seeded(1)
+    prune.l1_unstructured(module.conv, "weight", 0.5)
+    found = loaded(tmp_path, module.state_dict())
+    prune.remove(module.conv, "weight")
+    assert same(found, module)
+    assert "conv.weight computed from its original and its mask (torch.nn.utils.prune)" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm])
+def test_weight_norm(tmp_path: Path, norm: Any) -> None:
+    module = seeded(1)
+    plain = module.state_dict()["conv.weight"].clone()
+    norm(module.get_submodule("conv"))
+    assert torch.allclose(loaded(tmp_path, module.state_dict())["conv.weight"], plain, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised(tmp_path: Path) -> None:
+    module = torch.ao.quantization.quantize_dynamic(seeded(1).eval(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(LoadError, match=r"holds quantised weights \(head\..*give the checkpoint that was quantised"):
+        loaded(tmp_path, module.state_dict())
+
+
+def test_a_state_dict_without_counts_of_batches(tmp_path: Path) -> None:
+    module = seeded(1)
+    old = OrderedDict((k, v) for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked"))
+    assert same(loaded(tmp_path, old), module)
+    with_prefix = OrderedDict((f"module.{name}", value) for name, value in old.items())
+    assert same(loaded(tmp_path, {"state_dict": with_prefix}), module)
+    new = module.state_dict()  # its version says that the count was there
+    del new["norm.num_batches_tracked"]
+    with pytest.raises(LoadError, match=r"1 missing: norm.num_batches_tracked"):
+        loaded(tmp_path, new)
+
+
+def test_buffers_that_are_no_longer_saved(tmp_path: Path) -> None:
+    module = seeded(1)
+    assert same(loaded(tmp_path, {**module.state_dict(), "index": torch.arange(8)}), module)
+    with pytest.raises(LoadError, match="1 unexpected: index"):
+        loaded(tmp_path, {**module.state_dict(), "index": torch.arange(8) + 1})
+
+
+def test_torchscript_names_the_way_out(tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):  # tracing is deprecated
+        torch.jit.save(torch.jit.trace(seeded(1).eval(), torch.zeros(2, 1, 8, 8)), tmp_path / "script.pt")
+    with pytest.raises(LoadError, match=r"is a TorchScript archive.*torch.jit.load\('script.pt'\).state_dict\(\)"):
+        load(Request(str(tmp_path / "script.pt"), arch=ARCH))
