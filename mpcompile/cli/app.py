@@ -1,15 +1,19 @@
 """The Typer application that the commands register with, and the options of `mpcompile` itself."""
 
 import textwrap
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mpcompile.errors import UsageError, did_you_mean
+
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
 4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written);
-7 a runtime is missing or could not build; 1 disk or memory ran out, or an unexpected error.
+7 a runtime is missing or could not build; 1 disk or memory ran out, or an unexpected error;
+130 stopped by Ctrl-C, 143 by SIGTERM (finished passes are kept, and the same command resumes).
 """
 
 
@@ -21,6 +25,13 @@ def _with_short_help(items: list[Any]) -> list[Any]:
     for item in items:
         item.help = item.help and textwrap.shorten(item.help.partition(". ")[0], 75, placeholder=" …")
     return items
+
+
+def stopped_text(by: str, error: BaseException) -> str:
+    """The line that tells a user what a stopped run has kept; the notes of the error say where."""
+    notes = getattr(error, "__notes__", None)
+    kept = "; ".join(notes) if notes else "nothing was written, and no pass had finished; the same command starts anew"
+    return f"stopped by {by}: {kept}"
 
 
 class Command(TyperCommand):
@@ -36,10 +47,22 @@ class CompileByDefault(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Inserts `compile` if the first word is neither a command nor an option of `mpcompile` itself."""
+        if args and args[0] not in self.commands and not set("-./:") & set(args[0]):
+            near = did_you_mean(args[0], self.commands)
+            if near and not Path(args[0]).exists():
+                raise UsageError(f"{args[0]!r} is neither a command nor a file{near}")
         own_options = {option for parameter in self.get_params(ctx) for option in parameter.opts}
         if args and args[0] not in self.commands and args[0].partition("=")[0] not in own_options:
             args = ["compile", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; after Ctrl-C says what is kept, and exits with 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            typer.echo(f"mpcompile: {stopped_text('Ctrl-C', error)}", err=True)
+            raise typer.Exit(130) from None
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The commands, and the options of `mpcompile` and of `compile`, that begin with the typed text."""

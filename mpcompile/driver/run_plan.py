@@ -19,7 +19,7 @@ from mpcompile.driver.plugins import (
     installed_runtime,
     installed_runtimes,
 )
-from mpcompile.errors import RuntimeMissing, UsageError
+from mpcompile.errors import RuntimeMissing, UsageError, did_you_mean
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
@@ -178,9 +178,11 @@ def runtime_named(name: str) -> Runtime:
         return RUNTIMES[name]
     if foreign := installed_runtime(name):
         return foreign.value
+    near = did_you_mean(name, RUNTIMES)
     raise UsageError(
-        f"target {name!r} is unknown; the targets are {', '.join(RUNTIMES)}; for a runtime of your own install a "
-        f"package with the entry point {name!r} of {RUNTIME_GROUP}, or give runtime= in Python"
+        f"target {name!r} is unknown{near}; the targets are {', '.join(RUNTIMES)}; "
+        f"for a runtime of your own install a package with the entry point {name!r} of {RUNTIME_GROUP}, "
+        "or give runtime= in Python"
     )
 
 
@@ -190,9 +192,11 @@ def build_pass(step: Step) -> Pass:
     if kind is None and (foreign := installed_pass(step.name)):
         kind = foreign.value
     if kind is None:
+        near = did_you_mean(step.name, PASSES)
         raise UsageError(
-            f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}; for a pass of your own install a "
-            f"package with the entry point {step.name!r} of {PASS_GROUP}, or give passes= in Python"
+            f"pass {step.name!r} is unknown{near}; the passes are {', '.join(PASSES)}; "
+            f"for a pass of your own install a package with the entry point {step.name!r} of {PASS_GROUP}, "
+            "or give passes= in Python"
         )
     return _built(step, kind)
 
@@ -202,8 +206,9 @@ def _built(step: Step, kind: type[Any]) -> Pass:
     names = [row.name for row in dataclasses.fields(kind)]
     unknown = [key for key in step.params if key not in names]
     if unknown:
+        near = did_you_mean(unknown[0], names)
         raise UsageError(
-            f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(names) or 'none'}"
+            f"pass {step.name} has no {', '.join(map(repr, unknown))}{near}; it has {', '.join(names) or 'none'}"
         )
     try:
         built: Pass = TypeAdapter(kind).validate_python(step.params)

@@ -96,6 +96,10 @@ def load(request: Request) -> Loaded:
     check_asked(request.preprocessing)
     if request.preprocess is not None:
         preset_named(request.preprocess)  # before the weights are read
+    try:
+        request.model.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LoadError(f"{request.model} is not UTF-8, and the report holds the name; rename the file") from error
     if request.model.startswith("timm:"):
         _require_no_weights_key(request)
         name = request.model.removeprefix("timm:")

@@ -42,7 +42,7 @@ class NM:
         if match is None:
             raise UsageError(
                 f"pattern {text!r} is not N:M (N weights kept of every M), such as 2:4; in 2:4x4, four "
-                "neighbouring output channels share one pattern"
+                f"neighbouring output channels share one pattern{_near(text)}"
             )
         keep, of, rows = match.groups(default="1")
         return cls(int(keep), int(of), int(rows))
@@ -76,3 +76,11 @@ class NM:
 
 
 TWO_OF_FOUR = NM(keep=2, of=4)
+
+
+def _near(text: str) -> str:
+    """A proposal for a pattern in another spelling, such as 2/4, 2-4 or `2 of 4`; empty if there is none."""
+    numbers = [int(number) for number in re.findall(r"\d{1,3}", text)]
+    if len(numbers) not in (2, 3) or not 1 <= numbers[0] < numbers[1] <= WIDEST_GROUP or min(numbers) < 1:
+        return ""
+    return f"; did you mean {NM(*numbers)}?"

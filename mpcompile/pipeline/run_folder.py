@@ -36,9 +36,10 @@ def work_folder(output: Path) -> Path:
 def working(output: Path) -> Iterator[Path]:
     """The work folder, created and locked for the duration of the block.
 
-    The folder is removed if the block succeeds, or if it fails before any work is finished. Otherwise it stays, and a
-    MpcompileError other than a UsageError gets a note that says so. Raises UsageError if another process holds the
-    lock, or the folder cannot be created.
+    The folder is removed if the block succeeds, or if it fails before any work is finished. Otherwise it stays, and the
+    exception gets a note that says so, if it is a signal's or a MpcompileError other than a UsageError.
+
+    Raises UsageError if another process holds the lock, or the folder cannot be created.
     """
     folder = work_folder(output)
     lock = _locked(folder, output)
@@ -48,7 +49,7 @@ def working(output: Path) -> Iterator[Path]:
         kept = any(True for pattern in FINISHED for _ in folder.glob(pattern))
         if not kept:
             clear(folder)
-        elif isinstance(error, MpcompileError) and not isinstance(error, UsageError):
+        elif not isinstance(error, UsageError) and isinstance(error, MpcompileError | KeyboardInterrupt | SystemExit):
             error.add_note(f"finished work is kept in {folder}; give the same command again to resume")
         raise
     else:

@@ -8,6 +8,7 @@ Unknown keys are errors. A pass is written as its name, or as a mapping from its
 """
 
 import hashlib
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from mpcompile.errors import UsageError
+from mpcompile.errors import UsageError, did_you_mean
 from mpcompile.ir.head import HeadChoice
 from mpcompile.ir.pattern import NM
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
@@ -196,9 +197,20 @@ def explained(error: ValidationError) -> str:
     parts = []
     for item in errors[:MAX_ERRORS_SHOWN]:
         key = ".".join(str(part) for part in item["loc"]) or "the whole value"
-        parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')} (found {_shown(item['input'])})")
+        near = _near(item["type"], item["loc"], item["input"], item.get("ctx", {}))
+        parts.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{near} (found {_shown(item['input'])})")
     more = len(errors) - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more else "")
+
+
+def _near(kind: str, key: tuple[int | str, ...], value: object, context: Mapping[str, Any]) -> str:
+    """A proposal for a misspelt key of a recipe, or for a misspelt choice; empty for other errors."""
+    if kind == "extra_forbidden" and key:
+        models = (Recipe, DataChoice, BenchOptions, Gates, Tune)
+        return did_you_mean(str(key[-1]), [name for model in models for name in model.model_fields])
+    if kind == "literal_error" and isinstance(value, str):
+        return did_you_mean(value, re.findall("'([^']*)'", str(context.get("expected", ""))))
+    return ""
 
 
 def _shown(value: object) -> str:

@@ -25,7 +25,12 @@ def require_writable(output: Path, force: bool, inputs: Sequence[Path] = ()) -> 
     A folder that is not empty is replaced only with `force`. `inputs` are the files and folders that the run reads;
     they must not lie inside a folder that is replaced.
     """
-    given, output = output, output.resolve()
+    given = output
+    try:
+        output = given.resolve()
+        output.exists()
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise UsageError(f"{given} cannot be used ({error.strerror}); name another with --output") from error
     if output.exists() and not output.is_dir():
         raise UsageError(f"{given} is not a folder; name another folder with --output")
     if Path.cwd().is_relative_to(output) or output.is_mount():

@@ -63,8 +63,11 @@ def test_a_stopped_run_leaves_no_output(
         done = mpcompile(model, "-o", tmp_path / "out", "--config", quick, "--data", images)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert done.returncode != 0
+    assert done.returncode == 128 + how
     assert "export compressed" in done.stderr
+    by = "Ctrl-C" if how == signal.SIGINT else "SIGTERM"
+    kept = f"finished work is kept in {tmp_path / '.out.work'}; give the same command again to resume"
+    assert done.stderr.splitlines()[-1] == f"mpcompile: stopped by {by}: {kept}"
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"quick.yaml", ".out.work"}
 
