@@ -169,24 +169,36 @@ def _named(
 
 def _best(fitting: list[WeightSet], path: Path) -> tuple[WeightSet, tuple[str, ...]]:
     """One of the sets that fit, with a note if there was a choice. Raises LoadError if the choice is the user's."""
-    distinct: list[WeightSet] = []
-    for found in fitting:
-        if not any(_equal(found.state, other.state) for other in distinct):
-            distinct.append(found)
+    distinct = _distinct(fitting)
     if len(distinct) == 1:
         return distinct[0], ()
     shown = [found.name or "the top level" for found in distinct]
-    averaged = [found for found in distinct if AVERAGED & set(found.name.lower().replace(".", "_").split("_"))]
+    averaged = _distinct([found for found in fitting if _is_averaged(found.name)])
     if len(averaged) != 1:
         raise LoadError(
             f"{path} holds {len(distinct)} sets of weights that fit and differ: {', '.join(shown)}; choose one with "
             f"--weights-key, such as --weights-key {distinct[0].name or distinct[1].name}"
         )
-    others = [found.name or "the top level" for found in distinct if found is not averaged[0]]
-    return averaged[0], (
-        f"{path.name} holds {len(distinct)} sets of weights that fit: {', '.join(shown)}. {averaged[0].name} was "
-        f"taken, the averaged weights; --weights-key {others[0]} takes the others",
+    [taken] = averaged
+    other = next(found.name for found in distinct if not _equal(found.state, taken.state))
+    return taken, (
+        f"{path.name} holds {len(distinct)} sets of weights that fit: {', '.join(shown)}. {taken.name} was taken, the "
+        f"averaged weights; --weights-key {other} takes the others",
     )
+
+
+def _is_averaged(name: str) -> bool:
+    """Whether a name has a word for averaged weights in it, such as `model_ema`."""
+    return bool(AVERAGED & set(name.lower().replace(".", "_").split("_")))
+
+
+def _distinct(sets: list[WeightSet]) -> list[WeightSet]:
+    """The sets without those that hold the values of an earlier one."""
+    distinct: list[WeightSet] = []
+    for found in sets:
+        if not any(_equal(found.state, other.state) for other in distinct):
+            distinct.append(found)
+    return distinct
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
