@@ -180,9 +180,9 @@ def runtime_named(name: str) -> Runtime:
         return foreign.value
     near = did_you_mean(name, RUNTIMES)
     raise UsageError(
-        f"target {name!r} is unknown{near}; the targets are {', '.join(RUNTIMES)}; "
+        f"target {name!r} is unknown; the targets are {', '.join(RUNTIMES)}; "
         f"for a runtime of your own install a package with the entry point {name!r} of {RUNTIME_GROUP}, "
-        "or give runtime= in Python"
+        f"or give runtime= in Python{near}"
     )
 
 
@@ -194,9 +194,9 @@ def build_pass(step: Step) -> Pass:
     if kind is None:
         near = did_you_mean(step.name, PASSES)
         raise UsageError(
-            f"pass {step.name!r} is unknown{near}; the passes are {', '.join(PASSES)}; "
+            f"pass {step.name!r} is unknown; the passes are {', '.join(PASSES)}; "
             f"for a pass of your own install a package with the entry point {step.name!r} of {PASS_GROUP}, "
-            "or give passes= in Python"
+            f"or give passes= in Python{near}"
         )
     return _built(step, kind)
 
@@ -208,7 +208,7 @@ def _built(step: Step, kind: type[Any]) -> Pass:
     if unknown:
         near = did_you_mean(unknown[0], names)
         raise UsageError(
-            f"pass {step.name} has no {', '.join(map(repr, unknown))}{near}; it has {', '.join(names) or 'none'}"
+            f"pass {step.name} has no {', '.join(map(repr, unknown))}; it has {', '.join(names) or 'none'}{near}"
         )
     try:
         built: Pass = TypeAdapter(kind).validate_python(step.params)
