@@ -9,6 +9,7 @@ from torch import nn
 import mpcompile
 from mpcompile.analysis.block_macs import as_published, charged, merges
 from mpcompile.analysis.macs import cost
+from mpcompile.data.images import Data
 from mpcompile.driver.compile import preview
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
@@ -65,7 +66,7 @@ def test_a_schedule_that_leaves_too_few_tokens_is_refused() -> None:
         with pytest.raises(UsageError, match=r"r is 1000, but of 37 tokens \(1 protected\) at most 18 can merge"):
             run(model, ToMe(r=r))
         with pytest.raises(UsageError, match="at most 18 can merge after one attention; give a smaller r"):
-            ToMe(r=r).check(model)
+            ToMe(r=r).require_inputs(model, Data())
     with pytest.raises(UsageError, match=r"leaves 2 of 37 tokens \(5.4 %\), and at least 10 % have to be left"):
         run(model, ToMe(r=18, least_left=0.1))
     assert sum(merges((found := run(model, ToMe(r=18))).graph, found.example)) == 35
