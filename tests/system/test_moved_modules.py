@@ -2,11 +2,23 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 import mpcompile
-from mpcompile.system.moved_modules import MOVED, install_moved_modules
+from mpcompile.system.moved_modules import MOVED, MovedModule, install_moved_modules
+
+
+@pytest.fixture(autouse=True)
+def _without_old_modules() -> Iterator[None]:
+    """Other tests find mpcompile as it is before an old module is imported."""
+    yield
+    for old in MOVED:
+        sys.modules.pop(old, None)
+        name = old.rpartition(".")[2]
+        if isinstance(vars(mpcompile).get(name), MovedModule):
+            delattr(mpcompile, name)
 
 
 @pytest.mark.parametrize(
