@@ -109,12 +109,12 @@ def _compiled(
         began("load")
         loaded, leaves = loaded_from(model)
         needed_bytes = output_bytes(loaded.module)
-        require_space(output, needed_bytes)
+        require_space(output, least_output_bytes(loaded.module))
         began("capture")
         dense = capture(loaded.module, loaded.source, leaves=leaves)
-        dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
+        images = data_for(data, dense, recipe.data, recipe.head)
         require_inputs(plan, dense, images)
-        images = decoded_for(images, dense, needed_bytes)
+        dense, images = headed(dense, decoded_for(images, dense, needed_bytes), recipe.head)
         tuning = None
         if recipe.tune is not None:
             began("tune")
@@ -152,6 +152,12 @@ def output_bytes(module: nn.Module) -> int:
     """
     tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
     return sum(value.numel() * (4 * value.element_size() + 1) for value in tensors) + 2**20
+
+
+def least_output_bytes(module: nn.Module) -> int:
+    """The bytes that every output folder needs: the weights in model.safetensors and in two ONNX files."""
+    tensors = [value for value in module.state_dict().values() if isinstance(value, Tensor)]
+    return 3 * sum(value.numel() * value.element_size() for value in tensors)
 
 
 def _skip(step: Pass) -> None:
@@ -214,7 +220,7 @@ def preview(
         require_writable(Path(output), force, [path for path in map(path_of, (model, data)) if path is not None])
     loaded, leaves = loaded_from(model)
     if output is not None:
-        require_space(Path(output), output_bytes(loaded.module))
+        require_space(Path(output), least_output_bytes(loaded.module))
     dense = capture(loaded.module, loaded.source, leaves=leaves)
     dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
     require_inputs(plan, dense, images)

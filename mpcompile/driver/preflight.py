@@ -37,12 +37,12 @@ def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     PassManager(plan.passes).require_inputs(dense, images)
 
 
-def require_space(output: Path, needed_bytes: int) -> None:
-    """Raises ResourceError if the disk of the output folder has less free space than the output takes."""
+def require_space(output: Path, least_bytes: int) -> None:
+    """Raises ResourceError if the disk of the output folder has less free space than the output needs at least."""
     existing = next(parent for parent in output.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
+    if free < least_bytes:
         raise ResourceError(
-            f"the disk is too full: {format_bytes(free)} are left under {existing}, and the whole output takes about "
-            f"{format_bytes(needed_bytes)}; free some space, or name a folder on another disk with --output"
+            f"the disk is too full: {format_bytes(free)} are left under {existing}, and the whole output takes at "
+            f"least {format_bytes(least_bytes)}; free some space, or name a folder on another disk with --output"
         )

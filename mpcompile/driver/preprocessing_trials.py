@@ -54,7 +54,7 @@ class SetUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class PreprocessingTrial:
     """The top-1 accuracy of the dense model with one set-up, as a share in [0, 1].
 
     `options` are those to type for it, beside the present ones; empty for the present set-up.
@@ -69,7 +69,7 @@ class Trial:
 class PreprocessingTrials:
     """The trials on `images` labelled images, best first, and a conclusion as a sentence."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[PreprocessingTrial, ...]
     images: int
     conclusion: str
 
@@ -160,7 +160,9 @@ def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, outputs: in
     best, first = _best(right), next(iter(right))
     count = len(right[first])
     ordered = sorted(right, key=lambda one: -right[one].mean())  # stable: of equals, the present one first
-    trials = tuple(Trial(one.name, float(right[one].mean()), options_for(one.source, present)) for one in ordered)
+    trials = tuple(
+        PreprocessingTrial(one.name, float(right[one].mean()), options_for(one.source, present)) for one in ordered
+    )
     p_value = ChangedAnswers.between(right[first], right[best]).chance
     hits = int(right[best].sum())
     limit = SIGNIFICANCE / len(right)

@@ -22,7 +22,7 @@ SAME = 0.05  # candidates whose values differ by less from those in use are not 
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PreprocessingCandidate:
     """A preprocessing: per-channel mean and deviation of pixels in [0, 1], and whether channels are reversed."""
 
     name: str
@@ -56,19 +56,19 @@ def better_preprocessing(
     order = images.order[:: max(1, len(images) // MOST)][:MOST]
     parts = list(replace(images, order=order).batches(FIRST))
     labels = [answers.numpy() for _, answers in parts]
-    used = Candidate("in use", np.array(mean), np.array(std))
+    used = PreprocessingCandidate("in use", np.array(mean), np.array(std))
     pixels = [part.numpy().astype(np.float64) * _by_channel(used.std) + _by_channel(used.mean) for part, _ in parts]
     if not pixels or min(map(np.min, pixels)) < -0.01 or max(map(np.max, pixels)) > 1.01:
         return None  # the images were not preprocessed with these values
 
-    def right(candidate: Candidate, least: float = -1.0) -> NDArray[np.bool_]:
+    def right(candidate: PreprocessingCandidate, least: float = -1.0) -> NDArray[np.bool_]:
         found = [head.right(dense(candidate.apply(pixels[0])), labels[0])]
         if found[0].mean() > least:
             found += [head.right(dense(candidate.apply(p)), y) for p, y in zip(pixels[1:], labels[1:], strict=True)]
         return np.concatenate(found)
 
     now = right(used)
-    best: tuple[float, Candidate] | None = None
+    best: tuple[float, PreprocessingCandidate] | None = None
     for candidate in _candidates(pixels, used):
         found = right(candidate, float(now[: len(labels[0])].mean()))
         if len(found) < len(now) or found.mean() - now.mean() < SMALLEST_GAIN:
@@ -85,24 +85,26 @@ def better_preprocessing(
     )
 
 
-def _candidates(pixels: list[NDArray[np.float64]], used: Candidate) -> Iterator[Candidate]:
+def _candidates(pixels: list[NDArray[np.float64]], used: PreprocessingCandidate) -> Iterator[PreprocessingCandidate]:
     """The usual preprocessings for this number of channels, without the one in use."""
     channels = len(used.mean)
     whole = np.concatenate(pixels)
     own = whole.mean(axis=(0, 2, 3)), np.maximum(whole.std(axis=(0, 2, 3)), 1e-3)
     one = np.ones(channels)
     found = [
-        Candidate("the mean and deviation of these images", *own),
-        Candidate("values from -1 to 1", 0.5 * one, 0.5 * one),
-        Candidate("values from 0 to 1", 0 * one, one),
-        Candidate("values from 0 to 255", 0 * one, one / 255),
+        PreprocessingCandidate("the mean and deviation of these images", *own),
+        PreprocessingCandidate("values from -1 to 1", 0.5 * one, 0.5 * one),
+        PreprocessingCandidate("values from 0 to 1", 0 * one, one),
+        PreprocessingCandidate("values from 0 to 255", 0 * one, one / 255),
     ]
     if channels == 3:
         imagenet = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         found += [
-            Candidate("ImageNet's values", *imagenet),
-            Candidate("BGR channels and the values in use", used.mean, used.std, reverse=True),
-            Candidate("BGR channels, ImageNet's mean and values to 255", imagenet[0][::-1], one / 255, reverse=True),
+            PreprocessingCandidate("ImageNet's values", *imagenet),
+            PreprocessingCandidate("BGR channels and the values in use", used.mean, used.std, reverse=True),
+            PreprocessingCandidate(
+                "BGR channels, ImageNet's mean and values to 255", imagenet[0][::-1], one / 255, reverse=True
+            ),
         ]
     for candidate in found:
         distance = max(

@@ -113,9 +113,7 @@ def test_a_small_disk(
     small_disk: Callable[[str], Path], without_kernel: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     full = small_disk("2m")  # holds the dense file, and not the compressed one
-    with pytest.raises(
-        ResourceError, match="the disk is full: .* during export compressed, and the whole output"
-    ) as failure:
+    with pytest.raises(ResourceError, match="the disk is too full: .* and the whole output takes at least") as failure:
         compiled(full / "out", width=512)
     assert failure.value.exit_code == 1
     assert list(full.iterdir()) == []
