@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.analysis.operator_sets import (
@@ -18,6 +17,7 @@ from mpcompile.analysis.operator_sets import (
 from mpcompile.errors import UsageError
 from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model
+from mpcompile.ir.parity import is_constant
 
 CONVERSION_NAMES = frozenset(["float", "double", "to", "type", "contiguous", "clone", "detach", "dropout"])
 PROBABILITY_NAMES = frozenset(["sigmoid", "sigmoid_", "hardsigmoid", "softmax"])
@@ -25,7 +25,6 @@ PROBABILITY_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 UNBOUNDED = ADDITIONS | MATRIX_PRODUCTS | WEIGHT_FUNCTIONS
 UNBOUNDED_MODULES = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1: float32 sums of 1,000 values differ by about 1e-5
-EQUAL = 1e-6  # outputs of different images that differ by less, relative to the largest, are rounding errors
 
 
 def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, tuple[str, ...]]:
@@ -54,7 +53,7 @@ def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, 
         notes.append(_rule(head, probabilities, last is None))
     if bounded and head.kind == "softmax" and outputs.ndim == 2:
         notes += _bounded(outputs, last)
-    if len(outputs) > 1 and _constant(outputs):
+    if is_constant(outputs.numpy(force=True)):
         notes.append(
             f"this model returns the same outputs for each of {len(outputs)} "
             f"{'noise inputs' if images is None else 'calibration images'}, so a comparison of outputs proves little; "
@@ -125,9 +124,3 @@ def _bounded(outputs: Tensor, last: bool | None) -> list[str]:
 def _sum_to_one(outputs: Tensor) -> bool:
     """Whether the outputs of each image, (images, outputs, …), sum to 1."""
     return bool(((outputs.sum(1) - 1).abs() < SUM_TOLERANCE).all())
-
-
-def _constant(outputs: Tensor) -> bool:
-    """Whether the outputs do not depend on the image."""
-    spread = outputs.amax(0) - outputs.amin(0)
-    return float(spread.max()) <= EQUAL * max(float(outputs.abs().max()), torch.finfo(torch.float32).tiny)

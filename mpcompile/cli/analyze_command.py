@@ -99,14 +99,7 @@ def analyze_command(
         "seed": seed,
     }
     step = budget_from({"null": null} | {k: v for k, v in params.items() if v})
-    choice = {
-        "calibration": calibration,
-        "seed": seed,
-        "classes": str(classes) if classes else None,
-        "exif": exif,
-        "alpha": alpha,
-        "skip_broken": skip_broken or None,
-    }
+    choice = {"calibration": calibration, "seed": seed, **parse.reading(classes, exif, alpha, skip_broken)}
     with progress(quiet or as_json) as observe:
         found = analyze(
             request_of(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpcompile.errors import UsageError
@@ -48,6 +49,16 @@ def request_of(
         channel_order=channel_order,
         weights_key=weights_key,
     )
+
+
+def reading(classes: Path | None, exif: str | None, alpha: str | None, skip_broken: bool) -> dict[str, Any]:
+    """How folders of images are read: values of the recipe's section `data`; None for an option that is not given."""
+    return {
+        "classes": str(classes) if classes else None,
+        "exif": exif,
+        "alpha": alpha,
+        "skip_broken": skip_broken or None,
+    }
 
 
 def batch(text: str | None) -> tuple[str | int | None, tuple[int, ...] | None]:

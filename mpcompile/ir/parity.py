@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from mpcompile.errors import ParityError
 
 PARITY_QUANTILE = 0.9
+EQUAL = 1e-6  # outputs of different images that differ by less, relative to the largest, are rounding errors
 TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2})
 
 
@@ -33,6 +34,12 @@ def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floati
         return float("inf")
     scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
     return float(np.abs(found - expected).max() / scale)
+
+
+def is_constant(outputs: NDArray[np.floating]) -> bool:
+    """Whether the outputs (b, …) of 2 or more images are the same, to rounding."""
+    spread = float(np.ptp(outputs, axis=0).max())
+    return len(outputs) > 1 and spread <= EQUAL * max(float(np.abs(outputs).max()), float(np.finfo(np.float32).tiny))
 
 
 def require_parity(

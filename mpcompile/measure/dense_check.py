@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.ir.head import Head
+from mpcompile.ir.parity import is_constant
 
 ABOVE_CHANCE = 0.01  # p-value from which accuracy is not above chance
 CONTRADICTION = 1e-4  # p-value below which an observation contradicts the measured accuracy: a rare false alarm
@@ -25,7 +26,6 @@ FAR_BELOW = 0.10  # a claimed accuracy, as a share of the images
 OVERCONFIDENT = 0.30  # confidence minus accuracy; trained models rarely exceed 0.15 on the images they are made for
 FEWEST = 8  # images, below which nothing can be told
 MOST_CLASSES = 2500  # of an assignment problem, which takes seconds at this size
-EQUAL = 1e-6  # outputs of different images that differ by less, relative to the largest, are rounding errors
 PREPROCESSING = "the preprocessing (mean, deviation, size, interpolation, crop, channel order)"
 
 
@@ -166,9 +166,3 @@ def reordered_right(decided: NDArray[np.int64], labels: NDArray[np.int64]) -> ND
         _, label_of = linear_sum_assignment(confusion, maximize=True)
         right[1 - half :: 2] = label_of[outputs[1 - half :: 2]] == wanted[1 - half :: 2]
     return right
-
-
-def is_constant(outputs: NDArray[np.float32]) -> bool:
-    """Whether the outputs of 2 or more images are the same, to rounding."""
-    spread = float(np.ptp(outputs, axis=0).max())
-    return len(outputs) > 1 and spread <= EQUAL * max(float(np.abs(outputs).max()), float(np.finfo(np.float32).tiny))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.data.images import Split
+from mpcompile.frontend.presets import PRESETS
 from mpcompile.ir.head import Head
 from mpcompile.measure.accuracy import Run
 
@@ -98,7 +99,7 @@ def _candidates(pixels: list[NDArray[np.float64]], used: PreprocessingCandidate)
         PreprocessingCandidate("values from 0 to 255", 0 * one, one / 255),
     ]
     if channels == 3:
-        imagenet = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        imagenet = np.array(PRESETS["imagenet"].mean), np.array(PRESETS["imagenet"].std)
         found += [
             PreprocessingCandidate("ImageNet's values", *imagenet),
             PreprocessingCandidate("BGR channels and the values in use", used.mean, used.std, reverse=True),
