@@ -35,11 +35,12 @@ from mpcompile.data.images import Data
 from mpcompile.driver.bench import COMPRESSED, DENSE, KERNELS_OFF, compared
 from mpcompile.driver.compare_engines import Settings
 from mpcompile.driver.run_plan import RUNTIMES
-from mpcompile.export.onnx_export import Precision, lower
+from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.precision import Precision
 from mpcompile.measure.timing import sample, timing
 from mpcompile.passes import NMMask, ToMe
 from mpcompile.pipeline.pass_manager import Pass, PassManager

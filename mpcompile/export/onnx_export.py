@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
@@ -21,11 +21,11 @@ from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
 from mpcompile.export.half_precision import to_bfloat16, to_half
 from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
 from mpcompile.ir.model import Model
+from mpcompile.ir.precision import Precision
 from mpcompile.ir.token_merging import merges_tokens
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "fp16", "bf16"]
 OPSET, BFLOAT16_OPSET = 20, 22
 INPUT, OUTPUT = "images", "logits"
 # A protocol buffer holds at most 2 GiB; the rest leaves room for the graph.

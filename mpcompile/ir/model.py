@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, fx, nn
 
 from mpcompile.ir.head import Head
@@ -28,6 +28,9 @@ class LayerPlan:
     mask: Bool[Tensor, "..."] | None = None  # nm-mask; shaped like the weight, True where kept
     relative_error: float | None = None  # nm-mask; E‖y − W′x‖² / E‖y‖² on calibration images, y the refit target
     skipped: str | None = None  # why the layer stays dense, as a sentence
+    scale: Float[Tensor, " out"] | None = None  # quantize; the weight of output channel o is scale[o] × integers
+    rounding_error: float | None = None  # quantize; relative_error of the rounded weight
+    unquantized: str | None = None  # quantize; why the layer stays in floating point, as a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,10 @@ class Model:
     def patterns(self) -> dict[str, NM]:
         """The pattern of each masked layer, by layer name; layers with an unstructured mask are left out."""
         return {n: plan.pattern for n, plan in self.plan.items() if plan.mask is not None and plan.pattern is not None}
+
+    def scales(self) -> dict[str, Tensor]:
+        """The weight scale of each quantised layer, by layer name, one number for each output channel."""
+        return {name: plan.scale for name, plan in self.plan.items() if plan.scale is not None}
 
     def masks(self) -> dict[str, Tensor]:
         """The mask of each masked layer, by layer name; shaped like the weight, True where kept."""

@@ -20,6 +20,7 @@ from mpcompile.pipeline.fingerprint import structure_of, tensors_of
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.system.hashing import sha256, sha256_of
 
+PLAN_TENSORS = ("mask", "permutation", "scale")  # the fields of LayerPlan that are tensors
 KEY = "mpcompile.checkpoint"  # the metadata key of a checkpoint's entry; part of the file format
 
 
@@ -87,7 +88,7 @@ def rest_of(model: Model) -> dict[str, Any]:
 def _plan_rest(plan: LayerPlan) -> dict[str, Any]:
     """A LayerPlan as JSON values; tensors are replaced by presence flags."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    values |= {name: values[name] is not None for name in ("mask", "permutation")}
+    values |= {name: values[name] is not None for name in PLAN_TENSORS}
     return values | {
         "pattern": None if plan.pattern is None else str(plan.pattern),
         "spectrum": None if plan.spectrum is None else asdict(plan.spectrum),
@@ -109,9 +110,7 @@ def restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor
     available = current | {name: value for name, value in tensors.items() if not name.startswith("weight/")}
     plan = {}
     for name, values in rest["plan"].items():
-        decoded: dict[str, Any] = {
-            key: available[f"{key}/{name}"] if values[key] else None for key in ("mask", "permutation")
-        }
+        decoded: dict[str, Any] = {key: available[f"{key}/{name}"] if values[key] else None for key in PLAN_TENSORS}
         pattern, spectrum = values["pattern"], values["spectrum"]
         decoded["pattern"] = NM.parse(pattern) if pattern else None
         decoded["spectrum"] = Spectrum(**spectrum) if spectrum else None

@@ -25,7 +25,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def tensors_of(model: Model) -> dict[str, Tensor]:
-    """All tensors of a model by name: `weight/` parameters and buffers, `mask/` and `permutation/` by layer."""
+    """All tensors of a model by name: `weight/` parameters and buffers, `mask/`, `permutation/`, `scale/` by layer."""
     graph = model.graph
     named = (*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False))
     tensors: dict[str, Tensor] = {f"weight/{name}": value for name, value in named}
@@ -34,6 +34,8 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
             tensors[f"mask/{name}"] = plan.mask
         if plan.permutation is not None:
             tensors[f"permutation/{name}"] = plan.permutation
+        if plan.scale is not None:
+            tensors[f"scale/{name}"] = plan.scale
     return tensors
 
 

@@ -28,6 +28,7 @@ from pydantic import (
 from mpcompile.errors import UsageError, did_you_mean
 from mpcompile.ir.head import HeadChoice
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.precision import Precision
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
 from mpcompile.system.moved_modules import renamed_names
 
@@ -127,7 +128,7 @@ class Recipe(Strict):
     schema_version: Literal[1] = 1
     passes: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     target: str = "ort"
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None  # None: dynamic
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
     head: Annotated[str, AfterValidator(_head)] = "auto"  # how outputs become decisions (mpcompile/ir/head.py)

@@ -11,7 +11,7 @@ moments are those of the dense graph, over all its nodes, collected before anyth
 """
 
 import copy
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.errors import PassError, on_layer
 from mpcompile.ir.model import Model
+from mpcompile.ir.quantization import quantizers
 from mpcompile.passes.reconstruct.calibration_batches import calibration_batches
 from mpcompile.passes.reconstruct.graph_executor import GraphExecutor, LayerCall
 from mpcompile.passes.reconstruct.residual import residual_add_after
@@ -58,6 +59,7 @@ def layerwise(
     sequential: bool = True,
     residual: bool = False,
     finished: Container[str] = (),
+    calibrate: Callable[[str, Sequence[Tensor]], None] | None = None,
 ) -> Generator[LayerStep, None, None]:
     """Yields a LayerStep for each weight of the layers `names`, in order of execution.
 
@@ -79,6 +81,8 @@ def layerwise(
         sequential: if False, inputs are those of the dense graph.
         residual: if True, steps before a residual add carry the residual error as a second target. Needs `sequential`.
         finished: weights, by the name of their first layer, for which no moments are collected.
+        calibrate: called with the name of each quantizer (mpcompile/ir/quantization.py) and its inputs, batch by
+            batch, before the quantizer runs in the graph being rewritten. It sets the quantizer's range.
 
     Raises:
         LoadError: an image is not finite.
@@ -93,11 +97,15 @@ def layerwise(
         _collect_from_dense(dense, batches, reused)
     dense_nodes = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
     dense_run, pruned_run = GraphExecutor(dense, batches), GraphExecutor(model.graph, batches if sequential else ())
+    to_calibrate = quantizers(model.graph)
     announced = tracked(weights, lambda weight: weight.names[0])
     with dense_run.interpreter.forward_hooks(), pruned_run.interpreter.forward_hooks():
         for node, dense_node in dense_nodes.items():
             if node.op == "placeholder":
                 continue
+            if calibrate is not None and node.op == "call_module" and node.target in to_calibrate:
+                [source] = node.all_input_nodes
+                calibrate(str(node.target), [values[source] for values in pruned_run.values])
             reached = [next(announced) for weight in weights if weight.nodes[0] is node]
             collecting = [weight for weight in reached if weight in unfinished and not weight.reused]
             is_layer = any(weight.names == (node.target,) for weight in collecting)

@@ -29,6 +29,7 @@ from mpcompile.analysis.operator_sets import (
     MULTIPLICATIONS,
 )
 from mpcompile.ir.model import Model
+from mpcompile.ir.quantization import Quantizer
 
 # Functions that are the identity if `training` is False: name -> position of `training` among the arguments.
 IDENTITY_CALLS = {"dropout": 2, "stochastic_depth": 3}
@@ -98,9 +99,9 @@ def _other_operand(user: fx.Node, at: fx.Node) -> fx.Node | None:
 
 
 def _is_identity(model: Model, node: fx.Node) -> bool:
-    """Whether a node is the identity in evaluation mode."""
+    """Whether a node is the identity in evaluation mode, up to rounding by a quantizer."""
     if node.op == "call_module":
-        return isinstance(model.graph.get_submodule(str(node.target)), EVAL_IDENTITY_MODULES)
+        return isinstance(model.graph.get_submodule(str(node.target)), (*EVAL_IDENTITY_MODULES, Quantizer))
     position = IDENTITY_CALLS.get(getattr(node.target, "__name__", ""))
     return position is not None and [node.kwargs.get("training"), *node.args[position : position + 1]][-1] is False
 

@@ -1,0 +1,100 @@
+"""Observers: the range of values that an activation's 8-bit grid covers, from a sample of the values.
+
+A wider range clips less and rounds more coarsely. Four rules, of which the pass keeps the one that moves the logits
+least:
+
+- `min-max`: all values. Nothing is clipped.
+- `percentile`: all but the 0.005 % largest and the 0.005 % smallest values.
+- `mse`: the range with the least mean squared error of the quantised values.
+- `entropy`: the range whose quantised histogram has the least Kullback–Leibler divergence from the values'
+  histogram, as in NVIDIA's "8-bit inference with TensorRT" (S. Migacz, GTC 2017), for both ends of the range.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Range = tuple[float, float]
+
+OUTSIDE = 5e-5  # the share of values beyond each end of the range of `percentile`
+CANDIDATES = 80  # ranges that `mse` and `entropy` try for each end
+SMALLEST_SHARE = 0.2  # of min-max; the narrowest range that they try
+BINS = 2048  # of the histogram
+LEVELS = 256
+
+
+def min_max(values: Float[Tensor, " n"]) -> Range:
+    """The smallest and the largest value."""
+    return float(values.min()), float(values.max())
+
+
+def percentile(values: Float[Tensor, " n"]) -> Range:
+    """The range without the OUTSIDE smallest and largest shares of the values."""
+    ordered, count = values.sort()[0], len(values)
+    cut = int(OUTSIDE * count)
+    return float(ordered[cut]), float(ordered[count - 1 - cut])
+
+
+def least_error(values: Float[Tensor, " n"]) -> Range:
+    """The range with the least mean squared error of the values, quantised with 256 levels."""
+    centres, counts = _histogram(values)
+
+    def error(low: float, high: float) -> float:
+        scale = (high - low) / (LEVELS - 1)
+        quantised = ((centres - low) / scale).round().clamp(0, LEVELS - 1) * scale + low
+        return float((counts * (quantised - centres).square()).sum())
+
+    return _best(values, error)
+
+
+def least_divergence(values: Float[Tensor, " n"]) -> Range:
+    """The range whose quantised histogram has the least divergence from that of the values."""
+    centres, counts = _histogram(values)
+    total = counts.sum()
+
+    def divergence(low: float, high: float) -> float:
+        inside = (centres >= low) & (centres <= high)
+        clipped = torch.where(inside, counts, 0)
+        # Values outside the range count at its ends.
+        first, last = int(inside.float().argmax()), len(inside) - 1 - int(inside.flip(0).float().argmax())
+        clipped[first] += counts[:first].sum()
+        clipped[last] += counts[last + 1 :].sum()
+        level = ((centres - low) / (high - low) * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
+        occupied = inside & (counts > 0)
+        mass = torch.zeros(LEVELS, dtype=counts.dtype).index_add(0, level[occupied], counts[occupied])
+        bins = torch.zeros(LEVELS, dtype=counts.dtype).index_add(0, level[occupied], torch.ones_like(counts[occupied]))
+        quantised = torch.where(occupied, (mass / bins.clamp_min(1))[level], 0)
+        p, q = clipped / total, quantised / quantised.sum().clamp_min(torch.finfo(counts.dtype).tiny)
+        both = (p > 0) & (q > 0)
+        missing = float(p[(p > 0) & (q <= 0)].sum())
+        return float((p[both] * (p[both] / q[both]).log()).sum()) + missing
+
+    return _best(values, divergence)
+
+
+OBSERVERS: Mapping[str, Callable[[Tensor], Range]] = MappingProxyType(
+    {"min-max": min_max, "percentile": percentile, "mse": least_error, "entropy": least_divergence}
+)
+
+
+def _histogram(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and counts of BINS bins of equal width from the smallest to the largest value; float64."""
+    low, high = float(values.min()), float(values.max())
+    counts = torch.histc(values.float(), BINS, low, high).double()
+    width = (high - low) / BINS
+    return low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5), counts
+
+
+def _best(values: Tensor, loss: Callable[[float, float], float]) -> Range:
+    """The range of the least loss: first both ends are shrunk together towards 0, then each end alone."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    if high <= low:
+        return low, high
+    shares = torch.linspace(SMALLEST_SHARE, 1, CANDIDATES).tolist()
+    both = min(shares, key=lambda share: loss(low * share, high * share))
+    upper = min(shares, key=lambda share: loss(low * both, high * share))
+    lower = min(shares, key=lambda share: loss(low * share, high * upper))
+    return low * lower, high * upper

@@ -1,0 +1,67 @@
+"""Which layers are quantised, and for each other layer the reason why it stays in floating point.
+
+By default these stay: the stem, which reads the image, and output layers, as both hold few of the multiply-accumulates
+and cost much accuracy; layers whose weight is not used as it is stored; and everything that is not a Linear or Conv2d
+(normalizations, softmax, attention products, residual adds).
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from mpcompile.analysis.eligibility import (
+    EXCLUDED,
+    graph_positions,
+    reason_dense_by_default,
+    reason_uneditable,
+    tied_layers,
+    unsupported_modules,
+    weight_nodes,
+)
+from mpcompile.errors import UsageError
+from mpcompile.ir.model import Model
+
+WITHIN_MODULE = "it is applied inside a module that the graph calls as a whole, so its input cannot be quantised"
+
+
+def quantizable(model: Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, str | None]:
+    """For each module with a weight matrix, by qualified name: None if it is quantised, or why it is not.
+
+    `include` and `exclude` are shell patterns over qualified names. `include` overrides the default for stems and
+    output layers; `exclude` wins over `include`. Layers that share a weight are quantised together or not at all.
+    Raises UsageError if a shell pattern matches no layer.
+    """
+    names = [name for name, _ in model.layers()]
+    for glob in (*include, *exclude):
+        if not any(fnmatchcase(name, glob) for name in names):
+            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            raise UsageError(f"no layer name matches {glob!r}; the layers are {shown}")
+    positions = graph_positions(model)
+    nodes_of, _ = weight_nodes(model.graph)
+    reasons: dict[str, str | None] = dict(unsupported_modules(model))
+    for name, layer in model.layers():
+        excluded = next((glob for glob in exclude if fnmatchcase(name, glob)), None)
+        position = positions.get(name)
+        included = any(fnmatchcase(name, glob) for glob in include)
+        reason = f"{EXCLUDED} {excluded!r}" if excluded else reason_uneditable(layer, position)
+        if reason is None and position is not None and not included:
+            reason = reason_dense_by_default(position)
+        if reason is None and not all(_applies_alone(node, name) for node in nodes_of[name]):
+            reason = WITHIN_MODULE
+        reasons[name] = reason
+    return _agreed(reasons, tied_layers(model, names))
+
+
+def _applies_alone(node: fx.Node, name: str) -> bool:
+    """Whether a node that applies a layer's weight is that layer, or a function, and not a module that contains it."""
+    return node.op == "call_function" or (node.op == "call_module" and node.target == name)
+
+
+def _agreed(reasons: Mapping[str, str | None], groups: Sequence[tuple[str, ...]]) -> dict[str, str | None]:
+    """The reasons, with the first reason of each group of layers that share a weight given to the whole group."""
+    agreed = dict(reasons)
+    for group in groups:
+        reason = next((agreed[name] for name in group if agreed[name] is not None), None)
+        agreed |= dict.fromkeys(group, reason)
+    return agreed
