@@ -13,12 +13,28 @@ from mpcompile.passes.mp_budget.mp_budget import MPBudget
 from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.passes.permute.permute import Permute
 from mpcompile.passes.quantize.quantize import Quantize
+from mpcompile.passes.quantize.scale_migration import ScaleMigration
 from mpcompile.passes.restore import Restore
 from mpcompile.passes.tome.tome import ToMe
 from mpcompile.pipeline.pass_manager import Pass
 
 PASSES: Mapping[str, type[Pass]] = MappingProxyType(
-    {kind.name: kind for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Distill, Quantize, Certify)}
+    {
+        kind.name: kind
+        for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Distill, ScaleMigration, Quantize, Certify)
+    }
 )
 
-__all__ = ["PASSES", "BatchNorm", "Certify", "Distill", "MPBudget", "NMMask", "Permute", "Quantize", "Restore", "ToMe"]
+__all__ = [
+    "PASSES",
+    "BatchNorm",
+    "Certify",
+    "Distill",
+    "MPBudget",
+    "NMMask",
+    "Permute",
+    "Quantize",
+    "Restore",
+    "ScaleMigration",
+    "ToMe",
+]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpcompile.data.images import Split
+from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError
+from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.tied_weight import tied_weights
 
@@ -32,6 +33,28 @@ def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
             "shapes, or leave out restore and certify"
         )
     return layer
+
+
+def measured_on(data: Data) -> Split:
+    """The images on which losses are measured: validation images, or else calibration images."""
+    return data.validation if len(data.validation) else data.calibration
+
+
+def shift_and_spread(outputs: Tensor, dense: Tensor) -> tuple[float, float]:
+    """The means over images of the largest change of a logit, and of the range of the dense logits."""
+    shift = (outputs - dense).abs().flatten(1).amax(1).mean()
+    if dense.shape[1] == 1:  # an image has one logit, so the range is taken over the images
+        return float(shift), float(dense.max() - dense.min())
+    spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
+    return float(shift), float(spread)
+
+
+def accuracy_drop(outputs: Tensor, dense: Tensor, images: Split, head: Head | None) -> float:
+    """The drop of accuracy from the dense outputs, in percentage points."""
+    labels = torch.cat([labels for _, labels in images.batches()])
+    decides = head_for(head, dense)
+    before, after = (decides.right(z, labels).double().mean() for z in (dense, outputs))
+    return float(100 * (before - after))
 
 
 def changed_layers(model: Model) -> list[str]:

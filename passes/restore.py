@@ -29,10 +29,17 @@ from mpcompile.analysis.eligibility import graph_positions, reason_incompatible,
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
-from mpcompile.ir.head import Head, head_for
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes.dense_comparison import attribution, dense_layer, outputs_of
+from mpcompile.passes.dense_comparison import (
+    accuracy_drop,
+    attribution,
+    dense_layer,
+    measured_on,
+    outputs_of,
+    shift_and_spread,
+)
 from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.reconstruct.dense_layers import layers_downstream
@@ -42,11 +49,6 @@ from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.progress import tracked
 
 log = logging.getLogger(__name__)
-
-
-def _measured_on(data: Data) -> Split:
-    """The images on which losses are measured: validation images, or else calibration images."""
-    return data.validation if len(data.validation) else data.calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Restore:
         if self.max_drop is None and self.max_shift is None:
             return model
         self.require_inputs(model, data)
-        images = _measured_on(data)
+        images = measured_on(data)
         with torch.no_grad():
             dense = outputs_of(reference, images)
         if self._within(model.graph, dense, images, model.head):
@@ -141,7 +143,7 @@ class Restore:
         """Raises PassError if images, or labels for `max_drop`, are missing."""
         if self.max_drop is None and self.max_shift is None:
             return
-        images = _measured_on(data)
+        images = measured_on(data)
         if not len(images):
             raise PassError("max_drop and max_shift are measured on validation images; give --data")
         if self.max_drop is not None and not images.labelled:
@@ -199,8 +201,8 @@ class Restore:
         """The drop of accuracy in points (0 without `max_drop`), and the shift relative to the range of the logits."""
         with torch.no_grad():
             outputs = outputs_of(graph, images)
-        shift, spread = _shift_and_spread(outputs, dense)
-        drop = 0.0 if self.max_drop is None else _drop(outputs, dense, images, head)
+        shift, spread = shift_and_spread(outputs, dense)
+        drop = 0.0 if self.max_drop is None else accuracy_drop(outputs, dense, images, head)
         return drop, shift / spread if spread else 0.0
 
     def _within(self, graph: fx.GraphModule, dense: Tensor, images: Split, head: Head | None) -> bool:
@@ -208,10 +210,10 @@ class Restore:
         with torch.no_grad():
             outputs = outputs_of(graph, images)
         if self.max_shift is not None:
-            shift, spread = _shift_and_spread(outputs, dense)
+            shift, spread = shift_and_spread(outputs, dense)
             if not shift <= self.max_shift * spread:
                 return False
-        return self.max_drop is None or _drop(outputs, dense, images, head) <= self.max_drop
+        return self.max_drop is None or accuracy_drop(outputs, dense, images, head) <= self.max_drop
 
     def _restored(self, model: Model, data: Data, name: str, reason: str) -> Model:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
@@ -232,23 +234,6 @@ class Restore:
                 return model.with_plan(plans)
         plans = {tied: replace(model.plan_of(tied), mask=None, relative_error=None, skipped=reason) for tied in names}
         return _without_needless_repairs(model.with_plan(plans))
-
-
-def _shift_and_spread(outputs: Tensor, dense: Tensor) -> tuple[float, float]:
-    """The means over images of the largest change of a logit, and of the range of the dense logits."""
-    shift = (outputs - dense).abs().flatten(1).amax(1).mean()
-    if dense.shape[1] == 1:  # an image has one logit, so the range is taken over the images
-        return float(shift), float(dense.max() - dense.min())
-    spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
-    return float(shift), float(spread)
-
-
-def _drop(outputs: Tensor, dense: Tensor, images: Split, head: Head | None) -> float:
-    """The drop of accuracy from the dense outputs, in percentage points."""
-    labels = torch.cat([labels for _, labels in images.batches()])
-    decides = head_for(head, dense)
-    before, after = (decides.right(z, labels).double().mean() for z in (dense, outputs))
-    return float(100 * (before - after))
 
 
 def _copy_dense(model: Model, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ kernels need:
   the skip branch.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,11 +138,9 @@ def bypass(graph: fx.GraphModule, layers: Collection[str]) -> None:
     graph.recompile()
 
 
-def layers_behind(graph: fx.GraphModule, names: Collection[str]) -> Iterator[str]:
-    """The quantizers whose value one of these layers reads."""
+def quantizers_before(graph: fx.GraphModule, names: Collection[str]) -> list[str]:
+    """The quantizers whose value one of these layers reads, by qualified name."""
     nodes_of, _ = weight_nodes(graph)
     by_node = {node: name for name, node in quantizer_nodes(graph).items()}
-    for name in names:
-        for node in nodes_of[name]:
-            if (source := _input_of(node)) in by_node:
-                yield by_node[source]
+    sources = (_input_of(node) for name in names for node in nodes_of[name])
+    return list(dict.fromkeys(by_node[source] for source in sources if source in by_node))

@@ -27,7 +27,8 @@ from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.quantization import ActivationType, quantizers
 from mpcompile.ir.weight_groups import flat, unflat
-from mpcompile.passes.dense_comparison import outputs_of
+from mpcompile.passes.dense_comparison import measured_on, outputs_of, shift_and_spread
+from mpcompile.passes.quantize.mixed_precision import Limit, within_limit
 from mpcompile.passes.quantize.observers import OBSERVERS, Range
 from mpcompile.passes.quantize.placement import Outputs, insert, sites
 from mpcompile.passes.quantize.policy import quantizable
@@ -57,6 +58,8 @@ class Quantize:
         observer: how the ranges of activations are set, a name in OBSERVERS. Default: the one that moves the logits of
             the validation images least.
         refit: whether the weights are refitted before they are rounded.
+        max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Layers are
+            given back to floating point until it holds (passes/quantize/mixed_precision.py).
         damping: λ of the ridge term of the refit, relative to the mean second moment of the inputs.
         include: shell patterns over qualified names; layers to quantise that stay in floating point by default.
         exclude: shell patterns over qualified names; layers that stay in floating point. Wins over `include`.
@@ -70,6 +73,7 @@ class Quantize:
     outputs: Outputs = "convolutions"
     observer: ObserverName | None = None
     refit: bool = True
+    max_drop: float | None = None
     damping: float = DAMPING
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -78,13 +82,17 @@ class Quantize:
         """Raises UsageError if a value is out of range."""
         if self.observer is not None and self.observer not in OBSERVERS:
             raise UsageError(f"observer is {self.observer!r}; the observers are {', '.join(OBSERVERS)}")
+        if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
+            raise UsageError(f"max_drop is {self.max_drop}; give a limit of 0 or more")
         if not 0 < self.damping < float("inf"):
             raise UsageError(f"damping is {self.damping}; give a number above 0, as {DAMPING}")
 
     def require_inputs(self, model: Model, data: Data) -> None:
-        """Raises PassError if there are no calibration images."""
+        """Raises PassError if there are no calibration images, or no labels for `max_drop`."""
         if not len(data.calibration):
             raise PassError("the ranges of activations are measured on calibration images; give --data")
+        if self.max_drop is not None and not measured_on(data).labelled:
+            raise PassError("max_drop needs labels, and the validation images have none; leave max_drop out")
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
@@ -100,16 +108,21 @@ class Quantize:
         if not layers:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
             raise PassError(f"no layer can be quantised ({shown or 'the model has no Linear and no Conv2d'})")
-        check = data.validation if len(data.validation) else data.calibration
-        reference = copy.deepcopy(_reference(model))
+        check = measured_on(data)
+        before, reference = copy.deepcopy(model.graph), copy.deepcopy(_reference(model))
         places = sites(model, layers, self.outputs)
         names = insert(model.graph, places, self.activations)
         insert(reference, places, self.activations)
-        expected = outputs_of(model.graph, check)
-        observer, note = self._observer(model.graph, names, data.calibration, check, expected)
+        expected = outputs_of(before, check)
+        observer, chosen = self._observer(model.graph, names, data.calibration, check, expected)
         plans = {name: replace(model.plan_of(name), unquantized=reason) for name, reason in reasons.items()}
         plans |= self._sweep(model, reference, data.calibration, layers, observer)
-        return replace(model.with_plan(plans), notes=(*model.notes, note))
+        model, notes = model.with_plan(plans), [chosen, _split(model, expected, check)]
+        if self.max_drop is not None:
+            dense = expected if model.dense is None else outputs_of(model.dense, check)
+            model, note = within_limit(model, before, layers, Limit(self.max_drop, check, dense, model.head))
+            notes += [] if note is None else [note]
+        return replace(model, notes=(*model.notes, *notes))
 
     def _observer(
         self, graph: fx.GraphModule, names: Sequence[str], images: Split, check: Split, expected: Tensor
@@ -189,6 +202,24 @@ def _reference(model: Model) -> fx.GraphModule:
     if model.dense is None or model.epochs or not _same_nodes(model.graph, model.dense):
         return model.graph
     return model.dense
+
+
+def _split(model: Model, before: Tensor, images: Split) -> str:
+    """How far the logits move by the earlier passes alone, by 8 bits alone, and by both.
+
+    `before` are the outputs before quantisation.
+    """
+    after = outputs_of(model.graph, images)
+    by_rounding = shift_and_spread(after, before)[0]
+    if model.dense is None:
+        return f"8 bits shift the logits by {by_rounding:.3g}"
+    dense = outputs_of(model.dense, images)
+    earlier, both = (shift_and_spread(outputs, dense)[0] for outputs in (before, after))
+    if not earlier:
+        return f"8 bits shift the logits by {by_rounding:.3g}"
+    return (
+        f"the logits shift by {earlier:.3g} before 8 bits, by {by_rounding:.3g} from 8 bits alone, by {both:.3g} in all"
+    )
 
 
 def _same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
