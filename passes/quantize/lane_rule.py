@@ -61,13 +61,13 @@ FOUR_OF_16 = LaneRule("4 of 16", 4, 4)
 
 def block_rule(mask: Bool[Tensor, "out columns"]) -> LaneRule:
     """The rule of the masked kernel that takes this mask. Raises PassError if a block of 16 keeps more than 8."""
-    most = _most_kept(mask)
+    most = most_kept(mask)
     rule = FOUR_OF_16 if most <= 4 else EIGHT_OF_16
     _check(most, rule)
     return rule
 
 
-def _most_kept(mask: Bool[Tensor, "out columns"]) -> int:
+def most_kept(mask: Bool[Tensor, "out columns"]) -> int:
     """The most weights that a block of 16 columns keeps."""
     return int(_blocks(mask).sum(-1).max()) if mask.numel() else 0
 
@@ -97,7 +97,7 @@ def lanes_of(
     """
     if rule.kept is None:
         return (torch.arange(weight.shape[1]) // 2).expand(weight.shape)
-    _check(_most_kept(mask), rule)
+    _check(most_kept(mask), rule)
     blocks_per_lane = 8 // rule.kept
     kept = _blocks(mask)
     # The places of the kept weights in each block of 16; zeros fill the places of a block that keeps fewer.

@@ -25,15 +25,18 @@ from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
-from mpcompile.ir.quantization import ActivationType, quantizers
+from mpcompile.ir.quantization import LARGEST_FP8, ActivationType, quantizers
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.dense_comparison import measured_on, outputs_of, shift_and_spread
+from mpcompile.passes.quantize.lane_rule import BLOCK, PAIRS, LaneRule, block_rule, most_kept
 from mpcompile.passes.quantize.mixed_precision import Limit, within_limit
 from mpcompile.passes.quantize.observers import OBSERVERS, Range
-from mpcompile.passes.quantize.placement import Outputs, insert, sites
+from mpcompile.passes.quantize.placement import Outputs, insert, quantizers_before, sites
 from mpcompile.passes.quantize.policy import quantizable
+from mpcompile.passes.quantize.rounding import rounded, row_scales
 from mpcompile.passes.reconstruct.layerwise import LayerStep, layerwise
 from mpcompile.passes.reconstruct.least_squares import damped, moments_with_residual, refit
+from mpcompile.passes.reconstruct.second_moments import LeastSquares
 from mpcompile.passes.reconstruct.tied_weight import write
 from mpcompile.pipeline.pass_manager import Effect
 
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 else:  # the values that a recipe accepts; type checkers cannot read a Literal from a table
     ObserverName = Literal[tuple(OBSERVERS)]
 
+Lanes = Literal["none", "pairs", "blocks"]
+LARGEST_BIAS = 2.0**30  # of the int32 in which files store biases; half the largest, since the refit moves biases
 SAMPLED_VALUES = 1 << 18  # of an activation, for the range of its quantizer
 
 
@@ -58,6 +63,9 @@ class Quantize:
         observer: how the ranges of activations are set, a name in OBSERVERS. Default: the one that moves the logits of
             the validation images least.
         refit: whether the weights are refitted before they are rounded.
+        lanes: for x86 without VNNI, whose int8 kernels add products in 16 bits: the weights that share a lane are
+            rounded so that no lane saturates (passes/quantize/lane_rule.py). `pairs`: the lanes of ONNX Runtime.
+            `blocks`: in layers of at most 8 kept weights of 16, those of a kernel that skips zeros. `none`: no limit.
         max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Layers are
             given back to floating point until it holds (passes/quantize/mixed_precision.py).
         damping: λ of the ridge term of the refit, relative to the mean second moment of the inputs.
@@ -73,6 +81,7 @@ class Quantize:
     outputs: Outputs = "convolutions"
     observer: ObserverName | None = None
     refit: bool = True
+    lanes: Lanes = "none"
     max_drop: float | None = None
     damping: float = DAMPING
     include: tuple[str, ...] = ()
@@ -182,19 +191,47 @@ class Quantize:
         problem = moments.problem(step.weight.centred)
         mask = torch.ones_like(own, dtype=torch.bool) if plan.mask is None else flat(plan.mask)
         fitted = damped(problem, own, self.damping)
-        best = own.double() if not self.refit else refit(fitted, mask)
-        scale = (best.abs().amax(1) / 127).clamp_min(1e-12)
-        weight = (best / scale[:, None]).round() * scale[:, None]
-        power = problem.power.sum()
-        shape = step.layer.weight.shape
+        best = refit(fitted, mask) if self.refit else own.double()
+        integers, scale = self._rounded(fitted, mask, best, _smallest_scale(model, step), plan)
+        weight = integers.double() * scale.double()[:, None]
+        power, shape, dtype = problem.power.sum(), step.layer.weight.shape, step.layer.weight.dtype
         result = {
-            "weight": unflat(weight, shape).to(step.layer.weight.dtype),
-            "scale": scale.to(step.layer.weight.dtype),
+            "weight": unflat(weight, shape).to(dtype),
+            "scale": scale.to(dtype),
             "rounding_error": problem.error(weight).sum() / power if power > 0 else torch.zeros(()),
         }
         if step.weight.centred:
             result["bias"] = problem.bias(weight)
         return result
+
+    def _rounded(
+        self, fitted: LeastSquares, mask: Tensor, best: Tensor, least: float | Tensor, plan: LayerPlan
+    ) -> tuple[Tensor, Tensor]:
+        """The integers of a weight, or its E4M3 values, and the scales."""
+        if self.activations == "fp8":
+            scale = row_scales(best, least) * (127 / LARGEST_FP8)
+            return (best / scale[:, None]).float().to(torch.float8_e4m3fn), scale
+        found = rounded(fitted, mask, best, least=least, rule=_lane_rule(self.lanes, mask, plan))
+        return found.integers, found.scale
+
+
+def _smallest_scale(model: Model, step: LayerStep) -> Tensor | float:
+    """The weight scale of each output channel at which the bias is an int32 multiple of input scale × weight scale."""
+    [*names] = quantizers_before(model.graph, step.weight.names)
+    if step.layer.bias is None or not names:
+        return 0.0
+    inputs = min(float(model.graph.get_buffer(f"{name}.scale")) for name in names)
+    return step.layer.bias.detach().double().abs() / (inputs * LARGEST_BIAS)
+
+
+def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
+    """The lanes of a layer that must not saturate; None for none."""
+    if lanes == "none":
+        return None
+    of = plan.pattern.of if plan.pattern is not None else 0
+    if lanes == "blocks" and of and BLOCK % of == 0 and most_kept(mask) <= 8:
+        return block_rule(mask)
+    return PAIRS
 
 
 def _reference(model: Model) -> fx.GraphModule:
