@@ -11,6 +11,7 @@ from mpcompile.data.images import Split
 from mpcompile.errors import UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.parity import PARITY_QUANTILE, TOLERANCE, relative_difference, require_parity
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.timing import Call, sample
 from mpcompile.report.schema import Parity
 from mpcompile.runtimes import Engine, TimesDevice
@@ -58,10 +59,11 @@ def parity_of(expected: NDArray[np.float32], outputs: NDArray[np.float32], expor
     outputs differ by more than the tolerance of the precision.
     """
     difference = require_parity(expected, outputs, exported.precision, what, exported.merges)
-    if exported.merges:
+    if exported.merges or exported.precision in QUANTIZED:
         largest = relative_difference(expected, outputs)
+        cause = "which tokens merge" if exported.merges else "a rounding to 8 bits"
         what += f", {PARITY_QUANTILE:.0%} of the images"
-        what += f" (rounding can change which tokens merge; the largest difference is {largest:.1e})"
+        what += f" (rounding can change {cause}; the largest difference is {largest:.1e})"
     return Parity(what=what, difference=difference, tolerance=TOLERANCE[exported.precision], images=len(expected))
 
 
@@ -69,6 +71,8 @@ def _reference_name(exported: Exported) -> str:
     """How the reference runs a file of this precision."""
     if exported.precision == "bf16":
         return "ONNX Runtime on the CPU, in float32 on the rounded weights"
+    if exported.precision in QUANTIZED:
+        return "ONNX Runtime on the CPU, without 8-bit kernels"
     return "ONNX Runtime on the CPU"
 
 

@@ -20,6 +20,7 @@ from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.ir.pattern import NM
 from mpcompile.runtimes.nvidia import first_gpu, import_failure
 from mpcompile.runtimes.protocol import Build, Engine, Prepared
+from mpcompile.runtimes.tensorrt.quantization_rules import FP8_CAPABILITY, eight_bit_note
 from mpcompile.runtimes.tensorrt.rules import AMPERE, TWO_FOUR, implies_two_four, refusals, verdicts_of
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ class TensorRT:
         notes = [f"{exported.onnx.name}: TensorRT may refuse {refusal}" for refusal in refusals(file)]
         if not notes:
             notes.append(f"{exported.onnx.name} breaks none of the {self.name} rules that can be checked without a GPU")
+        if (counted := eight_bit_note(file)) is not None:
+            notes.append(f"{exported.onnx.name}: {counted}")
+        if exported.precision == "fp8":
+            notes.append(f"{exported.onnx.name}: {FP8_CAPABILITY.says}")
         return Prepared(verdicts_of(file, exported.masks), tuple(notes), trtexec(exported, build))
 
     def build(self, exported: Exported, build: Build) -> Engine:
@@ -96,7 +101,11 @@ class TensorRT:
 
 
 def trtexec(exported: Exported, build: Build) -> tuple[str, ...]:
-    """Returns the trtexec command that builds the file's engine on a GPU."""
+    """Returns the trtexec command that builds the file's engine on a GPU and times it.
+
+    It is the same for TensorRT 10 and 11 and for every precision: in a strongly typed network the file gives the types,
+    8-bit ones by its QuantizeLinear nodes, and `--int8`, `--fp8` and `--fp16` do not go with it.
+    """
     profile = build.profile(exported)
     shapes = ""
     if profile:
