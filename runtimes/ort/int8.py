@@ -81,7 +81,7 @@ def quantised(
 
     return {
         "int8, dynamic": best("int8, dynamic", lambda path, reduced: quantise_dynamic(exported.onnx, path, reduced)),
-        "int8, static": best("int8, static", lambda path, reduced: _quantise_static(exported, path, images, reduced)),
+        "int8, static": best("int8, static", lambda path, reduced: quantise_static(exported, path, images, reduced)),
     }
 
 
@@ -155,9 +155,20 @@ def quantise_dynamic(file: Path, path: Path, reduced: bool) -> None:
     quantize_dynamic(file, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=reduced)
 
 
-def _quantise_static(exported: Exported, path: Path, images: NDArray[np.float32], reduced: bool) -> None:
-    """Writes the file to `path` quantised statically; `reduced` means 7-bit weights."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+def quantise_static(
+    exported: Exported, path: Path, images: NDArray[np.float32], reduced: bool, method: str = "MinMax"
+) -> None:
+    """Writes the file to `path` quantised statically; `reduced` means 7-bit weights.
+
+    `method` is a name of ONNX Runtime's CalibrationMethod: MinMax, Percentile or Entropy.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         """Yields the calibration images in batches, as the tools read them."""
@@ -179,6 +190,7 @@ def _quantise_static(exported: Exported, path: Path, images: NDArray[np.float32]
         reduce_range=reduced,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod[method],
     )
 
 
