@@ -36,7 +36,7 @@ from mpcompile.errors import PassError
 LIMIT = 128  # the largest reach of a lane: 255 · 128 fits into int16, and 255 · 129 does not
 TOP = 127  # the largest magnitude of an int8 weight
 BLOCK = 16  # columns that one shuffle of the masked kernel selects from
-STEPS = 9  # scales that `safe_scale` tries
+STEPS = 9  # scales that `safe_lanes` tries above max|w| / 127
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ target outputs (passes/reconstruct/second_moments.py), on the kept weights only:
 3. the scale refitted to the integers;
 4. per row, the result with the least error, of nearest rounding and the search.
 
-On the layers of the example ViT, the error that int8 adds falls to 5 % of that of nearest rounding on dense layers, and
-to 6–18 % at 2:4, where the columns that could compensate it are fewer.
+On the 24 layers of the example ViT, int8 then adds 5 % (median) of the error that nearest rounding adds to dense
+layers, also on images that were not calibrated on. At 2:4 it is 13 %, since fewer columns can compensate.
 
 No weight is clipped: 8 bits leave nothing to gain. For n kept weights with inputs of equal power, the best clipping
 lowers the error of nearest rounding by about n / (127² · 12) of itself, which is 1.6 % for 3,072 weights.
@@ -78,8 +78,8 @@ def rounded(
     Rows whose kept weights are all zero stay zero.
 
     Args:
-        problem: the moments to fit. Give the damped problem of the refit (`least_squares.damped`): with few images,
-            the undamped error lets weights drift that the images do not determine.
+        problem: the moments to fit. After a refit, give the problem that it solved, which is damped: so weights that
+            few images leave undetermined stay near the layer's own.
         mask: the kept weights.
         start: the weights to round, best the refit on this mask. Only the kept ones are read.
         least: the smallest scale, of all rows or of each. A file stores a bias as an int32 multiple of it.

@@ -184,6 +184,15 @@ def test_the_price_in_bits_on_gaussian_weights(pattern: NM, rule: LaneRule, bits
     assert float(price) == pytest.approx(bits, abs=0.02)
 
 
+def test_stored_scales_are_never_below_the_wanted_ones() -> None:
+    wanted = torch.tensor([0.0, 1.0, 0.1, 1 / 3, 0.7], dtype=torch.float64)
+    stored = float32_above(wanted)
+    assert torch.equal(stored, stored.float().double())
+    assert (stored >= wanted).all()
+    assert stored[:2].tolist() == [0, 1]
+    assert (stored <= wanted * (1 + 2**-23)).all()
+
+
 def test_only_lanes_over_the_limit_are_scaled_down() -> None:
     q = torch.tensor([[127.0, 1, 127, 2, -127, -127, 127, -127]])
     lanes = lanes_of(q, q != 0, PAIRS)

@@ -249,6 +249,17 @@ def test_no_scale_is_below_the_floor(rule: LaneRule | None) -> None:
     assert float(rounded(fitted, mask, start, least=7.0, rule=rule).scale.min()) >= 7
 
 
+def test_an_input_that_never_varies_keeps_its_weight() -> None:
+    problem, weight = problem_of(8, 12)
+    gram, cross = problem.gram.clone(), problem.cross.clone()
+    gram[0, 5], gram[0, :, 5] = 0, 0
+    cross[:, 5] = 1e-14  # rounding noise
+    result = rounded(replace(problem, gram=gram, cross=cross), torch.ones_like(weight, dtype=torch.bool), weight)
+    # Half a step, and 1 % of the weight where the search started from the larger scale.
+    off = (result.weight - weight)[:, 5].abs()
+    assert (off <= 0.55 * result.scale + 0.03 * weight[:, 5].abs()).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39])
 def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     problem, weight = problem_of(4, 8)
