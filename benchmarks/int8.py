@@ -167,11 +167,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--again", default="", help="measure only methods whose names contain this; others are kept")
     arguments = parser.parse_args()
-    rows = rows_of("int8")
     for name in arguments.models:
         for row in measured(name, arguments.seeds, lambda method: arguments.again in method):
             key = (row["model"], row["method"], row["seed"])
-            rows = [old for old in rows if (old["model"], old["method"], old["seed"]) != key] + [row]
+            rows = [old for old in rows_of("int8") if (old["model"], old["method"], old["seed"]) != key] + [row]
             order = list(HELD_OUT)
             rows.sort(key=lambda row: (order.index(row["model"]), row["method"], row["seed"]))
             write("int8", QUESTION, processor_name(), ("onnxruntime", "torch", "timm"), rows)
