@@ -221,6 +221,14 @@ def verify_masks(
     return tuple(dict.fromkeys(replace(row, nodes=users[row.initializer]) for row in rows))
 
 
+def _kept_in_block(kept: torch.Tensor, pattern: NM) -> torch.Tensor:
+    """True where a row of the block that shares its pattern is not zero: kept weights may be rounded to zero."""
+    if kept.shape[0] % pattern.rows:
+        return kept
+    blocks = kept.reshape(-1, pattern.rows, *kept.shape[1:])
+    return blocks.any(1, keepdim=True).expand_as(blocks).reshape(kept.shape)
+
+
 def verify_mask(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
     """The ProvenMask of one weight of the file. Raises MaskError if the weight violates the plan's mask."""
     assert plan.mask is not None
@@ -231,7 +239,7 @@ def verify_mask(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
     filled = int((kept & ~plan.mask).sum())
     if filled:
         raise MaskError(f"{name}: {filled} weights that the mask zeroes are not zero in {where} of the ONNX file")
-    if plan.pattern is not None and (broken := pattern_violation(kept, plan.pattern)):
+    if plan.pattern is not None and (broken := pattern_violation(_kept_in_block(kept, plan.pattern), plan.pattern)):
         raise MaskError(f"{name}: {where} is not {plan.pattern}: {broken}")
     return ProvenMask(
         layer=name,

@@ -22,7 +22,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.system.safetensors_io import read_tensors
-from mpcompile.testing import assert_follows, assert_same_function, tiny_source
+from mpcompile.testing import assert_follows, assert_same_function, tiny_mlp, tiny_source
 
 
 def tampered(lowered: Lowered, layer: str, change: Callable[[np.ndarray], np.ndarray]) -> onnx.ModelProto:
@@ -52,6 +52,15 @@ def test_one_weight_filled_in_is_found_and_named(vit_file: Lowered, with_metadat
     ) as error:
         proven(file, vit_file.model)
     assert error.value.exit_code == 5
+
+
+def test_a_kept_weight_that_is_zero_does_not_break_a_pattern_that_rows_share(tmp_path: Path) -> None:
+    model, _ = PassManager([NMMask(NM(2, 4, 2))]).run(tiny_mlp(), Data())
+    weight, mask = model.layer("hidden").weight, model.masks()["hidden"]
+    with torch.no_grad():  # as rounding to 8 bits, or half precision, may do
+        weight[tuple(mask.nonzero()[0])] = 0.0
+    [row, *_] = [row for row in lower(model, tmp_path / "m.onnx").masks if row.layer == "hidden"]
+    assert row.zeros == weight.numel() // 2 + 1
 
 
 def test_a_mask_on_the_wrong_axis_is_found(vit_file: Lowered) -> None:
