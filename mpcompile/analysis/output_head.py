@@ -43,9 +43,8 @@ def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, 
     probabilities = bounded if last is None else last
     if outputs.ndim > 2 or (outputs.shape[1] > 1 and not last and not _sum_to_one(outputs)):
         probabilities = bool(last)
-    asked = HeadChoice.parse(choice)
     try:
-        head = asked.resolved(outputs.shape[1], probabilities)
+        head = HeadChoice.parse(choice).resolved(outputs.shape[1], probabilities)
     except ValueError as error:
         raise UsageError(str(error)) from error
     notes = []
