@@ -196,10 +196,10 @@ def test_labels_of_several_outputs_in_an_npz_file(tmp_path: Path) -> None:
     flags = np.array([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])
 
     def read(labels: np.ndarray, multilabel: bool) -> Data:
-        arrays = {f"{split}_{what}": v for split in ("calibration", "heldout") for what, v in
-                  (("images", images), ("labels", labels))}  # fmt: skip
-        np.savez(tmp_path / "a.npz", **arrays)
-        return load_data(tmp_path / "a.npz", tiny_source(), 3, multilabel=multilabel)
+        both = {"images": images, "labels": labels}
+        named = {f"{split}_{name}": values for split in ("calibration", "heldout") for name, values in both.items()}
+        np.savez(tmp_path / "a.npz", **named)
+        return load_data(tmp_path / "a.npz", GREY, 3, multilabel=multilabel)
 
     for kind in (np.int64, np.uint8, bool):
         found = read(flags.astype(kind), True).held_out
