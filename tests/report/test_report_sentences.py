@@ -31,3 +31,11 @@ def test_the_verdict_starts_with_speed_and_ends_with_proofs(reported: Artifact) 
         "50 of 64 held-out predictions are proven unchanged. On unseen images of the same distribution, at least "
         "90.00% of the predictions are those of the dense model (95% confidence)."
     )
+
+
+def test_the_summary_says_why_fewer_tokens_are_merged(reported: Artifact) -> None:
+    """The attribution stood only in the log and in the table of passes."""
+    report = reported.report
+    note = "token merging without masks loses 2.73 points of accuracy on 256 validation images"
+    sentences = verdict_on(report.layers, "ort", True, report.cost, None, (), notes=(note,))
+    assert f"T{note[1:]}." in sentences
