@@ -68,15 +68,15 @@ def read_folders(
         )
 
     def is_class(parent: Path, name: str) -> bool:
-        given = class_file or class_file_in(parent)
+        given = class_file or class_file_in(root) or class_file_in(parent)
         return is_known_class(name, outputs, _table(given) if given else None, source.labels)
 
     tree = without_wrappers(read_tree(root), is_class)
-    trees = _split_trees(tree, is_class, notes)
-    for part in trees:
-        _note_left_out(part, notes)
     found = class_file or class_file_in(root) or class_file_in(tree.root)
     table = _table(found) if found else None
+    trees = _split_trees(tree, lambda _, name: is_known_class(name, outputs, table, source.labels), notes)
+    for part in trees:
+        _note_left_out(part, notes)
     sets = [
         _images(part, labelled, source, outputs, reading)
         for part, labelled in zip(trees, label_trees(trees, outputs, table, source.labels, notes), strict=True)

@@ -76,6 +76,12 @@ def verdict_on(
             f"{comparison.compressed.top1:.2%} compressed and "
             f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}{test}."
         )
+        low, high = (100 * share for share in comparison.compressed.interval())
+        sentences.append(
+            f"The 95% confidence interval of the compressed model's {accuracy_name(comparison.head)} is {low:.1f} to "
+            f"{high:.1f}%. Another number of PyTorch threads rounds sums differently, which can change masks and the "
+            "last digits of the accuracy."
+        )
     elif comparison:
         sentences.append(
             f"On {comparison.count:,} images, {comparison.agreement:.2%} of the predictions are the dense model's."

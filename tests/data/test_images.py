@@ -1,6 +1,7 @@
 """Images of folders and .npz files: disjoint splits, labels, preprocessing, and errors for unreadable ones."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,7 +198,9 @@ def test_labels_of_several_outputs_in_an_npz_file(tmp_path: Path) -> None:
 
     def read(labels: np.ndarray, multilabel: bool) -> Data:
         both = {"images": images, "labels": labels}
-        named = {f"{split}_{name}": values for split in ("calibration", "heldout") for name, values in both.items()}
+        named: dict[str, Any] = {
+            f"{split}_{name}": values for split in ("calibration", "heldout") for name, values in both.items()
+        }
         np.savez(tmp_path / "a.npz", **named)
         return load_data(tmp_path / "a.npz", GREY, 3, multilabel=multilabel)
 

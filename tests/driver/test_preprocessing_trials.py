@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,7 +180,8 @@ def bright_images(path: Path, labels: np.ndarray) -> None:
     """An .npz file: label 1 has pixels of 0.6, label 0 of 0.4; a row of labels is for the halves of the image."""
     levels = np.where(labels == 1, 153, 102).reshape(len(labels), -1)
     images = np.repeat(levels, SIDE // levels.shape[1], axis=1)[:, :, None, None] + np.zeros((1, 1, SIDE, 3))
-    half, arrays = len(labels) // 2, {"images": images.astype(np.uint8), "labels": labels}
+    half = len(labels) // 2
+    arrays: dict[str, Any] = {"images": images.astype(np.uint8), "labels": labels}
     np.savez(
         path,
         **{f"calibration_{name}": values[:half] for name, values in arrays.items()},

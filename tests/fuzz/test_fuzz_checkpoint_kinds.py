@@ -75,7 +75,8 @@ class Spots:
         return image.reshape(1, 8, 8), index % CLASSES
 
 
-DATA = Data(*[Split(Spots(), tuple(range(COUNT)), labelled=True)] * 2)
+SPLIT = Split(Spots(), tuple(range(COUNT)), labelled=True)
+DATA = Data(SPLIT, SPLIT)
 
 
 def known_accuracy(seed: int) -> float:
@@ -93,7 +94,7 @@ def changed(seed: int, change: str, dtype: torch.dtype) -> dict[str, Tensor]:
     if change == "prune":
         prune.custom_from_mask(module.head, "weight", torch.ones_like(module.head.weight))
     elif change == "weight_norm":
-        parametrizations.weight_norm(module.head, dim=None)
+        parametrizations.weight_norm(module.head)
     state = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in module.state_dict().items()
     }
@@ -138,7 +139,7 @@ class Case:
                 (k, nn.Parameter(v, v.is_floating_point() and v.dtype != torch.qint8)) for k, v in meant.items()
             )
         extra: dict[str, Any] = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
-        found: dict[str, Any] = {
+        wrapped: dict[str, Any] = {
             "plain": meant,
             "key": {"weights_of_net": meant},
             "lightning": {"state_dict": {**meant, "loss.weight": torch.ones(3)}},
@@ -148,7 +149,8 @@ class Case:
             "twins": {"student": meant, "teacher": others},
             "two keys": {"student": meant, "copy": dict(meant)},
             "shard": OrderedDict(list(meant.items())[: len(meant) // 2]),
-        }[self.wrapper]
+        }
+        found = wrapped[self.wrapper]
         if self.beside and self.wrapper not in ("plain", "averaged", "shard"):
             found = {**found, **extra}
         return found

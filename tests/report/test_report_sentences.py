@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
+
 from mpcompile.driver.artifact import Artifact
 from mpcompile.ir.results import Certificate
+from mpcompile.measure.accuracy import Accuracy
 from mpcompile.report.sentences import command, command_terms, verdict_on
 
 
@@ -39,3 +42,15 @@ def test_the_summary_says_why_fewer_tokens_are_merged(reported: Artifact) -> Non
     note = "token merging without masks loses 2.73 points of accuracy on 256 validation images"
     sentences = verdict_on(report.layers, "ort", True, report.cost, None, (), notes=(note,))
     assert f"T{note[1:]}." in sentences
+
+
+def test_accuracy_has_its_confidence_interval(reported: Artifact) -> None:
+    accuracy = Accuracy(0.8825, None, 2000)
+    assert accuracy.interval() == pytest.approx((0.8676, 0.8959), abs=1e-4)  # Wilson's formula by hand
+    report = reported.report
+    assert report.comparison is not None
+    found = replace(report.comparison, dense=accuracy, compressed=accuracy)
+    sentences = verdict_on(report.layers, "ort", True, report.cost, found, ())
+    [sentence] = [text for text in sentences if "95% confidence interval" in text]
+    assert sentence.startswith("The 95% confidence interval of the compressed model's top-1 is 86.8 to 89.6%. Another")
+    assert "number of PyTorch threads" in sentence
