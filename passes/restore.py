@@ -49,6 +49,7 @@ from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.progress import tracked
 
 log = logging.getLogger(__name__)
+ATTRIBUTION = "token merging without masks"  # begins the note that says which of the two causes a loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +100,14 @@ class Restore:
         if self._within(model.graph, dense, images, model.head):
             return model
         merging = merging_model(model)
-        note = "" if merging is None else self._note(merging, dense, images)
+        note = "" if merging is None else self._note(merging, dense, images, bool(len(data.validation)))
         while (
             merging is not None
             and merging.step
             and not self._within(merging.merging_alone(), dense, images, model.head)
         ):
             merging = merging.weaker()
-        counted = cost(model)
+        counted, restored = cost(model), set[str]()
         steps = tracked([name for name, plan in model.plan.items() if plan.mask is not None])
         while not self._within(model.graph, dense, images, model.head):
             if merging is not None and self._merging_loses_more(merging, dense, images):
@@ -121,6 +122,7 @@ class Restore:
             worst = max(masked, key=lambda name: shares.get(name, 0.0))
             share = shares.get(worst, 0.0)
             reason = f"restored: masked, its share of the logits' shift was {share:.0%}, past the limit"
+            restored.add(worst)
             with on_layer(worst):
                 model = self._restored(model, data, worst, reason)
             merging = None if merging is None else replace(merging, model=model)
@@ -135,8 +137,11 @@ class Restore:
             return model
         if merging.schedule != merging.given:
             before, after = (", ".join(map(str, schedule)) for schedule in (merging.given, merging.schedule))
-            note = f"{note}; tokens merged after each attention reduced from {before} to {after}"
-            log.warning("restore: %s", note)
+            note += f". Fewer tokens are merged after each attention: {after} instead of {before}"
+        elif restored:
+            note += ". As many tokens are merged as before"
+        note += f". {len(restored)} masked layers were restored" if restored else ". No mask was given back"
+        log.warning("restore: %s", note)
         return replace(model, notes=(note,))
 
     def require_inputs(self, model: Model, data: Data) -> None:
@@ -166,24 +171,25 @@ class Restore:
                     plans[name] = replace(plan, mask=mask)
         return model.with_plan(plans)
 
-    def _note(self, merging: MergingModel, dense: Tensor, images: Split) -> str:
-        """How much token merging and the masks lose alone, and what is allowed."""
+    def _note(self, merging: MergingModel, dense: Tensor, images: Split, validating: bool) -> str:
+        """How much token merging and the masks lose alone, and the limit."""
         losses = [
             self._loss(graph, dense, images, merging.model.head)
             for graph in (merging.merging_alone(), merging.masks_alone())
         ]
         texts = []
+        where = f"on {len(images):,} {'validation' if validating else 'calibration'} images"
         if self.max_drop is not None:
             one, other = (drop for drop, _ in losses)
             texts.append(
-                f"token merging alone loses {one:.2f} points of top-1, the masks alone {other:.2f}, and "
-                f"{self.max_drop:g} are allowed"
+                f"{ATTRIBUTION} loses {one:.2f} points of accuracy {where}, and the masks without token "
+                f"merging {other:.2f}; the limit is {self.max_drop:g}"
             )
         if self.max_shift is not None:
             one, other = (shift for _, shift in losses)
             texts.append(
-                f"token merging alone shifts the logits by {one:.3g} of their range, the masks alone by {other:.3g}, "
-                f"and {self.max_shift:g} is allowed"
+                f"{ATTRIBUTION} shifts the logits by {one:.3g} of their range {where}, and the masks "
+                f"without token merging by {other:.3g}; the limit is {self.max_shift:g}"
             )
         return "; ".join(texts)
 

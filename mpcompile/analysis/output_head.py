@@ -41,10 +41,11 @@ def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, 
     last = gives_probabilities(model.graph)
     bounded = bool(((outputs >= 0) & (outputs <= 1)).all())
     probabilities = bounded if last is None else last
-    if outputs.ndim > 2 or (outputs.shape[1] > 1 and not last and not _sum_to_one(outputs)):
-        probabilities = bool(last)
-    asked = HeadChoice.parse(choice)
     try:
+        asked = HeadChoice.parse(choice)
+        several = outputs.shape[1] > 1 and asked.kind in ("auto", "softmax")  # outputs for one decision
+        if outputs.ndim > 2 or (several and not last and not _sum_to_one(outputs)):
+            probabilities = bool(last)
         head = asked.resolved(outputs.shape[1], probabilities)
     except ValueError as error:
         raise UsageError(str(error)) from error

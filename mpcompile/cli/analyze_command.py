@@ -21,6 +21,7 @@ from mpcompile.cli.options import (
     DataOption,
     ExcludeOption,
     ExifOption,
+    HeadOption,
     IncludeOption,
     InputSizeOption,
     InterpolationOption,
@@ -54,6 +55,7 @@ def analyze_command(
     budget: BudgetOption = None,
     target: TargetOption = None,
     data: DataOption = None,
+    head: HeadOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     plots: Annotated[
@@ -122,6 +124,7 @@ def analyze_command(
             step,
             data=data,
             choice=Recipe.checked({"data": {k: v for k, v in choice.items() if v is not None}}, "options").data,
+            head=parse.head(head),
             plots=plots,
             observe=observe,
         )

@@ -16,6 +16,7 @@ from mpcompile.cli.options import (
     ArchArgOption,
     ArchOption,
     FolderArgument,
+    HeadOption,
     InputSizeOption,
     JsonOption,
     LeafOption,
@@ -23,6 +24,7 @@ from mpcompile.cli.options import (
     PretrainedOption,
     QuietOption,
 )
+from mpcompile.cli.parse import head as parsed_head
 from mpcompile.cli.parse import request_of
 from mpcompile.errors import UsageError
 
@@ -71,6 +73,7 @@ def doctor(
         Path | None,
         typer.Option("--data", help="Labelled images. Try the usual preprocessings of MODEL on up to 200 of them."),
     ] = None,
+    head: HeadOption = None,
     arch: ArchOption = None,
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
@@ -91,7 +94,7 @@ def doctor(
 
         request = request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, None, None, leaf, preprocess)
         with progress(quiet or as_json) as observe:
-            trials = try_preprocessings(request, data, observe)
+            trials = try_preprocessings(request, data, observe, head=parsed_head(head))
         if as_json:
             typer.echo(json.dumps(asdict(trials), indent=2))
         elif not quiet:

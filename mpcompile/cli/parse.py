@@ -61,6 +61,17 @@ def reading(classes: Path | None, exif: str | None, alpha: str | None, skip_brok
     }
 
 
+def head(text: str | None) -> str:
+    """The value of --head; `auto` if it is not given. Raises UsageError."""
+    from mpcompile.ir.head import HeadChoice  # imports numpy, which --help does without
+
+    try:
+        HeadChoice.parse(text or "auto")
+    except ValueError as error:
+        raise UsageError(f"--head: {error}") from error
+    return text or "auto"
+
+
 def batch(text: str | None) -> tuple[str | int | None, tuple[int, ...] | None]:
     """The batch size of the ONNX file (a number or "dynamic"), and the batch sizes to build for and to time.
 

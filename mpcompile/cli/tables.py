@@ -130,13 +130,17 @@ def show_findings(findings: Sequence[Finding]) -> None:
 def show_trials(found: PreprocessingTrials) -> None:
     """Prints the accuracy of each preprocessing, best first, the options for it, and the conclusion."""
     console = _console()
-    table = Table(title=f"Top-1 of the dense model on {found.images} images", title_justify="left")
-    table.add_column("top-1", justify="right")
+    table = Table(
+        title=f"{found.measure.capitalize()} of the dense model on {found.images} images", title_justify="left"
+    )
+    table.add_column(found.measure, justify="right")
     for name in ("preprocessing", "options"):
         table.add_column(name, overflow="fold")
     for row in found.trials:
         table.add_row(f"{row.top1:.1%}", row.name, row.options)
     console.print(table)
+    for note in found.notes:
+        console.print(f"Note: {note}.", soft_wrap=True)
     console.print(f"{found.conclusion[0].upper()}{found.conclusion[1:]}.", soft_wrap=True)
 
 

@@ -66,6 +66,12 @@ def match_classes(
     return _numbered(names, outputs) or _sorted(names, outputs, empty, labels if len(labels) == outputs else ())
 
 
+def is_known_class(name: str, outputs: int, given: ClassTable | None, labels: Sequence[str]) -> bool:
+    """Whether a table that `match_classes` would try has this name."""
+    tables = [given] if given else _known_tables(outputs, labels) if outputs else []
+    return any(_match(table, [name])[name] is not None for table in tables)
+
+
 def _known_tables(outputs: int, labels: Sequence[str]) -> list[ClassTable]:
     """The tables that a model with these labels and this number of outputs may have."""
     tables = []

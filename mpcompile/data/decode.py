@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mpcompile.data.images import Data, DecodedImages, Split, image_hash
+from mpcompile.data.images import Data, DecodedImages, Label, Split, image_hash
 from mpcompile.data.npz import ArrayImages
 from mpcompile.system.resource_errors import available_bytes
 
@@ -56,7 +56,7 @@ def decode_once(data: Data, limit_bytes: int) -> Data:
 
 def _decoded(split: Split, limit_bytes: int) -> tuple[Split, int]:
     """The split with its images decoded, and how much of the limit is left."""
-    pixels: dict[int, tuple[Tensor, int]] = {}
+    pixels: dict[int, tuple[Tensor, Label]] = {}
     hashes: dict[int, str] = {}
     in_memory = isinstance(split.images, ArrayImages)
     for index in dict.fromkeys(split.order):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpcompile.data.class_file import IN_FOLDER, class_file_in, read_class_file
 from mpcompile.data.class_folders import LabelledImages, label_trees
-from mpcompile.data.class_names import ClassTable
+from mpcompile.data.class_names import ClassTable, is_known_class
 from mpcompile.data.image_tree import ImageTree, printable, read_tree, shown
 from mpcompile.data.images import MODES
 from mpcompile.data.picture import Reading, read_picture
@@ -66,12 +66,17 @@ def read_folders(
         raise LoadError(
             f"the model takes images of {source.size[0]} channels, and image files have 1 or 3; give an .npz file"
         )
-    tree = without_wrappers(read_tree(root))
-    trees = _split_trees(tree, notes)
+
+    def is_class(parent: Path, name: str) -> bool:
+        given = class_file or class_file_in(root) or class_file_in(parent)
+        return is_known_class(name, outputs, _table(given) if given else None, source.labels)
+
+    tree = without_wrappers(read_tree(root), is_class)
+    found = class_file or class_file_in(root) or class_file_in(tree.root)
+    table = _table(found) if found else None
+    trees = _split_trees(tree, lambda _, name: is_known_class(name, outputs, table, source.labels), notes)
     for part in trees:
         _note_left_out(part, notes)
-    found = class_file or class_file_in(root) or class_file_in(tree.root)
-    table = ClassTable(read_class_file(found), printable(str(found))) if found else None
     sets = [
         _images(part, labelled, source, outputs, reading)
         for part, labelled in zip(trees, label_trees(trees, outputs, table, source.labels, notes), strict=True)
@@ -79,7 +84,12 @@ def read_folders(
     return sets[0], sets[1] if len(sets) == 2 else None
 
 
-def _split_trees(tree: ImageTree, notes: list[str]) -> list[ImageTree]:
+def _table(path: Path) -> ClassTable:
+    """The classes of a class file. Raises LoadError."""
+    return ClassTable(read_class_file(path), printable(str(path)))
+
+
+def _split_trees(tree: ImageTree, is_class: Callable[[Path, str], bool], notes: list[str]) -> list[ImageTree]:
     """The tree of training images and that of held-out images, or only one tree. Raises LoadError."""
     splits = splits_in(tree)
     if splits is None:
@@ -90,7 +100,9 @@ def _split_trees(tree: ImageTree, notes: list[str]) -> list[ImageTree]:
         notes.append(f"there is no train/: calibration images are from {splits.train}/")
     if splits.unused:
         notes.append(f"{shown(f'{name}/' for name in splits.unused)} beside the splits was not used")
-    return [without_wrappers(tree.below(name)) for name in (splits.train, splits.held_out) if name is not None]
+    return [
+        without_wrappers(tree.below(name), is_class) for name in (splits.train, splits.held_out) if name is not None
+    ]
 
 
 def _note_left_out(tree: ImageTree, notes: list[str]) -> None:

@@ -12,11 +12,14 @@ from mpcompile.system.progress import tracked
 
 MODES = {1: "L", 3: "RGB"}  # PIL's colour mode for a number of channels
 BATCH = 64
+Label = int | tuple[int, ...]  # a class index, or 0 or 1 for each output of a multilabel head
 
 
 @runtime_checkable
 class Images(Protocol):
     """Preprocessed images by index: float tensors (c, h, w), each with its class index, or -1 if it has no label.
+
+    Images with several labels have 0 or 1 for each output of the model instead of a class index.
 
     `classes` is the number of classes, 0 if the images have no labels.
     """
@@ -26,7 +29,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int) -> tuple[Tensor, Label]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class DecodedImages:
     """
 
     images: Images
-    pixels: Mapping[int, tuple[Tensor, int]]
+    pixels: Mapping[int, tuple[Tensor, Label]]
     hashes: Mapping[int, str]
 
 
@@ -58,7 +61,7 @@ class Split:
         return len(self.order)
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (b, c, h, w) and labels (b,), -1 where unknown; the caller may change the tensors."""
+        """Images (b, c, h, w) and labels (b,), -1 where unknown, or (b, outputs); the caller may change the tensors."""
         for start in range(0, len(self.order), size):
             pairs = [self._image(index) for index in self.order[start : start + size]]
             yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
@@ -80,7 +83,7 @@ class Split:
         for index in self.order:
             yield known[index] if index in known else image_hash(*self.images[index])
 
-    def _image(self, index: int) -> tuple[Tensor, int]:
+    def _image(self, index: int) -> tuple[Tensor, Label]:
         """An image (c, h, w) and its label. The tensor may be the one that is kept: callers copy it."""
         decoded = self._decoded_here()
         if decoded is not None and index in decoded.pixels:
@@ -92,7 +95,7 @@ class Split:
         return self.decoded if self.decoded is not None and self.decoded.images is self.images else None
 
 
-def image_hash(pixels: Tensor, label: int) -> str:
+def image_hash(pixels: Tensor, label: Label) -> str:
     """The hash of an image's type, shape, pixels and label."""
     return sha256(sha256_of(pixels), str(label))
 

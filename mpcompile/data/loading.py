@@ -7,7 +7,8 @@
 - a folder with one subfolder per class: its images are shuffled by the seed and divided;
 - a folder of images without subfolders: the same, without labels, so agreement is measured instead of accuracy;
 - an .npz file with `calibration_images`, `calibration_labels`, `heldout_images` and `heldout_labels`: images are uint8
-  of shape (n, h, w) or (n, h, w, c), labels are integers of shape (n,).
+  of shape (n, h, w) or (n, h, w, c), labels are integers of shape (n,), or 0 and 1 of shape (n, outputs) for a
+  multilabel head.
 
 Class folders are matched to the model's outputs by mpcompile/data/class_names.py. Images are preprocessed as the
 model's `source` says. timm's own dataset skips an image that cannot be read; here it is an error,
@@ -42,6 +43,7 @@ def load_data(
     exif: str = "apply",
     alpha: str = "drop",
     skip_broken: bool = False,
+    multilabel: bool = False,
 ) -> Data:
     """The images at `path`, preprocessed for a model of that `source` with that many `outputs`, each of them a class.
 
@@ -58,6 +60,7 @@ def load_data(
         exif: `apply` or `ignore` the EXIF orientation of image files.
         alpha: what shows through transparent pixels of image files: `drop`, `white` or `black` (class Reading).
         skip_broken: leave image files out that cannot be decoded. Decodes every file of the folder once.
+        multilabel: an image may have several labels, which only an .npz file can hold.
 
     Without a held-out folder, if there are no more images than `calibration`, half of them calibrate. Raises LoadError.
     """
@@ -71,7 +74,7 @@ def load_data(
     test: Images | None
     if path.is_file():
         _require_no_options(path, classes, reading, skip_broken)
-        train, test = read_npz(path, source, outputs)
+        train, test = read_npz(path, source, outputs, multilabel)
     else:
         files, held_out_files = read_folders(path, source, outputs, classes, reading, notes)
         if skip_broken:

@@ -1,7 +1,9 @@
 """Which folders of a data set are its splits (train, val, test), in any case and spelling."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mpcompile.data.image_tree import ImageTree, shown
 from mpcompile.errors import LoadError
@@ -80,14 +82,15 @@ def splits_in(tree: ImageTree) -> SplitFolders | None:
     return SplitFolders(train, held_out[0] if held_out else None, unused)
 
 
-def without_wrappers(tree: ImageTree) -> ImageTree:
+def without_wrappers(tree: ImageTree, is_class: Callable[[Path, str], bool]) -> ImageTree:
     """The tree without folders that only wrap a data set, such as `archive/` in `archive/cat` and `archive/dog`.
 
-    A folder that leads to one folder of images only is a class, and stays.
+    A folder that leads to one folder of images only is a class, and stays. `is_class` tells for a folder, by its parent
+    and its name, whether it is known as a class: then it stays, and so do its subfolders.
     """
     inner = tree
     while not any(len(path.parts) == 1 for path in inner.images) and len(tops := inner.top_folders()) == 1:
-        if split_of(tops[0]) is not None:
+        if split_of(tops[0]) is not None or is_class(inner.root, tops[0]):
             return inner
         inner = inner.below(tops[0])
         if len(inner.top_folders()) > 1:

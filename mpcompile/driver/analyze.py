@@ -13,7 +13,7 @@ from torch import nn
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.analysis.spectrum import Fit, SpectrumFit
 from mpcompile.data.images import Data
-from mpcompile.driver.inputs import data_for, loaded_from
+from mpcompile.driver.inputs import data_for, headed, loaded_from
 from mpcompile.driver.run_plan import build_pass
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
@@ -97,6 +97,7 @@ def analyze(
     *,
     data: str | Path | Data | None = None,
     choice: DataChoice | None = None,
+    head: str = "auto",
     plots: str | Path | None = None,
     observe: Callable[[Progress], None] | None = None,
 ) -> ModelAnalysis:
@@ -107,13 +108,14 @@ def analyze(
         budget: plans the patterns; by default 2:4 on every eligible layer.
         data: images; needed for budget signals that use activations.
         choice: how `data` is divided into splits.
+        head: how outputs become a decision (`HeadChoice.parse`); it says which labels the images have.
         plots: a folder, where one SVG per layer and an overview are written.
         observe: called as each stage and each step of a stage begins.
     """
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
     with stage_progress(observe, STAGES) as begin_stage:
-        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), plots, begin_stage)
+        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), head, plots, begin_stage)
 
 
 def _analysis(
@@ -121,6 +123,7 @@ def _analysis(
     budget: MPBudget,
     data: str | Path | Data | None,
     choice: DataChoice,
+    head: str,
     plots: str | Path | None,
     observe: Observer,
 ) -> ModelAnalysis:
@@ -129,7 +132,7 @@ def _analysis(
     loaded, leaves = loaded_from(model)
     observe("capture")
     dense = capture(loaded.module, loaded.source, leaves=leaves)
-    images = data_for(data, dense, choice)
+    dense, images = headed(dense, data_for(data, dense, choice, head), head)
     counted = cost(dense)
     observe("spectra")
     fits = fit_spectra(dense, null=budget.null, level=budget.level, seed=budget.seed)

@@ -25,6 +25,7 @@ from mpcompile.measure.accuracy import Comparison, compare
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
 from mpcompile.measure.preprocessing_check import better_preprocessing
 from mpcompile.measure.timing import speedup, timing
+from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
@@ -122,7 +123,16 @@ def build_artifact(
         verdicts=verdicts,
         files=file_rows(folder),
         verdict=verdict_on(
-            layers, recipe.target, accelerated, costs, comparison, latency, verdicts, plan.idle, model.certificate
+            layers,
+            recipe.target,
+            accelerated,
+            costs,
+            comparison,
+            latency,
+            verdicts,
+            plan.idle,
+            model.certificate,
+            tuple(note for record in records for note in record.notes if note.startswith(ATTRIBUTION)),
         ),
     )
     write_report(report, folder)

@@ -12,7 +12,7 @@ from mpcompile.data.loading import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
-from mpcompile.ir.head import head_for
+from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice
@@ -52,7 +52,8 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
     dense, _ = with_head(dense, head, None)
     logits = dense(dense.example)
     # Outputs with more axes have no classes.
-    classes = head_for(dense.head, logits).classes(logits.shape[1]) if logits.ndim == 2 else 0
+    decides = head_for(dense.head, logits)
+    classes = decides.classes(logits.shape[1]) if logits.ndim == 2 else 0
     path = Path(data)
     images = load_data(
         path,
@@ -66,6 +67,7 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
         exif=choice.exif,
         alpha=choice.alpha,
         skip_broken=choice.skip_broken,
+        multilabel=decides.kind == "multilabel",
     )
     assumed = assumption(dense.source, pixels_only=path.is_file())
     return replace(images, notes=(*images.notes, assumed)) if assumed else images
@@ -75,12 +77,19 @@ def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
     """The model with its head, and the data with notes on what the outputs are. Raises UsageError."""
     images = data.calibration.first(min(EXAMINED_IMAGES, len(data.calibration))) if len(data.calibration) else None
     dense, notes = with_head(dense, head, images)
-    if dense.head is not None and dense.head.kind == "multilabel" and data.held_out.labelled:
-        _, labels = next(data.held_out.batches(1))
-        if labels.ndim == 1:
-            note = "the images have one class each, and the head is multilabel: agreement is measured, and not accuracy"
-            data, notes = _without_labels(data), (*notes, note)
-    return dense, replace(data, notes=(*data.notes, *notes))
+    data = replace(data, notes=(*data.notes, *notes))
+    return dense, with_fitting_labels(data, dense.head)
+
+
+def with_fitting_labels(data: Data, head: Head | None) -> Data:
+    """The data, without labels and with a note if the head needs several labels per image and there is one class."""
+    if head is None or head.kind != "multilabel" or not data.held_out.labelled:
+        return data
+    _, labels = next(data.held_out.batches(1))
+    if labels.ndim > 1:
+        return data
+    note = "the images have one class each, and the head is multilabel: agreement is measured, and not accuracy"
+    return _without_labels(replace(data, notes=(*data.notes, note)))
 
 
 def _without_labels(data: Data) -> Data:

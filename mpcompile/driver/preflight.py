@@ -11,6 +11,7 @@ from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.errors import ResourceError, UsageError
 from mpcompile.ir.model import Model
+from mpcompile.passes.mp_budget.mp_budget import MPBudget
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.system.distributed import process_rank
 from mpcompile.system.resource_errors import format_bytes
@@ -35,6 +36,8 @@ def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     if plan.recipe.gates.max_drop is not None and not images.held_out.labelled:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
     PassManager(plan.passes).require_inputs(dense, images)
+    if plan.passes and isinstance(plan.passes[0], MPBudget):  # passes before it could change what it can reach
+        plan.passes[0].require_reachable(dense, images)
 
 
 def require_space(output: Path, least_bytes: int) -> None:

@@ -15,19 +15,22 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from mpcompile.analysis.output_head import with_head
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Split
 from mpcompile.data.npz import ArrayImages
 from mpcompile.data.transform import evaluation_transform
-from mpcompile.driver.inputs import data_for, loaded_from
+from mpcompile.driver.inputs import EXAMINED_IMAGES, data_for, loaded_from, with_fitting_labels
 from mpcompile.errors import UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.frontend.preprocessing import per_channel
 from mpcompile.frontend.presets import PRESETS
-from mpcompile.ir.model import Source
+from mpcompile.ir.head import head_for
+from mpcompile.ir.model import Model, Source
 from mpcompile.measure.accuracy import SIGNIFICANCE, ChangedAnswers
 from mpcompile.recipe.schema import DataChoice
+from mpcompile.report.sentences import accuracy_name
 from mpcompile.system.progress import Progress, stage_progress, tracked
 
 IMAGES = 200  # labelled images that each set-up is tried on
@@ -55,7 +58,7 @@ class SetUp:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessingTrial:
-    """The top-1 accuracy of the dense model with one set-up, as a share in [0, 1].
+    """The accuracy of the dense model with one set-up, as a share in [0, 1]: right decisions of its head.
 
     `options` are those to type for it, beside the present ones; empty for the present set-up.
     """
@@ -67,15 +70,24 @@ class PreprocessingTrial:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessingTrials:
-    """The trials on `images` labelled images, best first, and a conclusion as a sentence."""
+    """The trials on `images` labelled images, best first, and a conclusion as a sentence.
+
+    `measure` names the accuracy: top-1, or that of a threshold. `notes` are about the outputs of the model.
+    """
 
     trials: tuple[PreprocessingTrial, ...]
     images: int
     conclusion: str
+    measure: str = "top-1"
+    notes: tuple[str, ...] = ()
 
 
 def try_preprocessings(
-    model: str | Path | nn.Module | Request, data: str | Path, observe: Callable[[Progress], None] | None = None
+    model: str | Path | nn.Module | Request,
+    data: str | Path,
+    observe: Callable[[Progress], None] | None = None,
+    *,
+    head: str = "auto",
 ) -> PreprocessingTrials:
     """The accuracy of a model on up to IMAGES labelled images with each usual preprocessing.
 
@@ -83,18 +95,21 @@ def try_preprocessings(
         model: a file, a name, a module or a `Request`; its preprocessing is the present one.
         data: a folder of images with labels, or an .npz file.
         observe: called as each stage and each set-up begins.
+        head: how outputs become a decision (`HeadChoice.parse`).
 
-    Raises UsageError if the images have no labels of the model's outputs, and LoadError if they cannot be read.
+    Raises UsageError if the head does not fit the outputs, or if the images have no labels of the model's outputs;
+    LoadError if they cannot be read.
     """
     with stage_progress(observe, STAGES) as tell:
         tell("load")
         loaded, leaves = loaded_from(model)
         tell("capture")
         dense = capture(loaded.module, loaded.source, leaves=leaves)
-        images = data_for(Path(data), dense, DataChoice(calibration=1, validation=0, held_out=IMAGES))
+        images = data_for(Path(data), dense, DataChoice(calibration=1, validation=0, held_out=IMAGES), head)
+        dense, notes = with_head(dense, head, images.held_out.first(min(EXAMINED_IMAGES, len(images.held_out))))
+        images = with_fitting_labels(images, dense.head)
         if not images.held_out.labelled:
             raise UsageError(f"doctor --data measures accuracy, which needs labelled images; {'; '.join(images.notes)}")
-        outputs = dense(dense.example).shape[1]
         right: dict[SetUp, NDArray[np.bool_]] = {}
 
         def measure(set_ups: tuple[SetUp, ...]) -> None:
@@ -106,7 +121,17 @@ def try_preprocessings(
         if not isinstance(images.held_out.images, ArrayImages):  # arrays have the input's size
             tell("try resize and crop")
             measure(crop_set_ups(_best(right)))
-    return conclude(right, loaded.source, outputs)
+        labels = torch.cat([labels for _, labels in images.held_out.batches()])
+        found = conclude(right, loaded.source, _chance(labels, dense))
+    return replace(found, measure=accuracy_name(dense.head), notes=notes)
+
+
+def _chance(labels: Tensor, dense: Model) -> float:
+    """The accuracy of a decision that does not depend on the image: a random class, or the most frequent decision."""
+    if dense.head is None or dense.head.kind == "softmax":
+        return 1 / dense(dense.example).shape[1]
+    counts = labels.unique(dim=0, return_counts=True)[1]
+    return float(counts.max() / counts.sum())
 
 
 def pixel_set_ups(present: Source) -> tuple[SetUp, ...]:
@@ -151,11 +176,11 @@ def preprocessed(split: Split, source: Source) -> Split:
     raise TypeError(f"{type(images).__name__} is neither a folder of images nor an .npz file")
 
 
-def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, outputs: int) -> PreprocessingTrials:
+def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, chance: float) -> PreprocessingTrials:
     """The table and its conclusion, from which images each set-up got right; the first set-up is the present one.
 
     A set-up is called better only if the exact McNemar test on the same images says so at SIGNIFICANCE, divided by the
-    number of set-ups, since the best of many is looked at (Bonferroni).
+    number of set-ups, since the best of many is looked at (Bonferroni). `chance` is the accuracy without the images.
     """
     best, first = _best(right), next(iter(right))
     count = len(right[first])
@@ -166,7 +191,7 @@ def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, outputs: in
     p_value = ChangedAnswers.between(right[first], right[best]).chance
     hits = int(right[best].sum())
     limit = SIGNIFICANCE / len(right)
-    if binomtest(hits, count, 1 / outputs, alternative="greater").pvalue > limit:
+    if chance < 1 and binomtest(hits, count, chance, alternative="greater").pvalue > limit:
         text = (
             f"no set-up is better than chance on {count} images: are the labels in the model's order, and are these "
             "the model's own weights"
@@ -199,10 +224,11 @@ def options_for(source: Source, present: Source) -> str:
     return " ".join(options)
 
 
-def _right(model: Callable[[Tensor], Tensor], split: Split) -> NDArray[np.bool_]:
-    """Which images of a split (n,) the model answers with their label."""
+def _right(model: Model, split: Split) -> NDArray[np.bool_]:
+    """Which images of a split (n,) the model decides as they are labelled."""
     with torch.no_grad():
-        answers = [model(images).argmax(1) == labels for images, labels in split.batches()]
+        outputs = [(model(images), labels) for images, labels in split.batches()]
+    answers = [head_for(model.head, z).right(z, labels) for z, labels in outputs]
     found: NDArray[np.bool_] = torch.cat(answers).numpy()
     return found
 

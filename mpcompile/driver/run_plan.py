@@ -26,6 +26,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.passes import PASSES
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.recipe.schema import Recipe, Step, explained
+from mpcompile.recipe.truth_values import described, truth_as_number
 from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime
 from mpcompile.runtimes.ort.session import cpu_engine
 
@@ -214,6 +215,8 @@ def _built(step: Step, kind: type[Any]) -> Pass:
         built: Pass = TypeAdapter(kind).validate_python(step.params)
     except ValidationError as error:
         raise UsageError(f"pass {step.name}: {explained(error)}") from error
+    if (place := truth_as_number(step.params, built)) is not None:
+        raise UsageError(f"pass {step.name}: {described(place)}")
     return built
 
 

@@ -5,6 +5,7 @@ wrappers (`module.`, Lightning's `model.`). Instead of a list of such names, eve
 for all names that the architecture needs.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,9 +205,16 @@ def _distinct(sets: list[WeightSet]) -> list[WeightSet]:
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two sets hold the same values."""
     try:
-        return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     except (RuntimeError, NotImplementedError):  # layouts and types that cannot be compared
         return False
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same values; NaN is the same as NaN."""
+    if torch.equal(one, other):
+        return True
+    return one.is_floating_point() and one.shape == other.shape and torch.allclose(one, other, 0, 0, equal_nan=True)
 
 
 def _nearest(mappings: Mapping[str, Mapping[Any, Any]], needed: Set[str]) -> tuple[str, Mapping[Any, Any]]:
@@ -219,17 +227,34 @@ def _nearest(mappings: Mapping[str, Mapping[Any, Any]], needed: Set[str]) -> tup
 
 
 PREFIXES = ("module.", "model.", "_orig_mod.")
+LONGEST_NAME = 500  # characters
 
 
 def _without_shared_prefix(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> WeightSet:
-    """The tensors of a mapping without the wrapper prefixes that all names share, to list the differences.
+    """The tensors of a mapping without the prefix under which most names are `needed`, to list the differences.
 
-    A prefix stays if more names match `needed` with it than without it.
+    If no name is, the usual prefixes of wrappers that all names share are removed.
     """
-    best = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
-    while (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in best)), None)) is not None and best:
-        shorter = {key.removeprefix(prefix): value for key, value in best.items()}
-        if len(needed & best.keys()) > len(needed & shorter.keys()):
-            break
-        best = shorter
-    return WeightSet(name, best)
+    tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    matches = Counter(prefix for key in tensors for prefix in _prefixes_of_name(key, needed))
+    prefix = max(matches, key=lambda one: (matches[one], -len(one)), default="")
+    if prefix and matches[prefix] > matches[""]:
+        return WeightSet(name, {key.removeprefix(prefix): value for key, value in tensors.items()})
+    while (
+        tensors
+        and not matches
+        and (wrapper := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), ""))
+    ):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    return WeightSet(name, tensors)
+
+
+def _prefixes_of_name(key: str, needed: Set[str]) -> Iterator[str]:
+    """What stands before a needed name in a name, for each way to split it at a dot."""
+    if len(key) > LONGEST_NAME:
+        return
+    parts = key.split(".")
+    for count in range(len(parts)):
+        end = ".".join(parts[count:])
+        if end in needed:
+            yield key.removesuffix(end)

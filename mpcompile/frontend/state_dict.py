@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError
+from mpcompile.frontend.weights_file import ONE_FILE, shard_of
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
@@ -20,7 +21,10 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch:
     Raises LoadError with the first few names of each kind of mismatch.
     """
     state = _without_unsaved_buffers(module, state)
-    if listed := mismatch(module, state):
+    listed = mismatch(module, state)
+    if listed and (shard := shard_of(path)):
+        raise LoadError(f"{path} is {shard}, and holds only a part of the weights ({listed}); {ONE_FILE}")
+    if listed:
         raise LoadError(f"{path} does not fit {arch}: {listed}. Check --arch and --arch-arg")
     module.load_state_dict(state)
 

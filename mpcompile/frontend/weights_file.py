@@ -3,6 +3,7 @@
 import argparse
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,16 @@ SAFE_WAYS = (
 )
 
 
+ONE_FILE = "save the model as one file, such as with save_pretrained(…, max_shard_size='100GB')"
+SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.\w+$")
+
+
+def shard_of(path: Path) -> str | None:
+    """What a file is by its name if it is a shard of several, such as `shard 1 of 2`; None for another name."""
+    found = SHARD.search(path.name)
+    return f"shard {int(found[1])} of {int(found[2])}" if found and int(found[2]) > 1 else None
+
+
 def read(path: Path, allow_pickle: bool) -> Any:
     """The content of a weights file: a state dict or checkpoint as a mapping, or, if `allow_pickle`, a pickled module.
 
@@ -37,6 +48,8 @@ def read(path: Path, allow_pickle: bool) -> Any:
         raise LoadError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
         raise LoadError(f"{path} is a Git LFS pointer, not the file; fetch it with git lfs pull")
+    if path.name.endswith(".index.json"):
+        raise LoadError(f"{path} is the index of a model in several shards, which are not read; {ONE_FILE}")
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if _is_zip(path):

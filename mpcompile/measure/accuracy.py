@@ -27,6 +27,13 @@ class Accuracy:
     top5: float | None  # None if the model has 5 outputs or fewer, or decides by a threshold
     count: int
 
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of `top1` for images of the same distribution (Wilson), as shares."""
+        from scipy.stats import binomtest
+
+        found = binomtest(round(self.top1 * self.count), self.count).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
+
 
 @dataclass(frozen=True, slots=True)
 class ChangedAnswers:

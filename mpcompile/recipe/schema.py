@@ -11,6 +11,7 @@ import hashlib
 import re
 import reprlib
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from mpcompile.ir.head import HeadChoice
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import Precision
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
+from mpcompile.recipe.truth_values import described, truth_as_number
 from mpcompile.system.moved_modules import renamed_names
 
 MAX_BYTES = 1_000_000
@@ -187,9 +189,12 @@ class Recipe(Strict):
     def checked(cls, content: dict[str, Any], where: str = "recipe") -> "Recipe":
         """The recipe in a mapping. Raises a UsageError that begins with `where` and names each wrong key."""
         try:
-            return cls.model_validate(content)
+            recipe = cls.model_validate(content)
         except ValidationError as error:
             raise UsageError(f"{where}: {explained(error)}") from error
+        if (place := truth_as_number(content, recipe)) is not None:
+            raise UsageError(f"{where}: {described(place)}")
+        return recipe
 
 
 def explained(error: ValidationError) -> str:
@@ -205,7 +210,9 @@ def explained(error: ValidationError) -> str:
 
 
 def _near(kind: str, key: tuple[int | str, ...], value: object, context: Mapping[str, Any]) -> str:
-    """A proposal for a misspelt key of a recipe, or for a misspelt choice; empty for other errors."""
+    """A proposal for a misspelt key or choice, or for text that YAML reads as a value; empty for other errors."""
+    if kind == "string_type" and isinstance(value, bool | int | float | date):
+        return "; YAML reads words such as on, off, yes and no, numbers and dates as values: put text in quotes"
     if kind == "extra_forbidden" and key:
         models = (Recipe, DataChoice, BenchOptions, Gates, Tune)
         return did_you_mean(str(key[-1]), [name for model in models for name in model.model_fields])

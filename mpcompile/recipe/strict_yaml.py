@@ -1,7 +1,8 @@
-"""YAML, read strictly: no repeated key, no base-60 numbers, and a limit on what aliases expand to.
+"""YAML, read strictly: no repeated key, only decimal numbers, and a limit on what aliases expand to.
 
 YAML 1.1, which PyYAML reads, takes a bare 2:4 as 2 * 60 + 4, keeps the last of repeated keys, and lets a few lines of
-aliases expand to gigabytes.
+aliases expand to gigabytes. It also takes 010 as 8, which YAML 1.2 takes as 10, so a leading zero is an error. Other
+numbers that are not decimal (0x10, 0o10, 0b11, 1_000) are text.
 """
 
 import re
@@ -11,8 +12,10 @@ from typing import Any
 import yaml
 
 MAX_VALUES = 100_000  # a recipe has about 50
+INT = "tag:yaml.org,2002:int"
+LEADING_ZERO = re.compile(r"^[-+]?0\d+$")
 DECIMAL_NUMBERS = {  # tag -> the numbers that it matches, and their first characters
-    "tag:yaml.org,2002:int": (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
+    INT: (re.compile(r"^[-+]?\d+$"), "-+0123456789"),
     "tag:yaml.org,2002:float": (
         re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.(inf|nan))$"),
         "-+.0123456789",
@@ -42,6 +45,22 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in DECIMAL_NUMBERS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def decimal_number(self, node: yaml.Node) -> int | float:
+        """The number. Raises ConstructorError for a leading zero, or if a tag is on text that is no decimal number."""
+        value = str(node.value)
+        if node.tag == INT and LEADING_ZERO.match(value):
+            text = (
+                f"the number {value} begins with a zero, so YAML 1.1 reads it as octal and YAML 1.2 as decimal; write "
+                "it without the zero, or in quotes if it is text"
+            )
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        patterns = [pattern for tag, (pattern, _) in DECIMAL_NUMBERS.items() if tag in (INT, node.tag)]
+        if not isinstance(node, yaml.ScalarNode) or not any(pattern.match(value) for pattern in patterns):
+            text = f"{node.tag} is on {value[:40]!r}, which is not a decimal number"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+        number: int | float = int(value) if node.tag == INT else self.construct_yaml_float(node)
+        return number
 
     def get_single_node(self) -> yaml.Node | None:
         """The document. Raises ConstructorError if its aliases expand to more than MAX_VALUES values."""
@@ -91,3 +110,4 @@ class _Dumper(yaml.SafeDumper):
 for _tag, (_pattern, _first) in DECIMAL_NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
+    _Loader.add_constructor(_tag, _Loader.decimal_number)

@@ -22,6 +22,7 @@ def verdict_on(
     verdicts: tuple[LayerVerdict, ...] = (),
     idle: str | None = None,
     certificate: Certificate | None = None,
+    notes: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
 
@@ -37,6 +38,7 @@ def verdict_on(
         verdicts: kernel choice for each masked layer, if the target reports it.
         idle: why no engine of the target ran on this machine; None if one ran.
         certificate: what is proven on held-out images; None if there is no certificate.
+        notes: what passes report on token merging, such as why fewer tokens are merged than asked for.
     """
     counts = count_layers(layers)
     check = comparison.dense_check if comparison else None
@@ -65,6 +67,7 @@ def verdict_on(
             f"Token merging reduces {cost.tokens[0]} tokens to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
             "which is less work on any target."
         )
+    sentences += [f"{note[0].upper()}{note[1:]}." for note in notes]
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
         test = f", {comparison.turned}" if comparison.turned else ""
@@ -72,6 +75,12 @@ def verdict_on(
             f"On {comparison.count:,} held-out images, {accuracy_name(comparison.head)} is "
             f"{comparison.compressed.top1:.2%} compressed and "
             f"{comparison.dense.top1:.2%} dense: {abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}{test}."
+        )
+        low, high = (100 * share for share in comparison.compressed.interval())
+        sentences.append(
+            f"The 95% confidence interval of the compressed model's {accuracy_name(comparison.head)} is {low:.1f} to "
+            f"{high:.1f}%. Another number of PyTorch threads rounds sums differently, which can change masks and the "
+            "last digits of the accuracy."
         )
     elif comparison:
         sentences.append(

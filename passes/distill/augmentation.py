@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mpcompile.data.images import MODES, Split
+from mpcompile.data.images import MODES, Label, Split
 from mpcompile.data.transform import in_channel_order
 from mpcompile.ir.model import Source
 from mpcompile.system.distributed import ProcessRank
@@ -76,12 +76,12 @@ def _rgb_training_transform(augmentation: Augmentation, source: Source) -> Calla
 class Pictures(Protocol):
     """Images that are available as PIL images, and so can be augmented."""
 
-    def picture(self, index: int) -> tuple[Any, int]:
+    def picture(self, index: int) -> tuple[Any, Label]:
         """A PIL image, and its label or −1."""
         ...
 
 
-class TrainingImages(Dataset[tuple[Tensor, int]]):
+class TrainingImages(Dataset[tuple[Tensor, int | Tensor]]):
     """The images of a split with augmentation; without it if they are not available as PIL images."""
 
     def __init__(self, split: Split, source: Source, augmentation: Augmentation, seed: int) -> None:
@@ -89,13 +89,19 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
         self._known = isinstance(split.images, Pictures) and source.size[0] in MODES
         self._transform = training_transform(augmentation, source)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int | Tensor]:
         epoch, index = key
         if not self._known or not isinstance(self._images, Pictures):
-            return self._images[index]
+            image, label = self._images[index]
+            return image, _stackable(label)
         picture, label = self._images.picture(index)
         with _seeded(zlib.crc32(f"{self._seed} {epoch} {index}".encode())):
-            return self._transform(picture), label
+            return self._transform(picture), _stackable(label)
+
+
+def _stackable(label: Label) -> int | Tensor:
+    """A label that a DataLoader stacks: it would take a tuple apart."""
+    return label if isinstance(label, int) else torch.tensor(label)
 
 
 class _seeded:  # noqa: N801 (used like a function)
@@ -143,6 +149,6 @@ class Batches(Sampler[list[Key]]):
                 yield [(epoch, int(index)) for index in whole[self._process.rank :: self._process.size]]
 
 
-def loader(images: TrainingImages, batches: Batches, workers: int) -> "DataLoader[tuple[Tensor, int]]":
+def loader(images: TrainingImages, batches: Batches, workers: int) -> "DataLoader[tuple[Tensor, int | Tensor]]":
     """A DataLoader over the batches with this number of worker processes."""
     return DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available())

@@ -13,6 +13,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -204,7 +205,7 @@ class Distill:
         labels = getattr(images.images, "labels", None)
         some = replace(images, order=images.order[:SAMPLED_IMAGES])
         known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
-        digest.update(repr([label if isinstance(label, list) else int(label) for label in known]).encode())
+        digest.update(repr([np.asarray(label).tolist() for label in known]).encode())
         return run_key(digest.hexdigest(), model, {}, some)
 
     def _trained(

@@ -20,6 +20,8 @@ from torch import Tensor
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import grouped
 
+ROUNDING = 1e-12  # above the relative error of a sum of MACs
+
 
 def densities(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
     """The density of each layer if the largest scores of all layers are kept, a share `density` of them all.
@@ -69,7 +71,7 @@ def least_damage(options: Sequence[Option], saving: float) -> tuple[Option, ...]
 
     layer_sets = list(dict.fromkeys(option.layers for option in options))
     most = sum(max(o.saving for o in options if o.layers == layers) for layers in layer_sets)
-    if saving > most * (1 + 1e-12):
+    if saving > most * (1 + 10 * ROUNDING):
         raise InfeasibleError(most)
     costs = np.array([option.damage for option in options])
     savings = np.array([option.saving for option in options])

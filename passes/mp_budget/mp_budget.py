@@ -26,7 +26,7 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM, TWO_OF_FOUR
 from mpcompile.passes.mp_budget import scores as signals
-from mpcompile.passes.mp_budget.allocate import InfeasibleError, Option, damage, least_damage
+from mpcompile.passes.mp_budget.allocate import ROUNDING, Option, damage, least_damage
 from mpcompile.passes.mp_budget.attention_layers import attention_layers
 from mpcompile.passes.mp_budget.sensitivity import amplification
 from mpcompile.pipeline.pass_manager import Effect
@@ -73,7 +73,7 @@ def scores_of(
     if signal == "std":
         return signals.deviation_edge(weights, attention_layers(model), sparsity)
     if signal in NEED_IMAGES and not len(data.calibration):
-        raise PassError(f"the signal {signal} needs calibration images; give --data, or another signal")
+        raise _needs_images(signal)
     if signal == "owl":
         seen = input_scales(model, data.calibration)
         return signals.owl(weights, {name: per_weight(model.layer(name), seen[name]) for name in names})
@@ -121,7 +121,16 @@ class MPBudget:
 
     def __call__(self, model: Model, data: Data) -> Model:
         """The model with a spectrum and a pattern in each layer's plan, or the reason for none. Raises PassError."""
+        self.require_reachable(model, data)  # before the spectra, which take long
         return self.planned(model, data, fit_spectra(model, null=self.null, level=self.level, seed=self.seed))
+
+    def require_reachable(self, model: Model, data: Data) -> None:
+        """Raises PassError if `planned` would: no layer is eligible, `macs` is out of reach, or images are missing."""
+        able = self._able(model, self._verdicts(model))
+        if self.macs is not None:
+            self._require_saving(cost(model), able)
+        if self.signal in NEED_IMAGES and not len(data.calibration) and self._chooses(able):
+            raise _needs_images(self.signal)
 
     def planned(self, model: Model, data: Data, fits: Mapping[str, SpectrumFit | str]) -> Model:
         """The model planned with `fits`, the result of `fit_spectra`.
@@ -131,11 +140,8 @@ class MPBudget:
         """
         if any(plan.mask is not None for plan in model.plan.values()):
             raise PassError("some layers are masked already; put mp-budget before nm-mask")
-        verdicts = {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
-        # Layers that share a weight get one decision.
-        able = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
-        layer_sets = tied_layers(model, able)
-        chosen = self._chosen(model, data, fits, verdicts, layer_sets)
+        verdicts = self._verdicts(model)
+        chosen = self._chosen(model, data, fits, self._able(model, verdicts))
         plans = {}
         for name in dict.fromkeys(name for verdict in verdicts.values() for name in verdict):
             pattern = chosen.get(name)
@@ -154,17 +160,19 @@ class MPBudget:
             unfitted=found if isinstance(found, str) else None,
         )
 
-    def _chosen(
-        self,
-        model: Model,
-        data: Data,
-        fits: Mapping[str, SpectrumFit | str],
-        verdicts: Mapping[NM, Mapping[str, str | None]],
-        layer_sets: Sequence[tuple[str, ...]],
-    ) -> dict[str, NM]:
-        """Pattern by layer name, for the layers that get one. Raises PassError if the target cannot be reached."""
+    def _verdicts(self, model: Model) -> dict[NM, Mapping[str, str | None]]:
+        """For each pattern and layer, the reason why the layer cannot have the pattern; None if it can."""
+        return {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
+
+    def _able(self, model: Model, verdicts: Mapping[NM, Mapping[str, str | None]]) -> dict[tuple[str, ...], list[NM]]:
+        """The patterns that each layer can have; layers that share a weight get one decision.
+
+        Without a target, only the sparsest of them. Raises PassError if no layer can have a pattern.
+        """
+        names = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
         able = {
-            layers: [p for p in self.patterns if not any(verdicts[p][name] for name in layers)] for layers in layer_sets
+            layers: [p for p in self.patterns if not any(verdicts[p][name] for name in layers)]
+            for layers in tied_layers(model, names)
         }
         able = {layers: patterns for layers, patterns in able.items() if patterns}
         if not able:
@@ -172,14 +180,28 @@ class MPBudget:
             raise PassError(
                 f"no layer takes {', '.join(map(str, self.patterns))} ({shown or 'the model has no layers'})"
             )
-        if self.macs is None:
-            sparsest = {layers: min(p.density for p in patterns) for layers, patterns in able.items()}
-            able = {layers: [p for p in able[layers] if p.density == sparsest[layers]] for layers in able}
-            if all(len(patterns) == 1 for patterns in able.values()):
-                return {name: patterns[0] for layers, patterns in able.items() for name in layers}
+        if self.macs is not None:
+            return able
+        sparsest = {layers: min(p.density for p in patterns) for layers, patterns in able.items()}
+        return {layers: [p for p in able[layers] if p.density == sparsest[layers]] for layers in able}
+
+    def _chooses(self, able: Mapping[tuple[str, ...], Sequence[NM]]) -> bool:
+        """Whether scores decide: there is a target, or a layer can have several patterns."""
+        return self.macs is not None or any(len(patterns) > 1 for patterns in able.values())
+
+    def _chosen(
+        self,
+        model: Model,
+        data: Data,
+        fits: Mapping[str, SpectrumFit | str],
+        able: Mapping[tuple[str, ...], Sequence[NM]],
+    ) -> dict[str, NM]:
+        """Pattern by layer name, for the layers that get one. Raises PassError if the target cannot be reached."""
+        if not self._chooses(able):
+            return {name: patterns[0] for layers, patterns in able.items() for name in layers}
         counted = cost(model)
         names = [name for layers in able for name in layers]
-        saving = self._saving(counted, able)
+        saving = self._saving(counted, able)  # less than the MACs of these layers
         sparsity = saving / sum(counted.layers[name] for name in names)
         scores = scores_of(self.signal, model, names, fits, sparsity, data)
         options = [
@@ -187,20 +209,36 @@ class MPBudget:
             for layers, patterns in able.items()
             for p in patterns
         ]
-        try:
-            taken = least_damage(options, saving)
-        except InfeasibleError as error:
-            least = 1 - error.most / counted.macs
-            raise PassError(
-                f"{self.macs:g} of the multiply-accumulates cannot be reached: with the sparsest pattern on every "
-                f"eligible layer {least:.4g} are left; raise macs, or add sparser patterns"
-            ) from error
+        taken = least_damage(options, saving)
         return {name: option.pattern for option in taken for name in option.layers}
 
     def _saving(self, counted: Cost, able: Mapping[tuple[str, ...], Sequence[NM]]) -> float:
-        """The MACs that must be saved."""
+        """The MACs that must be saved. Raises PassError if the sparsest patterns do not save as much."""
         if self.macs is not None:
+            self._require_saving(counted, able)
             return counted.macs * (1 - self.macs)
-        return sum(
-            counted.layers[name] * (1 - patterns[0].density) for layers, patterns in able.items() for name in layers
-        )
+        return most_saved(counted, able)
+
+    def _require_saving(self, counted: Cost, able: Mapping[tuple[str, ...], Sequence[NM]]) -> None:
+        """Raises PassError if `macs` cannot be reached."""
+        assert self.macs is not None
+        most = most_saved(counted, able)
+        # Rounding of the sums must not refuse a target that the sparsest patterns reach exactly.
+        if counted.macs * (1 - self.macs) > most * (1 + ROUNDING):
+            raise PassError(
+                f"{self.macs:g} of the multiply-accumulates cannot be reached: with the sparsest pattern on every "
+                f"eligible layer {1 - most / counted.macs:.4g} are left; raise macs, or add sparser patterns"
+            )
+
+
+def most_saved(counted: Cost, able: Mapping[tuple[str, ...], Sequence[NM]]) -> float:
+    """The MACs that are saved if every layer gets its sparsest pattern."""
+    return sum(
+        counted.layers[name] * (1 - min(p.density for p in patterns))
+        for layers, patterns in able.items()
+        for name in layers
+    )
+
+
+def _needs_images(signal: str) -> PassError:
+    return PassError(f"the signal {signal} needs calibration images; give --data, or another signal")

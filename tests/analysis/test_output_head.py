@@ -77,3 +77,12 @@ def test_outputs_that_do_not_depend_on_the_image_are_noticed() -> None:
 def test_a_head_that_does_not_fit_the_outputs_is_refused() -> None:
     with pytest.raises(UsageError, match="the head softmax needs 2 or more outputs"):
         with_head(ended(nn.Identity()), "softmax", None)
+
+
+@pytest.mark.parametrize(("choice", "kind"), [("multilabel", "multilabel"), ("ordinal", "ordinal")])
+def test_probabilities_of_several_outputs_are_known_by_their_values(choice: str, kind: str) -> None:
+    """1 − sigmoid is not known to be a probability, and each output was decided at 0: always above."""
+    model, [note] = with_head(ended(lambda x: 1 - torch.sigmoid(x), 3), choice, None)
+    assert model.head == Head(kind, 0.5, True)  # type: ignore[arg-type]
+    assert "as all outputs on the examined images lie between 0 and 1" in note
+    assert with_head(ended(lambda x: x * 2.0, 3), choice, None)[0].head == Head(kind, 0.0)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Images of folders and .npz files: disjoint splits, labels, preprocessing, and errors for unreadable ones."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,3 +190,27 @@ def test_a_file_that_is_not_an_npz_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(LoadError, match="cannot be read as an .npz file"):
         load_data(tmp_path / "a.npz", GREY, outputs=3)
+
+
+def test_labels_of_several_outputs_in_an_npz_file(tmp_path: Path) -> None:
+    images = np.zeros((4, 8, 8), np.uint8)
+    flags = np.array([[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]])
+
+    def read(labels: np.ndarray, multilabel: bool) -> Data:
+        both = {"images": images, "labels": labels}
+        named: dict[str, Any] = {
+            f"{split}_{name}": values for split in ("calibration", "heldout") for name, values in both.items()
+        }
+        np.savez(tmp_path / "a.npz", **named)
+        return load_data(tmp_path / "a.npz", GREY, 3, multilabel=multilabel)
+
+    for kind in (np.int64, np.uint8, bool):
+        found = read(flags.astype(kind), True).held_out
+        assert found.labelled
+        assert torch.equal(torch.cat([labels for _, labels in found.batches(3)]), torch.from_numpy(flags))
+    assert read(np.arange(4) % 3, True).held_out.labelled  # one class each: `headed` says that they are not used
+    with pytest.raises(LoadError, match=r"labels is int64 \(4, 3\), several labels per image; give --head multilabel"):
+        read(flags, False)
+    for wrong in (flags[:, :2], 2 * flags, flags.astype(np.float32), flags - 1):
+        with pytest.raises(LoadError, match="with --head multilabel it needs 0 or 1 for each of the model's 3 outputs"):
+            read(wrong, True)

@@ -1,6 +1,7 @@
 """Layouts of image folders: splits in any spelling, nested folders, hidden and system files, flat folders."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,16 @@ def test_links_to_each_other_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dog" / "y").symlink_to(tmp_path / "cat")
     with pytest.raises(LoadError, match="contains a link to a folder above it"):
         load_data(tmp_path, SOURCE, 2)
+
+
+@pytest.mark.parametrize("wrapper", ["", "archive/", "archive/val/"])
+@pytest.mark.parametrize("class_file", [True, False])
+def test_one_class_with_subfolders_is_no_wrapper(tmp_path: Path, wrapper: str, class_file: bool) -> None:
+    """`dog/00` and `dog/01` were taken for classes 0 and 1 although dog is class 3."""
+    save(tmp_path, f"{wrapper}dog/00", f"{wrapper}dog/01")
+    names = ("cow", "bee", "ant", "dog")
+    if class_file:
+        place = tmp_path / wrapper.removesuffix("val/")
+        (place / "classes.txt").write_text("\n".join(names))
+    source = SOURCE if class_file else replace(SOURCE, labels=names)
+    assert set(labels(load_data(tmp_path, source, 4, calibration=2), tmp_path).values()) == {3}

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mpcompile.driver.preprocessing_trials import (
     pixel_set_ups,
     try_preprocessings,
 )
-from mpcompile.errors import UsageError
+from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.ir.model import Source
 
@@ -119,12 +120,12 @@ def test_no_set_up_is_called_better_without_evidence() -> None:
     one, other = SetUp("present", PRESENT), SetUp("other", replace(PRESENT, channel_order="bgr"))
     right = np.arange(200) < 100
     close = np.arange(200) < 104
-    found = conclude({one: right, other: close}, PRESENT, outputs=10)
+    found = conclude({one: right, other: close}, PRESENT, chance=0.1)
     assert [trial.name for trial in found.trials] == ["other", "present"]
     assert found.conclusion == "no set-up is significantly better than the present one on 200 images"
-    clear = conclude({one: right, other: np.arange(200) < 150}, PRESENT, outputs=10)
+    clear = conclude({one: right, other: np.arange(200) < 150}, PRESENT, chance=0.1)
     assert clear.conclusion.endswith("give --channel-order bgr")
-    chance = conclude({one: np.arange(200) < 20, other: np.arange(200) < 22}, PRESENT, outputs=10)
+    chance = conclude({one: np.arange(200) < 20, other: np.arange(200) < 22}, PRESENT, chance=0.1)
     assert chance.conclusion.startswith("no set-up is better than chance on 200 images: are the labels in the model's")
 
 
@@ -151,3 +152,64 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names = [row["name"] for row in found["trials"] if row["top1"] == found["trials"][0]["top1"]]
     assert "[0, 1]" in names
     assert "doctor tries preprocessings with a model and images; give both" in mpcompile("doctor", "probe.pt").stderr
+
+
+class Bright(nn.Module):
+    """Decides whether pixels in [-1, 1] are bright, by one logit or by one logit for each half of the image."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * SIDE * SIDE, outputs)
+        half = 3 * SIDE * SIDE // outputs
+        with torch.no_grad():
+            self.head.bias.zero_()
+            for index in range(outputs):
+                self.head.weight[index] = 0
+                self.head.weight[index, index * half : (index + 1) * half] = 1
+        self.pretrained_cfg = {
+            "input_size": PRESENT.size, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
+            "interpolation": "bicubic",
+        }  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x.permute(0, 2, 3, 1).flatten(1))  # rows of the image are in order
+        return logits
+
+
+def bright_images(path: Path, labels: np.ndarray) -> None:
+    """An .npz file: label 1 has pixels of 0.6, label 0 of 0.4; a row of labels is for the halves of the image."""
+    levels = np.where(labels == 1, 153, 102).reshape(len(labels), -1)
+    images = np.repeat(levels, SIDE // levels.shape[1], axis=1)[:, :, None, None] + np.zeros((1, 1, SIDE, 3))
+    half = len(labels) // 2
+    arrays: dict[str, Any] = {"images": images.astype(np.uint8), "labels": labels}
+    np.savez(
+        path,
+        **{f"calibration_{name}": values[:half] for name, values in arrays.items()},
+        **{f"heldout_{name}": values[half:] for name, values in arrays.items()},
+    )
+
+
+def test_one_logit_is_judged_at_its_threshold(tmp_path: Path) -> None:
+    """The largest of one output is always class 0: every set-up had the share of that class."""
+    bright_images(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 2, 200))
+    found = try_preprocessings(Bright(), tmp_path / "a.npz")
+    by_name = {trial.name: trial.top1 for trial in found.trials}
+    assert by_name["present: recorded"] == 1.0
+    assert by_name["[0, 1]"] < 0.7  # every image is above 0
+    assert found.measure == "accuracy"
+    assert found.conclusion == "no set-up is significantly better than the present one on 100 images"
+    assert any("whether it exceeds 0" in note for note in found.notes)
+
+
+def test_several_labels_are_judged_together(tmp_path: Path) -> None:
+    bright_images(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 2, (200, 2)))
+    found = try_preprocessings(Bright(2), tmp_path / "a.npz", head="multilabel")
+    assert {trial.name: trial.top1 for trial in found.trials}["present: recorded"] == 1.0
+    assert found.measure == "exact match"
+    with pytest.raises(LoadError, match="several labels per image; give --head multilabel"):
+        try_preprocessings(Bright(2), tmp_path / "a.npz")
+    bright_images(tmp_path / "b.npz", np.random.default_rng(0).integers(0, 2, 200))
+    with pytest.raises(UsageError, match="needs labelled images; .*one class each, and the head is multilabel"):
+        try_preprocessings(Bright(2), tmp_path / "b.npz", head="multilabel")
+    with pytest.raises(UsageError, match="the head sigmoid needs one output"):
+        try_preprocessings(Bright(2), tmp_path / "a.npz", head="sigmoid")

@@ -167,3 +167,41 @@ def test_torchscript_names_the_way_out(tmp_path: Path) -> None:
         torch.jit.save(torch.jit.trace(seeded(1).eval(), torch.zeros(2, 1, 8, 8)), tmp_path / "script.pt")
     with pytest.raises(LoadError, match=r"is a TorchScript archive.*torch.jit.load\('script.pt'\).state_dict\(\)"):
         load(Request(str(tmp_path / "script.pt"), arch=ARCH))
+
+
+def test_shards_name_the_cause(tmp_path: Path) -> None:
+    state = seeded(1).state_dict()
+    part = dict(list(state.items())[:2])
+    path = tmp_path / "pytorch_model-00001-of-00003.bin"
+    torch.save(part, path)
+    with pytest.raises(
+        LoadError, match=r"is shard 1 of 3, and holds only a part of the weights \(.*missing: .*one file"
+    ):
+        load(Request(str(path), arch=ARCH))
+    torch.save(dict(state), tmp_path / "model-00001-of-00001.bin")
+    request = Request(
+        str(tmp_path / "model-00001-of-00001.bin"), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)
+    )
+    load(request)  # the only one
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(
+        LoadError, match="is the index of a model in several shards, which are not read; save the model"
+    ):
+        load(Request(str(index), arch=ARCH))
+
+
+def test_a_renamed_layer_is_named_under_any_prefix(tmp_path: Path) -> None:
+    """All names were listed as missing, and all under the prefix as unexpected."""
+    state = {f"net.backbone.{name}": value for name, value in seeded(1).state_dict().items()}
+    state["net.backbone.fc.weight"] = state.pop("net.backbone.head.weight")
+    with pytest.raises(LoadError, match="1 missing: head.weight; 1 unexpected: fc.weight. Check"):
+        loaded(tmp_path, state)
+
+
+def test_copies_that_are_not_finite_are_copies(tmp_path: Path) -> None:
+    """NaN differs from itself, so the error asked for a choice between two equal sets."""
+    state = seeded(1).state_dict()
+    state["head.bias"] = state["head.bias"] * float("nan")
+    with pytest.raises(LoadError, match=r"head.bias has 4 of 4 values that are NaN"):
+        loaded(tmp_path, {"student": state, "copy": dict(state)})

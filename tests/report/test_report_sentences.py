@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
+
 from mpcompile.driver.artifact import Artifact
 from mpcompile.ir.results import Certificate
+from mpcompile.measure.accuracy import Accuracy
 from mpcompile.report.sentences import command, command_terms, verdict_on
 
 
@@ -31,3 +34,23 @@ def test_the_verdict_starts_with_speed_and_ends_with_proofs(reported: Artifact) 
         "50 of 64 held-out predictions are proven unchanged. On unseen images of the same distribution, at least "
         "90.00% of the predictions are those of the dense model (95% confidence)."
     )
+
+
+def test_the_summary_says_why_fewer_tokens_are_merged(reported: Artifact) -> None:
+    """The attribution stood only in the log and in the table of passes."""
+    report = reported.report
+    note = "token merging without masks loses 2.73 points of accuracy on 256 validation images"
+    sentences = verdict_on(report.layers, "ort", True, report.cost, None, (), notes=(note,))
+    assert f"T{note[1:]}." in sentences
+
+
+def test_accuracy_has_its_confidence_interval(reported: Artifact) -> None:
+    accuracy = Accuracy(0.8825, None, 2000)
+    assert accuracy.interval() == pytest.approx((0.8676, 0.8959), abs=1e-4)  # Wilson's formula by hand
+    report = reported.report
+    assert report.comparison is not None
+    found = replace(report.comparison, dense=accuracy, compressed=accuracy)
+    sentences = verdict_on(report.layers, "ort", True, report.cost, found, ())
+    [sentence] = [text for text in sentences if "95% confidence interval" in text]
+    assert sentence.startswith("The 95% confidence interval of the compressed model's top-1 is 86.8 to 89.6%. Another")
+    assert "number of PyTorch threads" in sentence

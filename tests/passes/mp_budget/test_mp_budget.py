@@ -136,6 +136,30 @@ def test_what_cannot_be_planned(step: MPBudget, text: str) -> None:
         plan_by(tiny_vit(), step)
 
 
+@pytest.mark.parametrize("signal", ["mp", "magnitude", "std", "uniform", "lamp"])
+@pytest.mark.parametrize("patterns", [(NM(2, 4),), (NM(2, 4), NM(1, 4)), (NM(1, 4), NM(7, 8))])
+def test_any_target_is_met_or_refused_in_words(signal: str, patterns: tuple[NM, ...]) -> None:
+    """A target past the MACs of all eligible layers raised StopIteration from the table of sparsities."""
+    model = tiny_mlp()
+    counted = cost(model)
+    least = 1 - counted.layers["hidden"] / counted.macs * (1 - min(p.density for p in patterns))
+    for macs in (0.01, 0.1, 0.3, 0.6, 0.9, 0.99):
+        step = MPBudget(patterns=patterns, macs=macs, signal=signal)  # type: ignore[arg-type]
+        if macs < least:
+            text = f"{macs} of the multiply-accumulates cannot be reached: .* {least:.4g} are left; raise macs"
+            with pytest.raises(PassError, match=text):
+                plan_by(model, step)
+            continue
+        found = {name: layer.pattern for name, layer in plan_by(model, step).plan.items() if layer.pattern}
+        assert counted.executed_macs(found) <= macs * counted.macs * (1 + 1e-6)
+
+
+def test_a_target_is_refused_before_the_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("mpcompile.passes.mp_budget.mp_budget.fit_spectra")
+    with pytest.raises(PassError, match="cannot be reached"):
+        plan_by(tiny_mlp(), MPBudget(macs=0.1))
+
+
 def test_the_budget_stands_before_the_masks() -> None:
     with pytest.raises(PassError, match="some layers are masked already"):
         PassManager([NMMask(), MPBudget()]).run(tiny_vit(), Data())
