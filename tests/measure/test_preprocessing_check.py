@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
+from mpcompile.ir.model import Source
 from mpcompile.measure.preprocessing_check import better_preprocessing
 
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -52,7 +53,13 @@ def model(mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
 
 
 def found(trained: Any, images: Colours) -> str | None:
-    return better_preprocessing(trained, Split(images, tuple(range(256)), True), images.mean, images.std, Head())
+    return better_preprocessing(
+        trained, Split(images, tuple(range(256)), True), source(images.mean, images.std), Head()
+    )
+
+
+def source(mean: tuple[float, ...], std: tuple[float, ...]) -> Source:
+    return Source(name="m", sha256="", arch="m", size=(3, 4, 4), mean=mean, std=std)
 
 
 def test_the_right_preprocessing_raises_no_alarm() -> None:
@@ -64,9 +71,9 @@ def test_the_right_preprocessing_raises_no_alarm() -> None:
 @pytest.mark.parametrize(
     ("trained", "name"),
     [
-        (((0.0,) * 3, (1.0,) * 3), "values from 0 to 1"),
-        (((0.0,) * 3, (1 / 255,) * 3), "values from 0 to 255"),
-        (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "ImageNet's values"),
+        (((0.0,) * 3, (1.0,) * 3), "Give --mean"),
+        (((0.0,) * 3, (1 / 255,) * 3), "[0, 255]: "),
+        (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "ImageNet: "),
     ],
 )
 def test_a_wrong_mean_and_deviation_are_noticed(trained: tuple[Any, Any], name: str) -> None:
@@ -86,4 +93,4 @@ def test_reversed_channels_are_noticed() -> None:
 def test_images_that_were_preprocessed_otherwise_are_left_alone() -> None:
     images = Colours(MEAN, STD)
     split = Split(images, tuple(range(64)), True)
-    assert better_preprocessing(model(MEAN, STD), split, (5.0,) * 3, (1.0,) * 3, Head()) is None
+    assert better_preprocessing(model(MEAN, STD), split, source((5.0,) * 3, (1.0,) * 3), Head()) is None
