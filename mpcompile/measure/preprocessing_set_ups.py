@@ -57,10 +57,11 @@ def pixel_set_ups(present: Source, images: Tensor | None = None) -> tuple[SetUp,
     if images is not None:
         usual.append(SetUp("the mean and deviation of these images", _with_own_values(present, images)))
     rows = [SetUp(_name_of(present), present)]
-    rows += [replace(row, source=replace(row.source, channel_order="rgb")) for row in usual]
-    if channels == 3:
-        rows += [SetUp(f"{row.name}, {_other(row.source).upper()}", _reversed(row.source)) for row in tuple(rows)]
-    return _distinct(rows)
+    others = [replace(row, source=replace(row.source, channel_order="rgb")) for row in usual]
+    if channels == 3:  # few changes first: of equally good set-ups the first one is taken
+        rows += map(_with_other_order, tuple(rows))
+        others += map(_with_other_order, tuple(others))
+    return _distinct([*rows, *others])
 
 
 def crop_set_ups(best: SetUp) -> tuple[SetUp, ...]:
@@ -167,9 +168,11 @@ def _other(source: Source) -> str:
     return "bgr" if source.channel_order == "rgb" else "rgb"
 
 
-def _reversed(source: Source) -> Source:
-    """The source with the other channel order; mean and deviation stay with their colours."""
-    return replace(source, channel_order=_other(source), mean=source.mean[::-1], std=source.std[::-1])
+def _with_other_order(row: SetUp) -> SetUp:
+    """The set-up with the other channel order; mean and deviation stay with their colours."""
+    source, order = row.source, _other(row.source)
+    reversed_source = replace(source, channel_order=order, mean=source.mean[::-1], std=source.std[::-1])
+    return SetUp(f"{row.name}, {order.upper()}", reversed_source)
 
 
 def _distance(one: Source, other: Source) -> float:
