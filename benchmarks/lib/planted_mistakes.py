@@ -44,8 +44,9 @@ class Planted:
 
 def right_set_ups(source: Source, held_out: NDArray[np.int64], rng: np.random.Generator) -> Iterator[Planted]:
     """50 right set-ups: random subsets of the images; half of them with a checkpoint that records its accuracy."""
+    most = len(held_out) if source.size[0] == 1 else MOST
     for number in range(50):
-        chosen = rng.permutation(held_out)[: int(rng.integers(FEWEST, len(held_out) + 1))]
+        chosen = rng.permutation(held_out)[: int(rng.integers(FEWEST, most + 1))]
         detail = f"{len(chosen)} images"
         yield Planted(kind=RIGHT, detail=detail, source=source, chosen=np.sort(chosen), claimed=number % 2 == 1)
 
@@ -65,11 +66,11 @@ def mistakes_of(
     others = [
         *_values(source, 30 if colored else 44, rng),
         *(_reversed_channels(source, held_out, 10, rng) if colored else ()),
-        *_crops(source, 12 if colored else 30, rng),
+        *_crops(source, 9 if colored else 30, rng),
         *(_input_sizes(source, 3, rng) if colored else ()),
         *_altered(source, 2 if colored else 4, rng),
         *(() if colored else _inverted(source, 1)),
-        *_checkpoints(module, source, 10 if colored else 20, rng),
+        *_checkpoints(module, source, 8 if colored else 20, rng),
     ]
     some = np.sort(rng.permutation(held_out)[:MOST])
     drawn = [row if row.chosen is not None else replace(row, chosen=some) for row in others]

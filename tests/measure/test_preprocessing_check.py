@@ -15,6 +15,7 @@ from mpcompile.data.loading import load_data
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import Source
+from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.preprocessing_check import better_preprocessing
 from mpcompile.measure.preprocessing_set_ups import pixel_set_ups
 
@@ -199,3 +200,17 @@ def test_a_set_up_that_falls_behind_is_not_run_on_all_images(probe: Any, files: 
     assert checked(run, files, RIGHT) is None
     every = len(pixel_set_ups(RIGHT)) * len(files)
     assert calls < 0.7 * every
+
+
+def test_the_comparison_of_compile_has_the_reason_and_tries_nothing_without_labels(
+    probe: Any, files: FolderImages
+) -> None:
+    wrong = replace(RIGHT, crop_pct=0.5)
+    images = replace(files, transform=evaluation_transform(wrong))
+    split = Split(images, tuple(range(len(images))), labelled=True)
+    check = checked_comparison(probe, probe, split, wrong, None, None).dense_check
+    assert check is not None
+    assert "no crop: the preprocessing is not the one of its training" in check.reasons[0]
+    check = checked_comparison(probe, probe, replace(split, labelled=False), wrong, None, None).dense_check
+    assert check is not None
+    assert check.reasons == ()
