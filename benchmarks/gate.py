@@ -182,16 +182,17 @@ def cnn(folder: Path, threads: int) -> Bench:
     return Bench(CNN, module, source, folder, threads)
 
 
-def measure(bench: Bench) -> list[dict[str, Any]]:
-    """The rows of 200 mistakes and 50 right set-ups."""
+def measure(bench: Bench, earlier: list[dict[str, Any]]) -> None:
+    """Measures 50 right set-ups and 200 mistakes in random order, without those in `earlier`; writes after each row."""
     rng = np.random.default_rng(0)
-    mistakes = mistakes_of(bench.module, bench.source, bench.held_out, rng)
-    planted = [*right_set_ups(bench.source, bench.held_out, rng), *mistakes]
-    rows = []
-    for one in planted:
-        rows.append(bench.row(one))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+    planted = [*right_set_ups(bench.source, bench.held_out, rng)]
+    planted += mistakes_of(bench.module, bench.source, bench.held_out, rng)
+    rows = {row["number"]: row for row in earlier}
+    for number in np.random.default_rng(1).permutation(len(planted)).tolist():
+        if number not in rows:
+            rows[number] = {"number": number, **bench.row(planted[number])}
+            print(json.dumps(rows[number]), flush=True)
+            save(bench.name, [*rows.values()])
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
@@ -217,7 +218,7 @@ def page(rows: list[dict[str, Any]], measured: dict[str, Any]) -> str:
     text += "; ".join(f"{key}: {value}" for key, value in measured.items()) + ".\n"
     for model in dict.fromkeys(row["model"] for row in rows):
         group = [row for row in rows if row["model"] == model]
-        images = [max(row["images"] for row in group if row["kind"] == kind) for kind in (LABELS, VALUES)]
+        images = [max((row["images"] for row in group if row["kind"] == kind), default=0) for kind in (LABELS, VALUES)]
         text += (
             f"\n## {model}\n\nWrong labels are measured on {images[0]:,} held-out images, other mistakes on "
             f"{images[1]:,} of them, and right set-ups on random subsets of {FEWEST} images or more.\n\n"
@@ -232,21 +233,26 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder with one folder of images per ImageNet class")
     parser.add_argument("--threads", type=int, default=1, help="threads of the engine")
     parser.add_argument("--only", choices=("vit", "cnn"), help="measure only this model; rows of the other are kept")
+    parser.add_argument("--resume", action="store_true", help="measure only set-ups that the results do not have yet")
     arguments = parser.parse_args()
-    kept = rows_of("gate")
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, label, build, images in ((VIT, "vit", vit, Path(folder)), (CNN, "cnn", cnn, arguments.images)):
+            earlier = [row for row in rows_of("gate") if row.get("model") == name]
             if arguments.only in (None, label) and images is not None:
-                rows += measure(build(images, arguments.threads))
+                measure(build(images, arguments.threads), earlier if arguments.resume else [])
             else:
-                old = [row for row in kept if row.get("model") == name]
                 reason = "no --images FOLDER" if images is None else f"--only {arguments.only}"
-                print(f"{name} is not measured ({reason}); {len(old)} earlier rows are kept")
-                rows += old
-    path = write("gate", QUESTION, "CPU", ("torch", "timm", "onnxruntime"), rows)
-    (RESULTS / "gate.md").write_text(page(rows, json.loads(path.read_text())["environment"]), encoding="utf-8")
-    print(page(rows, {}))
+                print(f"{name} is not measured ({reason}); {len(earlier)} earlier rows are kept")
+    print((RESULTS / "gate.md").read_text(encoding="utf-8"))
+
+
+def save(model: str, rows: list[dict[str, Any]]) -> None:
+    """Writes results/gate.{json,md} with the rows of a model, and the earlier rows of the other one."""
+    whole = [row for row in rows_of("gate") if row.get("model") in {VIT, CNN} - {model}] + rows
+    whole.sort(key=lambda row: (row["model"] != VIT, row["number"]))
+    path = write("gate", QUESTION, "CPU", ("torch", "timm", "onnxruntime"), whole)
+    environment = json.loads(path.read_text(encoding="utf-8"))["environment"]
+    (RESULTS / "gate.md").write_text(page(whole, environment), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def mistakes_of(
         *_partly_permuted(source, classes, 24, rng),
     ]
     others = [
-        *_values(source, 30 if colored else 44, rng),
-        *(_reversed_channels(source, held_out, 10, rng) if colored else ()),
-        *_crops(source, 9 if colored else 30, rng),
-        *(_input_sizes(source, 3, rng) if colored else ()),
-        *_altered(source, 2 if colored else 4, rng),
+        *_values(source, 20 if colored else 44, rng),
+        *(_reversed_channels(source, held_out, 8, rng) if colored else ()),
+        *_crops(source, 6 if colored else 30, rng),
+        *(_input_sizes(source, 2, rng) if colored else ()),
+        *_altered(source, 1 if colored else 4, rng),
         *(() if colored else _inverted(source, 1)),
-        *_checkpoints(module, source, 8 if colored else 20, rng),
+        *_checkpoints(module, source, 5 if colored else 20, rng),
     ]
     some = np.sort(rng.permutation(held_out)[:MOST])
     drawn = [row if row.chosen is not None else replace(row, chosen=some) for row in others]
@@ -132,7 +132,7 @@ def _values(source: Source, count: int, rng: np.random.Generator) -> Iterator[Pl
 
 
 def _reversed_channels(
-    source: Source, held_out: NDArray[np.int64], count: int, rng: np.random.Generator
+    source: Source, images: NDArray[np.int64], count: int, rng: np.random.Generator
 ) -> Iterator[Planted]:
     """BGR: half with the right mean and deviation, half with those of another training; each on other images."""
     for number in range(count):
@@ -140,7 +140,7 @@ def _reversed_channels(
         if number % 2:
             name, mean, std = PIXEL_VALUES[number // 2 % 4]  # type: ignore[assignment]
         wrong = replace(source, mean=mean[::-1], std=std[::-1], channel_order="bgr")
-        chosen = np.sort(rng.permutation(held_out)[:MOST])
+        chosen = np.sort(rng.permutation(images)[:MOST])
         yield Planted(kind="BGR", detail=f"with {name}", source=wrong, chosen=chosen)
 
 
@@ -217,7 +217,7 @@ def _checkpoints(module: nn.Module, source: Source, count: int, rng: np.random.G
     for number in range(count):
         claimed = number % 2 == 1
         kind = "other weights, accuracy recorded" if claimed else "other weights"
-        share = 1.0 if number < 6 else float(rng.uniform(0.02, 0.5))
+        share = 1.0 if number < 0.3 * count else float(rng.uniform(0.02, 0.5))
         wrong = set(rng.choice(names, max(1, round(share * len(names))), replace=False).tolist())
         weights = {name: _untrained(value, rng) if name in wrong else value for name, value in state.items()}
         detail = f"{len(wrong)} of {len(names)} weight matrices untrained"

@@ -3,7 +3,8 @@
 A wrong order of labels, a wrong preprocessing or the wrong file give the dense and the compressed model the same low
 accuracy, so that a gate on the difference would pass. Five findings contradict the measurement:
 
-- **Order of the labels.** Other labels make many more images right (mpcompile/measure/label_order.py).
+- **Order of the labels.** Other labels make many more images right (mpcompile/measure/label_order.py), or many labels
+  rank far behind where the model is confident.
 - **Confidence.** The model is confident, and right no more often than decisions that are independent of the labels,
   or far less often than its confidence says, on all images or on those with a high confidence.
 - **Chance.** The model is right no more often than such decisions, on so many images that a loss cannot be measured.
@@ -26,6 +27,8 @@ CONTRADICTION = 1e-4  # p-value below which an observation contradicts the measu
 SMALLEST_GAIN = 0.02  # of a reordering, as a share of the images
 FAR_BELOW = 0.10  # a claimed accuracy, as a share of the images
 OVERCONFIDENT = 0.30  # confidence minus accuracy; trained models rarely exceed 0.15 on the images they are made for
+FAR_RANK, LEAST_RANK = 0.05, 10  # share of the outputs, and their least number, that a wrong label ranks behind
+MISLABELLED = 0.05  # share of confident decisions; of ImageNet's labels, fewer are wrong and so far from the right one
 FEWEST = 8  # images, below which nothing can be told
 CONFIDENT = 0.9  # confidence of a decision; trained models, also overfitted ones, are then mostly right
 PREPROCESSING = "the preprocessing (mean, deviation, size, interpolation, crop, channel order)"
@@ -82,7 +85,11 @@ def check_dense(
         commonest=commonest,
         claimed=claimed,
     )
-    reason = _wrong_order(decided, labels, reordered) or _wrong_accuracy(found, right, confidences, reordered, most)
+    reason = (
+        _wrong_order(decided, labels, reordered)
+        or _wrong_accuracy(found, right, confidences, reordered, most)
+        or _wrong_labels(outputs, labels, confidences, head)
+    )
     if reason is None and _by_chance(found, right):
         remarks.append(
             f"the dense model is right on {right.mean():.2%} of {len(right):,} held-out images, which is not above "
@@ -161,6 +168,27 @@ def _wrong_accuracy(
             "of the labels, and whether the images are those that the record is about"
         )
     return None
+
+
+def _wrong_labels(
+    outputs: NDArray[np.float32], labels: NDArray[np.int64], confidences: NDArray[np.float64] | None, head: Head
+) -> str | None:
+    """A sentence on labels that the model, where it is confident, ranks behind many other classes; None if few are."""
+    from scipy.stats import binom
+
+    far = int(outputs.shape[1] * FAR_RANK)
+    if head.kind != "softmax" or confidences is None or far < LEAST_RANK:
+        return None
+    sure = confidences > CONFIDENT
+    rank = (outputs[sure] > np.take_along_axis(outputs[sure], labels[sure, None], axis=1)).sum(axis=1)
+    wrong, count = int((rank >= far).sum()), int(sure.sum())
+    if binom.sf(wrong - 1, count, MISLABELLED) >= CONTRADICTION:
+        return None
+    return (
+        f"the labels of {wrong:,} of the {count:,} held-out images on which the dense model's confidence is above "
+        f"{CONFIDENT:.0%} rank behind {far} or more of its other classes: the labels of some classes are wrong. Name "
+        "the class folders as the model names its labels, or number them in the order of its outputs"
+    )
 
 
 def _far_fewer(right: NDArray[np.bool_], confidence: float) -> bool:

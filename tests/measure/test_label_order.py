@@ -64,6 +64,22 @@ def test_wrong_labels_of_confident_decisions_are_noticed() -> None:
     mixed[some] = np.random.default_rng(1).permutation(labels[some])
     # Half of the decisions are very confident, the others hardly: the mean confidence does not exceed the accuracy.
     confidence = np.where(np.arange(CLASSES) % 2, 0.97, 0.3)
-    [reason] = check_dense(logits_of(decided, confidence), mixed, Head()).reasons  # type: ignore[arg-type]
+    logits = logits_of(decided, confidence)  # type: ignore[arg-type]
+    logits[np.arange(CLASSES), labels] += 1  # right labels of wrong decisions rank second
+    [reason] = check_dense(logits, mixed, Head()).reasons
     assert "of the 200 on which its confidence is above 90%" in reason
-    assert check_dense(logits_of(decided, confidence), labels, Head()).reasons == ()  # type: ignore[arg-type]
+    assert check_dense(logits, labels, Head()).reasons == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_few_permuted_classes_are_noticed_with_one_image_of_each(seed: int) -> None:
+    decided, labels = decisions(seed, accuracy=0.9)
+    some = np.random.default_rng(seed).permutation(CLASSES)[:70]
+    mixed = labels.copy()
+    mixed[some] = np.roll(labels[some], 1)
+    # Right labels of wrong decisions rank second, as those of classes that look alike do.
+    logits = logits_of(decided, 0.95)
+    logits[np.arange(CLASSES), labels] += 1
+    [reason] = check_dense(logits, mixed, Head()).reasons
+    assert "rank behind 20 or more of its other classes: the labels of some classes are wrong" in reason
+    assert check_dense(logits, labels, Head()).reasons == ()
