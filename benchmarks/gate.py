@@ -49,6 +49,7 @@ from mpcompile.runtimes.ort.session import cpu_engine
 QUESTION = "How many mistakes of preprocessing, labels and weights fail the gate of --max-drop?"
 EXAMPLE = ROOT / "examples" / "fashion_vit"
 VIT, CNN = "the example's ViT", "EfficientNet-Lite0"
+SET_UPS = 250  # of each model
 COSTLY = 0.10  # loss of accuracy, as a share of the images
 Outputs = NDArray[np.float32]
 Run = Callable[[Outputs], Outputs]
@@ -219,8 +220,11 @@ def page(rows: list[dict[str, Any]], measured: dict[str, Any]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         group = [row for row in rows if row["model"] == model]
         images = [max((row["images"] for row in group if row["kind"] == kind), default=0) for kind in (LABELS, VALUES)]
+        partial = (
+            "" if len(group) >= SET_UPS else f"{len(group)} of {SET_UPS} set-ups are measured (--resume goes on). "
+        )
         text += (
-            f"\n## {model}\n\nWrong labels are measured on {images[0]:,} held-out images, other mistakes on "
+            f"\n## {model}\n\n{partial}Wrong labels are measured on {images[0]:,} held-out images, other mistakes on "
             f"{images[1]:,} of them, and right set-ups on random subsets of {FEWEST} images or more.\n\n"
             f"{table_of(group)}"
         )
