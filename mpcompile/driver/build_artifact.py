@@ -1,7 +1,7 @@
 """Runs the passes on a captured model and writes the output folder: weights, ONNX files, engines and the report."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,9 @@ from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.measure.accuracy import Comparison, compare
+from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
-from mpcompile.measure.preprocessing_check import better_preprocessing
 from mpcompile.measure.timing import speedup, timing
 from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
@@ -85,7 +85,9 @@ def build_artifact(
     built = _built(plan, before, after, folder, check)
     observe("evaluate")
     engines = built.dense, built.compressed
-    comparison = _compared(engines, data, dense, loaded.claimed)
+    comparison = None
+    if len(data.held_out):
+        comparison = checked_comparison(*engines, data.held_out, dense.source, dense.head, loaded.claimed)
     observe("time")
     latency = () if plan.idle else _latencies(*engines, data, dense, recipe)
     verdicts = built.verdicts if plan.idle else _verdicts(built, after, data, dense, recipe)
@@ -137,20 +139,6 @@ def build_artifact(
     )
     write_report(report, folder)
     return report
-
-
-def _compared(engines: tuple[Engine, Engine], data: Data, dense: Model, claimed: float | None) -> Comparison | None:
-    """The comparison on held-out images, with the checks of the dense model; None if there are no held-out images."""
-    if not len(data.held_out):
-        return None
-    found = compare(*engines, data.held_out, head=dense.head, claimed=claimed)
-    check, head = found.dense_check, found.head
-    if not data.held_out.labelled or check is None or head is None or check.commonest is None:
-        return found
-    better = better_preprocessing(engines[0], data.held_out, dense.source.mean, dense.source.std, head)
-    if better is None:
-        return found
-    return replace(found, dense_check=replace(check, reasons=(better, *check.reasons)))
 
 
 def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:

@@ -5,7 +5,7 @@ search has two steps: pixel values (mean, deviation, channel order) with the pre
 and interpolation with the best of these.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,44 +16,28 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from mpcompile.analysis.output_head import with_head
-from mpcompile.data.folder import FolderImages
-from mpcompile.data.images import Split
-from mpcompile.data.npz import ArrayImages
-from mpcompile.data.transform import evaluation_transform
+from mpcompile.data.images import BATCH, Split
 from mpcompile.driver.inputs import EXAMINED_IMAGES, data_for, loaded_from, with_fitting_labels
 from mpcompile.errors import UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
-from mpcompile.frontend.preprocessing import per_channel
-from mpcompile.frontend.presets import PRESETS
 from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model, Source
-from mpcompile.measure.accuracy import SIGNIFICANCE, ChangedAnswers
+from mpcompile.measure.changed_answers import SIGNIFICANCE, ChangedAnswers, is_better
+from mpcompile.measure.preprocessing_set_ups import (
+    SetUp,
+    crop_set_ups,
+    has_picture_files,
+    options_for,
+    pixel_set_ups,
+    readers,
+)
 from mpcompile.recipe.schema import DataChoice
 from mpcompile.report.sentences import accuracy_name
 from mpcompile.system.progress import Progress, stage_progress, tracked
 
 IMAGES = 200  # labelled images that each set-up is tried on
 STAGES = ("load", "capture", "try pixel values", "try resize and crop")
-IMAGENET = PRESETS["imagenet"]
-# Name, mean and deviation for pixels in [0, 1]. A deviation of 1/255 gives the model pixels in [0, 255].
-PIXEL_VALUES = (
-    ("ImageNet", IMAGENET.mean, IMAGENET.std),
-    ("CIFAR-10", PRESETS["cifar10"].mean, PRESETS["cifar10"].std),
-    ("CLIP", PRESETS["clip"].mean, PRESETS["clip"].std),
-    ("0.5 / 0.5", (0.5,) * 3, (0.5,) * 3),
-    ("[0, 1]", (0.0,) * 3, (1.0,) * 3),
-    ("[0, 255]", (0.0,) * 3, (0.00392157,) * 3),
-    ("[0, 255] less ImageNet's mean", IMAGENET.mean, (0.00392157,) * 3),
-)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SetUp:
-    """A preprocessing to try, as a Source, and its name. Compared by identity: a Source has no hash."""
-
-    name: str
-    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +98,11 @@ def try_preprocessings(
 
         def measure(set_ups: tuple[SetUp, ...]) -> None:
             for set_up in tracked(set_ups, lambda one: one.name):
-                right[set_up] = _right(dense, preprocessed(images.held_out, set_up.source))
+                right[set_up] = _right(dense, images.held_out, loaded.source, set_up)
 
         tell("try pixel values")
-        measure(pixel_set_ups(loaded.source))
-        if not isinstance(images.held_out.images, ArrayImages):  # arrays have the input's size
+        measure(pixel_set_ups(loaded.source, images.held_out.first(min(BATCH, len(images.held_out)))))
+        if has_picture_files(images.held_out.images):
             tell("try resize and crop")
             measure(crop_set_ups(_best(right)))
         labels = torch.cat([labels for _, labels in images.held_out.batches()])
@@ -134,48 +118,6 @@ def _chance(labels: Tensor, dense: Model) -> float:
     return float(counts.max() / counts.sum())
 
 
-def pixel_set_ups(present: Source) -> tuple[SetUp, ...]:
-    """The present preprocessing, then the usual means and deviations, each in RGB and in BGR; none twice."""
-    channels = present.size[0]
-    usual = [
-        SetUp(name, replace(present, mean=per_channel(mean, channels), std=per_channel(std, channels)))
-        for name, mean, std in PIXEL_VALUES
-        if mean is not None and std is not None
-    ]
-    rows = [SetUp(_name_of(present), present)]
-    rows += [replace(row, source=replace(row.source, channel_order="rgb")) for row in usual]
-    if channels == 3:
-        rows += [SetUp(f"{row.name}, {_other(row.source).upper()}", _reversed(row.source)) for row in tuple(rows)]
-    return _distinct(rows)
-
-
-def crop_set_ups(best: SetUp) -> tuple[SetUp, ...]:
-    """The other usual ways to resize and crop, with the pixel values of the best set-up."""
-    height, width = best.source.size[1:]
-    rows = []
-    for interpolation in dict.fromkeys((best.source.interpolation, "bilinear", "bicubic")):
-        source, name = replace(best.source, interpolation=interpolation), f"{best.name}, {interpolation}"
-        cropped = replace(source, resize=None, keep_exact=False)
-        rows += [
-            SetUp(name, source),
-            SetUp(f"{name}, no crop", replace(cropped, crop_pct=1.0)),
-            SetUp(f"{name}, crop 0.875", replace(cropped, crop_pct=0.875)),
-            SetUp(f"{name}, both sides resized", replace(cropped, resize=(height, width))),
-        ]
-    return tuple(row for row in _distinct([best, *rows]) if row.source != best.source)
-
-
-def preprocessed(split: Split, source: Source) -> Split:
-    """The same images, preprocessed for a model of another source with the same input size."""
-    images = split.images
-    if isinstance(images, ArrayImages):
-        mean, std = torch.tensor(source.mean), torch.tensor(source.std)
-        return replace(split, images=replace(images, mean=mean, std=std, channel_order=source.channel_order))
-    if isinstance(images, FolderImages):
-        return replace(split, images=replace(images, transform=evaluation_transform(source)))
-    raise TypeError(f"{type(images).__name__} is neither a folder of images nor an .npz file")
-
-
 def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, chance: float) -> PreprocessingTrials:
     """The table and its conclusion, from which images each set-up got right; the first set-up is the present one.
 
@@ -188,7 +130,6 @@ def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, chance: flo
     trials = tuple(
         PreprocessingTrial(one.name, float(right[one].mean()), options_for(one.source, present)) for one in ordered
     )
-    p_value = ChangedAnswers.between(right[first], right[best]).chance
     hits = int(right[best].sum())
     limit = SIGNIFICANCE / len(right)
     if chance < 1 and binomtest(hits, count, chance, alternative="greater").pvalue > limit:
@@ -196,63 +137,28 @@ def conclude(right: dict[SetUp, NDArray[np.bool_]], present: Source, chance: flo
             f"no set-up is better than chance on {count} images: are the labels in the model's order, and are these "
             "the model's own weights"
         )
-    elif best == first or p_value > limit:
+    elif not is_better(right[first], right[best], limit):
         text = f"no set-up is significantly better than the present one on {count} images"
     else:
+        p_value = ChangedAnswers.between(right[first], right[best]).chance
         text = f"on {count} images, {best.name} is significantly better than the present set-up (p = {p_value:.1g})"
         text += f"; give {options_for(best.source, present)}"
     return PreprocessingTrials(trials, count, text)
 
 
-def options_for(source: Source, present: Source) -> str:
-    """The options that change the preprocessing of one source into that of another; empty if there is no difference."""
-    options = [
-        f"--{name} {','.join(f'{value:.9g}' for value in getattr(source, name))}"
-        for name in ("mean", "std")
-        if getattr(source, name) != getattr(present, name)
-    ]
-    if source.channel_order != present.channel_order:
-        options.append(f"--channel-order {source.channel_order}")
-    if source.resize is not None and source.resize != present.resize:
-        options.append(f"--resize {'x'.join(map(str, source.resize))}")
-    elif source.resize is None and (
-        (source.crop_pct, source.keep_exact) != (present.crop_pct, present.keep_exact) or present.resize is not None
-    ):
-        options.append(f"--crop-pct {source.crop_pct:g}")
-    if source.interpolation != present.interpolation:
-        options.append(f"--interpolation {source.interpolation}")
-    return " ".join(options)
-
-
-def _right(model: Model, split: Split) -> NDArray[np.bool_]:
-    """Which images of a split (n,) the model decides as they are labelled."""
-    with torch.no_grad():
-        outputs = [(model(images), labels) for images, labels in split.batches()]
-    answers = [head_for(model.head, z).right(z, labels) for z, labels in outputs]
-    found: NDArray[np.bool_] = torch.cat(answers).numpy()
-    return found
+def _right(model: Model, split: Split, present: Source, set_up: SetUp) -> NDArray[np.bool_]:
+    """Which images of a split (n,), which have the present preprocessing, the model decides as they are labelled."""
+    read, _, transform_of = readers(split.images, present)
+    transform = transform_of(set_up.source)
+    found = []
+    for start in range(0, len(split), BATCH):
+        pictures = [read(index) for index in split.order[start : start + BATCH]]
+        outputs = model(torch.stack([transform(picture) for picture, _ in pictures]))
+        found.append(head_for(model.head, outputs).right(outputs, torch.tensor([label for _, label in pictures])))
+    right: NDArray[np.bool_] = torch.cat(found).numpy()
+    return right
 
 
 def _best(right: dict[SetUp, NDArray[np.bool_]]) -> SetUp:
     """The set-up with the most right answers; of equals, the first."""
     return max(right, key=lambda one: right[one].mean())
-
-
-def _name_of(present: Source) -> str:
-    names = {"architecture": "assumed (the architecture's)", "assumed": "assumed (ImageNet's)", "recorded": "recorded"}
-    return f"present: {names.get(present.preprocessing, present.preprocessing)}"
-
-
-def _other(source: Source) -> str:
-    return "bgr" if source.channel_order == "rgb" else "rgb"
-
-
-def _reversed(source: Source) -> Source:
-    """The source with the other channel order; mean and deviation stay with their colours."""
-    return replace(source, channel_order=_other(source), mean=source.mean[::-1], std=source.std[::-1])
-
-
-def _distinct(rows: list[SetUp]) -> tuple[SetUp, ...]:
-    """The set-ups without those whose source came before."""
-    seen: Iterator[SetUp] = (row for i, row in enumerate(rows) if all(row.source != one.source for one in rows[:i]))
-    return tuple(seen)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from mpcompile.data.images import Split
 from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
+from mpcompile.measure.changed_answers import ChangedAnswers
 from mpcompile.measure.dense_check import DenseCheck, check_dense
 
-SIGNIFICANCE = 0.05  # level of the exact McNemar test on top-1
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -33,39 +33,6 @@ class Accuracy:
 
         found = binomtest(round(self.top1 * self.count), self.count).proportion_ci(0.95, method="wilson")
         return float(found.low), float(found.high)
-
-
-@dataclass(frozen=True, slots=True)
-class ChangedAnswers:
-    """The numbers of images whose top-1 answer became right or wrong, with the p-value of their difference.
-
-    `chance` is the p-value of the exact McNemar test. Its null hypothesis is that each changed answer is as likely to
-    become right as to become wrong, so the smaller number is binomial. The test is exact for any number of images.
-    """
-
-    right: int
-    wrong: int
-    chance: float
-
-    @classmethod
-    def between(cls, dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> "ChangedAnswers":
-        """The changes between two models. Both arrays (n,) say for each image, in one order, whether it is right."""
-        right, wrong = int((compressed & ~dense).sum()), int((dense & ~compressed).sum())
-        return cls(right, wrong, _p_value(right, wrong))
-
-    def __str__(self) -> str:
-        result = "significant" if self.chance < SIGNIFICANCE else "not significant"
-        return (
-            f"{self.right:,} answers became right and {self.wrong:,} wrong; this change is {result} "
-            f"(p = {self.chance:.2g}, exact McNemar test)"
-        )
-
-
-def _p_value(one: int, other: int) -> float:
-    """The two-sided p-value of the exact McNemar test; 1 if no answer changed."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(min(one, other), one + other).pvalue) if one + other else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,126 +1,120 @@
 """Looks for a usual preprocessing under which the dense model is right much more often than under the one in use.
 
-Images reach the model as (pixel − mean) / deviation. With the wrong values a model still answers, with less accuracy,
-and the dense and the compressed model lose alike. So a part of the held-out images is also run with the values that
-models are usually trained with. A right preprocessing raises no alarm: no other one makes a model significantly better.
+With the wrong mean, deviation, channel order, resize or crop a model still answers, with less accuracy, and the dense
+and the compressed model lose alike. So a part of the held-out images is also run with the preprocessings that models
+are usually trained with. All set-ups see the same images, first few and then more; those that fall behind are dropped.
+A right preprocessing raises no alarm: none of the others makes a model right on SMALLEST_GAIN more of the images.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from mpcompile.data.images import Split
-from mpcompile.frontend.presets import PRESETS
+from mpcompile.data.images import BATCH, Split
 from mpcompile.ir.head import Head
+from mpcompile.ir.model import Source
 from mpcompile.measure.accuracy import Run
+from mpcompile.measure.changed_answers import is_better
+from mpcompile.measure.preprocessing_set_ups import (
+    SetUp,
+    crop_set_ups,
+    has_picture_files,
+    options_for,
+    pixel_set_ups,
+    readers,
+    unlike,
+    unnormalized,
+)
 
-FIRST, MOST = 64, 256  # images: a candidate that gains nothing on the first is not run on the others
+# Numbers of images; how many more of them than with the present set-up have to be right to go on to the next number,
+# and how many at all. A set-up that is right on 10 points more images goes on with a probability of about 97 %.
+ROUNDS = ((16, -2, 0), (64, 0, 1), (256, 8, 8))
+FINALISTS = 3  # set-ups that are run on more images than those of the rounds
+MOST = 1024  # images
 SMALLEST_GAIN = 0.05  # as a share of the images
-SIGNIFICANCE = 1e-5  # p-value of the exact McNemar test, for about 7 candidates
-SAME = 0.05  # candidates whose values differ by less from those in use are not tried
+LEVEL = 1e-3  # of the exact McNemar tests of all set-ups together
+LIKE = 0.2  # set-ups whose mean and deviation differ by less than this share of a deviation are not tried
+SEED = 0  # of the order of the images; folders list them by class
 
 
-@dataclass(frozen=True, slots=True)
-class PreprocessingCandidate:
-    """A preprocessing: per-channel mean and deviation of pixels in [0, 1], and whether channels are reversed."""
-
-    name: str
-    mean: NDArray[np.float64]
-    std: NDArray[np.float64]
-    reverse: bool = False
-
-    def apply(self, pixels: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Pixels (b, c, h, w) in [0, 1] as the model's input."""
-        pixels = pixels[:, ::-1] if self.reverse else pixels
-        return np.ascontiguousarray((pixels - _by_channel(self.mean)) / _by_channel(self.std), np.float32)
-
-    def __str__(self) -> str:
-        return f"{self.name} (mean {_listed(self.mean)}, deviation {_listed(self.std)})"
-
-
-def better_preprocessing(
-    dense: Run, images: Split, mean: tuple[float, ...], std: tuple[float, ...], head: Head
-) -> str | None:
+def better_preprocessing(dense: Run, images: Split, present: Source, head: Head) -> str | None:
     """A sentence, without period, on the best significantly better preprocessing; None if there is none.
 
     Args:
         dense: the dense engine.
-        images: labelled images, preprocessed with `mean` and `std`.
-        mean: per-channel mean in use, for pixels in [0, 1].
-        std: per-channel deviation in use.
+        images: labelled images.
+        present: the source whose preprocessing the images have.
         head: how outputs become decisions.
     """
-    from scipy.stats import binom
-
-    order = images.order[:: max(1, len(images) // MOST)][:MOST]
-    parts = list(replace(images, order=order).batches(FIRST))
-    labels = [answers.numpy() for _, answers in parts]
-    used = PreprocessingCandidate("in use", np.array(mean), np.array(std))
-    pixels = [part.numpy().astype(np.float64) * _by_channel(used.std) + _by_channel(used.mean) for part, _ in parts]
-    if not pixels or min(map(np.min, pixels)) < -0.01 or max(map(np.max, pixels)) > 1.01:
-        return None  # the images were not preprocessed with these values
-
-    def right(candidate: PreprocessingCandidate, least: float = -1.0) -> NDArray[np.bool_]:
-        found = [head.right(dense(candidate.apply(pixels[0])), labels[0])]
-        if found[0].mean() > least:
-            found += [head.right(dense(candidate.apply(p)), y) for p, y in zip(pixels[1:], labels[1:], strict=True)]
-        return np.concatenate(found)
-
-    now = right(used)
-    best: tuple[float, PreprocessingCandidate] | None = None
-    for candidate in _candidates(pixels, used):
-        found = right(candidate, float(now[: len(labels[0])].mean()))
-        if len(found) < len(now) or found.mean() - now.mean() < SMALLEST_GAIN:
-            continue
-        gained, lost = int((found & ~now).sum()), int((now & ~found).sum())
-        if binom.cdf(lost, gained + lost, 0.5) < SIGNIFICANCE and (best is None or found.mean() > best[0]):
-            best = float(found.mean()), candidate
+    order = tuple(np.random.default_rng(SEED).permutation(images.order)[:MOST].tolist())
+    split = replace(images, order=order)
+    first = split.first(min(BATCH, len(split)))
+    pixels = unnormalized(first, present)
+    if pixels.min() < -0.01 or pixels.max() > 1.01:
+        return None  # the images do not have this preprocessing
+    now, *others = unlike(pixel_set_ups(present, first), LIKE)
+    found = _compared(dense, split, {now: np.zeros(0, bool)}, others, head)
+    tried = len(others)
+    if has_picture_files(images.images):
+        more = crop_set_ups(_best(found, len(split)) or now)
+        found = found | _compared(dense, split, {now: found[now]}, more, head)
+        tried += len(more)
+    level = LEVEL / max(1, tried)
+    better = {one: right for one, right in found.items() if _is_better(found[now], right, level)}
+    best = _best(better, len(split))
     if best is None:
         return None
+    name = best.name.removeprefix(f"{now.name}, ")
     return (
-        f"the dense model is right on {now.mean():.2%} of {len(now):,} held-out images with mean {_listed(used.mean)} "
-        f"and deviation {_listed(used.std)}, and on {best[0]:.2%} with {best[1]}: the preprocessing is not the one of "
-        "its training. Give --mean and --std, or images in the other channel order"
+        f"the dense model is right on {found[now].mean():.2%} of {len(split):,} held-out images with the preprocessing "
+        f"in use, and on {found[best].mean():.2%} with another usual one, {name}: the preprocessing is not the one of "
+        f"its training. Give {options_for(best.source, present)}"
     )
 
 
-def _candidates(pixels: list[NDArray[np.float64]], used: PreprocessingCandidate) -> Iterator[PreprocessingCandidate]:
-    """The usual preprocessings for this number of channels, without the one in use."""
-    channels = len(used.mean)
-    whole = np.concatenate(pixels)
-    own = whole.mean(axis=(0, 2, 3)), np.maximum(whole.std(axis=(0, 2, 3)), 1e-3)
-    one = np.ones(channels)
-    found = [
-        PreprocessingCandidate("the mean and deviation of these images", *own),
-        PreprocessingCandidate("values from -1 to 1", 0.5 * one, 0.5 * one),
-        PreprocessingCandidate("values from 0 to 1", 0 * one, one),
-        PreprocessingCandidate("values from 0 to 255", 0 * one, one / 255),
-    ]
-    if channels == 3:
-        imagenet = np.array(PRESETS["imagenet"].mean), np.array(PRESETS["imagenet"].std)
-        found += [
-            PreprocessingCandidate("ImageNet's values", *imagenet),
-            PreprocessingCandidate("BGR channels and the values in use", used.mean, used.std, reverse=True),
-            PreprocessingCandidate(
-                "BGR channels, ImageNet's mean and values to 255", imagenet[0][::-1], one / 255, reverse=True
-            ),
-        ]
-    for candidate in found:
-        distance = max(
-            float(np.abs(candidate.mean - used.mean).max() / used.std.min()),
-            float(np.abs(candidate.std / used.std - 1).max()),
-        )
-        if candidate.reverse or distance > SAME:
-            yield candidate
+def _is_better(now: NDArray[np.bool_], other: NDArray[np.bool_], level: float) -> bool:
+    """Whether a set-up that was run on as many images as the present one is right on significantly more of them."""
+    return len(now) == len(other) and is_better(now, other, level, SMALLEST_GAIN)
 
 
-def _by_channel(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return values[:, None, None]
+def _best(found: Mapping[SetUp, NDArray[np.bool_]], count: int) -> SetUp | None:
+    """The set-up that is right most often, of those that were run on all images; of equals, the first."""
+    whole = [one for one, right in found.items() if len(right) == count]
+    return max(whole, key=lambda one: found[one].sum(), default=None)
 
 
-def _listed(values: NDArray[np.float64]) -> str:
-    """Values as text; one number if all are equal."""
-    texts = [f"{value:.3g}" for value in values]
-    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
+def _compared(
+    dense: Run, images: Split, present: Mapping[SetUp, NDArray[np.bool_]], others: Sequence[SetUp], head: Head
+) -> dict[SetUp, NDArray[np.bool_]]:
+    """For each set-up, which images (n,) are right: of all images, or of the first rounds if it fell behind there.
+
+    `present` has the present set-up, and its answers so far.
+    """
+    [(now, known)] = present.items()
+    read, as_now, transform_of = readers(images.images, now.source)
+    transforms = {now: as_now} | {one: transform_of(one.source) for one in others}
+    found = {one: np.zeros(0, bool) for one in transforms}
+    running, done = list(others), 0
+    for end, gain, least in (*ROUNDS, (len(images), 0, 0)):
+        while running and done < min(end, len(images)):
+            indices = images.order[done : min(end, done + BATCH)]
+            pictures = [read(index) for index in indices]
+            labels = torch.tensor([label for _, label in pictures]).numpy()
+            for one in (now, *running):
+                if one is now and len(known) >= done + len(indices):
+                    answers = known[done : done + len(indices)]
+                else:
+                    batch = torch.stack([transforms[one](picture) for picture, _ in pictures]).numpy()
+                    answers = head.right(dense(batch), labels)
+                found[one] = np.concatenate([found[one], answers])
+            done += len(indices)
+        if done >= end:
+            least = max(least, found[now].sum() + gain)
+            running = [one for one in running if found[one].sum() >= least]
+        if end == ROUNDS[-1][0]:  # the last round is the longest
+            running = sorted(running, key=lambda one: -found[one].sum())[:FINALISTS]
+    found[now] = max(found[now], known, key=len)
+    return found

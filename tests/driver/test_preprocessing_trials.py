@@ -12,17 +12,11 @@ from commandline import mpcompile
 from PIL import Image
 from torch import Tensor, nn
 
-from mpcompile.driver.preprocessing_trials import (
-    SetUp,
-    conclude,
-    crop_set_ups,
-    options_for,
-    pixel_set_ups,
-    try_preprocessings,
-)
+from mpcompile.driver.preprocessing_trials import conclude, try_preprocessings
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.ir.model import Source
+from mpcompile.measure.preprocessing_set_ups import SetUp, crop_set_ups, options_for, pixel_set_ups
 
 SIDE, CLASSES, EACH = 8, 5, 24
 PRESENT = Source(name="m", sha256="", arch="m", size=(3, SIDE, SIDE), keep_exact=True, assumed=("crop_pct",))

@@ -54,10 +54,22 @@ def test_a_confident_model_at_chance_cannot_be_right() -> None:
     [reason] = check_dense(logits, labels, Head()).reasons
     assert "no more than by chance" in reason
     assert "mean, deviation, size, interpolation, crop, channel order" in reason
-    # An untrained model is not confident: that is remarked, and contradicts nothing.
-    found = check_dense(logits / 100, labels, Head())
+
+
+def test_a_model_that_is_not_confident_has_no_accuracy_to_lose_at_chance() -> None:
+    logits, labels = classifier(400, 10, 0.0)
+    [reason] = check_dense(logits / 100, labels, Head()).reasons
+    assert "no more than by chance" in reason
+    assert "it has no accuracy to lose. Check whether the file has trained weights" in reason
+    # With few images an accuracy well above chance is still possible: that is remarked, and contradicts nothing.
+    found = check_dense(logits[:40] / 100, labels[:40], Head())
     assert found.reasons == ()
     assert "not above chance" in found.remarks[0]
+    # The same decision for all images of a large class is not above chance either, and may be the best one.
+    alike: Any = (
+        np.tile([[0.1, 0.0]], (200, 1)).astype(np.float32) + np.linspace(0, 0.01, 200, dtype=np.float32)[:, None]
+    )
+    assert check_dense(alike, np.repeat([0, 1], [190, 10]), Head()).reasons == ()
 
 
 def test_a_model_far_less_often_right_than_its_confidence_says_cannot_be_right() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from mpcompile.data.images import Split
 from mpcompile.errors import ParityError
 from mpcompile.ir.parity import relative_difference, require_parity
-from mpcompile.measure.accuracy import ChangedAnswers, accuracy, compare
+from mpcompile.measure.accuracy import accuracy, compare
+from mpcompile.measure.changed_answers import ChangedAnswers
 from mpcompile.measure.timing import ROUNDS, WARM_UP, Speedup, median_interval, sample, speedup, timing
 
 
