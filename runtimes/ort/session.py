@@ -19,6 +19,8 @@ from mpcompile.runtimes.batching import in_pieces
 if TYPE_CHECKING:
     import onnxruntime
 
+    from mpcompile.measure.quantized_layer import QuantizedLayer
+
 PROVIDER = "CPUExecutionProvider"
 # Of a session. It keeps QuantizeLinear and DequantizeLinear as they are, and fuses no product with them.
 WITHOUT_8_BIT_KERNELS = ("session.disable_quant_qdq", "1")
@@ -65,6 +67,18 @@ class OrtEngine:
 
         nodes = onnx.load(self.file, load_external_data=False).graph.node
         return [{"name": node.name, "op": node.op_type} for node in nodes]
+
+    def quantised_layers(self, images: NDArray[np.float32]) -> "tuple[QuantizedLayer, ...]":
+        """Returns for each quantised layer of the file whether it runs in 8 bits, from a profiled run on the images.
+
+        Empty if the engine uses no 8-bit kernels. Raises BuildError.
+        """
+        if self.exact:
+            return ()
+        from mpcompile.runtimes.ort.int8_coverage import int8_coverage
+
+        threads = int(self.session.get_session_options().intra_op_num_threads)
+        return int8_coverage(self.file, images, threads or None)
 
     @property
     def device(self) -> str:
