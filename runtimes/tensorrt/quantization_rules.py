@@ -1,16 +1,16 @@
 """TensorRT's requirements on QuantizeLinear and DequantizeLinear as rules with their sources, and checks of a graph.
 
-Two questions: which of these nodes TensorRT refuses (`quantize_refusal`, `dequantize_refusal`), and whether a product
-with an 8-bit weight reads 8 bits and returns 8 bits (`ends_of`), without which no sparse int8 kernel is chosen.
+`quantize_refusal` and `dequantize_refusal` tell which of these nodes TensorRT refuses, END_RULES when a product with an
+8-bit weight gets no sparse kernel, by what it reads and what it returns (mpcompile/export/eight_bit_ends.py).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from mpcompile.export.eight_bit_ends import ends_of
 from mpcompile.export.mask_check import file_weights
 from mpcompile.measure.layer_verdict import Rule
 
@@ -37,9 +37,7 @@ FP8 = Rule(
 FP8_CAPABILITY = Rule("fp8-capability", "FP8 needs compute capability 8.9 or newer", OBSERVED_IN, "observed")
 END_RULES = (INT8_INPUT, INT8_OUTPUT, FP8)
 
-EIGHT_BITS = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 UNSIGNED = (TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT4)
-LAYOUT_STEPS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "MaxPool")
 # Operators of one activation that TensorRT fuses with the product before them.
 FUSED_STEPS = frozenset({
     "Relu", "Clip", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu", "Elu", "Tanh", "Erf", "Softplus",
@@ -84,74 +82,11 @@ def _broken_zero_point(node: onnx.NodeProto, constants: Constants) -> Broken:
     return ("its type is uint8", SIGNED) if stored.data_type in UNSIGNED else None
 
 
-@dataclass(frozen=True, slots=True)
-class Ends:
-    """What a product reads and what reads its result: each None if it is 8 bits, else the operator in words."""
-
-    reads: str | None
-    returns: str | None
-
-
-def ends_of(file: onnx.ModelProto) -> dict[str, Ends]:
-    """The ends of each Conv, Gemm and MatMul node with one constant operand, by node name.
-
-    A bias and an activation function after a product are fused with it, so the result counts from behind them.
-    """
-    constants = {tensor.name for tensor in file.graph.initializer}
-    makers = {output: node for node in file.graph.node for output in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in file.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {value.name for value in file.graph.output}
-    found = {}
-    for node in file.graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            reads = _source(node.input[0], makers)
-            found[node.name] = Ends(reads, _end(node, readers, outputs, constants))
-    return found
-
-
 def eight_bit_note(file: onnx.ModelProto) -> str | None:
     """A sentence with the number of products with an 8-bit weight that read and return 8 bits; None without any."""
-    ends = ends_of(file)
+    ends = ends_of(file, FUSED_STEPS)
     found = [ends[weight.node] for weight in file_weights(file) if weight.values.dtype.itemsize == 1]
     if not found:
         return None
     whole = sum(end.reads is None and end.returns is None for end in found)
     return f"{whole} of {len(found)} products with 8-bit weights read 8 bits and return 8 bits"
-
-
-def _source(name: str, makers: Mapping[str, onnx.NodeProto]) -> str | None:
-    """None if a value is behind DequantizeLinear, else what makes it."""
-    maker = makers.get(name)
-    while maker is not None and maker.op_type in LAYOUT_STEPS:
-        name = maker.input[0]
-        maker = makers.get(name)
-    if maker is None:
-        return f"{name}, which is not quantised"
-    return None if maker.op_type == "DequantizeLinear" else f"{maker.op_type} {maker.name}"
-
-
-def _end(
-    node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], outputs: set[str], constants: set[str]
-) -> str | None:
-    """None if QuantizeLinear alone reads the result of a node, behind fused operators; else what reads it."""
-    while True:
-        [result, *_] = node.output
-        if result in outputs:
-            return "it is an output of the model"
-        following = readers.get(result, [])
-        others = [reader for reader in following if reader.op_type != "QuantizeLinear"]
-        if not others:
-            return None if following else "nothing reads it"
-        if len(following) > 1 or not _is_fused(others[0], result, constants):
-            return f"{others[0].op_type} {others[0].name} reads it"
-        node = others[0]
-
-
-def _is_fused(node: onnx.NodeProto, result: str, constants: set[str]) -> bool:
-    """Whether TensorRT fuses a node with the product before it: an activation function, or the Add of a bias."""
-    if node.op_type == "Add":
-        return any(name in constants for name in node.input if name != result)
-    return node.op_type in FUSED_STEPS

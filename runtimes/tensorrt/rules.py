@@ -15,23 +15,23 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mpcompile.export.eight_bit_ends import Ends, ends_of
 from mpcompile.export.mask_check import FileWeight, ProvenMask, file_weights
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.layer_verdict import LayerVerdict, Rule
 from mpcompile.runtimes.tensorrt.quantization_rules import (
     END_RULES,
     FP8,
+    FUSED_STEPS,
     INT8_INPUT,
     INT8_OUTPUT,
     OBSERVED_IN,
     QUANTIZATION_RULES,
-    Ends,
     dequantize_refusal,
-    ends_of,
     quantize_refusal,
 )
 
-RULES_VERSION = 2  # 2: QuantizeLinear, DequantizeLinear, and int8 products
+RULES_VERSION = 2
 TWO_FOUR = NM(2, 4)
 GUIDE = "TensorRT developer guide, structured sparsity"
 
@@ -102,7 +102,7 @@ class Refusal:
 def sparsity_of(file: onnx.ModelProto) -> list[WeightSparsity]:
     """Returns one row per constant weight of Conv, Gemm and MatMul."""
     groups = {n.name: a.i for n in file.graph.node if n.op_type == "Conv" for a in n.attribute if a.name == "group"}
-    ends = ends_of(file)
+    ends = ends_of(file, FUSED_STEPS)
     rows = []
     for weight in file_weights(file):
         kept = _nonzero_mask(weight.values)
