@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.export.onnx_export import INPUT, OUTPUT, Exported
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.runtimes.nvidia import Gpu, first_gpu
 from mpcompile.runtimes.ort.session import OrtEngine
 from mpcompile.runtimes.protocol import Build, Prepared, WithoutKernels
@@ -81,7 +82,11 @@ class OnnxRuntimeCuda(WithoutKernels):
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Returns why `--threads` cannot be used; any precision can."""
+        """Returns why it cannot use 8 bits or `--threads`."""
+        if precision in QUANTIZED:
+            return (
+                f"its CUDA provider computes {precision} files in floating point, which gains nothing; use --target trt"
+            )
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def versions(self) -> Mapping[str, str]:

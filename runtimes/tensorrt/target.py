@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx
 import torch
@@ -18,13 +18,16 @@ import torch
 from mpcompile.errors import RuntimeMissing
 from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.ir.pattern import NM
-from mpcompile.runtimes.nvidia import first_gpu, import_failure
+from mpcompile.ir.precision import Precision
+from mpcompile.runtimes.nvidia import Gpu, first_gpu, import_failure
 from mpcompile.runtimes.protocol import Build, Engine, Prepared
 from mpcompile.runtimes.tensorrt.rules import AMPERE, TWO_FOUR, implies_two_four, refusals, verdicts_of
 
 log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'mpcompile[trt]'"
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
+FP8_NEEDS = "compute capability 8.9 or newer"
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,19 @@ class TensorRT:
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Returns why `--threads` cannot be used; any precision can."""
+        """Returns why `--threads` cannot be used, or why the GPU of this machine cannot run fp8."""
+        if precision == "fp8" and isinstance(gpu := first_gpu(), Gpu) and gpu.capability < FP8_CAPABILITY:
+            found = ".".join(map(str, gpu.capability))
+            return f"fp8 needs {FP8_NEEDS}, and {gpu.name} has {found}; use int8"
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
+
+    def quantization(self, precision: Precision) -> Mapping[str, Any]:
+        """Returns symmetric activations, and 8-bit outputs of all layers: sparse int8 products need both."""
+        return {"activations": "fp8" if precision == "fp8" else "s8", "outputs": "all"}
+
+    def has_quantized_kernel(self, pattern: NM) -> bool:
+        """Whether every mask of the pattern is also 2:4, as for `has_kernel`."""
+        return implies_two_four(pattern)
 
     def versions(self) -> Mapping[str, str]:
         """Returns the TensorRT version; empty if it cannot be imported."""
@@ -81,6 +95,8 @@ class TensorRT:
         notes = [f"{exported.onnx.name}: TensorRT may refuse {refusal}" for refusal in refusals(file)]
         if not notes:
             notes.append(f"{exported.onnx.name} breaks none of the {self.name} rules that can be checked without a GPU")
+        if exported.precision == "fp8":
+            notes.append(f"{exported.onnx.name} is in fp8, which needs {FP8_NEEDS}")
         return Prepared(verdicts_of(file, exported.masks), tuple(notes), trtexec(exported, build))
 
     def build(self, exported: Exported, build: Build) -> Engine:
