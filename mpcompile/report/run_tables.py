@@ -57,7 +57,7 @@ def summary(report: Report) -> Table:
                 number(pair.speedup.ratio, f"{{:.2f}}× as fast [{low:.2f}, {high:.2f}]", f"{key}.speedup.ratio"),
             )
         )
-    names = ("", "dense", "compressed", "difference")
+    names = ("", "dense, fp32" if report.quantized else "dense", "compressed", "difference")
     return Table(columns(*names, numbers=names[1:]), tuple(rows), ".")
 
 
