@@ -38,7 +38,8 @@ class FileWeight:
         op: its operator.
         initializer: name of the stored tensor.
         axis: the axis of the input channels, and so of the N:M groups, in the initializer as stored.
-        values: the weight (out, in_, *taps).
+        values: the weight (out, in_, *taps), in the stored type. A weight behind DequantizeLinear is given as stored,
+            less its zero point: it is zero where the weight is.
         scopes: qualified names of the modules that contain the node, as the exporter recorded them.
     """
 
@@ -130,6 +131,8 @@ def _constant(
     if maker is None or maker.op_type not in CONSTANT_STEPS:
         return None
     inner = _constant(maker.input[0], constants, makers)
+    if inner is not None and maker.op_type == "DequantizeLinear" and len(maker.input) > 2:
+        return _less_zero_point(maker, inner, constants)
     if inner is None or maker.op_type != "Transpose":
         return inner
     stored, values, axes = inner
@@ -137,10 +140,28 @@ def _constant(
     return stored, values.transpose(given), tuple(axes[i] for i in given)
 
 
+def _less_zero_point(
+    maker: onnx.NodeProto,
+    inner: tuple[str, NDArray[Any], tuple[int, ...]],
+    constants: Mapping[str, onnx.TensorProto],
+) -> tuple[str, NDArray[Any], tuple[int, ...]] | None:
+    """The input of a DequantizeLinear less its zero point; None if the zero point is not constant."""
+    name, values, axes = inner
+    if maker.input[2] not in constants:
+        return None
+    zero_point = numpy_helper.to_array(constants[maker.input[2]])
+    if not np.asarray(zero_point != 0).any():
+        return inner
+    axis = next((a.i for a in maker.attribute if a.name == "axis"), 1) % values.ndim
+    shape = [1] * values.ndim
+    shape[axis] = zero_point.size
+    return name, values.astype(np.float32) - zero_point.astype(np.float32).reshape(shape), axes
+
+
 def match_layers(
     file: onnx.ModelProto, plans: Mapping[str, LayerPlan], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, list[FileWeight]]:
-    """The weights in the file of each masked layer, by layer name; an empty list if none was found.
+    """The weights in the file of each masked or quantised layer, by layer name; an empty list if none was found.
 
     `plans` are the plans of the layers, `weights` the exported state dict. A weight is matched, in this order, by the
     metadata that mpcompile wrote; the initializer's name (convolutions keep it); the node's scope (a Linear keeps its
@@ -151,14 +172,15 @@ def match_layers(
     noted = layers_in_metadata(file)
     matches: dict[str, list[FileWeight]] = {}
     for name, plan in plans.items():
-        if plan.mask is None:
+        if plan.mask is None and plan.scale is None:
             continue
-        same_shape = [w for w in found if w.values.shape == tuple(plan.mask.shape)]
+        weight = weights[f"{name}.weight"]
+        same_shape = [w for w in found if w.values.shape == tuple(weight.shape)]
         matches[name] = (
             [w for w in found if name in noted.get(w.initializer, ())]
             or [w for w in same_shape if w.initializer == f"{name}.weight"]
             or [w for w in same_shape if name in w.scopes]
-            or [w for w in same_shape if _same_numbers(w.values, weights[f"{name}.weight"])]
+            or [w for w in same_shape if _same_numbers(w.values, weight, plan.scale)]
         )
     return matches
 
@@ -169,8 +191,14 @@ def layers_in_metadata(file: onnx.ModelProto) -> dict[str, list[str]]:
     return {initializer: row["layers"] for initializer, row in json.loads(text).items()}
 
 
-def _same_numbers(values: NDArray[Any], weight: torch.Tensor) -> bool:
-    """Whether a weight of the file equals the layer's weight, rounded to the precision of the file."""
+def _same_numbers(values: NDArray[Any], weight: torch.Tensor, scale: torch.Tensor | None) -> bool:
+    """Whether a weight of the file equals the layer's weight, rounded to the type of the file.
+
+    An 8-bit weight is compared in steps of the layer's `scale` (out,).
+    """
+    if scale is not None and values.dtype.itemsize == 1:
+        weight = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
+        weight = weight.round() if values.dtype == np.int8 else weight
     stored: NDArray[Any] = weight.detach().cpu().numpy().astype(values.dtype)
     return bool(np.array_equal(values, stored))
 
@@ -183,7 +211,7 @@ def verify_masks(
     Raises MaskError for the first mask that is missing or violated in the file.
     """
     rows: list[ProvenMask] = []
-    for name, found in match_layers(file, plans, weights).items():
+    for name, found in match_layers(file, {n: p for n, p in plans.items() if p.mask is not None}, weights).items():
         if not found:
             raise MaskError(f"{name}: its mask was lost in the export; the ONNX file has no weight of this layer")
         rows.extend(verify_mask(name, plans[name], weight) for weight in found)

@@ -2,7 +2,8 @@
 
 Opset 20 by default: it is the newest in which TensorRT's parser fuses attention from plain operators, and it has
 LayerNormalization and Gelu as single operators. bfloat16 needs opset 22 for convolutions. Half precision is written
-into the graph, since TensorRT 11 offers no other way.
+into the graph, since TensorRT 11 offers no other way. The 8-bit precisions need opset 21: activations are rounded by
+QuantizeLinear and DequantizeLinear, weights are stored in 8 bits (quantized_weights.py).
 """
 
 import json
@@ -21,12 +22,13 @@ from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
 from mpcompile.export.half_precision import to_bfloat16, to_half
 from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
 from mpcompile.ir.model import Model
-from mpcompile.ir.precision import Precision
+from mpcompile.ir.precision import QUANTIZED, Precision
+from mpcompile.ir.quantization import quantizers
 from mpcompile.ir.token_merging import merges_tokens
 
 log = logging.getLogger(__name__)
 
-OPSET, BFLOAT16_OPSET = 20, 22
+OPSET, QUANTIZED_OPSET, BFLOAT16_OPSET = 20, 21, 22
 INPUT, OUTPUT = "images", "logits"
 # A protocol buffer holds at most 2 GiB; the rest leaves room for the graph.
 INLINE_LIMIT_BYTES = 2_000_000_000
@@ -71,17 +73,18 @@ def lower(
     Args:
         model: the captured model.
         path: the ONNX file to write.
-        precision: of the matrix products and convolutions in the file.
+        precision: of the matrix products and convolutions in the file. A model that the quantize pass has quantised
+            is written in the type of its activations, int8 or fp8.
         batch: a fixed batch size; None for a dynamic batch axis.
-        opset: the ONNX opset; None for 20, or 22 for bf16.
+        opset: the ONNX opset; None for 20, 21 for int8 and fp8, or 22 for bf16.
         metadata: entries to add to the file's metadata.
         inline_limit_bytes: if the weights are larger, they go into a second file, `<name>.data`.
 
-    Raises UsageError for bf16 with an earlier opset, BuildError if the export fails, MaskError if a mask is missing.
+    Raises UsageError for an opset that is too early for the precision, or a precision that the model is not quantised
+    to; BuildError if the export fails; MaskError if a mask is missing.
     """
-    opset = opset or (BFLOAT16_OPSET if precision == "bf16" else OPSET)
-    if precision == "bf16" and opset < BFLOAT16_OPSET:
-        raise UsageError(f"opset {opset} has no bfloat16 convolutions; bf16 needs opset {BFLOAT16_OPSET} or later")
+    _require_quantised_to(model, precision)
+    opset = _opset(precision, opset)
     file = _export(model, batch, opset)
     _drop_build_traces(file)
     if precision == "fp16":
@@ -89,8 +92,16 @@ def lower(
     elif precision == "bf16":
         file = to_bfloat16(file)
     weights = model.graph.state_dict()
+    written = {**(metadata or {}), "mpcompile.precision": precision}
+    if precision in QUANTIZED:
+        # Imported here, since onnx_ir takes long to import.
+        from mpcompile.export.quantized_weights import METADATA_KEY as QUANTIZATION_KEY
+        from mpcompile.export.quantized_weights import metadata_of, with_quantized_weights
+
+        file, rows = with_quantized_weights(file, model.plan, weights, precision)
+        written[QUANTIZATION_KEY] = metadata_of(rows)
     masks = verify_masks(file, model.plan, weights)
-    _write_metadata(file, {**(metadata or {}), "mpcompile.precision": precision}, masks)
+    _write_metadata(file, written, masks)
     _save(file, path, inline_limit_bytes)
     if verify_masks(onnx.load(path), model.plan, weights) != masks:
         raise MaskError(f"{path.name} does not hold the masks that were written to it")
@@ -105,6 +116,32 @@ def lower(
         model=model,
         opset=opset,
     )
+
+
+def _opset(precision: Precision, given: int | None) -> int:
+    """The opset of the file. Raises UsageError if the given one is too early for the precision."""
+    if precision == "bf16":
+        needed, lacks = BFLOAT16_OPSET, "bfloat16 convolutions"
+    elif precision in QUANTIZED:
+        needed, lacks = QUANTIZED_OPSET, f"QuantizeLinear as {precision} uses it"
+    else:
+        return given or OPSET
+    if given is not None and given < needed:
+        raise UsageError(f"opset {given} has no {lacks}; {precision} needs opset {needed} or later")
+    return given or needed
+
+
+def _require_quantised_to(model: Model, precision: Precision) -> None:
+    """Raises UsageError if the model is quantised and the precision is another, or the other way round."""
+    stored = {quantizer.kind for quantizer in quantizers(model.graph).values()}
+    own = ("fp8" if "fp8" in stored else "int8") if model.scales() else None
+    if precision in QUANTIZED and own is None:
+        raise UsageError(
+            f"the model has no quantised layer, so it cannot be written in {precision}; run the pass quantize, or use "
+            "fp32, fp16 or bf16"
+        )
+    if own is not None and precision != own:
+        raise UsageError(f"the model is quantised to {own} and cannot be written in {precision}; use --precision {own}")
 
 
 def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
@@ -127,7 +164,10 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
                 dynamic_shapes=shapes,
                 optimize=True,
                 verbose=False,
-                custom_translation_table={torch.ops.aten.sort.stable: _sorted_stably},
+                custom_translation_table={
+                    torch.ops.aten.sort.stable: _sorted_stably,
+                    torch.ops.mpcompile.fake_quantize.default: _rounded,
+                },
             )
     except Exception as error:
         hint = "; try a fixed batch, --batch 1" if batch is None else ""
@@ -146,6 +186,13 @@ def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, desce
 
     count: Any = opset18.Constant(value_ints=[values.shape[dim]])
     return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
+
+
+def _rounded(x: Any, scale: Any, zero_point: Any) -> Any:
+    """A Quantizer as a pair of QuantizeLinear and DequantizeLinear."""
+    from onnxscript import opset21
+
+    return opset21.DequantizeLinear(opset21.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
 
 def _drop_build_traces(file: onnx.ModelProto) -> None:

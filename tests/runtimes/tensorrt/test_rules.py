@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from mpcompile.data.images import Data
-from mpcompile.export.onnx_export import Lowered, Precision, lower
+from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.precision import Precision
 from mpcompile.passes import NMMask
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes.tensorrt.rules import (

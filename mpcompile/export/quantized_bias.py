@@ -1,0 +1,96 @@
+"""Writes biases of int8 convolutions and Gemm nodes as 32-bit integers behind DequantizeLinear.
+
+Runtimes for CPUs add the bias to the integer sums of products. The scale of a sum is input scale × weight scale, and so
+is the scale of the bias. That is done for u8 activations only: TensorRT, for which activations are s8 or fp8, adds
+biases in floating point. A MatMul has no bias; the Add after it stays in float32.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+LARGEST_BIAS = 2**31 - 1
+BIAS_OF_EMPTY_ROW = 2**30  # integers of a bias whose row has no weights, so that its scale is free
+# Operators between the DequantizeLinear of an activation and a layer that keep its numbers.
+LAYOUT_STEPS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+
+
+def scale_of_empty_rows(node: ir.Node, numbers: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The scales (out,) of a weight (out, …); those of rows of zeros, which are free, are set so that the bias fits.
+
+    A row of zeros gets the smallest scale of the other rows, or a larger one if its bias needs it.
+    """
+    empty = (numbers == 0).reshape(len(numbers), -1).all(1)
+    free = np.full(scale.shape, scale[~empty].min() if (~empty).any() else 0.0)
+    read, bias = _input_scale(node), _bias(node)
+    if read is not None and bias is not None:
+        free = np.maximum(free, np.abs(_array(bias)).reshape(-1) / (read * BIAS_OF_EMPTY_ROW))
+    return np.where(empty, np.where(free > 0, free, 1.0), scale)
+
+
+def quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
+    """Replaces the bias of a Conv or Gemm that reads u8, in place. A bias that does not fit into 32 bits stays."""
+    read, bias = _input_scale(node), _bias(node)
+    if read is None or bias is None:
+        return
+    dequantise = node.inputs[1].producer() if node.inputs[1] is not None else None
+    assert dequantise is not None
+    scale = read * _array(dequantise.inputs[1]).astype(np.float64)
+    values = _array(bias).astype(np.float64)
+    integers = np.rint(values / scale)
+    if not (np.abs(integers) <= LARGEST_BIAS).all():
+        log.debug("%s: its bias stays in float32: it exceeds 2^31 steps of the products' scale", node.name)
+        return
+    stored = new_initializer(graph, f"{node.name}.bias", integers.astype(np.int32))
+    inputs = [stored, new_initializer(graph, f"{node.name}.bias.scale", scale.astype(np.float32))]
+    step = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{node.name}_bias")
+    step.outputs[0].name = f"{node.name}.bias.dequantized"
+    graph.insert_before(node, step)
+    node.replace_input_with(2, step.outputs[0])
+    if not bias.uses() and bias.name is not None:
+        del graph.initializers[bias.name]
+        stored.name = bias.name
+
+
+def new_initializer(graph: ir.Graph, name: str, values: NDArray[Any]) -> ir.Value:
+    """An initializer added to the graph."""
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    """The bias of a Conv or Gemm, if it is constant, has one number for each output channel, and is not scaled."""
+    if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3 or node.attributes.get_float("beta", 1.0) != 1:
+        return None
+    bias = node.inputs[2]
+    constant = bias is not None and bias.producer() is None and bias.const_value is not None
+    return bias if constant and _array(bias).ndim == 1 else None
+
+
+def _input_scale(node: ir.Node) -> float | None:
+    """The scale of the u8 activation that a node reads; None if it reads anything else."""
+    value = node.inputs[0]
+    step = value.producer() if value is not None else None
+    while step is not None and step.op_type in LAYOUT_STEPS:
+        value = step.inputs[0]
+        step = value.producer() if value is not None else None
+    if step is None or step.op_type != "DequantizeLinear" or len(step.inputs) < 3:
+        return None
+    scale, zero_point = step.inputs[1], step.inputs[2]
+    if scale is None or zero_point is None or scale.const_value is None or zero_point.const_value is None:
+        return None
+    return float(_array(scale)) if zero_point.const_value.dtype == ir.DataType.UINT8 else None
+
+
+def _array(value: ir.Value | None) -> NDArray[Any]:
+    """The numbers of an initializer."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
