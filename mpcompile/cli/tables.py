@@ -128,9 +128,10 @@ def report_table(report: Report) -> Table:
     """The summary of a report as a table: dense, compressed, difference."""
     title = f"{report.model.arch} on {report.recipe.target}, {report.recipe.precision}"
     table = Table(title=title, title_justify="left")
-    for name in ("", "dense", "compressed", "difference"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
-    for row in summary(report).texts():
+    found = summary(report)
+    for column in found.columns:
+        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    for row in found.texts():
         table.add_row(*row)
     return table
 
@@ -141,7 +142,7 @@ def versions_table(report: Report) -> Table:
     found = versions(report)
     table = Table(title=f"beside dense {report.quantized.precision}", title_justify="left")
     for column in found.columns:
-        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+        table.add_column(column.name, justify="right" if column.numeric else "left", no_wrap=column is found.columns[0])
     for row in found.texts():
         table.add_row(*row)
     return table

@@ -36,13 +36,14 @@ from mpcompile.passes import Quantize
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
 from mpcompile.report.schema import DataUsed, Gate, LayerRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
-from mpcompile.report.sentences import accuracy_name, verdict_on
+from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Engine, Runtime, has_sparse_kernel
 from mpcompile.runtimes.ort.overflow import require_finite
 from mpcompile.runtimes.ort.session import cpu_engine

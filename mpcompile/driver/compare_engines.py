@@ -11,6 +11,7 @@ from mpcompile.data.images import Split
 from mpcompile.errors import UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.parity import PARITY_QUANTILE, TOLERANCE, relative_difference, require_parity
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.timing import Call, sample
 from mpcompile.report.schema import Parity
 from mpcompile.runtimes import Engine, TimesDevice
@@ -58,10 +59,11 @@ def parity_of(expected: NDArray[np.float32], outputs: NDArray[np.float32], expor
     outputs differ by more than the tolerance of the precision.
     """
     difference = require_parity(expected, outputs, exported.precision, what, exported.merges)
-    if exported.merges:
+    if exported.merges or exported.precision in QUANTIZED:
         largest = relative_difference(expected, outputs)
+        effect = "which tokens merge" if exported.merges else "an activation by one step of its 8-bit grid"
         what += f", {PARITY_QUANTILE:.0%} of the images"
-        what += f" (rounding can change which tokens merge; the largest difference is {largest:.1e})"
+        what += f" (rounding can change {effect}; the largest difference is {largest:.1e})"
     return Parity(what=what, difference=difference, tolerance=TOLERANCE[exported.precision], images=len(expected))
 
 

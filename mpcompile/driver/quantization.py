@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 from mpcompile.errors import UsageError
+from mpcompile.export.onnx_export import QUANTIZED_OPSET
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.passes import Quantize
 from mpcompile.pipeline.pass_manager import Effect, Pass
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import RunsQuantized, Runtime
-
-OPSET = 21  # the first in which DequantizeLinear takes every type that is written
 
 
 def with_target_defaults(recipe: Recipe, runtime: Runtime) -> Recipe:
@@ -64,8 +63,10 @@ def require_consistent_precision(recipe: Recipe, passes: Sequence[Pass], runtime
                 f"quantize: activations is {step.activations}, and the {precision} kernels of target {runtime.name} "
                 f"take {needed}; set activations to {needed}"
             )
-    if recipe.opset is not None and recipe.opset < OPSET:
-        raise UsageError(f"opset {recipe.opset} is too early for {precision}, which needs opset {OPSET} or later")
+    if recipe.opset is not None and recipe.opset < QUANTIZED_OPSET:
+        raise UsageError(
+            f"opset {recipe.opset} is too early for {precision}, which needs opset {QUANTIZED_OPSET} or later"
+        )
     if not with_images:
         raise UsageError(
             f"precision {precision} needs images, on which the ranges of activations are measured; give --data"

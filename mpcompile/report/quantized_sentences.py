@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mpcompile.measure.accuracy import Comparison
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.schema import Latency
 
@@ -38,14 +39,15 @@ def loss_split(quantized: Quantized, comparison: Comparison | None) -> list[str]
         return []
     if first.logit_shift_mean is None or ours.logit_shift_mean is None:
         return []
-    names = (first.name, f"{kind} alone", "both")
-    shifts = (first.logit_shift_mean, ours.logit_shift_mean, comparison.logit_shift_mean)
-    told = [f"{shift:.3f} by {name}" for name, shift in zip(names, shifts, strict=True)]
+    sentence = (
+        f"The mean logit shift is {first.logit_shift_mean:.3f} by {first.name}, {ours.logit_shift_mean:.3f} by {kind} "
+        f"alone and {comparison.logit_shift_mean:.3f} by both"
+    )
     if comparison.dense and comparison.compressed and first.top1 is not None and ours.top1 is not None:
         found = (first.top1, ours.top1, comparison.compressed.top1)
-        lost = [100 * (comparison.dense.top1 - top1) for top1 in found]
-        told = [f"{one}, {points:+.2f} points lost" for one, points in zip(told, lost, strict=True)]
-    return [f"The mean logit shift is {'; '.join(told)}."]
+        one, other, both = (100 * (top1 - comparison.dense.top1) for top1 in found)
+        sentence += f"; {accuracy_name(comparison.head)} changes by {one:+.2f}, {other:+.2f} and {both:+.2f} points"
+    return [f"{sentence}."]
 
 
 def methods(quantized: Quantized) -> tuple[str, ...]:

@@ -19,20 +19,20 @@ class _Keys:
 
 
 def versions(report: Report) -> Table:
-    """One row for each version of the model, with its speed beside dense fp32 and beside the fastest dense 8 bits.
+    """One row for each version of the model, with its speed over the dense model in fp32.
 
     Columns without any value are left out.
     """
     quantized = report.quantized
     assert quantized is not None
-    kind, batches = quantized.precision, [pair.dense.batch for pair in report.latency]
+    batches = [pair.dense.batch for pair in report.latency]
     rows = [_dense(report)]
     if quantized.before_quantize:
         rows.append(_variant(quantized.before_quantize, ".quantized.before_quantize", len(batches)))
     for n, row in enumerate(quantized.baselines):
         rows.append(_variant(row, f".quantized.baselines[{n}]", len(batches)))
     rows.append(_compressed(report))
-    timed = [name for batch in batches for name in (f"batch {batch}", "over dense fp32", f"over fastest dense {kind}")]
+    timed = [name for batch in batches for name in (f"ms, batch {batch}", "times as fast")]
     names = ("model", "top-1", "same answer", "logit shift", *timed, "why there is none")
     kept = [i for i, _ in enumerate(names) if i == 0 or any(row[i].text for row in rows)]
     table = [tuple(row[i] for i in kept) for row in rows]
@@ -49,12 +49,12 @@ def _dense(report: Report) -> tuple[Cell, ...]:
         timings=tuple(pair.dense for pair in report.latency),
     )
     keys = _Keys(".comparison.dense.top1", "", "", ".latency[{n}].dense.p50_ms", "")
-    return _cells(row, keys, [Cell()] * len(report.latency))
+    return _cells(row, keys, len(report.latency))
 
 
 def _variant(row: Variant, key: str, batches: int) -> tuple[Cell, ...]:
     """The row of a baseline or of the masks alone, which `key` reads from report.json."""
-    name = f"dense, {row.name}" if row.method or row.failed else f"{row.name}, fp32"
+    name = f"dense {row.name}" if row.method or row.failed else f"{row.name}, fp32"
     keys = _Keys(
         f"{key}.top1",
         f"{key}.agreement",
@@ -62,11 +62,11 @@ def _variant(row: Variant, key: str, batches: int) -> tuple[Cell, ...]:
         f"{key}.timings[{{n}}].p50_ms",
         f"{key}.speedups[{{n}}].ratio",
     )
-    return _cells(row, keys, [Cell()] * batches, name)
+    return _cells(row, keys, batches, name)
 
 
 def _compressed(report: Report) -> tuple[Cell, ...]:
-    """The row of the compressed model, with its speed over the fastest dense model in 8 bits."""
+    """The row of the compressed model."""
     c, quantized = report.comparison, report.quantized
     assert quantized is not None
     row = Variant(
@@ -85,23 +85,19 @@ def _compressed(report: Report) -> tuple[Cell, ...]:
         ".latency[{n}].compressed.p50_ms",
         ".latency[{n}].speedup.ratio",
     )
-    over = [
-        Cell(f"{speed.with_interval()}×", speed.ratio, f".quantized.over_fastest[{n}].ratio")
-        for n, speed in enumerate(quantized.over_fastest)
-    ]
-    return _cells(row, keys, [*over, *[Cell()] * (len(report.latency) - len(over))])
+    return _cells(row, keys, len(report.latency))
 
 
-def _cells(row: Variant, keys: _Keys, over: list[Cell], name: str | None = None) -> tuple[Cell, ...]:
-    """The cells of one row; `over` has the speedup over the fastest dense model in 8 bits, one for each batch size."""
+def _cells(row: Variant, keys: _Keys, batches: int, name: str | None = None) -> tuple[Cell, ...]:
+    """The cells of one row, two of them for each batch size."""
     timed: list[Cell] = []
-    for n, last in enumerate(over):
-        time = number(row.timings[n].p50_ms, "{:.2f} ms", keys.time.format(n=n)) if n < len(row.timings) else Cell()
+    for n in range(batches):
+        time = number(row.timings[n].p50_ms, "{:.2f}", keys.time.format(n=n)) if n < len(row.timings) else Cell()
         speed = Cell()
         if n < len(row.speedups):
             found = row.speedups[n]
-            speed = Cell(f"{found.with_interval()}×", found.ratio, keys.speed.format(n=n))
-        timed += [time, speed, last]
+            speed = Cell(found.with_interval(), found.ratio, keys.speed.format(n=n))
+        timed += [time, speed]
     return (
         Cell(name or row.name, file=row.file),
         number(row.top1, "{:.2%}", keys.top1),

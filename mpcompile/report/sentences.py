@@ -3,10 +3,10 @@
 import shlex
 
 from mpcompile.analysis.block_macs import Charged
-from mpcompile.ir.head import Head
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.quantized_sentences import beside_dense, loss_split, without_kernel
@@ -99,13 +99,6 @@ def verdict_on(
             f"of the dense model ({certificate.confidence:.0%} confidence)."
         )
     return tuple(sentences)
-
-
-def accuracy_name(head: Head | None) -> str:
-    """The name of the share of right decisions: top-1 for classes, accuracy for a threshold, exact match for labels."""
-    return {"sigmoid": "accuracy", "ordinal": "accuracy", "multilabel": "exact match"}.get(
-        head.kind if head else "softmax", "top-1"
-    )
 
 
 def _speed(pair: Latency, precision: str | None) -> str:
