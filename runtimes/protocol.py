@@ -3,7 +3,7 @@
 Every runtime implements `Runtime`, every engine `Engine`. The other protocols are optional; the harness looks for their
 methods and works without them. Of a runtime: `RunsGraph`, `LoadsFile`, `ShipsFile`, `PredictsSpeed`,
 `HasQuantizedBaselines`, `RunsQuantized` (runtimes/quantized.py). Of an engine: `TimesDevice`, `ReportsKernels`,
-`ReportsReference`.
+`ReportsQuantizedLayers`, `ReportsReference`.
 """
 
 import re
@@ -21,6 +21,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.layer_verdict import LayerVerdict
+from mpcompile.measure.quantized_layer import QuantizedLayer
 from mpcompile.measure.timing import Speedup
 from mpcompile.system.moved_modules import renamed_names
 
@@ -159,6 +160,18 @@ class ReportsKernels(Protocol):
             images: a batch to profile with, (b, c, h, w), float32.
             unused: an engine of the same kind, built from the same file without sparse kernels, for times to compare
                 with; None if there is none.
+        """
+        ...
+
+
+@runtime_checkable
+class ReportsQuantizedLayers(Protocol):
+    """An engine that reports which layers of an 8-bit file it runs on 8-bit kernels."""
+
+    def quantised_layers(self, images: NDArray[np.float32]) -> tuple[QuantizedLayer, ...]:
+        """One row for each quantised layer of the engine's file; empty if the file has none.
+
+        `images` is a batch to profile with, (b, c, h, w), float32.
         """
         ...
 

@@ -61,9 +61,9 @@ def parity_of(expected: NDArray[np.float32], outputs: NDArray[np.float32], expor
     difference = require_parity(expected, outputs, exported.precision, what, exported.merges)
     if exported.merges or exported.precision in QUANTIZED:
         largest = relative_difference(expected, outputs)
-        effect = "which tokens merge" if exported.merges else "an activation by one step of its 8-bit grid"
+        cause = "which tokens merge" if exported.merges else "a rounding to 8 bits"
         what += f", {PARITY_QUANTILE:.0%} of the images"
-        what += f" (rounding can change {effect}; the largest difference is {largest:.1e})"
+        what += f" (rounding can change {cause}; the largest difference is {largest:.1e})"
     return Parity(what=what, difference=difference, tolerance=TOLERANCE[exported.precision], images=len(expected))
 
 
@@ -71,6 +71,8 @@ def _reference_name(exported: Exported) -> str:
     """How the reference runs a file of this precision."""
     if exported.precision == "bf16":
         return "ONNX Runtime on the CPU, in float32 on the rounded weights"
+    if exported.precision in QUANTIZED:
+        return "ONNX Runtime on the CPU, without 8-bit kernels"
     return "ONNX Runtime on the CPU"
 
 

@@ -1,11 +1,12 @@
-"""Writes the weights of quantised layers as 8-bit initializers behind DequantizeLinear, without a zero point.
+"""Writes the weights of quantised layers as 8-bit initializers behind DequantizeLinear, with zero points of 0.
 
 The exporter writes float weights, and multiplies a batch normalization into the convolution before it. A row of the
 file's weight is therefore a · s · q, with the layer's scale s, its integers q (E4M3 values for fp8), and a factor a for
 each output channel, which is 1 without batch normalization. The integers come from the graph's weight, the factor from
 a least-squares fit of the file's row to q. If a is negative, q changes its sign, because scales are positive.
 
-Zero is stored as zero, so the masks can be proven on the 8-bit numbers.
+Zero is stored as zero, so the masks can be proven on the 8-bit numbers. The zero points are written although they are
+0: ONNX Runtime runs a Gemm in 8 bits only with them.
 """
 
 import json
@@ -198,6 +199,7 @@ def _dequantised(
     inputs = [
         new_initializer(graph, name, np.ascontiguousarray(numbers).astype(kind)),
         new_initializer(graph, f"{name}.scale", scale.astype(np.float32)),
+        new_initializer(graph, f"{name}.zero_point", np.zeros(len(scale), kind)),
     ]
     step = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{node.name}_weight")
     step.outputs[0].name = f"{name}.dequantized"

@@ -19,7 +19,7 @@ from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes import native
-from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine, missing_reason, native_file, session_on
+from mpcompile.runtimes.ort.session import OrtEngine, fast_engine, missing_reason, native_file, session_on
 from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
 
 NO_INT8_KERNEL = "there is no int8 N:M kernel for CPUs: it runs on ONNX Runtime's dense kernels"
@@ -80,7 +80,7 @@ class OnnxRuntime:
     def load_file(self, exported: Exported, threads: int | None) -> OrtEngine:
         """An engine on `….native.onnx` if that file and our kernel are there, else on the ONNX file itself."""
         shipped = self.shipped(exported, threads)
-        return shipped[1] if shipped else cpu_engine(exported, threads)
+        return shipped[1] if shipped else fast_engine(exported, threads)
 
     def missing(self) -> str | None:
         """Returns what to install, or None."""
@@ -99,12 +99,10 @@ class OnnxRuntime:
         return False
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Returns why it cannot run bf16 or fp8; other precisions run on any number of threads."""
-        reasons = {
-            "bf16": "it has no bfloat16 kernels on a CPU; use fp32 or fp16",
-            "fp8": "it has no fp8 products on a CPU; use int8",
-        }
-        return reasons.get(precision)
+        """Returns why it cannot run bf16 and fp8; other precisions run on any number of threads."""
+        if precision == "fp8":
+            return "it has no FP8 kernels on a CPU; use int8"
+        return "it has no bfloat16 kernels on a CPU; use fp32 or fp16" if precision == "bf16" else None
 
     def versions(self) -> Mapping[str, str]:
         """Returns the versions of ONNX Runtime (onnxruntime or onnxruntime-gpu) and of the native kernel."""
@@ -125,10 +123,10 @@ class OnnxRuntime:
         Masked products of float files run on the native kernel if that is measured to be faster. Raises RuntimeMissing
         or BuildError.
         """
-        native_kernel = build.sparse and exported.masks and exported.precision not in QUANTIZED
-        library = native.library() if native_kernel else None
+        # The native kernel computes in float32.
+        library = native.library() if build.sparse and exported.masks and exported.precision not in QUANTIZED else None
         if library is None:
-            return session_on(exported.onnx, build.threads)
+            return fast_engine(exported, build.threads)
         from mpcompile.runtimes.ort.native_kernel import native_engine
 
         return native_engine(exported, build, library)

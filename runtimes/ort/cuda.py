@@ -82,11 +82,9 @@ class OnnxRuntimeCuda(WithoutKernels):
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Returns why it cannot use 8 bits or `--threads`."""
+        """Returns why an 8-bit precision or `--threads` cannot be used."""
         if precision in QUANTIZED:
-            return (
-                f"its CUDA provider computes {precision} files in floating point, which gains nothing; use --target trt"
-            )
+            return "it has no 8-bit kernels for such files on a GPU and would run them in float32; use --target trt"
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def versions(self) -> Mapping[str, str]:

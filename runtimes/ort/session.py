@@ -3,7 +3,7 @@
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +13,29 @@ from numpy.typing import NDArray
 from mpcompile.errors import BuildError, RuntimeMissing, cause_of
 from mpcompile.export.half_precision import to_float32
 from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.runtimes.batching import in_pieces
 
 if TYPE_CHECKING:
     import onnxruntime
 
+    from mpcompile.measure.quantized_layer import QuantizedLayer
+
 PROVIDER = "CPUExecutionProvider"
+# Of a session. It keeps QuantizeLinear and DequantizeLinear as they are, and fuses no product with them.
+WITHOUT_8_BIT_KERNELS = ("session.disable_quant_qdq", "1")
 
 
 @dataclass(frozen=True)
 class OrtEngine:
-    """A session on a file. Calls are thread-safe, because ONNX Runtime's are."""
+    """A session on a file. Calls are thread-safe, because ONNX Runtime's are.
+
+    `exact` is False if products run on 8-bit kernels, which may saturate on this CPU.
+    """
 
     session: "onnxruntime.InferenceSession"
     file: Path
+    exact: bool = field(default=True, kw_only=True)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the logits (b, outputs) of images (b, c, h, w). Raises BuildError.
@@ -45,8 +54,8 @@ class OrtEngine:
 
     @property
     def is_reference(self) -> bool:
-        """False for subclasses, which use other kernels or another device, and for files with native operators."""
-        return type(self) is OrtEngine and ".native" not in self.file.suffixes
+        """False for subclasses, which use other kernels or another device, native operators, and 8-bit kernels."""
+        return type(self) is OrtEngine and self.exact and ".native" not in self.file.suffixes
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
@@ -59,6 +68,18 @@ class OrtEngine:
         nodes = onnx.load(self.file, load_external_data=False).graph.node
         return [{"name": node.name, "op": node.op_type} for node in nodes]
 
+    def quantised_layers(self, images: NDArray[np.float32]) -> "tuple[QuantizedLayer, ...]":
+        """Returns for each quantised layer of the file whether it runs in 8 bits, from a profiled run on the images.
+
+        Empty if the engine uses no 8-bit kernels. Raises BuildError.
+        """
+        if self.exact:
+            return ()
+        from mpcompile.runtimes.ort.int8_coverage import int8_coverage
+
+        threads = int(self.session.get_session_options().intra_op_num_threads)
+        return int8_coverage(self.file, images, threads or None)
+
     @property
     def device(self) -> str:
         return f"{self.session.get_providers()[0]}"
@@ -70,9 +91,12 @@ def native_file(onnx: Path) -> Path:
 
 
 def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
-    """Returns an engine on the CPU for any precision; a bfloat16 file runs as its float32 copy."""
+    """Returns the engine that others are compared with: on the CPU, for any precision, in the file's own arithmetic.
+
+    A bfloat16 file runs as its float32 copy. An 8-bit file runs without 8-bit kernels: they saturate on some CPUs.
+    """
     if exported.precision != "bf16":
-        return session_on(exported.onnx, threads)
+        return session_on(exported.onnx, threads, kernels_8_bit=exported.precision not in QUANTIZED)
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -88,11 +112,21 @@ def missing_reason() -> str | None:
     return None
 
 
-def session_on(file: Path, threads: int | None = None, library: Path | None = None) -> OrtEngine:
+def fast_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
+    """Returns the fastest engine on the CPU for a file: as `cpu_engine`, but with 8-bit kernels for an 8-bit file."""
+    if exported.precision in QUANTIZED:
+        return replace(session_on(exported.onnx, threads), exact=False)
+    return cpu_engine(exported, threads)
+
+
+def session_on(
+    file: Path, threads: int | None = None, library: Path | None = None, kernels_8_bit: bool = True
+) -> OrtEngine:
     """Returns an engine on an ONNX file. Raises RuntimeMissing or BuildError.
 
-    `library` is a shared library of custom operators to register. The session's provider is checked, because ONNX
-    Runtime falls back to another one silently.
+    `library` is a shared library of custom operators to register; `kernels_8_bit` whether QuantizeLinear and
+    DequantizeLinear are fused with the operators between them. The session's provider is checked, because ONNX Runtime
+    falls back to another one silently.
     """
     try:
         import onnxruntime
@@ -100,6 +134,8 @@ def session_on(file: Path, threads: int | None = None, library: Path | None = No
         raise RuntimeMissing(missing_reason() or f"onnxruntime does not import: {error}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings, such as of unused initializers, do not concern users
+    if not kernels_8_bit:
+        options.add_session_config_entry(*WITHOUT_8_BIT_KERNELS)
     if threads:
         options.intra_op_num_threads = threads
     try:

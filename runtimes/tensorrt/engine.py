@@ -231,12 +231,13 @@ class DeviceCall:
 
 
 def in_float32(layers: Sequence[EngineLayer], exported: Exported) -> list[str]:
-    """Returns the weighted nodes of a half-precision file that the engine runs in float32; none for a float32 file.
+    """Returns the weighted nodes of a half-precision file that the engine runs in float32; none for other files.
 
     A node may be part of several layers, for example if a cast was fused; one layer in half precision is enough. Layers
-    without reported types are not counted.
+    without reported types are not counted. 8-bit files are not checked: their other products are float32, and a fused
+    layer reports the types at its ends only.
     """
-    if exported.precision == "fp32":
+    if exported.precision not in ("fp16", "bf16"):
         return []
     widened = []
     for weight in file_weights(onnx.load(exported.onnx)):

@@ -28,12 +28,14 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import Precision
 from mpcompile.runtimes.protocol import Build, Engine, Prepared, WithoutKernels
 from mpcompile.runtimes.tensorrt.logs import EngineLayer, dumped, kept_logger
+from mpcompile.runtimes.tensorrt.quantization_rules import FP8_CAPABILITY
 from mpcompile.runtimes.tensorrt.rules import refusals
 from mpcompile.system.hashing import file_sha256
 
 log = logging.getLogger(__name__)
 
 CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")  # A100, A40 and RTX 30, RTX 40, RTX 50; there is no SM90
+FP8_SINCE = 89  # the compute capability of FP8_CAPABILITY
 NO_RUN = (
     "A plan of TensorRT for RTX was compiled and cannot run here: an application that ships its runtime loads it. "
     "It is not a TensorRT engine, and no speed is claimed for it"
@@ -75,14 +77,12 @@ class TensorRTForRTX(WithoutKernels):
         return NO_RUN
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Returns why fp8 or `--threads` cannot be used; other precisions can."""
-        if precision == "fp8":
-            return "fp8 files are written for --target trt only; use int8"
+        """Returns why `--threads` cannot be used; any precision can."""
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def quantization(self, precision: Precision) -> Mapping[str, Any]:
         """Returns symmetric activations, and 8-bit outputs of all layers, as for TensorRT."""
-        return {"activations": "s8", "outputs": "all"}
+        return {"activations": "fp8" if precision == "fp8" else "s8", "outputs": "all"}
 
     def has_quantized_kernel(self, pattern: NM) -> bool:
         """False: no sparse speed is claimed."""
@@ -95,8 +95,9 @@ class TensorRTForRTX(WithoutKernels):
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
         """Compiles the plan and writes it and a JSON description into `folder`. Raises RuntimeMissing or BuildError."""
         file = onnx.load(exported.onnx)
+        capabilities = _supporting(exported, self.capabilities)
         try:
-            plan = compiled(exported.onnx, self.capabilities, build.profile(exported))
+            plan = compiled(exported.onnx, capabilities, build.profile(exported))
         except BuildError as error:
             reasons = [str(refusal) for refusal in refusals(file)]
             raise BuildError("; ".join([str(error), *reasons])) from error
@@ -122,6 +123,8 @@ class TensorRTForRTX(WithoutKernels):
             f"{exported.onnx.name} compiles for {', '.join(plan.capabilities)}: {len(plan.layers)} layers, "
             f"{plan.attentions} attentions in one kernel each"
         ]
+        if left_out := [name for name in self.capabilities if name not in capabilities]:
+            notes.append(f"{exported.onnx.name} is not compiled for {', '.join(left_out)}: {FP8_CAPABILITY.says}")
         if masked:
             notes.append(
                 f"{len(masked & plan.initializers)} of its {len(masked)} masked weights are in the plan, every number, "
@@ -133,6 +136,18 @@ class TensorRTForRTX(WithoutKernels):
     def build(self, exported: Exported, build: Build) -> Engine:
         """Raises BuildError: a plan cannot run here."""
         raise BuildError(NO_RUN)
+
+
+def _supporting(exported: Exported, capabilities: tuple[str, ...]) -> tuple[str, ...]:
+    """The compute capabilities that have the types of a file. Raises BuildError if none has."""
+    if exported.precision != "fp8":
+        return capabilities
+    found = tuple(name for name in capabilities if int(name.removeprefix("SM")) >= FP8_SINCE)
+    if not found:
+        raise BuildError(
+            f"FP8 needs compute capability 8.9 or newer, and plans are compiled for {', '.join(capabilities)}; use int8"
+        )
+    return found
 
 
 def compiled(

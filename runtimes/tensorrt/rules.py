@@ -15,14 +15,25 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from mpcompile.export.eight_bit_ends import Ends, ends_of
 from mpcompile.export.mask_check import FileWeight, ProvenMask, file_weights
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.layer_verdict import LayerVerdict, Rule
+from mpcompile.runtimes.tensorrt.quantization_rules import (
+    END_RULES,
+    FP8,
+    FUSED_STEPS,
+    INT8_INPUT,
+    INT8_OUTPUT,
+    OBSERVED_IN,
+    QUANTIZATION_RULES,
+    dequantize_refusal,
+    quantize_refusal,
+)
 
-RULES_VERSION = 1
+RULES_VERSION = 2  # 2: QuantizeLinear, DequantizeLinear, and int8 products
 TWO_FOUR = NM(2, 4)
 GUIDE = "TensorRT developer guide, structured sparsity"
-OBSERVED_IN = "TensorRT for RTX 1.7.1, its parser and compiler on a CPU"
 
 PATTERN = Rule("pattern", "of every 4 consecutive input channels at most 2 weights are not zero", GUIDE, "documented")
 CHANNELS = Rule("channels", "the number of input channels is a multiple of 4", GUIDE, "documented")
@@ -36,7 +47,7 @@ LARGE = Rule(
     "observed",
 )
 AMPERE = Rule("ampere", "sparse tensor cores need compute capability 8.0 or newer", GUIDE, "documented")
-SPARSITY_RULES = (PATTERN, CHANNELS, TYPE, BFLOAT16, GROUPS, LARGE, AMPERE)
+SPARSITY_RULES = (PATTERN, CHANNELS, TYPE, BFLOAT16, GROUPS, LARGE, AMPERE, *END_RULES)
 
 UNSUPPORTED = Rule("operator", "the parser has no such operator", OBSERVED_IN, "observed")
 REDUCTION = Rule("reduction", "ScatterElements and ScatterND only overwrite; they do not add", OBSERVED_IN, "observed")
@@ -45,7 +56,7 @@ NONZERO = Rule("nonzero", "the size of the result depends on the data, which nee
 ATTENTION = Rule("attention", "the Attention operator has no float32 kernel; export opset 20", OBSERVED_IN, "observed")
 CONSTANT = Rule("constant", "axes and shapes must be constants", "onnx-tensorrt operators.md 10.1", "documented")
 OPSET = Rule("opset", "opsets 9 to 24 are supported", "onnx-tensorrt operators.md", "documented")
-OPERATOR_RULES = (UNSUPPORTED, REDUCTION, TOP_K, NONZERO, ATTENTION, CONSTANT, OPSET)
+OPERATOR_RULES = (UNSUPPORTED, REDUCTION, TOP_K, NONZERO, ATTENTION, CONSTANT, OPSET, *QUANTIZATION_RULES)
 
 LARGEST_K = 3840
 OPSETS = range(9, 25)
@@ -91,11 +102,12 @@ class Refusal:
 def sparsity_of(file: onnx.ModelProto) -> list[WeightSparsity]:
     """Returns one row per constant weight of Conv, Gemm and MatMul."""
     groups = {n.name: a.i for n in file.graph.node if n.op_type == "Conv" for a in n.attribute if a.name == "group"}
+    ends = ends_of(file, FUSED_STEPS)
     rows = []
     for weight in file_weights(file):
         kept = _nonzero_mask(weight.values)
         two_four = _follows_pattern(kept, TWO_FOUR)
-        eligible, rule, reason = _eligible(weight, two_four, groups.get(weight.node, 1))
+        eligible, rule, reason = _eligible(weight, two_four, groups.get(weight.node, 1), ends[weight.node])
         rows.append(
             WeightSparsity(
                 node=weight.node,
@@ -127,7 +139,7 @@ def verdicts_of(file: onnx.ModelProto, masks: tuple[ProvenMask, ...]) -> tuple[L
     return tuple(rows)
 
 
-def _eligible(weight: FileWeight, two_four: bool, groups: int) -> tuple[bool | None, Rule, str]:
+def _eligible(weight: FileWeight, two_four: bool, groups: int, ends: Ends) -> tuple[bool | None, Rule, str]:
     """Returns whether a weight is eligible, the first rule that decides, and the reason as a sentence."""
     channels = weight.values.shape[1]
     if groups > 1:
@@ -137,6 +149,12 @@ def _eligible(weight: FileWeight, two_four: bool, groups: int) -> tuple[bool | N
     if not two_four:
         return False, PATTERN, "it is not 2:4, and no other pattern has a kernel: it runs as dense"
     kind = weight.values.dtype
+    if kind == np.int8 and ends.reads is not None:
+        return False, INT8_INPUT, f"its weight is int8 and its input is not ({ends.reads}): it runs in floating point"
+    if kind == np.int8 and ends.returns is not None:
+        return False, INT8_OUTPUT, f"2:4 in int8, but its output is not int8 ({ends.returns}): it runs as dense int8"
+    if kind.name == "float8_e4m3fn":
+        return None, FP8, "2:4 in FP8, which the rules do not cover"
     if kind == np.float16 or kind == np.int8:
         return True, PATTERN, f"2:4 in {kind}; TensorRT decides on a GPU whether to use a sparse kernel"
     if kind.name == "bfloat16":
@@ -240,5 +258,7 @@ CHECKS: Mapping[str, Check] = {
     "TopK": _top_k,
     "NonZero": _nonzero,
     "Attention": _attention,
+    "QuantizeLinear": quantize_refusal,
+    "DequantizeLinear": dequantize_refusal,
     **dict.fromkeys(("Slice", "Squeeze", "Unsqueeze", "ReduceMean", "ReduceSum", "ReduceMax"), _constant_axes),
 }

@@ -21,13 +21,13 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import Precision
 from mpcompile.runtimes.nvidia import Gpu, first_gpu, import_failure
 from mpcompile.runtimes.protocol import Build, Engine, Prepared
+from mpcompile.runtimes.tensorrt.quantization_rules import FP8_CAPABILITY, eight_bit_note
 from mpcompile.runtimes.tensorrt.rules import AMPERE, TWO_FOUR, implies_two_four, refusals, verdicts_of
 
 log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'mpcompile[trt]'"
-FP8_CAPABILITY = (8, 9)  # Ada; Hopper has 9.0
-FP8_NEEDS = "compute capability 8.9 or newer"
+FP8_SMALLEST = (8, 9)  # compute capability of Ada; Hopper has 9.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class TensorRT:
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
         """Returns why `--threads` cannot be used, or why the GPU of this machine cannot run fp8."""
-        if precision == "fp8" and isinstance(gpu := first_gpu(), Gpu) and gpu.capability < FP8_CAPABILITY:
+        if precision == "fp8" and isinstance(gpu := first_gpu(), Gpu) and gpu.capability < FP8_SMALLEST:
             found = ".".join(map(str, gpu.capability))
-            return f"fp8 needs {FP8_NEEDS}, and {gpu.name} has {found}; use int8"
+            return f"fp8 needs compute capability 8.9 or newer, and {gpu.name} has {found}; use int8"
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
 
     def quantization(self, precision: Precision) -> Mapping[str, Any]:
@@ -95,8 +95,10 @@ class TensorRT:
         notes = [f"{exported.onnx.name}: TensorRT may refuse {refusal}" for refusal in refusals(file)]
         if not notes:
             notes.append(f"{exported.onnx.name} breaks none of the {self.name} rules that can be checked without a GPU")
+        if (counted := eight_bit_note(file)) is not None:
+            notes.append(f"{exported.onnx.name}: {counted}")
         if exported.precision == "fp8":
-            notes.append(f"{exported.onnx.name} is in fp8, which needs {FP8_NEEDS}")
+            notes.append(f"{exported.onnx.name}: {FP8_CAPABILITY.says}")
         return Prepared(verdicts_of(file, exported.masks), tuple(notes), trtexec(exported, build))
 
     def build(self, exported: Exported, build: Build) -> Engine:
@@ -112,7 +114,11 @@ class TensorRT:
 
 
 def trtexec(exported: Exported, build: Build) -> tuple[str, ...]:
-    """Returns the trtexec command that builds the file's engine on a GPU."""
+    """Returns the trtexec command that builds the file's engine on a GPU and times it.
+
+    It is the same for TensorRT 10 and 11 and for every precision: in a strongly typed network the file gives the types,
+    8-bit ones by its QuantizeLinear nodes, and `--int8`, `--fp8` and `--fp16` do not go with it.
+    """
     profile = build.profile(exported)
     shapes = ""
     if profile:

@@ -8,6 +8,7 @@ from mpcompile.driver.run_plan import plan_of
 from mpcompile.errors import UsageError
 from mpcompile.recipe.overrides import overridden
 from mpcompile.recipe.schema import Recipe
+from mpcompile.runtimes import RUNTIMES
 from mpcompile.runtimes.nvidia import Gpu
 
 EVIDENCE: dict[str, dict[str, Any]] = {"batch-norm": {}, "certify": {}}
@@ -83,7 +84,7 @@ def test_the_target_decides_what_the_recipe_leaves_open(target: str, precision: 
 @pytest.mark.parametrize(
     ("target", "precision", "text"),
     [
-        ("ort", "fp8", "target ort: it has no fp8 products on a CPU; use int8"),
+        ("ort", "fp8", "target ort: it has no FP8 kernels on a CPU; use int8"),
         ("eager", "int8", "target eager: it runs the float32 graph and not the file, so int8 would not be measured"),
     ],
 )
@@ -97,12 +98,10 @@ def test_fp8_is_refused_on_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UsageError, match="fp8 needs compute capability 8.9 or newer, and NVIDIA A100 has 8.0"):
         plan_of(Recipe.from_yaml("{passes: [quantize], target: trt, precision: fp8}"))
     monkeypatch.setattr("mpcompile.runtimes.tensorrt.target.first_gpu", lambda: Gpu("NVIDIA L40", (8, 9)))
-    from mpcompile.runtimes import RUNTIMES
-
     assert RUNTIMES["trt"].refuses("fp8", None) is None
-    assert "floating point" in str(RUNTIMES["ort-cuda"].refuses("int8", None))
-    assert "--target trt only" in str(RUNTIMES["rtx"].refuses("fp8", None))
-    assert RUNTIMES["rtx"].refuses("int8", None) is None
+    assert "no 8-bit kernels" in str(RUNTIMES["ort-cuda"].refuses("int8", None))
+    for precision in ("int8", "fp8"):
+        assert RUNTIMES["rtx"].refuses(precision, None) is None
 
 
 @pytest.mark.parametrize("name", ["nm-mask", "tome", "batch-norm", "restore", "distill", "permute"])
