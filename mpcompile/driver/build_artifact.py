@@ -22,7 +22,13 @@ from mpcompile.driver.quantized_baselines import (
     outputs_in_float,
     writes_dense,
 )
-from mpcompile.driver.run_engines import built_engines, kernel_verdicts, latencies, quantized_rows
+from mpcompile.driver.run_engines import (
+    built_engines,
+    kernel_verdicts,
+    latencies,
+    quantized_kernels,
+    quantized_rows,
+)
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
@@ -117,7 +123,8 @@ def build_artifact(
         latency, baselines, over = latencies(plan, built, baselines, data, dense)
     in_8_bits = None
     if recipe.precision in QUANTIZED:
-        in_8_bits = Quantized(recipe.precision, masked, tuple(baseline.row for baseline in baselines), over)
+        rows = tuple(baseline.row for baseline in baselines)
+        in_8_bits = Quantized(recipe.precision, masked, rows, over, quantized_kernels(plan, built, data, dense))
     verdicts = built.verdicts if plan.idle else kernel_verdicts(built, after, data, dense, recipe)
     observe("write")
     write_weights(folder, loaded.module, model)

@@ -23,12 +23,14 @@ from mpcompile.driver.quantized_baselines import (
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.ir.model import Model
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.layer_verdict import LayerVerdict
+from mpcompile.measure.quantized_layer import QuantizedLayer
 from mpcompile.measure.timing import Speedup, speedup, timing
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.quantized_schema import Variant
 from mpcompile.report.schema import Latency, Parity
-from mpcompile.runtimes import Engine, ReportsKernels, ReportsReference
+from mpcompile.runtimes import Engine, ReportsKernels, ReportsQuantizedLayers, ReportsReference
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,15 @@ def latencies(
         baselines = timed(baselines, samples, batch)
         over += [over_fastest(baselines, samples)] if others else []
     return tuple(rows), baselines, tuple(over)
+
+
+def quantized_kernels(plan: RunPlan, built: Built, data: Data, model: Model) -> tuple[QuantizedLayer, ...]:
+    """For each quantised layer whether it ran on an 8-bit kernel; empty if no engine ran or it does not report it."""
+    in_8_bits = plan.recipe.precision in QUANTIZED and not plan.idle
+    if not in_8_bits or not isinstance(built.compressed, ReportsQuantizedLayers):
+        return ()
+    images = images_for(data.held_out, model.example.numpy(), plan.recipe.timed_batches[-1])
+    return built.compressed.quantised_layers(images)
 
 
 def kernel_verdicts(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:

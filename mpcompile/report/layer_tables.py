@@ -45,9 +45,12 @@ def quantization(row: LayerRow, n: int) -> tuple[Cell, Cell]:
 
 
 def in_float(report: Report) -> Table:
-    """One row for each layer that the pass `quantize` left in floating point, with the reason."""
-    rows = ((Cell(row.name), Cell(row.unquantized or "")) for row in report.in_float())
-    return Table(columns("layer", "why it stays in floating point"), tuple(rows), ".layers[].unquantized")
+    """One row for each layer that the target runs in floating point, with the reason.
+
+    These are the layers that the pass `quantize` left out, and quantised layers without an 8-bit kernel.
+    """
+    rows = ((Cell(name), Cell(reason)) for name, reason in report.in_float().items())
+    return Table(columns("layer", "why it runs in floating point"), tuple(rows), ".layers[].unquantized")
 
 
 def macs_share(report: Report, row: LayerRow, n: int) -> Cell:
@@ -171,16 +174,18 @@ def remarks(report: Report) -> tuple[tuple[str, ...], ...]:
 
     These are: its channels kept their order, it stays in floating point, it has no fit, it runs on no sparse kernel.
     """
-    verdicts = {row.layer: row for row in report.verdicts}
-    return tuple(_remarks(row, verdicts.get(row.shares_weight_with or row.name)) for row in report.layers)
+    verdicts, in_float = {row.layer: row for row in report.verdicts}, report.in_float()
+    return tuple(
+        _remarks(row, verdicts.get(row.shares_weight_with or row.name), in_float.get(row.name)) for row in report.layers
+    )
 
 
-def _remarks(row: LayerRow, verdict: LayerVerdict | None) -> tuple[str, ...]:
+def _remarks(row: LayerRow, verdict: LayerVerdict | None, in_float: str | None) -> tuple[str, ...]:
     texts = []
     if row.unpermuted and row.unpermuted != row.reason:
         texts.append(f"Channels not reordered: {row.unpermuted}.")
-    if row.unquantized and row.unquantized != row.reason:
-        texts.append(f"In floating point: {row.unquantized}.")
+    if in_float and in_float != row.reason:
+        texts.append(f"In floating point: {in_float}.")
     if row.unfitted and row.unfitted != row.reason:
         texts.append(f"No fit: {row.unfitted}.")
     if verdict and not verdict.chosen:

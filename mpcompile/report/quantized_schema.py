@@ -6,6 +6,7 @@ Three versions split the loss: the model before the pass `quantize` (masks alone
 
 from dataclasses import dataclass
 
+from mpcompile.measure.quantized_layer import QuantizedLayer
 from mpcompile.measure.timing import Speedup, Timing
 
 
@@ -48,9 +49,12 @@ class Quantized:
             tools.
         over_fastest: for each batch size, the speedup of the compressed model over the fastest baseline, which
             `baseline` names.
+        kernels: for each quantised layer, whether the target ran it on an 8-bit kernel, and if not, why; empty if the
+            target does not report it.
     """
 
     precision: str
     before_quantize: Variant | None
     baselines: tuple[Variant, ...]
     over_fastest: tuple[Speedup, ...]
+    kernels: tuple[QuantizedLayer, ...] = ()

@@ -31,6 +31,15 @@ def without_kernel(quantized: Quantized) -> list[str]:
     return [f"The masks bring no speed beside dense {kind} on this target: no {kind} N:M kernel ran."]
 
 
+def on_8_bit_kernels(quantized: Quantized) -> list[str]:
+    """A sentence with the number of quantised layers that ran on 8-bit kernels; none if it was not reported."""
+    ran, count = sum(row.in_8_bits for row in quantized.kernels), len(quantized.kernels)
+    if not count:
+        return []
+    others = "" if ran == count else " The table of layers gives the reason for each other one."
+    return [f"{ran} of {count} quantised layers ran on 8-bit kernels.{others}"]
+
+
 def loss_split(quantized: Quantized, comparison: Comparison | None) -> list[str]:
     """A sentence on the loss of masks alone, of 8 bits alone, and of both; none if these were not measured."""
     ours = next((row for row in quantized.baselines if row.file), None)

@@ -164,9 +164,14 @@ class Report(Value):
         """The numbers of layers and weights; a weight that several layers share counts once."""
         return count_layers(self.layers)
 
-    def in_float(self) -> list[LayerRow]:
-        """The layers that the pass `quantize` left in floating point."""
-        return [row for row in self.layers if row.unquantized]
+    def in_float(self) -> dict[str, str]:
+        """Why a layer of a model in 8 bits runs in floating point, by layer name; empty for other models.
+
+        The pass `quantize` left it out, or the target has no 8-bit kernel for it.
+        """
+        kernels = self.quantized.kernels if self.quantized else ()
+        reasons = {row.name: row.unquantized for row in self.layers} | {row.layer: row.reason for row in kernels}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def weights(self) -> int:
         """The number of weights of all layers."""

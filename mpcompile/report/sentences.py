@@ -9,7 +9,7 @@ from mpcompile.measure.layer_verdict import LayerVerdict, tally
 from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.quantized_schema import Quantized
-from mpcompile.report.quantized_sentences import beside_dense, loss_split, without_kernel
+from mpcompile.report.quantized_sentences import beside_dense, loss_split, on_8_bit_kernels, without_kernel
 from mpcompile.report.schema import Latency, LayerRow, Report
 from mpcompile.report.search_schema import Tuning
 
@@ -61,6 +61,8 @@ def verdict_on(
             sentences[-1] += " Layers that share a weight count as one."
     else:
         sentences.append(f"None of the {counts.layers} layers is masked.")
+    if quantized:
+        sentences += on_8_bit_kernels(quantized)
     if verdicts:
         sentences.append(tally(verdicts))
     unknown = bool(idle) or any(row.chosen is None for row in verdicts)

@@ -1,13 +1,15 @@
 """The report of a model in int8: the loss of each part, the speed beside dense int8, and every number at its key."""
 
 import json
+from dataclasses import replace
 
 from quantized_runs import quantized
 from report_page import PageTables, jq, markdown_tables, read_number
 
 from mpcompile.driver.artifact import Artifact
-from mpcompile.measure.timing import ROUNDS
+from mpcompile.measure.timing import ROUNDS, Speedup
 from mpcompile.report import render
+from mpcompile.report.quantized_sentences import beside_dense, on_8_bit_kernels, without_kernel
 from mpcompile.runtimes.ort.cpu import NO_INT8_KERNEL
 
 
@@ -18,7 +20,7 @@ def test_each_layer_is_in_int8_or_has_a_reason(int8_masked: Artifact) -> None:
     for row in rows.values():
         assert (row.precision is None) == bool(row.unquantized)
     text = render.markdown(int8_masked.report)
-    [table] = [table for table in markdown_tables(text) if table[0] == ["layer", "why it stays in floating point"]]
+    [table] = [table for table in markdown_tables(text) if table[0] == ["layer", "why it runs in floating point"]]
     assert {cells[0] for cells in table[1:]} == {name for name, row in rows.items() if row.precision is None}
 
 
@@ -80,3 +82,44 @@ def test_every_dense_int8_model_is_evaluated_and_timed_beside_the_compressed_one
         medians = {row.name: row.timings[n].p50_ms for row in found.baselines}
         assert speed.baseline == min(medians, key=lambda name: medians[name])
     assert len(found.over_fastest) == 2
+
+
+def test_a_layer_that_the_target_runs_in_float_has_its_reason(int8_masked: Artifact) -> None:
+    report, found = int8_masked.report, quantized(int8_masked)
+    names = {row.name for row in report.layers if row.precision}
+    assert {row.layer for row in found.kernels} == names
+    assert on_8_bit_kernels(replace(found, kernels=())) == []
+    [sentence] = on_8_bit_kernels(found)
+    assert sentence in report.verdict
+    first, *others = (replace(row, in_8_bits=True, reason=None) for row in found.kernels)
+    whole = replace(found, kernels=(first, *others))
+    assert on_8_bit_kernels(whole) == [f"{len(names)} of {len(names)} quantised layers ran on 8-bit kernels."]
+    left = replace(first, in_8_bits=False, reason="the input is not quantised")
+    changed = report.model_copy(update={"quantized": replace(found, kernels=(left, *others))})
+    assert changed.in_float()[first.layer] == "the input is not quantised"
+    assert "In floating point: the input is not quantised." in render.html(changed)
+    [text] = on_8_bit_kernels(replace(found, kernels=(left, *others)))
+    assert text.startswith(
+        f"{len(names) - 1} of {len(names)} quantised layers ran on 8-bit kernels. The table of layers"
+    )
+
+
+def speeds(*ratios: float) -> tuple[Speedup, ...]:
+    return tuple(Speedup(ratio, (ratio - 0.01, ratio + 0.01), 15, "int8, static") for ratio in ratios)
+
+
+def test_what_masks_bring_beside_dense_int8_follows_from_the_numbers(int8_masked: Artifact) -> None:
+    found, latency = quantized(int8_masked), int8_masked.report.latency
+    slower = replace(found, over_fastest=speeds(0.9, 1.0))
+    assert without_kernel(slower) == [
+        "The masks bring no speed beside dense int8 on this target: no int8 N:M kernel ran."
+    ]
+    faster = replace(found, over_fastest=speeds(1.0, 1.2))
+    assert without_kernel(faster) == ["No int8 N:M kernel ran, so the masks do not cause the gain beside dense int8."]
+    assert without_kernel(replace(found, over_fastest=())) == []
+    assert beside_dense(faster, latency) == [
+        "At batch 1 no significant difference from the fastest dense int8 model (int8, static) was measured (interval "
+        "0.99 to 1.01, 15 rounds).",
+        "At batch 2 the compressed model is 1.20 times as fast as the fastest dense int8 model (int8, static) (interval "
+        "1.19 to 1.21, 15 rounds).",
+    ]
