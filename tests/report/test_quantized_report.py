@@ -118,8 +118,8 @@ def test_what_masks_bring_beside_dense_int8_follows_from_the_numbers(int8_masked
     assert without_kernel(faster) == ["No int8 N:M kernel ran, so the masks do not cause the gain beside dense int8."]
     assert without_kernel(replace(found, over_fastest=())) == []
     assert beside_dense(faster, latency) == [
-        "At batch 1 no significant difference from the fastest dense int8 model (int8, static) was measured (interval "
-        "0.99 to 1.01, 15 rounds).",
-        "At batch 2 the compressed model is 1.20 times as fast as the fastest dense int8 model (int8, static) (interval "
-        "1.19 to 1.21, 15 rounds).",
+        "At batch 1 no significant difference from the fastest dense int8 model (int8, static) was measured "
+        "(interval 0.99 to 1.01, 15 rounds).",
+        "At batch 2 the compressed model is 1.20 times as fast as the fastest dense int8 model (int8, static) "
+        "(interval 1.19 to 1.21, 15 rounds).",
     ]
