@@ -25,7 +25,7 @@ from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
-from mpcompile.ir.quantization import ActivationType, quantizers
+from mpcompile.ir.quantization import LARGEST_FP8, STORAGE, ActivationType, quantizers
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.dense_comparison import outputs_of
 from mpcompile.passes.quantize.observers import OBSERVERS, Range
@@ -170,8 +170,7 @@ class Quantize:
         mask = torch.ones_like(own, dtype=torch.bool) if plan.mask is None else flat(plan.mask)
         fitted = damped(problem, own, self.damping)
         best = own.double() if not self.refit else refit(fitted, mask)
-        scale = (best.abs().amax(1) / 127).clamp_min(1e-12)
-        weight = (best / scale[:, None]).round() * scale[:, None]
+        scale, weight = _rounded(best, self.activations)
         power = problem.power.sum()
         shape = step.layer.weight.shape
         result = {
@@ -182,6 +181,14 @@ class Quantize:
         if step.weight.centred:
             result["bias"] = problem.bias(weight)
         return result
+
+
+def _rounded(weight: Tensor, kind: ActivationType) -> tuple[Tensor, Tensor]:
+    """The scale of each row (out,) and the nearest weight (out, in_) on its grid: integers, or E4M3 values for fp8."""
+    scale = (weight.abs().amax(1) / (LARGEST_FP8 if kind == "fp8" else 127)).clamp_min(1e-12)
+    steps = weight / scale[:, None]
+    numbers = steps.to(STORAGE["fp8"]).to(weight.dtype) if kind == "fp8" else steps.round()
+    return scale, numbers * scale[:, None]
 
 
 def _reference(model: Model) -> fx.GraphModule:
