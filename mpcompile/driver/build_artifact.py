@@ -53,6 +53,7 @@ from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Engine, Runtime, has_sparse_kernel
 from mpcompile.runtimes.ort.overflow import require_finite
 from mpcompile.runtimes.ort.session import cpu_engine
+from mpcompile.runtimes.ort.unrounded import require_unrounded_parity
 from mpcompile.system.hardware import environment
 
 PARITY_IMAGES = 32
@@ -254,6 +255,8 @@ def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.
 
 def _parity(exported: Lowered, images: NDArray[np.float32], what: str) -> Parity:
     """The parity of an ONNX file with the graph that it was exported from. Raises ParityError."""
+    if exported.precision in QUANTIZED:
+        require_unrounded_parity(exported, images)
     expected, outputs = exported.model(torch.from_numpy(images)).numpy(), cpu_engine(exported)(images)
     if exported.precision == "bf16":
         what += ", in float32 on the rounded weights"

@@ -2,8 +2,11 @@
 
 Opset 20 by default: it is the newest in which TensorRT's parser fuses attention from plain operators, and it has
 LayerNormalization and Gelu as single operators. bfloat16 needs opset 22 for convolutions. Half precision is written
-into the graph, since TensorRT 11 offers no other way. The 8-bit precisions need opset 21: activations are rounded by
-QuantizeLinear and DequantizeLinear, weights are stored in 8 bits (quantized_weights.py).
+into the graph, since TensorRT 11 offers no other way.
+
+In the 8-bit precisions activations are rounded by QuantizeLinear and DequantizeLinear, and weights are stored in 8 bits
+(quantized_weights.py). With u8 activations the opset is 21. With signed ones, for TensorRT, it stays 20: ONNX Runtime
+1.32 on x86 turns signed activations into unsigned ones, and from opset 21 on refuses some graphs that result.
 """
 
 import json
@@ -76,7 +79,7 @@ def lower(
         precision: of the matrix products and convolutions in the file. A model that the quantize pass has quantised
             is written in the type of its activations, int8 or fp8.
         batch: a fixed batch size; None for a dynamic batch axis.
-        opset: the ONNX opset; None for 20, 21 for int8 and fp8, or 22 for bf16.
+        opset: the ONNX opset; None for 20, 21 for int8 with u8 activations, or 22 for bf16.
         metadata: entries to add to the file's metadata.
         inline_limit_bytes: if the weights are larger, they go into a second file, `<name>.data`.
 
@@ -84,7 +87,7 @@ def lower(
     to; BuildError if the export fails; MaskError if a mask is missing.
     """
     _require_quantised_to(model, precision)
-    opset = _opset(precision, opset)
+    opset = _opset(model, precision, opset)
     file = _export(model, batch, opset)
     _drop_build_traces(file)
     if precision == "fp16":
@@ -118,12 +121,13 @@ def lower(
     )
 
 
-def _opset(precision: Precision, given: int | None) -> int:
+def _opset(model: Model, precision: Precision, given: int | None) -> int:
     """The opset of the file. Raises UsageError if the given one is too early for the precision."""
     if precision == "bf16":
         needed, lacks = BFLOAT16_OPSET, "bfloat16 convolutions"
     elif precision in QUANTIZED:
-        needed, lacks = QUANTIZED_OPSET, f"QuantizeLinear as {precision} uses it"
+        unsigned = any(quantizer.kind == "u8" for quantizer in quantizers(model.graph).values())
+        needed, lacks = QUANTIZED_OPSET if unsigned else OPSET, f"QuantizeLinear as {precision} uses it"
     else:
         return given or OPSET
     if given is not None and given < needed:
@@ -166,7 +170,7 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
                 verbose=False,
                 custom_translation_table={
                     torch.ops.aten.sort.stable: _sorted_stably,
-                    torch.ops.mpcompile.fake_quantize.default: _rounded,
+                    torch.ops.mpcompile.fake_quantize.default: _rounded_21 if opset >= 21 else _rounded_20,
                 },
             )
     except Exception as error:
@@ -188,8 +192,15 @@ def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, desce
     return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
 
 
-def _rounded(x: Any, scale: Any, zero_point: Any) -> Any:
+def _rounded_20(x: Any, scale: Any, zero_point: Any) -> Any:
     """A Quantizer as a pair of QuantizeLinear and DequantizeLinear."""
+    from onnxscript import opset20
+
+    return opset20.DequantizeLinear(opset20.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+
+def _rounded_21(x: Any, scale: Any, zero_point: Any) -> Any:
+    """A Quantizer as a pair of QuantizeLinear and DequantizeLinear of opset 21."""
     from onnxscript import opset21
 
     return opset21.DequantizeLinear(opset21.QuantizeLinear(x, scale, zero_point), scale, zero_point)

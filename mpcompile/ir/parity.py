@@ -8,13 +8,14 @@ Tolerances are on max |Δ| / max |expected| over the outputs of a batch:
   Measured: 3e-3 to 2e-2.
 - float16 against float32, 1e-2: weights and activations have 11 significant bits (5e-4 each), and the errors of a
   hundred layers add up. Measured: 3e-4 to 2e-3 on ViT, BEiT, ResNet and ConvNeXt.
-- int8 and fp8, file against graph, 5e-2 and 1e-1: the graph rounds activations to the same 8-bit grids as the file, so
-  both compute the same, up to the order of floating-point sums. If a sum lies on a boundary between two steps of the
-  next grid, the order decides: the activation differs by one step, 1/255 of its range (fp8: 1/16 of its value), and
-  moves sums behind it over other boundaries. Measured in int8: below 1e-6 on most images, 4e-3 at most, on MLPs, CNNs
-  and ViTs. A lost zero point or scale changes every image by more than 1e-1.
-
-With 8-bit precision the tolerance applies to the PARITY_QUANTILE of the images with the smallest differences.
+- int8 and fp8 against the graph that rounds to the same 8-bit grids, 1e-1 and 2e-1: both compute the same, up to the
+  order of floating-point sums. If a sum lies on a boundary between two steps of the next grid, the order decides: the
+  activation differs by one step, 1/255 of its range (fp8: 1/16 of its value), and moves sums behind it over other
+  boundaries. In a deep model the outputs then differ by as much as quantisation shifts them. Measured: int8 1e-6 on
+  most images and 4e-3 at most on the trained example, 2e-2 on EfficientNet-Lite0 and 4e-2 on ViT-tiny with random
+  weights; fp8 9e-2 there. The tolerance applies to the PARITY_QUANTILE of the images with the smallest differences.
+- int8 and fp8 without the rounding of activations, in file and graph, 1e-3 (UNROUNDED): this finds a wrong weight or
+  bias that the tolerance above would hide. Biases in 32 bits are rounded to a step of the products, at most 3e-5.
 
 With token merging, rounding decides between pairs of tokens that are equally similar, and an image on which another
 pair merges has different outputs (measured in float16: 3 of 256 images, by up to 1e-1, nearly all with the same top-1).
@@ -32,7 +33,8 @@ from mpcompile.ir.precision import QUANTIZED
 
 PARITY_QUANTILE = 0.9
 EQUAL = 1e-6  # outputs of different images that differ by less, relative to the largest, are rounding errors
-TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "fp8": 1e-1})
+TOLERANCE: Mapping[str, float] = MappingProxyType({"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2, "int8": 1e-1, "fp8": 2e-1})
+UNROUNDED = 1e-3
 
 
 def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:

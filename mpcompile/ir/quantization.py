@@ -9,6 +9,7 @@ Weights have no quantizer. The quantize pass rounds them in place to scale × in
 recovers the integers.
 """
 
+import copy
 from typing import Literal
 
 import torch
@@ -88,6 +89,14 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """The stored type, and whether a range was set; part of the hash of a model's structure."""
         return f"{self.kind}, calibrated={self.calibrated}"
+
+
+def without_rounding(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph whose quantizers return their inputs unchanged."""
+    result = copy.deepcopy(graph)
+    for quantizer in quantizers(result).values():
+        quantizer.calibrated = False
+    return result
 
 
 def quantizers(graph: fx.GraphModule) -> dict[str, Quantizer]:

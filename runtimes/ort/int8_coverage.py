@@ -54,11 +54,12 @@ def int8_coverage(file: Path, images: NDArray[np.float32], threads: int | None =
     ends = ends_of(model, FUSED_STEPS)
     nodes = {node.name: node for node in model.graph.node}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    readers = {name: node for node in model.graph.node for name in node.input}
     found = []
     for row in rows:
         ran = [node for node in users.get(row.initializer, ()) if node.name in times_ms]
         whole = len(ran) >= len(row.nodes)
-        reason = None if whole else _reason(row, len(ran), nodes, ends, types)
+        reason = None if whole else _reason(row, len(ran), nodes, ends, types, readers)
         kernel, ms = _kernel(row, ran, optimised, times_ms, whole)
         found += [QuantizedLayer(layer, row.initializer, row.op, whole, kernel, reason, ms) for layer in row.layers]
     return tuple(found)
@@ -115,6 +116,7 @@ def _reason(
     nodes: Mapping[str, onnx.NodeProto],
     ends: Mapping[str, Ends],
     types: Mapping[str, int],
+    readers: Mapping[str, onnx.NodeProto],
 ) -> str:
     """Why products with a weight do not run in 8 bits, from ONNX Runtime's conditions."""
     some = f"{ran} of {len(row.nodes)} products with its weight run in 8 bits; of the others, " if ran else ""
@@ -124,6 +126,25 @@ def _reason(
             return f"{some}the input is not quantised ({end.reads})"
         if row.op == "Conv" and end.returns is not None:
             return f"{some}the output is not quantised ({end.returns}), and it has no such 8-bit convolution"
+        if row.op == "Conv" and (rectifier := _kept_rectifier(node, readers, types)):
+            return (
+                f"{some}{rectifier} stands between it and its 8-bit output; with signed activations it is not dropped"
+            )
         if len(node.input) > 2 and types.get(node.input[2]) == TensorProto.FLOAT:
             return f"{some}the bias is float32, and its 8-bit {row.op} adds 32-bit integers"
     return some + UNKNOWN if some else UNKNOWN
+
+
+def _kept_rectifier(
+    node: onnx.NodeProto, readers: Mapping[str, onnx.NodeProto], types: Mapping[str, int]
+) -> str | None:
+    """The operator between a convolution and its QuantizeLinear, if that is signed.
+
+    An unsigned grid that starts at 0 clips negative values itself, so that ONNX Runtime can drop a rectifier.
+    """
+    step = readers.get(node.output[0])
+    if step is None or step.op_type not in FUSED_STEPS:
+        return None
+    quantise = readers.get(step.output[0])
+    signed = quantise is not None and len(quantise.input) > 2 and types.get(quantise.input[2]) == TensorProto.INT8
+    return f"{step.op_type} {step.name}" if signed else None

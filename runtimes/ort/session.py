@@ -93,10 +93,13 @@ def native_file(onnx: Path) -> Path:
 def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
     """Returns the engine that others are compared with: on the CPU, for any precision, in the file's own arithmetic.
 
-    A bfloat16 file runs as its float32 copy. An 8-bit file runs without 8-bit kernels: they saturate on some CPUs.
+    A bfloat16 file runs as its float32 copy. An 8-bit file runs without 8-bit kernels: they saturate on some CPUs. An
+    FP8 file runs without any optimisation: ONNX Runtime 1.32 drops rectifiers before a quantisation to FP8, and refuses
+    files with other clipping before one.
     """
     if exported.precision != "bf16":
-        return session_on(exported.onnx, threads, kernels_8_bit=exported.precision not in QUANTIZED)
+        precise, plain = exported.precision not in QUANTIZED, exported.precision == "fp8"
+        return session_on(exported.onnx, threads, kernels_8_bit=precise, optimised=not plain)
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,19 +116,24 @@ def missing_reason() -> str | None:
 
 
 def fast_engine(exported: Exported, threads: int | None = None) -> OrtEngine:
-    """Returns the fastest engine on the CPU for a file: as `cpu_engine`, but with 8-bit kernels for an 8-bit file."""
-    if exported.precision in QUANTIZED:
+    """Returns the fastest engine on the CPU for a file: as `cpu_engine`, but with 8-bit kernels for an int8 file."""
+    if exported.precision == "int8":
         return replace(session_on(exported.onnx, threads), exact=False)
     return cpu_engine(exported, threads)
 
 
 def session_on(
-    file: Path, threads: int | None = None, library: Path | None = None, kernels_8_bit: bool = True
+    file: Path,
+    threads: int | None = None,
+    library: Path | None = None,
+    kernels_8_bit: bool = True,
+    optimised: bool = True,
 ) -> OrtEngine:
     """Returns an engine on an ONNX file. Raises RuntimeMissing or BuildError.
 
     `library` is a shared library of custom operators to register; `kernels_8_bit` whether QuantizeLinear and
-    DequantizeLinear are fused with the operators between them. The session's provider is checked, because ONNX Runtime
+    DequantizeLinear are fused with the operators between them, `optimised` whether ONNX Runtime rewrites the graph at
+    all. The session's provider is checked, because ONNX Runtime
     falls back to another one silently.
     """
     try:
@@ -134,6 +142,8 @@ def session_on(
         raise RuntimeMissing(missing_reason() or f"onnxruntime does not import: {error}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings, such as of unused initializers, do not concern users
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not kernels_8_bit:
         options.add_session_config_entry(*WITHOUT_8_BIT_KERNELS)
     if threads:

@@ -31,7 +31,7 @@ from mpcompile.runtimes.tensorrt.quantization_rules import (
     quantize_refusal,
 )
 
-RULES_VERSION = 2  # 2: QuantizeLinear, DequantizeLinear, and int8 products
+RULES_VERSION = 2
 TWO_FOUR = NM(2, 4)
 GUIDE = "TensorRT developer guide, structured sparsity"
 

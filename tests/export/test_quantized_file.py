@@ -1,5 +1,6 @@
 """8-bit files: they compute what the quantised graph computes, and store weights in 8 bits with zero as zero."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,51 +9,20 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from torch import nn
+from quantized_models import normalized, quantised_by_hand
 
 from mpcompile.export.mask_check import file_weights
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.export.quantized_weights import quantized_weights
-from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.parity import require_parity
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.quantization import ActivationType
 from mpcompile.passes import NMMask
 from mpcompile.passes.quantize.quantize import Quantize
 from mpcompile.pipeline.pass_manager import Pass, PassManager
-from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
-
-
-class Normalized(nn.Module):
-    """Convolutions with batch normalizations whose weights are positive, negative and zero."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm0 = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.a, self.norm1 = nn.Conv2d(16, 32, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(32)
-        self.b, self.norm2 = nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
-        self.head = nn.Linear(32, 10)
-        for norm in (self.norm0, self.norm1, self.norm2):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-            norm.running_mean = torch.randn(norm.num_features) / 4
-            norm.running_var = torch.rand(norm.num_features) + 0.5
-        with torch.no_grad():
-            self.norm1.weight[::3] *= -1
-            self.norm2.weight[::2] *= -1
-            self.norm2.weight[1] = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm0(self.stem(x)).relu()
-        x = self.norm1(self.a(x)).relu()
-        x = (x + self.norm2(self.b(x))).relu()
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def normalized() -> Model:
-    torch.manual_seed(0)
-    return capture(Normalized().eval(), tiny_source())
-
+from mpcompile.runtimes.ort.unrounded import require_unrounded_parity
+from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
 
 MODELS = {"mlp": tiny_mlp, "cnn": tiny_cnn, "normalized": normalized, "vit": tiny_vit}
 
@@ -99,6 +69,46 @@ def test_the_file_computes_what_the_graph_computes(lowered: Lowered, optimised: 
     require_parity(expected, found, "int8", "file against graph")
     # Most images cross no rounding boundary. The rest differ by half a step of 32-bit biases.
     assert np.median(np.abs(found - expected).max(1)) < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["s8", "fp8"])
+@pytest.mark.parametrize("build", [tiny_mlp, tiny_vit, normalized])
+def test_signed_files_compute_what_the_graph_computes(
+    build: Callable[[], Model], kind: ActivationType, tmp_path: Path
+) -> None:
+    model = build()
+    layers = {"mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj", "hidden", "a", "b"}
+    names = [name for name, _ in model.layers() if any(name == end or name.endswith(f".{end}") for end in layers)]
+    lowered = lower(
+        quantised_by_hand(model, names, kind), tmp_path / "m.onnx", precision="fp8" if kind == "fp8" else "int8"
+    )
+    assert lowered.opset == 20
+    file, images = onnx.load(lowered.onnx), torch.randn(16, 1, 8, 8)
+    stored = {tensor.name: tensor.data_type for tensor in file.graph.initializer}
+    expected_type = TensorProto.FLOAT8E4M3FN if kind == "fp8" else TensorProto.INT8
+    assert {stored[row.initializer] for row in quantized_weights(file)} == {expected_type}
+    assert TensorProto.INT32 not in stored.values()  # TensorRT adds biases in floating point
+    expected, found = lowered.model(images).numpy(), outputs(lowered.onnx, images, optimised=False)
+    require_parity(expected, found, lowered.precision, "file against graph")
+    assert require_unrounded_parity(lowered, images.numpy()) < 1e-5  # float32 sums; no bias is rounded
+    if kind == "s8":
+        require_parity(expected, outputs(lowered.onnx, images), "int8", "with 8-bit kernels")
+
+
+def test_openvino_computes_the_same(lowered: Lowered) -> None:
+    openvino = pytest.importorskip("openvino")
+    images = torch.randn(16, 1, 8, 8)
+    compiled = openvino.Core().compile_model(lowered.onnx, "CPU")
+    require_parity(lowered.model(images).numpy(), compiled(images.numpy())[0], "int8", "OpenVINO against graph")
+
+
+def test_a_dense_model_is_written_in_int8(tmp_path: Path) -> None:
+    model = quantised(tiny_vit(), masks=False)
+    lowered = lower(model, tmp_path / "m.onnx", precision="int8")
+    assert lowered.masks == ()
+    assert len(quantized_weights(onnx.load(lowered.onnx))) == len(model.scales()) == 8
+    images = torch.randn(8, 1, 8, 8)
+    require_parity(model(images).numpy(), outputs(lowered.onnx, images), "int8", "file against graph")
 
 
 def test_every_quantised_layer_is_stored_in_8_bits_with_a_zero_point_of_0(lowered: Lowered) -> None:
