@@ -8,13 +8,13 @@ import torch
 from mpcompile.export.onnx_export import lower
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask, Quantize
-from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.testing import tiny_data, tiny_vit
 
 
 def test_weights_are_e4m3_values_times_the_scale_of_their_row(tmp_path: Path) -> None:
     model = tiny_vit()
-    passes = [NMMask(NM(2, 4), criterion="magnitude", refit="none"), Quantize(activations="fp8")]
+    passes: list[Pass] = [NMMask(NM(2, 4), criterion="magnitude", refit="none"), Quantize(activations="fp8")]
     result, _ = PassManager(passes).run(model, tiny_data(model, 32))
     scales = result.scales()
     assert scales
