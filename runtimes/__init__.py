@@ -27,6 +27,7 @@ from mpcompile.runtimes.protocol import (
     ShipsFile,
     TimesDevice,
 )
+from mpcompile.runtimes.quantized import RunsQuantized, has_sparse_kernel
 from mpcompile.runtimes.tensorrt.rtx import TensorRTForRTX
 from mpcompile.runtimes.tensorrt.target import TensorRT
 from mpcompile.system.moved_modules import renamed_names
@@ -52,11 +53,13 @@ __all__ = [
     "ReportsQuantizedLayers",
     "ReportsReference",
     "RunsGraph",
+    "RunsQuantized",
     "Runtime",
     "ShipsFile",
     "TensorRT",
     "TensorRTForRTX",
     "TimesDevice",
+    "has_sparse_kernel",
 ]
 
 __getattr__ = renamed_names(__name__, RENAMED)

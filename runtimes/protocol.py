@@ -2,7 +2,8 @@
 
 Every runtime implements `Runtime`, every engine `Engine`. The other protocols are optional; the harness looks for their
 methods and works without them. Of a runtime: `RunsGraph`, `LoadsFile`, `ShipsFile`, `PredictsSpeed`,
-`HasQuantizedBaselines`. Of an engine: `TimesDevice`, `ReportsKernels`, `ReportsQuantizedLayers`, `ReportsReference`.
+`HasQuantizedBaselines`, `RunsQuantized` (runtimes/quantized.py). Of an engine: `TimesDevice`, `ReportsKernels`,
+`ReportsQuantizedLayers`, `ReportsReference`.
 """
 
 import re

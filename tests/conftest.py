@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from kernel_trials import shorten_trials
+from quantized_runs import MASK, compiled
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -155,3 +156,15 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     }
     np.savez(folder / "images.npz", **arrays)  # type: ignore[arg-type]  # its other keyword is none of these
     return folder / "model.safetensors", folder / "images.npz"
+
+
+@pytest.fixture(scope="session")
+def int8_masked(tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny ViT at 2:4 in int8."""
+    return compiled(tiny_files, tmp_path_factory.mktemp("int8-masked") / "out", MASK)
+
+
+@pytest.fixture(scope="session")
+def int8_dense(tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The tiny ViT in int8, without a mask."""
+    return compiled(tiny_files, tmp_path_factory.mktemp("int8-dense") / "out")

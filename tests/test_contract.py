@@ -6,7 +6,9 @@ import pytest
 
 from mpcompile.export.onnx_export import lower
 from mpcompile.ir.model import Model
+from mpcompile.ir.precision import Precision
 from mpcompile.passes import PASSES, NMMask
+from mpcompile.pipeline.checkpoint_file import State, rest_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
 
@@ -37,6 +39,18 @@ def test_every_pass_keeps_the_contract_after_the_masks(name: str, tiny: Model) -
 @pytest.mark.parametrize("name", PASSES)
 def test_every_result_exports(name: str, tmp_path: Path) -> None:
     model = tiny_vit() if name == "tome" else tiny_mlp()
-    result = check_contract(PASSES[name](), model, tiny_data(model) if name == "distill" else None)
+    result = check_contract(PASSES[name](), model, tiny_data(model) if name in ("distill", "quantize") else None)
     batch = 2 if name == "tome" else None  # test_tome.py exports a free batch
-    assert lower(result, tmp_path / "model.onnx", batch=batch).onnx.is_file()
+    precision: Precision = "int8" if name == "quantize" else "fp32"
+    assert lower(result, tmp_path / "model.onnx", batch=batch, precision=precision).onnx.is_file()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_gives_the_same_result_twice(name: str, tiny: Model) -> None:
+    skip_where_refused(name, tiny)
+    data, steps = tiny_data(tiny, 32), [] if name in ("mp-budget", "permute", "nm-mask") else [NMMask()]
+    step = PASSES[name](epochs=1, batch=16, warmup=1) if name == "distill" else PASSES[name]()  # type: ignore[call-arg]
+    (one, first), (other, second) = (PassManager([*steps, step]).run(tiny, data) for _ in range(2))
+    assert State.of(one) == State.of(other)
+    assert rest_of(one) == rest_of(other)
+    assert first[-1].notes == second[-1].notes

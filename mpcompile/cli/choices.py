@@ -18,6 +18,8 @@ PRECISIONS: Mapping[str, str] = {
     "fp32": "32-bit float",
     "fp16": "16-bit float",
     "bf16": "bfloat16",
+    "int8": "8-bit integer, weights and activations",
+    "fp8": "8-bit float E4M3, for TensorRT",
 }
 SIGNALS: Mapping[str, str] = {
     "mp": "Marchenko-Pastur edge",
@@ -78,6 +80,7 @@ PASSES: Mapping[str, str] = {
     "batch-norm": "correct batch-norm statistics",
     "restore": "restore layers to dense",
     "distill": "fine-tune against the dense model",
+    "quantize": "quantise weights and activations to 8 bits",
     "certify": "prove unchanged predictions",
 }
 

@@ -85,7 +85,8 @@ def compile_command(
     precision: Annotated[
         str | None,
         typer.Option(
-            help=f"Precision of the ONNX graph: {listed(PRECISIONS)}. [default: fp32]",
+            help=f"Precision of the ONNX graph: {listed(PRECISIONS)}. int8 and fp8 quantise on the images of --data, "
+            "with or without --pattern. [default: fp32]",
             autocompletion=completion(PRECISIONS),
         ),
     ] = None,
@@ -101,7 +102,9 @@ def compile_command(
             "--require-engine", help="Fail (exit code 7) if the target cannot build an engine on this machine."
         ),
     ] = False,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset, from 18 to 23. [default: 20; 22 for bf16]")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset, from 18 to 23. [default: 20; 21 for int8 and fp8; 22 for bf16]")
+    ] = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -191,6 +194,7 @@ def compile_command(
         tome={"r": tome, "macs": tome_macs},
         restore={"max_drop": max_drop} if data and max_drop is not None else {},
         distill={"epochs": distill} if distill is not None else {},
+        quantize={"include": include, "exclude": exclude},
         evidence={"batch-norm": {}, "certify": {}} if data else {},
         top={"target": target, "precision": precision, "batch": file_batch, "opset": opset, "head": head},
         nested={
@@ -227,7 +231,8 @@ def compile_command(
     if distill is not None and not data:
         raise UsageError("--distill needs images to train on; give --data")
     if dry_run:
-        show_preview(preview(request, recipe, data, output, force), recipe, as_json)
+        plan = preview(request, recipe, data, output, force)
+        show_preview(plan, Recipe.checked(plan["recipe"]), as_json)
         return
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")

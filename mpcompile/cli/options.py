@@ -177,14 +177,18 @@ IncludeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--include",
-        help="Also mask the layers with this name (a shell pattern), if they are dense by default. Can be repeated.",
+        help="Also mask, and in int8 quantise, layers with this name (a shell pattern) that are left out by default. "
+        "Can be repeated.",
     ),
 ]
 
 
 ExcludeOption = Annotated[
     list[str] | None,
-    typer.Option("--exclude", help="Keep the layers with this name (a shell pattern) dense. Can be repeated."),
+    typer.Option(
+        "--exclude",
+        help="Keep the layers with this name (a shell pattern) dense, and in int8 in float. Can be repeated.",
+    ),
 ]
 
 

@@ -17,8 +17,10 @@ from mpcompile.driver.analyze import Forecast, ModelAnalysis
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
 from mpcompile.driver.preprocessing_trials import PreprocessingTrials
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BenchReport
+from mpcompile.report.quantized_table import versions
 from mpcompile.report.run_tables import summary
 from mpcompile.report.schema import Report
 
@@ -27,6 +29,8 @@ def show_artifact(artifact: Artifact) -> None:
     """Prints the summary table, the verdict, the notes and the paths of the files."""
     console = _console()
     console.print(report_table(artifact.report))
+    if artifact.report.quantized:
+        console.print(versions_table(artifact.report))
     for sentence in artifact.report.verdict:
         console.print(sentence)
     for note in (*artifact.report.notes, *artifact.report.data.notes):
@@ -85,10 +89,22 @@ def show_analysis(found: ModelAnalysis) -> None:
         f"({found.planned_macs / found.dense_macs:.1%}) if every planned pattern has a kernel. Weights: "
         f"{found.dense_weight_bytes / 1e6:.1f} MB; {found.planned_weight_bytes / 1e6:.1f} MB packed."
     )
+    console.print(_int8_text(found))
     for note in found.notes:
         console.print(f"Note: {note}.")
     for forecast in found.forecasts:
         console.print(f"Target {forecast.target} {_forecast_text(forecast)}.")
+
+
+def _int8_text(found: ModelAnalysis) -> str:
+    """A sentence on the layers that --precision int8 quantises, and the reasons for the others."""
+    reasons = dict.fromkeys(row.unquantized for row in found.layers if row.unquantized)
+    others = (
+        f"{', '.join(row.name for row in found.layers if row.unquantized == reason)}: {reason}" for reason in reasons
+    )
+    count = sum(row.unquantized is None for row in found.layers)
+    text = f"--precision int8 quantises {count} of {len(found.layers)} layers"
+    return f"{text}; {'; '.join(others)}." if reasons else f"{text}."
 
 
 def _forecast_text(forecast: Forecast) -> str:
@@ -112,9 +128,22 @@ def report_table(report: Report) -> Table:
     """The summary of a report as a table: dense, compressed, difference."""
     title = f"{report.model.arch} on {report.recipe.target}, {report.recipe.precision}"
     table = Table(title=title, title_justify="left")
-    for name in ("", "dense", "compressed", "difference"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold")
-    for row in summary(report).texts():
+    found = summary(report)
+    for column in found.columns:
+        table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
+    for row in found.texts():
+        table.add_row(*row)
+    return table
+
+
+def versions_table(report: Report) -> Table:
+    """The versions of a model in 8 bits: dense in fp32, dense in 8 bits, and compressed, with their speed."""
+    assert report.quantized is not None
+    found = versions(report)
+    table = Table(title=f"beside dense {report.quantized.precision}", title_justify="left")
+    for column in found.columns:
+        table.add_column(column.name, justify="right" if column.numeric else "left", no_wrap=column is found.columns[0])
+    for row in found.texts():
         table.add_row(*row)
     return table
 
@@ -151,13 +180,17 @@ def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
         return
     typer.echo(recipe.to_yaml().rstrip())
     typer.echo(f"\nstages: {', '.join(plan['stages'])}\n")
+    in_8_bits = recipe.precision in QUANTIZED
     for row in plan["layers"]:
-        typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}")
+        precision = f"; {row['precision'] or 'floating point, ' + row['unquantized']}" if in_8_bits else ""
+        typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}{precision}")
     for note in plan["notes"]:
         typer.echo(f"Note: {note}.")
     layers = [row for row in plan["layers"] if row["shares_weight_with"] is None]  # each weight once
     masked = sum(row["pattern"] is not None for row in layers)
-    typer.echo(f"\n{masked} of {len(layers)} layers would be masked; no model was written")
+    quantized = sum(row["precision"] is not None for row in layers)
+    also = f" and {quantized} quantised to {recipe.precision}" if in_8_bits else ""
+    typer.echo(f"\n{masked} of {len(layers)} layers would be masked{also}; no model was written")
 
 
 def _console() -> Console:

@@ -21,6 +21,7 @@ from mpcompile.ir.model import Model, Source
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Speedup
 from mpcompile.passes.mp_budget.mp_budget import MPBudget, fit_spectra
+from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import DataChoice, Step
 from mpcompile.report.schema import Value
@@ -48,6 +49,7 @@ class LayerAnalysis(Value):
     unfitted: str | None  # why there is no fit
     pattern: NM | None
     reason: str | None  # why the layer stays dense
+    unquantized: str | None = None  # why the layer stays in floating point with --precision int8; None: it is quantised
 
 
 class Forecast(Value):
@@ -141,6 +143,7 @@ def _analysis(
     if plots is not None:
         write_plots({name: fit for name, fit in fits.items() if isinstance(fit, SpectrumFit)}, Path(plots))
     patterns = {name: plan.pattern for name, plan in planned.plan.items() if plan.pattern is not None}
+    in_float = quantizable(planned)
     return ModelAnalysis(
         version=version("mpcompile"),
         model=loaded.source,
@@ -151,7 +154,7 @@ def _analysis(
         dense_weight_bytes=counted.weight_bytes({}),
         planned_macs=counted.executed_macs(patterns),
         planned_weight_bytes=counted.weight_bytes(patterns),
-        layers=tuple(_rows(planned, counted, fits)),
+        layers=tuple(_rows(planned, counted, fits, in_float)),
         forecasts=tuple(_forecast(target, planned, counted, patterns) for target in RUNTIMES),
     )
 
@@ -163,8 +166,10 @@ def budget_from(params: Mapping[str, Any]) -> MPBudget:
     return step
 
 
-def _rows(planned: Model, counted: Cost, fits: Mapping[str, SpectrumFit | str]) -> Iterator[LayerAnalysis]:
-    """One row for each layer with a weight, in order of definition."""
+def _rows(
+    planned: Model, counted: Cost, fits: Mapping[str, SpectrumFit | str], in_float: Mapping[str, str | None]
+) -> Iterator[LayerAnalysis]:
+    """One row for each layer with a weight, in order of definition. `in_float` has the reasons of `quantizable`."""
     for name, layer in planned.layers():
         fit, plan = fits[name], planned.plan_of(name)
         fitted = fit if isinstance(fit, SpectrumFit) else None
@@ -179,6 +184,7 @@ def _rows(planned: Model, counted: Cost, fits: Mapping[str, SpectrumFit | str]) 
             unfitted=fit if isinstance(fit, str) else None,
             pattern=plan.pattern,
             reason=plan.skipped,
+            unquantized=in_float[name],
         )
 
 

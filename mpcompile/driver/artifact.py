@@ -4,7 +4,9 @@ recipe.yaml         the recipe with every default written out
 model.safetensors   the compressed weights under the names of the original class, which loads them
 masks.safetensors   the masks (True where a weight is kept); the patterns are in its metadata
 model.onnx          the compressed model               (+ model.onnx.data over 2 GB)
-dense.onnx          the dense model in the same precision (+ dense.onnx.data over 2 GB)
+dense.onnx          the dense model in the same precision, in fp32 if that is int8 or fp8 (+ dense.onnx.data over 2 GB)
+dense_int8.onnx     the dense model through the pass quantize alone, in int8; dense_fp8.onnx in fp8. It is absent if
+                    quantize is the only pass that changes the model: model.onnx is then that file
 model.native.onnx   the compressed model with N:M kernels for the CPU, if these are faster
 *.engine .json .log files that the target built from the ONNX files, if it builds files
 report.json .md     passes, measurements and results, with the hashes of the files above
@@ -34,6 +36,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.recipe.schema import Recipe, explained, read_recipe
 from mpcompile.report.report_hashes import require_unchanged
@@ -93,21 +96,28 @@ class Artifact:
 
     @property
     def dense_onnx(self) -> Path:
-        """The path of the dense ONNX file, in the same precision."""
+        """The path of the dense ONNX file: in the recipe's precision, or in fp32 if that is int8 or fp8."""
         return self.folder / DENSE
+
+    @property
+    def dense_quantized_onnx(self) -> Path | None:
+        """The path of the dense model in int8 or fp8; None if the folder has no such file."""
+        name = dense_quantized_file(self.report.recipe)
+        return self.folder / name if any(row.name == name for row in self.report.files) else None
 
     def transform(self) -> Transform:
         """The preprocessing that the model was compiled with: PIL image in RGB or L -> float32 (c, h, w)."""
         return evaluation_transform(self.report.model)
 
     def exported(self, file: Path, masks: tuple[ProvenMask, ...] = ()) -> Exported:
-        """`onnx` or `dense_onnx` with the facts that a runtime needs; `masks` are those that `verify` returned."""
+        """An ONNX file of the folder with the facts that a runtime needs; `masks` are those that `verify` returned."""
         recipe, source = self.report.recipe, self.report.model
+        in_float = recipe.precision in QUANTIZED and file == self.dense_onnx
         return Exported(
             onnx=file,
             arch=source.arch,
             image_shape=source.size,
-            precision=recipe.precision,
+            precision="fp32" if in_float else recipe.precision,
             batch=recipe.batch,
             masks=masks,
             merges=file == self.onnx and self.report.merges_tokens(),
@@ -148,8 +158,8 @@ class Artifact:
         `"torch"`: a module of the original class with the compressed weights, in evaluation mode. Its outputs are
         compared with model.onnx on noise. A timm model is built anew. A model of `pkg.mod:factory` is built anew only
         with `allow_factory`, because the report then names code to run. If the model was given in Python, pass a new
-        instance as `model`; it is not changed. If tokens are merged, this form is refused: the original class does not
-        merge tokens.
+        instance as `model`; it is not changed. This form is refused if tokens are merged, or in int8 and fp8: the
+        original class neither merges tokens nor quantises activations.
 
         `"onnx"`: ONNX Runtime on the CPU. It runs model.native.onnx if that file and the N:M kernel are available, else
         model.onnx; `.file` is the file that runs. A bfloat16 file runs in float32 on its rounded weights. Calls are
@@ -239,6 +249,11 @@ class Artifact:
                 raise LoadError(f"{path} was changed: its SHA-256 differs from the one in the report")
         require_unchanged(self.folder)
         return rows
+
+
+def dense_quantized_file(recipe: Recipe) -> str:
+    """The name of the dense model in the recipe's precision, if that is int8 or fp8."""
+    return f"dense_{recipe.precision}.onnx"
 
 
 def write_weights(folder: Path, module: nn.Module, model: Model) -> None:

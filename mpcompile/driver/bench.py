@@ -3,7 +3,8 @@
 Three engines are timed in interleaved rounds: A, the dense file; B, the compressed file without sparse kernels; C, the
 compressed file with sparse kernels. B/A is the speedup from the graph (merged tokens), C/B the speedup from sparse
 kernels, and C/A the total. C selects its kernels anew on this machine. If the folder holds a file with kernels selected
-at compile time, that file is timed as a fourth engine. Precision, runtime and settings are the same for all.
+at compile time, that file is timed as a fourth engine. Precision, runtime and settings are the same for all; but in
+int8 and fp8 the dense file is in fp32, and the dense model in 8 bits, if the folder has it, is timed too.
 """
 
 import shutil
@@ -29,11 +30,21 @@ from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BatchTimings, BenchReport, TimedEngine
 from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.schema import Parity
-from mpcompile.runtimes import Build, Engine, ReportsKernels, RunsGraph, Runtime, ShipsFile, TimesDevice
+from mpcompile.runtimes import (
+    Build,
+    Engine,
+    ReportsKernels,
+    RunsGraph,
+    Runtime,
+    ShipsFile,
+    TimesDevice,
+    has_sparse_kernel,
+)
 from mpcompile.system.hardware import disturbances, environment, machine_state
 from mpcompile.system.progress import Progress, stage_progress
 
 DENSE, KERNELS_OFF, COMPRESSED, SHIPPED = "dense", "masked, kernels off", "compressed", "as shipped"
+DENSE_QUANTIZED = "dense, 8 bits"
 FOLDER = "bench"
 PARITY_IMAGES = 8
 
@@ -57,6 +68,8 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
     masks = artifact.verify()
 
     before, after = artifact.exported(artifact.dense_onnx), artifact.exported(artifact.onnx, masks)
+    file = artifact.dense_quantized_onnx
+    quantized = artifact.exported(file) if file else None
     software = ", ".join(f"{name} {number}" for name, number in runtime.versions().items())
     output = artifact.folder / FOLDER / target
     output.parent.mkdir(exist_ok=True)
@@ -65,7 +78,7 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
         partial_output.mkdir()
         build = Build(settings.threads, batches=batches, folder=partial_output)
         shipped = runtime.shipped(after, settings.threads) if isinstance(runtime, ShipsFile) else None
-        comparison = compared(runtime, before, after, build, settings, observe, shipped)
+        comparison = compared(runtime, before, after, build, settings, observe, shipped, quantized)
         result = BenchReport(
             version=version("mpcompile"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,7 +92,7 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
                 "rounds within": f"{settings.seconds:g} s a batch",
             },
             environment=environment(runtime.versions(), comparison.device),
-            baseline=f"the dense model of the same folder in {recipe.precision}, in {software}, same settings",
+            baseline=f"the dense model of the same folder in {before.precision}, in {software}, same settings",
             arms=comparison.arms,
             meanings=comparison.meanings,
             parity=comparison.parity,
@@ -114,6 +127,7 @@ def compared(
     settings: Settings,
     observe: Observer = lambda stage: None,
     shipped: tuple[Path, Engine] | None = None,
+    quantized: Exported | None = None,
 ) -> Compared:
     """Engines of a dense and a compressed file, timed in interleaved rounds, and a verdict for each masked layer.
 
@@ -125,18 +139,20 @@ def compared(
         settings: how long to time, and whether transfers count.
         observe: called as each stage begins.
         shipped: the file with kernels selected at compile time and its engine, which is timed too; None if absent.
+        quantized: the file of the dense model in 8 bits, which is timed too; None if absent.
 
     Raises RuntimeMissing, BuildError or ParityError.
     """
     observe("build")
-    arms, engines = _built(runtime, before, after, build)
+    arms, engines = _built(runtime, before, after, build, quantized)
     if shipped is not None:
         what = "the file in the folder for this target, with the kernels that were selected at compile time"
         arms = (*arms, TimedEngine(name=SHIPPED, what=what, file=shipped[0].name))
         engines[SHIPPED] = shipped[1]
     images = _images(after, max(PARITY_IMAGES, min(build.batches)))
+    files = {DENSE: before} | ({DENSE_QUANTIZED: quantized} if quantized else {})
     parity = tuple(
-        engine_parity(engine, before if name == DENSE else after, images, f"{name}: target {runtime.name}")
+        engine_parity(engine, files.get(name, after), images, f"{name}: target {runtime.name}")
         for name, engine in engines.items()
     )
     rows = []
@@ -183,13 +199,20 @@ def _runtime(target: str, precision: str, threads: int | None) -> Runtime:
 
 
 def _built(
-    runtime: Runtime, before: Exported, after: Exported, build: Build
+    runtime: Runtime, before: Exported, after: Exported, build: Build, quantized: Exported | None = None
 ) -> tuple[tuple[TimedEngine, ...], dict[str, Engine]]:
-    """The engines and their descriptions: three if the runtime has a sparse kernel for one of the masks, else two."""
+    """The engines and their descriptions: three if the runtime has a sparse kernel for one of the masks, else two.
+
+    If the dense model in 8 bits has a file, there is one more.
+    """
     without_kernels = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
     engines: dict[str, Engine] = {DENSE: runtime.build(before, without_kernels)}
-    arms = [TimedEngine(name=DENSE, what="the dense model", file=before.onnx.name)]
-    if any(mask.nm is not None and runtime.has_kernel(mask.nm) for mask in after.masks):
+    arms = [TimedEngine(name=DENSE, what=f"the dense model in {before.precision}", file=before.onnx.name)]
+    if quantized is not None:
+        engines[DENSE_QUANTIZED] = runtime.build(quantized, without_kernels)
+        what = f"the dense model in {quantized.precision}"
+        arms.append(TimedEngine(name=DENSE_QUANTIZED, what=what, file=quantized.onnx.name))
+    if any(mask.nm is not None and has_sparse_kernel(runtime, mask.nm, after.precision) for mask in after.masks):
         engines[KERNELS_OFF] = runtime.build(after, without_kernels)
         arms.append(
             TimedEngine(name=KERNELS_OFF, what="the compressed model, sparse kernels not allowed", file=after.onnx.name)
@@ -211,6 +234,8 @@ def _meanings(builds: Collection[str]) -> dict[str, str]:
         f"{COMPRESSED}/{KERNELS_OFF}": "sparse kernels alone",
         f"{COMPRESSED}/{DENSE}": "the total gain",
         f"{SHIPPED}/{DENSE}": "the gain of the file in the folder",
+        f"{DENSE_QUANTIZED}/{DENSE}": "8 bits alone",
+        f"{COMPRESSED}/{DENSE_QUANTIZED}": "the gain beside the dense model in 8 bits",
     }
     return {key: text for key, text in descriptions.items() if set(key.split("/")) <= set(builds)}
 

@@ -1,10 +1,10 @@
 """Runs the passes on a captured model and writes the output folder: weights, ONNX files, engines and the report."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,8 +14,20 @@ from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
-from mpcompile.driver.bench import command as bench_command
-from mpcompile.driver.compare_engines import engine_parity, images_for, interleaved_times_ms, parity_of
+from mpcompile.driver.compare_engines import parity_of
+from mpcompile.driver.quantized_baselines import (
+    dense_baselines,
+    lower_dense,
+    outputs_in_float,
+    writes_dense,
+)
+from mpcompile.driver.run_engines import (
+    built_engines,
+    kernel_verdicts,
+    latencies,
+    quantized_kernels,
+    quantized_rows,
+)
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
@@ -25,24 +37,27 @@ from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
-from mpcompile.measure.timing import speedup, timing
+from mpcompile.passes import Quantize
 from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
+from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
-from mpcompile.report.schema import DataUsed, Gate, Latency, LayerRow, Parity, Report
+from mpcompile.report.schema import DataUsed, Gate, LayerRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
-from mpcompile.report.sentences import accuracy_name, verdict_on
-from mpcompile.runtimes import Engine, ReportsKernels, ReportsReference, Runtime
+from mpcompile.report.sentences import verdict_on
+from mpcompile.runtimes import Runtime, has_sparse_kernel
 from mpcompile.runtimes.ort.overflow import require_finite
 from mpcompile.runtimes.ort.session import cpu_engine
 from mpcompile.runtimes.ort.unrounded import require_unrounded_parity
 from mpcompile.system.hardware import environment
 
 PARITY_IMAGES = 32
+QUANTIZE_DENSE = "quantize dense"  # the stage that makes the dense model in 8 bits
 
 
 def build_artifact(
@@ -76,23 +91,44 @@ def build_artifact(
     metadata = _onnx_metadata(loaded.source.sha256, recipe)
     observe("export dense")
     before = plan.lower(dense, folder / DENSE, metadata)
-    parity = _parity(before, check, "dense: ONNX Runtime against PyTorch")
-    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints)
+    parities = [_parity(before, check, "dense: ONNX Runtime against PyTorch")]
+    in_float: list[NDArray[np.float32]] = []  # outputs before the pass quantize, on held-out images
+
+    def before_pass(name: str, model: Model) -> None:
+        if name == Quantize.name and writes_dense(plan):
+            with TemporaryDirectory() as temporary:
+                in_float.extend(outputs_in_float(plan, model, data.held_out, Path(temporary) / COMPRESSED))
+
+    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints, before_pass)
     dense_cost, cost_left = cost(dense), cost(model)
     observe("export compressed")
     after = plan.lower(model, folder / COMPRESSED, metadata)
     require_finite(after, _calibration(data, check))
-    parities = (parity, _parity(after, check, "compressed: ONNX Runtime against PyTorch"))
+    parities.append(_parity(after, check, "compressed: ONNX Runtime against PyTorch"))
+    quantized = None
+    if writes_dense(plan):
+        observe(QUANTIZE_DENSE)
+        quantized = lower_dense(plan, dense, data, folder, metadata)
+        parities.append(_parity(quantized, check, f"dense in {recipe.precision}: ONNX Runtime against PyTorch"))
     observe("build")
-    built = _built(plan, before, after, folder, check)
-    observe("evaluate")
-    engines = built.dense, built.compressed
-    comparison = None
-    if len(data.held_out):
-        comparison = checked_comparison(*engines, data.held_out, dense.source, dense.head, loaded.claimed)
-    observe("time")
-    latency = () if plan.idle else _latencies(*engines, data, dense, recipe)
-    verdicts = built.verdicts if plan.idle else _verdicts(built, after, data, dense, recipe)
+    built = built_engines(plan, before, after, quantized, folder, check)
+    with TemporaryDirectory() as temporary:
+        baselines = dense_baselines(
+            plan, before, built.dense_quantized, plan.build_options(folder), data, Path(temporary)
+        )
+        observe("evaluate")
+        engines = built.dense, built.compressed
+        comparison = None
+        if len(data.held_out):
+            comparison = checked_comparison(*engines, data.held_out, dense.source, dense.head, loaded.claimed)
+        masked, baselines = quantized_rows(plan, built.dense, in_float, baselines, data, dense)
+        observe("time")
+        latency, baselines, over = latencies(plan, built, baselines, data, dense)
+    in_8_bits = None
+    if recipe.precision in QUANTIZED:
+        rows = tuple(baseline.row for baseline in baselines)
+        in_8_bits = Quantized(recipe.precision, masked, rows, over, quantized_kernels(plan, built, data, dense))
+    verdicts = built.verdicts if plan.idle else kernel_verdicts(built, after, data, dense, recipe)
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -117,6 +153,7 @@ def build_artifact(
         epochs=model.epochs,
         accelerated=accelerated,
         parity=(*parities, *built.parity),
+        quantized=in_8_bits,
         comparison=comparison,
         tuning=tuning,
         latency=latency,
@@ -137,6 +174,7 @@ def build_artifact(
             plan.idle,
             model.certificate,
             tuple(note for record in records for note in record.notes if note.startswith(ATTRIBUTION)),
+            in_8_bits,
         ),
     )
     write_report(report, folder)
@@ -161,38 +199,6 @@ def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
     return tuple(gates)
 
 
-@dataclass(frozen=True, slots=True)
-class Built:
-    """The engines of both files on the target, and what the runtime reported about them."""
-
-    dense: Engine
-    compressed: Engine
-    parity: tuple[Parity, ...]
-    verdicts: tuple[LayerVerdict, ...]
-    notes: tuple[str, ...]
-    commands: tuple[str, ...]  # to build and time the engines on the target machine, if they do not run on this one
-
-
-def _built(plan: RunPlan, before: Lowered, after: Lowered, folder: Path, check: NDArray[np.float32]) -> Built:
-    """The engines, compared with ONNX Runtime on the CPU. Raises BuildError or ParityError."""
-    recipe = plan.recipe
-    build = plan.build_options(folder)
-    unmasked, prepared = (plan.runtime.prepare(exported, folder, build) for exported in (before, after))
-    parity: list[Parity] = []
-
-    def engine(exported: Lowered, name: str) -> Engine:
-        built = plan.build_engine(exported, build)
-        if not (isinstance(built, ReportsReference) and built.is_reference):  # that was compared with PyTorch before
-            parity.append(engine_parity(built, exported, check, f"{name}: target {recipe.target}"))
-        return built
-
-    dense, compressed = engine(before, "dense"), engine(after, "compressed")
-    commands: tuple[str, ...] = ()
-    if plan.idle and plan.runtime.offline:
-        commands = (*prepared.commands, bench_command(recipe.target, recipe.timed_batches))
-    return Built(dense, compressed, tuple(parity), prepared.verdicts, (*unmasked.notes, *prepared.notes), commands)
-
-
 def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:
     """The metadata of both ONNX files: the version of mpcompile, and the hashes of source and recipe."""
     return {
@@ -202,20 +208,12 @@ def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _verdicts(built: Built, after: Lowered, data: Data, model: Model, recipe: Recipe) -> tuple[LayerVerdict, ...]:
-    """A verdict for each masked layer, with the chosen kernel if the engine reports its kernels."""
-    if not isinstance(built.compressed, ReportsKernels):
-        return built.verdicts
-    images = images_for(data.held_out, model.example.numpy(), recipe.timed_batches[-1])
-    return built.compressed.judged(built.verdicts, after.masks, images)
-
-
 def _accelerated(plan: RunPlan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:
     """Whether masked layers run on sparse kernels: by the verdicts if the engine ran, else by the target's kernels."""
     if not plan.idle and verdicts:
         return any(row.chosen for row in verdicts)
     patterns = {NM.parse(row.pattern) for row in layers if row.pattern}
-    return bool(patterns) and all(map(plan.runtime.has_kernel, patterns))
+    return bool(patterns) and all(has_sparse_kernel(plan.runtime, one, plan.recipe.precision) for one in patterns)
 
 
 def _data_used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
@@ -228,18 +226,6 @@ def _data_used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
         seed=recipe.data.seed,
         notes=data.notes,
     )
-
-
-def _latencies(dense: Engine, compressed: Engine, data: Data, model: Model, recipe: Recipe) -> tuple[Latency, ...]:
-    """Latency of both engines at every batch size, timed in interleaved rounds."""
-    rows = []
-    engines, example = {"dense": dense, "compressed": compressed}, model.example.numpy()
-    for batch in recipe.timed_batches:
-        samples = interleaved_times_ms(engines, data.held_out, example, batch, recipe.bench.seconds)
-        before, after = (timing(samples[name], batch, engine.device) for name, engine in engines.items())
-        ratio = speedup(samples["dense"], samples["compressed"], "dense")
-        rows.append(Latency(dense=before, compressed=after, speedup=ratio))
-    return tuple(rows)
 
 
 def _check_images(data: Data, model: Model) -> NDArray[np.float32]:

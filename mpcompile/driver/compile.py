@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
-from mpcompile.driver.build_artifact import build_artifact
+from mpcompile.driver.build_artifact import QUANTIZE_DENSE, build_artifact
 from mpcompile.driver.inputs import data_for, decoded_for, headed, loaded_from, path_of
 from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
+from mpcompile.driver.quantized_baselines import writes_dense
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import search_recipe
 from mpcompile.errors import AccuracyError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import NMMask
+from mpcompile.passes import NMMask, Quantize
+from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
@@ -75,7 +78,7 @@ def compile(
     written: `Artifact.open(output)` returns it, and its report has the failed gate.
     """
     plan = plan_of(recipe, passes, runtime)
-    with ONE_RUN, stage_progress(observe, stages(plan.recipe)) as begin_stage:
+    with ONE_RUN, stage_progress(observe, stages(plan.recipe, writes_dense(plan))) as begin_stage:
         return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage)
 
 
@@ -181,8 +184,11 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
             step.follow(images, dense.source)
 
 
-def stages(recipe: Recipe) -> tuple[str, ...]:
-    """The names of the stages that `compile` reports to `observe`, in order."""
+def stages(recipe: Recipe, dense_quantized: bool = False) -> tuple[str, ...]:
+    """The names of the stages that `compile` reports to `observe`, in order.
+
+    `dense_quantized`: whether the dense model is written in 8 bits too.
+    """
     passes = tuple(step.name for step in recipe.passes)
     tune = () if recipe.tune is None else ("tune",)
     return (
@@ -192,6 +198,7 @@ def stages(recipe: Recipe) -> tuple[str, ...]:
         "export dense",
         *passes,
         "export compressed",
+        *((QUANTIZE_DENSE,) if dense_quantized else ()),
         "build",
         "evaluate",
         "time",
@@ -211,10 +218,11 @@ def preview(
     It makes the checks that `compile` makes before it works; those of the output folder if `output` is given. Raises a
     MpcompileError.
 
-    Analysis passes are run, because they choose the patterns. Other passes are not run; mask passes only report
-    the pattern or the reason of each layer.
+    Analysis passes are run, because they choose the patterns. Other passes are not run; the passes nm-mask and quantize
+    only report the pattern, the precision or the reason of each layer.
     """
     plan = plan_of(recipe)
+    recipe = plan.recipe
     require_consistent(plan, data is not None)
     if output is not None:
         require_writable(Path(output), force, [path for path in map(path_of, (model, data)) if path is not None])
@@ -226,23 +234,43 @@ def preview(
     require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())
-    groups = tied_layers(planned, [name for name, _ in planned.layers()])
-    owners = {name: first for first, *others in groups for name in others}
-    rows = [
-        {
-            "layer": name,
-            "pattern": str(choice) if isinstance(choice, NM) else None,
-            "reason": choice if isinstance(choice, str) else None,
-            "shares_weight_with": owners.get(name),
-        }
-        for step in plan.passes
-        if isinstance(step, NMMask)
-        for name, choice in eligible_patterns(planned, step.pattern, step.include, step.exclude).items()
-    ]
+    rows = _preview_rows(plan, planned)
     return {
         "model": dataclasses.asdict(loaded.source),
         "recipe": recipe.model_dump(mode="json"),
-        "stages": stages(recipe),
+        "stages": stages(plan.recipe, writes_dense(plan)),
         "layers": rows,
         "notes": list(images.notes),
     }
+
+
+def _preview_rows(plan: RunPlan, planned: Model) -> list[dict[str, Any]]:
+    """One row for each layer that the passes nm-mask and quantize would decide on; empty without these passes.
+
+    `pattern` and `precision` are None for a layer that is not masked or stays in floating point; `reason` and
+    `unquantized` are then the reasons. Without the pass nm-mask every layer is dense, and `reason` says so.
+    """
+    choices: dict[str, NM | str] = {}
+    unquantized: dict[str, str | None] = {}
+    for step in plan.passes:
+        if isinstance(step, NMMask):
+            choices |= eligible_patterns(planned, step.pattern, step.include, step.exclude)
+        if isinstance(step, Quantize):
+            unquantized |= quantizable(planned, step.include, step.exclude)
+    groups = tied_layers(planned, [name for name, _ in planned.layers()])
+    owners = {name: first for first, *others in groups for name in others}
+    rows = []
+    for name in dict.fromkeys([*choices, *unquantized]):
+        choice = choices.get(name, "no pass assigned a pattern to it")
+        quantized = name in unquantized and unquantized[name] is None
+        rows.append(
+            {
+                "layer": name,
+                "pattern": str(choice) if isinstance(choice, NM) else None,
+                "reason": choice if isinstance(choice, str) else None,
+                "shares_weight_with": owners.get(name),
+                "precision": plan.recipe.precision if quantized else None,
+                "unquantized": unquantized.get(name),
+            }
+        )
+    return rows

@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass
 
 from mpcompile.driver.run_plan import Known, known
+from mpcompile.ir.precision import PRECISIONS
 from mpcompile.system.hardware import cpuinfo
 
 VECTOR_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
@@ -70,7 +71,9 @@ def _target(name: str, offered: Known) -> Finding:
         return Finding(f"target {name}", False, effect, missing)
     versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
     source = f"; from {origin}" if origin else ""
-    return Finding(f"target {name}", True, f"{versions}; patterns with kernels: {runtime.kernels()}{source}")
+    precisions = ", ".join(one for one in PRECISIONS if runtime.refuses(one, None) is None)
+    found = f"{versions}; patterns with kernels: {runtime.kernels()}; precisions: {precisions}{source}"
+    return Finding(f"target {name}", True, found)
 
 
 def _processor() -> Finding:

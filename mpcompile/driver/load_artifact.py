@@ -20,6 +20,7 @@ from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.parity import TOLERANCE, relative_difference
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.runtimes import Build, Engine, OnnxRuntime, RunsGraph, Runtime
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine
 
@@ -40,13 +41,18 @@ def module_of(
         given: an instance of the original class, which is copied; None builds one anew.
         allow_factory: whether a factory function that the report names may be called to build it.
 
-    Raises UsageError if the class cannot be built or does not merge tokens as the file does, LoadError if the weights
+    Raises UsageError if the class cannot be built or does not compute what the file computes, LoadError if the weights
     do not fit it, and ParityError if its outputs differ.
     """
     if exported.merges:
         raise UsageError(
             f"{exported.onnx.name} merges tokens, which the original class {source.arch} does not do; load the ONNX "
             f"file, or only the weights: load_state_dict with {weights.name}"
+        )
+    if exported.precision in QUANTIZED:
+        raise UsageError(
+            f"{exported.onnx.name} is in {exported.precision}: it quantises activations, which the original class "
+            f"{source.arch} does not do; load the ONNX file, or only the weights: load_state_dict with {weights.name}"
         )
     if given is None:
         module = load(_rebuild_request(weights, source, allow_factory)).module

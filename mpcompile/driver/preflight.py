@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpcompile.data.images import Data
 from mpcompile.driver.plugins import GIVEN
+from mpcompile.driver.quantization import require_consistent_precision
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.errors import ResourceError, UsageError
 from mpcompile.ir.model import Model
@@ -18,7 +19,10 @@ from mpcompile.system.resource_errors import format_bytes
 
 
 def require_consistent(plan: RunPlan, with_images: bool) -> None:
-    """Raises UsageError if the recipe asks for a search or a gate that is not possible. Nothing is loaded for it."""
+    """Raises UsageError if the recipe asks for a search, a precision or a gate that is not possible.
+
+    Nothing is loaded for it.
+    """
     recipe = plan.recipe
     if recipe.tune is not None:
         if recipe.gates.max_drop is None:
@@ -27,6 +31,7 @@ def require_consistent(plan: RunPlan, with_images: bool) -> None:
             raise UsageError("tune runs in one process; start it without torchrun, then train the recipe that it finds")
         if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
             raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
+    require_consistent_precision(recipe, plan.passes, plan.runtime, with_images)
     if recipe.gates.max_drop is not None and not with_images:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
 

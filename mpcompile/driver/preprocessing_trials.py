@@ -33,7 +33,7 @@ from mpcompile.measure.preprocessing_set_ups import (
     readers,
 )
 from mpcompile.recipe.schema import DataChoice
-from mpcompile.report.sentences import accuracy_name
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.system.progress import Progress, stage_progress, tracked
 
 IMAGES = 200  # labelled images that each set-up is tried on

@@ -19,10 +19,13 @@ from mpcompile.driver.plugins import (
     installed_runtime,
     installed_runtimes,
 )
+from mpcompile.driver.quantization import require_order, with_target_defaults
 from mpcompile.errors import RuntimeMissing, UsageError, did_you_mean
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.precision import QUANTIZED, Precision
+from mpcompile.ir.quantization import quantizers
 from mpcompile.passes import PASSES
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.recipe.schema import Recipe, Step, explained
@@ -65,9 +68,14 @@ class RunPlan:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def lower(self, model: Model, path: Path, metadata: Mapping[str, str] | None = None) -> Lowered:
-        """The model as an ONNX file in the recipe's precision, batch and opset. Raises BuildError or MaskError."""
+        """The model as an ONNX file in the recipe's precision, batch and opset. Raises BuildError or MaskError.
+
+        If the recipe is in 8 bits, a model without quantizers, such as the dense one, is written in fp32.
+        """
         recipe = self.recipe
-        return lower(model, path, precision=recipe.precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata)
+        in_float = recipe.precision in QUANTIZED and not quantizers(model.graph)
+        precision: Precision = "fp32" if in_float else recipe.precision
+        return lower(model, path, precision=precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata)
 
     def build_options(self, folder: Path) -> Build:
         """The options of the recipe's engines, whose own files are written to `folder`."""
@@ -131,10 +139,12 @@ def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runti
     if not recipe.passes:
         raise UsageError("the recipe has no passes; give --pattern, such as --pattern 2:4, or a recipe with passes")
     if passes is None:
+        recipe = with_target_defaults(recipe, runtime)
         passes = tuple(build_pass(step) for step in recipe.passes)
         offered = {step.name: installed_pass(step.name) for step in recipe.passes if step.name not in PASSES}
         origins |= {f"pass {name}": foreign.origin for name, foreign in offered.items() if foreign}
     PassManager(passes)  # refuses an order that cannot work
+    require_order(passes)
     return RunPlan(recipe, tuple(passes), runtime, missing or runtime.idle(), origins)
 
 

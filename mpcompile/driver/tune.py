@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
 from mpcompile.driver.compare_engines import interleaved_times_ms
+from mpcompile.driver.quantized_baselines import runtime_baselines
 from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search, within_limit
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.errors import MpcompileError, UsageError
@@ -27,10 +28,8 @@ from mpcompile.measure.timing import Speedup, speedup
 from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.search_schema import Point, Tuning
-from mpcompile.runtimes import Build, Engine, HasQuantizedBaselines
+from mpcompile.runtimes import Build, Engine
 from mpcompile.system.progress import tracked
-
-QUANTISATION_IMAGES = 64  # of the calibration set, for quantised baselines
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,12 @@ class Trial:
 
     def references(self) -> tuple[Point, ...]:
         """The measurements of each int8 version of the dense model; empty if the runtime has no quantised baselines."""
-        runtime, calibration = self.plan.runtime, self.data.calibration
-        if self.plan.idle or not isinstance(runtime, HasQuantizedBaselines):
-            return ()
-        images = calibration.first(min(QUANTISATION_IMAGES, len(calibration))).numpy()
-        baselines = runtime.references(self.reference.exported, self.build, images, self.folder)
+        baselines = runtime_baselines(self.plan, self.reference.exported, self.build, self.data, self.folder)
         return tuple(
-            Point(name, failed=baseline)
-            if isinstance(baseline, str)
-            else replace(self._measured(name, baseline.engine, None), method=baseline.method)
-            for name, baseline in baselines.items()
+            Point(row.name, failed=row.failed)
+            if engine is None
+            else replace(self._measured(row.name, engine, None), method=row.method)
+            for row, engine in ((baseline.row, baseline.engine) for baseline in baselines)
         )
 
     def _measured(self, name: str, engine: Engine, macs: float | None) -> Point:

@@ -1,10 +1,12 @@
 """Latency of several engines, measured in interleaved rounds: a Timing of each engine and the Speedup between two.
 
 In each round every engine is called once, and the order is reversed from round to round, so that clock drift and other
-load slow all engines equally. A speedup is the median of the ratios within rounds: on a shared machine a ratio within
-one run is reliable where a single time is not. Confidence intervals come from a block bootstrap, because neighbouring
-rounds are correlated; the block length follows from that correlation. If a run holds few blocks, the interval is
-widened by the ratio of Student's t to the normal quantile.
+load slow all engines equally. With more than two engines the order is drawn anew for each pair of rounds: in a fixed
+order an engine keeps its neighbours, and a load with the period of a round slows the same engines each time. A speedup
+is the median of the ratios within rounds: on a shared machine a ratio within one run is reliable where a single time is
+not. Confidence intervals come from a block bootstrap, because neighbouring rounds are correlated; the block length
+follows from that correlation. If a run holds few blocks, the interval is widened by the ratio of Student's t to the
+normal quantile.
 
 A difference is significant only if the whole interval lies outside 1 ± INDISTINCT: memory layout alone makes two builds
 of the same computation differ by a few per cent. So there are three conclusions, and each sentence states its own: the
@@ -140,9 +142,14 @@ def sample(
             call()
     watch()
     rounds: list[dict[str, float]] = []
+    rng = np.random.default_rng(0)
+    order = list(calls)
     end = time.perf_counter() + seconds
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.perf_counter() < end):
-        order = list(calls)[:: -1 if len(rounds) % 2 else 1]
+        if len(rounds) % 2:
+            order = order[::-1]
+        else:
+            order = list(calls) if len(calls) <= 2 else rng.permutation(list(calls)).tolist()
         times_ms = {}
         for name in order:
             started = time.perf_counter_ns()

@@ -135,12 +135,14 @@ class PassManager:
         data: Data,
         observe: Observer = lambda name: None,
         checkpoints: CheckpointStore | None = None,
+        before_pass: Callable[[str, Model], None] = lambda name, model: None,
     ) -> tuple[Model, tuple[PassRecord, ...]]:
         """The model after all passes, and one record per pass; `model` is not changed.
 
         `observe` is called with the name of each pass before it runs. A pass that `checkpoints` can load is not run;
-        the loaded model is verified like a result. Raises PassError if a pass fails or changes the outputs by more than
-        its effect allows, MaskError if a mask no longer holds.
+        the loaded model is verified like a result. `before_pass` is called with the name of each pass that is run and
+        the model that it gets, which it must not change. Raises PassError if a pass fails or changes the outputs by
+        more than its effect allows, MaskError if a mask no longer holds.
         """
         # A deep copy of graph, modules, weights and masks, so that no pass can edit the caller's model.
         model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
@@ -159,6 +161,7 @@ class PassManager:
                 outputs, _ = _verify(step, model, model, outputs, earlier)
                 records.append(record)
                 continue
+            before_pass(step.name, model)
             started = time.perf_counter()
             images = data if self.shows_held_out(index) else data.for_passes()
             result = _run(step, replace(model, notes=()), images, earlier)

@@ -3,10 +3,12 @@
 from typing import Any
 
 from mpcompile.errors import UsageError
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.recipe.schema import Recipe, Step
 
 # Passes after which `tome`, `restore` and `distill` are inserted.
 MASKING = ("mp-budget", "permute", "nm-mask")
+FLOATING = (*MASKING, "tome", "batch-norm", "restore", "distill")  # passes after which `quantize` is inserted
 OPTION_OF = {"signal": "budget"}  # parameter of mp-budget -> its option, if the two names differ
 
 
@@ -19,6 +21,7 @@ def overridden(
     tome: dict[str, Any] | None = None,
     restore: dict[str, Any] | None = None,
     distill: dict[str, Any] | None = None,
+    quantize: dict[str, Any] | None = None,
     evidence: dict[str, dict[str, Any]] | None = None,
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
@@ -28,6 +31,8 @@ def overridden(
     If the recipe has neither mp-budget nor nm-mask and patterns are given, mp-budget, permute and nm-mask are appended.
     If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome` and `distill` are
     inserted if they are given and missing. `restore` and `evidence` are inserted only if the recipe has no passes.
+    `quantize` is inserted if the precision is int8 or fp8 and it is missing. If the recipe then masks no layer, the
+    choice of layers belongs to `quantize` alone, and `batch-norm`, which corrects for masks, is not inserted.
 
     Args:
         recipe: the recipe to start from; it is not changed.
@@ -37,6 +42,7 @@ def overridden(
         tome: parameters of tome.
         restore: parameters of restore.
         distill: parameters of distill.
+        quantize: parameters of quantize, such as the choice of layers; used only in int8 and fp8.
         evidence: pass name -> parameters, for the passes that correct and certify the result (batch-norm, certify).
         top: keys of the recipe itself.
         nested: section of the recipe -> its keys.
@@ -49,6 +55,10 @@ def overridden(
     tome = {key: value for key, value in (tome or {}).items() if value is not None}
     steps = list(recipe.passes)
     names = {step.name for step in steps}
+    in_8_bits = (top.get("precision") or recipe.precision) in QUANTIZED
+    quantize = {key: value for key, value in (quantize or {}).items() if value} if in_8_bits else {}
+    if in_8_bits and "patterns" not in budget and not names & {"mp-budget", "nm-mask"}:
+        budget = {key: value for key, value in budget.items() if key not in quantize}
     if (budget or mask) and not names & {"mp-budget", "nm-mask"}:
         if "patterns" not in budget:
             flags = ", ".join(f"--{OPTION_OF.get(key, key)}" for key in (budget | mask))
@@ -66,18 +76,24 @@ def overridden(
         steps = _with(steps, "tome", after=MASKING)
         if tome["r"] != "auto":  # `macs` of the recipe belongs to r: auto
             steps = [_without(step, "macs") if step.name == "tome" else step for step in steps]
-    if not recipe.passes and steps:
-        steps += [Step(name=name, params=params) for name, params in (evidence or {}).items()]
-    if restore and not recipe.passes:  # a recipe with passes gets no restore: the limit is only a gate there
+    if not recipe.passes and (steps or in_8_bits):
+        kept = {name: params for name, params in (evidence or {}).items() if steps or name != "batch-norm"}
+        steps += [Step(name=name, params=params) for name, params in kept.items()]
+    changes_floats = any(step.name in FLOATING for step in steps)
+    if (
+        restore and not recipe.passes and (changes_floats or not in_8_bits)
+    ):  # a recipe with passes gets no restore: the limit is only a gate there
         steps = _with(steps, "restore", after=(*MASKING, "tome", "batch-norm"))
     if distill:
         steps = _with(steps, "distill", after=(*MASKING, "tome", "batch-norm", "restore"))
+    if in_8_bits:
+        steps = _with(steps, "quantize", after=FLOATING)
     if permute is None:
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):
         raise UsageError(f"--{next(iter(order))} needs the permutation; add permute to the recipe's passes")
     changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
-    changes |= {"restore": restore or {}, "distill": distill or {}}
+    changes |= {"restore": restore or {}, "distill": distill or {}, "quantize": quantize}
     content = recipe.model_dump(mode="json")
     # Steps, not their text: patterns stay NM values, and are not parsed again.
     content["passes"] = [

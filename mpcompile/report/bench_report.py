@@ -12,7 +12,7 @@ from mpcompile.system.hardware import MachineState
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b")
+COLORS = ("#6b6b6b", "#7fa8d1", "#1f4e79", "#b07d2b", "#4d7c57")
 
 
 class TimedEngine(Value):

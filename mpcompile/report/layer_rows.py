@@ -42,6 +42,9 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
                 permuted=plan.permutation is not None,
                 unpermuted=plan.unpermuted,
                 shares_weight_with=None if owner == name else owner,
+                precision=None if plan.scale is None else lowered.precision,
+                unquantized=plan.unquantized,
+                rounding_error=plan.rounding_error,
             )
         )
     return tuple(rows)

@@ -6,8 +6,11 @@ from mpcompile.report.table import YES_NO, Cell, Column, Table, columns, number
 
 
 def layers(report: Report) -> Table:
-    """One row for each layer: MACs, pattern, kept share, and weight in the ONNX file or why it is dense."""
-    rows = (
+    """One row for each layer: MACs, pattern, kept share, and weight in the ONNX file or why it is dense.
+
+    In 8 bits there are two more columns: the layer's number format and the error of its rounded weights.
+    """
+    rows = [
         (
             Cell(row.name),
             Cell(row.kind),
@@ -16,10 +19,11 @@ def layers(report: Report) -> Table:
             Cell(row.pattern or "dense"),
             number(row.density, "{:.1f} %", f".layers[{n}].density", 100),
             number(row.missed, "{:.3f} %", f".layers[{n}].missed", 100),
+            *(quantization(row, n) if report.quantized else ()),
             location(row),
         )
         for n, row in enumerate(report.layers)
-    )
+    ]
     names = (
         "layer",
         "kind",
@@ -28,9 +32,25 @@ def layers(report: Report) -> Table:
         "pattern",
         "kept",
         "refit error",
+        *(("format", "rounding error") if report.quantized else ()),
         "location in the file, or why it is dense",
     )
-    return Table(columns(*names, numbers=("MACs", "kept", "refit error")), tuple(rows), ".layers")
+    return Table(columns(*names, numbers=("MACs", "kept", "refit error", "rounding error")), tuple(rows), ".layers")
+
+
+def quantization(row: LayerRow, n: int) -> tuple[Cell, Cell]:
+    """Two cells of layer number `n` of a model in 8 bits: its number format, and the error of its rounded weights."""
+    error = number(row.rounding_error, "{:.3f} %", f".layers[{n}].rounding_error", 100)
+    return Cell(row.precision or "float"), error
+
+
+def in_float(report: Report) -> Table:
+    """One row for each layer that the target runs in floating point, with the reason.
+
+    These are the layers that the pass `quantize` left out, and quantised layers without an 8-bit kernel.
+    """
+    rows = ((Cell(name), Cell(reason)) for name, reason in report.in_float().items())
+    return Table(columns("layer", "why it runs in floating point"), tuple(rows), ".layers[].unquantized")
 
 
 def macs_share(report: Report, row: LayerRow, n: int) -> Cell:
@@ -112,6 +132,8 @@ def everything(report: Report) -> Table:
         Column("spikes", True, "singular values above the edge"),
         Column("distance", True, "largest distance from the Marchenko–Pastur law over the middle half of the spectrum"),
         Column("refit error", True, "relative squared error of the refit on calibration images"),
+        Column("format", False, "number format of weights and inputs"),
+        Column("rounding error", True, "relative squared error of the rounded weights on calibration images"),
         Column("shift", True, "its first-order share of the squared logit shift"),
         Column("reordered", False, "whether its input channels were reordered"),
         Column("kernel", False, "whether the target runs it on a sparse kernel"),
@@ -136,6 +158,7 @@ def everything(report: Report) -> Table:
                 spikes,
                 distance,
                 number(row.missed, "{:.3f} %", f".layers[{n}].missed", 100),
+                *(quantization(row, n) if report.quantized else (Cell(), Cell())),
                 share,
                 Cell("yes" if row.permuted else "no" if row.unpermuted else ""),
                 Cell(YES_NO[verdict.chosen] if verdict else ""),
@@ -147,15 +170,22 @@ def everything(report: Report) -> Table:
 
 
 def remarks(report: Report) -> tuple[tuple[str, ...], ...]:
-    """For each layer, the reasons why its channels kept their order, it has no fit, or it runs on no sparse kernel."""
-    verdicts = {row.layer: row for row in report.verdicts}
-    return tuple(_remarks(row, verdicts.get(row.shares_weight_with or row.name)) for row in report.layers)
+    """For each layer, the reasons for what was not done.
+
+    These are: its channels kept their order, it stays in floating point, it has no fit, it runs on no sparse kernel.
+    """
+    verdicts, in_float = {row.layer: row for row in report.verdicts}, report.in_float()
+    return tuple(
+        _remarks(row, verdicts.get(row.shares_weight_with or row.name), in_float.get(row.name)) for row in report.layers
+    )
 
 
-def _remarks(row: LayerRow, verdict: LayerVerdict | None) -> tuple[str, ...]:
+def _remarks(row: LayerRow, verdict: LayerVerdict | None, in_float: str | None) -> tuple[str, ...]:
     texts = []
     if row.unpermuted and row.unpermuted != row.reason:
         texts.append(f"Channels not reordered: {row.unpermuted}.")
+    if in_float and in_float != row.reason:
+        texts.append(f"In floating point: {in_float}.")
     if row.unfitted and row.unfitted != row.reason:
         texts.append(f"No fit: {row.unfitted}.")
     if verdict and not verdict.chosen:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import mpcompile.report.layer_charts as layer_charts
 import mpcompile.report.layer_tables as layers
+import mpcompile.report.quantized_table as quantized_table
 import mpcompile.report.run_charts as charts
 import mpcompile.report.run_tables as tables
 import mpcompile.report.search_chart as search_chart
 from mpcompile.report.chart import Chart
+from mpcompile.report.quantized_sentences import methods
 from mpcompile.report.report_hashes import write_hashes
 from mpcompile.report.schema import Report
 from mpcompile.report.sentences import command, command_terms, proven, searched
@@ -64,6 +66,8 @@ def _variables(report: Report) -> dict[str, Any]:
         "report": report,
         "tables": tables,
         "layers": layers,
+        "versions": quantized_table.versions(report) if report.quantized else None,
+        "methods": methods(report.quantized) if report.quantized else (),
         "verdict_table": verdict_table,
         "proven": proven(report.certificate) if report.certificate else (),
         "tuning": searched(report.tuning) if report.tuning else "",

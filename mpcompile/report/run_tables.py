@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
-from mpcompile.report.sentences import accuracy_name
 from mpcompile.report.table import Cell, Column, Table, columns, number
 
 
@@ -57,8 +57,29 @@ def summary(report: Report) -> Table:
                 number(pair.speedup.ratio, f"{{:.2f}}× as fast [{low:.2f}, {high:.2f}]", f"{key}.speedup.ratio"),
             )
         )
-    names = ("", "dense", "compressed", "difference")
+    rows += beside_dense_8_bits(report)
+    names = ("", "dense, fp32" if report.quantized else "dense", "compressed", "difference")
     return Table(columns(*names, numbers=names[1:]), tuple(rows), ".")
+
+
+def beside_dense_8_bits(report: Report) -> list[tuple[Cell, ...]]:
+    """One row for each batch size: a model in 8 bits beside the fastest dense one in 8 bits; none for other models."""
+    rows: list[tuple[Cell, ...]] = []
+    found = report.quantized
+    if found is None:
+        return rows
+    for n, (pair, speed) in enumerate(zip(report.latency, found.over_fastest, strict=False)):
+        index, row = next((i, row) for i, row in enumerate(found.baselines) if row.name == speed.baseline)
+        (low, high), key = speed.interval, f".quantized.over_fastest[{n}].ratio"
+        rows.append(
+            (
+                Cell(f"beside dense {speed.baseline}, batch {pair.dense.batch}"),
+                number(row.timings[n].p50_ms, "{:.2f} ms", f".quantized.baselines[{index}].timings[{n}].p50_ms"),
+                number(pair.compressed.p50_ms, "{:.2f} ms", f".latency[{n}].compressed.p50_ms"),
+                number(speed.ratio, f"{{:.2f}}× as fast [{low:.2f}, {high:.2f}]", key),
+            )
+        )
+    return rows
 
 
 def _onnx(report: Report, name: str) -> Cell:

@@ -14,6 +14,7 @@ from mpcompile.measure.timing import Speedup, Timing
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.layer_counts import LayerCounts, count_layers
+from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.search_schema import Tuning
 
 
@@ -46,6 +47,9 @@ class LayerRow(Value):
     missed: float | None  # relative squared error of the refit on calibration images
     unpermuted: str | None  # why its channels were not reordered, if `permute` examined it
     shares_weight_with: str | None = None  # the first layer with the same weight, if that is an earlier one
+    precision: str | None = None  # int8 or fp8 if the layer is quantised; None for floating point
+    unquantized: str | None = None  # why the layer stays in floating point, if the pass quantize examined it
+    rounding_error: float | None = None  # relative squared error of the rounded weights on calibration images
 
 
 class Parity(Value):
@@ -117,6 +121,7 @@ class Report(Value):
     commands: tuple[str, ...]  # commands that build and time the engine on a machine that has the target
     verdicts: tuple[LayerVerdict, ...]  # kernel choice for each masked layer, if the target reports it
     comparison: Comparison | None
+    quantized: Quantized | None = None  # dense models in 8 bits beside this one, if it is in 8 bits
     tuning: Tuning | None = None  # the search that found the recipe, if there was one
     certificate: Certificate | None
     cost: Charged
@@ -158,6 +163,15 @@ class Report(Value):
     def counts(self) -> LayerCounts:
         """The numbers of layers and weights; a weight that several layers share counts once."""
         return count_layers(self.layers)
+
+    def in_float(self) -> dict[str, str]:
+        """Why a layer of a model in 8 bits runs in floating point, by layer name; empty for other models.
+
+        The pass `quantize` left it out, or the target has no 8-bit kernel for it.
+        """
+        kernels = self.quantized.kernels if self.quantized else ()
+        reasons = {row.name: row.unquantized for row in self.layers} | {row.layer: row.reason for row in kernels}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def weights(self) -> int:
         """The number of weights of all layers."""

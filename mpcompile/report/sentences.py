@@ -3,11 +3,13 @@
 import shlex
 
 from mpcompile.analysis.block_macs import Charged
-from mpcompile.ir.head import Head
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
+from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import count_layers
+from mpcompile.report.quantized_schema import Quantized
+from mpcompile.report.quantized_sentences import beside_dense, loss_split, on_8_bit_kernels, without_kernel
 from mpcompile.report.schema import Latency, LayerRow, Report
 from mpcompile.report.search_schema import Tuning
 
@@ -23,6 +25,7 @@ def verdict_on(
     idle: str | None = None,
     certificate: Certificate | None = None,
     notes: tuple[str, ...] = (),
+    quantized: Quantized | None = None,
 ) -> tuple[str, ...]:
     """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
 
@@ -39,11 +42,15 @@ def verdict_on(
         idle: why no engine of the target ran on this machine; None if one ran.
         certificate: what is proven on held-out images; None if there is no certificate.
         notes: what passes report on token merging, such as why fewer tokens are merged than asked for.
+        quantized: the dense models in 8 bits, if the compressed model is in 8 bits.
     """
     counts = count_layers(layers)
     check = comparison.dense_check if comparison else None
     sentences = [f"Warning: {reason}." for reason in (*check.reasons, *check.remarks)] if check else []
-    sentences += [_speed(pair, full_baseline=pair is latency[0]) for pair in latency]
+    same = "in fp32" if quantized else "in the same precision"
+    sentences += [_speed(pair, same if pair is latency[0] else None) for pair in latency]
+    if quantized:
+        sentences += beside_dense(quantized, latency)
     if idle:
         sentences.append(f"No engine of the target {target} ran on this machine, so speed was not measured: {idle}.")
     if counts.masked:
@@ -56,12 +63,16 @@ def verdict_on(
             sentences[-1] += " Layers that share a weight count as one."
     else:
         sentences.append(f"None of the {counts.layers} layers is masked.")
+    if quantized:
+        sentences += on_8_bit_kernels(quantized)
     if verdicts:
         sentences.append(tally(verdicts))
     unknown = bool(idle) or any(row.chosen is None for row in verdicts)
     if counts.masked and not accelerated and not unknown:
         why = "no sparse kernel was chosen" if verdicts else f"the target {target} has no kernels for these patterns"
         sentences.append(f"Masked layers run on dense kernels and save no time: {why}.")
+        if quantized:
+            sentences += without_kernel(quantized)
     if any(cost.merged):
         sentences.append(
             f"Token merging reduces {cost.tokens[0]} tokens to {cost.tokens[-1]} over {len(cost.merged)} attentions, "
@@ -88,6 +99,8 @@ def verdict_on(
         )
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
+    if quantized:
+        sentences += loss_split(quantized, comparison)
     if idle and comparison:
         sentences.append("Accuracy was measured with ONNX Runtime on the CPU, on the same weights.")
     if certificate:
@@ -99,18 +112,11 @@ def verdict_on(
     return tuple(sentences)
 
 
-def accuracy_name(head: Head | None) -> str:
-    """The name of the share of right decisions: top-1 for classes, accuracy for a threshold, exact match for labels."""
-    return {"sigmoid": "accuracy", "ordinal": "accuracy", "multilabel": "exact match"}.get(
-        head.kind if head else "softmax", "top-1"
-    )
-
-
-def _speed(pair: Latency, full_baseline: bool) -> str:
-    """The speed at one batch size; with `full_baseline`, the baseline's precision, target and device are named."""
+def _speed(pair: Latency, precision: str | None) -> str:
+    """The speed at one batch size; with the baseline's precision, target and device too if `precision` is given."""
     baseline = "the dense model"
-    if full_baseline:
-        baseline += f" in the same precision on the same target ({pair.dense.device})"
+    if precision:
+        baseline += f" {precision} on the same target ({pair.dense.device})"
     subject = "" if pair.speedup.conclusion == "interval includes 1" else "the compressed model is "
     return f"At batch {pair.dense.batch} {subject}{pair.speedup.describe(baseline)}."
 

@@ -7,18 +7,22 @@ build() uses it for the products that are measured to be faster with it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcompile.export.mask_check import ProvenMask
 from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.pattern import NM
-from mpcompile.ir.precision import QUANTIZED
+from mpcompile.ir.precision import QUANTIZED, Precision
+from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes import native
 from mpcompile.runtimes.ort.session import OrtEngine, fast_engine, missing_reason, native_file, session_on
 from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
+
+NO_INT8_KERNEL = "there is no int8 N:M kernel for CPUs: it runs on ONNX Runtime's dense kernels"
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,14 @@ class OnnxRuntime:
         """Returns None: it runs where it is installed."""
         return None
 
+    def quantization(self, precision: Precision) -> Mapping[str, Any]:
+        """Returns u8 activations, which its fast products take, and 8-bit outputs of convolutions only."""
+        return {"activations": "u8", "outputs": "convolutions"}
+
+    def has_quantized_kernel(self, pattern: NM) -> bool:
+        """False: the native N:M kernel computes in float32."""
+        return False
+
     def refuses(self, precision: str, threads: int | None) -> str | None:
         """Returns why it cannot run bf16 and fp8; other precisions run on any number of threads."""
         if precision == "fp8":
@@ -100,13 +112,16 @@ class OnnxRuntime:
         return {"onnxruntime": onnxruntime.__version__, **kernel}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """Returns nothing: it runs the file as it is."""
-        return Prepared()
+        """Returns, for a file in 8 bits, why each masked layer runs as dense; otherwise nothing."""
+        if exported.precision not in QUANTIZED:
+            return Prepared()
+        return Prepared(tuple(dense_in_8_bits(mask) for mask in exported.masks))
 
     def build(self, exported: Exported, build: Build) -> OrtEngine:
         """Returns a session on the CPU, with `build.threads` threads or ONNX Runtime's default number.
 
-        Masked products run on the native kernel if that is measured to be faster. Raises RuntimeMissing or BuildError.
+        Masked products of float files run on the native kernel if that is measured to be faster. Raises RuntimeMissing
+        or BuildError.
         """
         # The native kernel computes in float32.
         library = native.library() if build.sparse and exported.masks and exported.precision not in QUANTIZED else None
@@ -115,3 +130,17 @@ class OnnxRuntime:
         from mpcompile.runtimes.ort.native_kernel import native_engine
 
         return native_engine(exported, build, library)
+
+
+def dense_in_8_bits(mask: ProvenMask) -> LayerVerdict:
+    """The verdict on a masked layer of a file in 8 bits: no sparse kernel can run it."""
+    return LayerVerdict(
+        layer=mask.layer,
+        initializer=mask.initializer,
+        op=mask.op,
+        pattern=mask.pattern,
+        eligible=False,
+        rule="kernel",
+        reason=NO_INT8_KERNEL,
+        chosen=False,
+    )

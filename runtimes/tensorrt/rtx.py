@@ -24,6 +24,8 @@ from onnx import numpy_helper
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.export.mask_check import file_weights
 from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.ir.pattern import NM
+from mpcompile.ir.precision import Precision
 from mpcompile.runtimes.protocol import Build, Engine, Prepared, WithoutKernels
 from mpcompile.runtimes.tensorrt.logs import EngineLayer, dumped, kept_logger
 from mpcompile.runtimes.tensorrt.quantization_rules import FP8_CAPABILITY
@@ -77,6 +79,14 @@ class TensorRTForRTX(WithoutKernels):
     def refuses(self, precision: str, threads: int | None) -> str | None:
         """Returns why `--threads` cannot be used; any precision can."""
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
+
+    def quantization(self, precision: Precision) -> Mapping[str, Any]:
+        """Returns symmetric activations, and 8-bit outputs of all layers, as for TensorRT."""
+        return {"activations": "fp8" if precision == "fp8" else "s8", "outputs": "all"}
+
+    def has_quantized_kernel(self, pattern: NM) -> bool:
+        """False: no sparse speed is claimed."""
+        return False
 
     def versions(self) -> Mapping[str, str]:
         """Returns the compiler's version."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx
 import torch
@@ -18,7 +18,8 @@ import torch
 from mpcompile.errors import RuntimeMissing
 from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.ir.pattern import NM
-from mpcompile.runtimes.nvidia import first_gpu, import_failure
+from mpcompile.ir.precision import Precision
+from mpcompile.runtimes.nvidia import Gpu, first_gpu, import_failure
 from mpcompile.runtimes.protocol import Build, Engine, Prepared
 from mpcompile.runtimes.tensorrt.quantization_rules import FP8_CAPABILITY, eight_bit_note
 from mpcompile.runtimes.tensorrt.rules import AMPERE, TWO_FOUR, implies_two_four, refusals, verdicts_of
@@ -26,6 +27,7 @@ from mpcompile.runtimes.tensorrt.rules import AMPERE, TWO_FOUR, implies_two_four
 log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'mpcompile[trt]'"
+FP8_SMALLEST = (8, 9)  # compute capability of Ada; Hopper has 9.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,19 @@ class TensorRT:
         return None
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
-        """Returns why `--threads` cannot be used; any precision can."""
+        """Returns why `--threads` cannot be used, or why the GPU of this machine cannot run fp8."""
+        if precision == "fp8" and isinstance(gpu := first_gpu(), Gpu) and gpu.capability < FP8_SMALLEST:
+            found = ".".join(map(str, gpu.capability))
+            return f"fp8 needs compute capability 8.9 or newer, and {gpu.name} has {found}; use int8"
         return None if threads is None else "--threads is for targets on a CPU; leave it out"
+
+    def quantization(self, precision: Precision) -> Mapping[str, Any]:
+        """Returns symmetric activations, and 8-bit outputs of all layers: sparse int8 products need both."""
+        return {"activations": "fp8" if precision == "fp8" else "s8", "outputs": "all"}
+
+    def has_quantized_kernel(self, pattern: NM) -> bool:
+        """Whether every mask of the pattern is also 2:4, as for `has_kernel`."""
+        return implies_two_four(pattern)
 
     def versions(self) -> Mapping[str, str]:
         """Returns the TensorRT version; empty if it cannot be imported."""

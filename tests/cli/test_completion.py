@@ -48,7 +48,7 @@ def bash(complete: Complete, words: str) -> list[str]:
         ("mpcompile analyze m.pt --budget m", ["mp", "magnitude"]),
         ("mpcompile m.pt --criterion ", ["magnitude", "wanda", "covariance", "joint"]),
         ("mpcompile m.pt --refit l", ["layer"]),
-        ("mpcompile m.pt --precision ", ["fp32", "fp16", "bf16"]),
+        ("mpcompile m.pt --precision ", ["fp32", "fp16", "bf16", "int8", "fp8"]),
         ("mpcompile m.pt --from nm", ["nm-mask"]),
         ("mpcompile schema re", ["recipe", "report"]),
         ("mpcompile mod", []),  # then the shell completes file names

@@ -169,3 +169,37 @@ def test_the_chart_places_every_recipe_by_speed_and_drop(tuned_artifact: Artifac
     assert [label.text for label in labels if label.style == "strong"] == ["dense", search.chosen]
     page = (tuned_artifact.folder / "report.html").read_text()
     assert 'aria-labelledby="tuning-chart-title' in page
+
+
+# ---- int8
+
+
+def test_a_recipe_in_int8_is_searched_beside_the_dense_model_in_fp32(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tune, "interleaved_times_ms", lambda engines, *more: {"dense": np.full(15, 1.5), "tried": np.ones(15)}
+    )
+    recipe = Recipe.checked(
+        {
+            "passes": [
+                {"mp-budget": {"patterns": ["2:4"], "null": False}},
+                {"nm-mask": {"criterion": "magnitude", "refit": "none"}},
+                "quantize",
+            ],
+            "precision": "int8",
+            "gates": {"max_drop": 10.0},
+            "tune": {"evaluations": 1},
+            "bench": {"batches": [1], "seconds": 0.05, "threads": 1},
+            "data": {"calibration": 32, "validation": 64, "held_out": 64},
+        }
+    )
+    report = mpcompile.compile(files[0], recipe, data=files[1], output=tmp_path / "out").report
+    search = report.tuning
+    assert search is not None
+    [point] = search.points
+    assert point.failed is None
+    assert point.drop is not None
+    assert [point.name for point in search.references] == ["int8, dynamic", "int8, static"]
+    assert report.quantized is not None
+    assert report.recipe.precision == "int8"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpcompile.driver.run_plan import build_pass, known, plan_of, recipe_schema
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import MPBudget, NMMask, Permute
+from mpcompile.passes import PASSES, MPBudget, NMMask, Permute
 from mpcompile.recipe.overrides import overridden
 from mpcompile.recipe.schema import Recipe, Step, read_recipe
 from mpcompile.runtimes import OnnxRuntime
@@ -79,7 +79,7 @@ def test_different_recipes_have_different_hashes() -> None:
         ("- nm-mask", "holds list; a recipe is a mapping"),
         ("", "holds NoneType"),
         ("pases: []", "pases: Extra inputs are not permitted"),
-        ("precision: int7", "precision: .*'fp32', 'fp16' or 'bf16'.*found 'int7'"),
+        ("precision: int7", "precision: .*'fp32', 'fp16', 'bf16', 'int8' or 'fp8'.*found 'int7'"),
         ("batch: many", "batch: .*found 'many'"),
         ("batch: 0", "batch: .*greater than or equal to 1"),
         ("opset: 9", "opset: .*greater than or equal to 18"),
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
         (
             Step(name="nm-musk"),
             "pass 'nm-musk' is unknown; the passes are mp-budget, permute, nm-mask, tome, batch-norm, restore, "
-            "distill, certify",
+            "distill, quantize, certify",
         ),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
@@ -203,7 +203,7 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     json.dumps(schema)
     assert schema["additionalProperties"] is False
     [names, budget, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
-    assert names == {"enum": ["mp-budget", "permute", "nm-mask", "tome", "batch-norm", "restore", "distill", "certify"]}
+    assert names == {"enum": list(PASSES)}
     assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
     assert mask["properties"]["nm-mask"]["additionalProperties"] is False

@@ -1,0 +1,78 @@
+"""The settings of a recipe in 8 bits: what the target decides, and settings that contradict each other."""
+
+from collections.abc import Sequence
+
+from mpcompile.errors import UsageError
+from mpcompile.export.onnx_export import QUANTIZED_OPSET
+from mpcompile.ir.precision import QUANTIZED
+from mpcompile.passes import Quantize
+from mpcompile.pipeline.pass_manager import Effect, Pass
+from mpcompile.recipe.schema import Recipe
+from mpcompile.runtimes import RunsQuantized, Runtime
+
+
+def with_target_defaults(recipe: Recipe, runtime: Runtime) -> Recipe:
+    """The recipe, in which the pass `quantize` has the parameters that the target decides, if it does not give them."""
+    if recipe.precision not in QUANTIZED or not isinstance(runtime, RunsQuantized):
+        return recipe
+    step = recipe.step(Quantize.name)
+    if step is None:
+        return recipe
+    return recipe.with_params(Quantize.name, {**runtime.quantization(recipe.precision), **step.params})
+
+
+def require_order(passes: Sequence[Pass]) -> None:
+    """Raises UsageError if a pass after `quantize` changes the model: its weights would not be in 8 bits any more."""
+    names = [step.name for step in passes]
+    if Quantize.name not in names:
+        return
+    for step in passes[names.index(Quantize.name) + 1 :]:
+        if step.name == Quantize.name:
+            raise UsageError("the recipe quantises twice; leave one of the two passes quantize out")
+        if step.effect is not Effect.ANALYSIS:
+            raise UsageError(
+                f"{step.name} comes after quantize and would change weights that are in 8 bits; put it before quantize"
+            )
+
+
+def require_consistent_precision(recipe: Recipe, passes: Sequence[Pass], runtime: Runtime, with_images: bool) -> None:
+    """Raises UsageError if the precision, the pass `quantize`, the target and the images do not fit each other."""
+    step = next((step for step in passes if isinstance(step, Quantize)), None)
+    precision = recipe.precision
+    if precision not in QUANTIZED:
+        if step is not None:
+            raise UsageError(
+                f"the recipe has the pass quantize, and precision {precision} cannot hold its 8-bit weights; give "
+                "--precision int8, or remove the pass"
+            )
+        return
+    if step is None:
+        raise UsageError(
+            f"the recipe has precision {precision} and no pass quantize; add quantize before certify, or give "
+            "--precision fp32"
+        )
+    if (step.activations == "fp8") != (precision == "fp8"):
+        raise UsageError(
+            f"quantize: activations is {step.activations}, and the recipe has precision {precision}; leave activations "
+            "out"
+        )
+    if isinstance(runtime, RunsQuantized):
+        needed = runtime.quantization(precision).get("activations", step.activations)
+        if step.activations != needed:
+            raise UsageError(
+                f"quantize: activations is {step.activations}, and the {precision} kernels of target {runtime.name} "
+                f"take {needed}; set activations to {needed}"
+            )
+    if recipe.opset is not None and recipe.opset < QUANTIZED_OPSET:
+        raise UsageError(
+            f"opset {recipe.opset} is too early for {precision}, which needs opset {QUANTIZED_OPSET} or later"
+        )
+    if not with_images:
+        raise UsageError(
+            f"precision {precision} needs images, on which the ranges of activations are measured; give --data"
+        )
+
+
+def quantizes_alone(passes: Sequence[Pass]) -> bool:
+    """Whether `quantize` is the only pass that changes the model, so that its result is the dense model in 8 bits."""
+    return [step.name for step in passes if step.effect is not Effect.ANALYSIS] == [Quantize.name]
