@@ -16,7 +16,7 @@ from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.passes.dense_comparison import accuracy_drop, outputs_of
-from mpcompile.passes.quantize.placement import bypass, quantizer_nodes, quantizers_before
+from mpcompile.passes.quantize.placement import Outputs, keep_only, quantizer_nodes, quantizers_before, sites
 from mpcompile.passes.reconstruct.tied_weight import TiedWeight, tied_weights
 from mpcompile.system.progress import tracked
 
@@ -37,32 +37,34 @@ class Limit:
         return accuracy_drop(outputs_of(graph, self.images), self.dense, self.images, self.head)
 
 
-def within_limit(model: Model, before: fx.GraphModule, layers: Sequence[str], limit: Limit) -> tuple[Model, str | None]:
+def within_limit(
+    model: Model, before: fx.GraphModule, layers: Sequence[str], outputs: Outputs, limit: Limit
+) -> tuple[Model, str | None]:
     """The model with layers given back to floating point until it is within the limit, and a note; None if it was.
 
     `before` is the graph without quantisation. If its own drop exceeds the limit, the masks are the cause, and layers
-    are given back only until the drop is no larger than that.
+    are given back only until the drop is no larger than that. Quantizers that only these layers needed are removed.
     """
     found, alone = limit.drop(model.graph), limit.drop(before)
     allowed = max(limit.points, alone)
     if found <= allowed:
         return model, None
     costs = layer_costs(model, before, layers, limit.images)
-    weights = tied_weights(model, layers)
-    ordered = sorted(weights, key=lambda weight: -max(costs[name] for name in weight.names))
-    plans: dict[str, LayerPlan] = {}
-    for weight in tracked(ordered, lambda weight: weight.names[0]):
-        reason = f"given back to floating point: quantised, it moved the logits by {costs[weight.names[0]]:.3g}"
+    weights = sorted(tied_weights(model, layers), key=lambda weight: -costs[weight.names[0]])
+    left, plans, after = set(layers), dict[str, LayerPlan](), found
+    for weight in tracked(weights, lambda weight: weight.names[0]):
+        reason = f"given back to floating point: its 8 bits moved the logits by {costs[weight.names[0]]:.3g}"
+        left -= set(weight.names)
         _copy_back(model.graph, before, weight)
-        bypass(model.graph, weight.names)
+        keep_only(model.graph, sites(replace(model, graph=before), left, outputs))
         plans |= {
             name: replace(model.plan_of(name), scale=None, rounding_error=None, unquantized=reason)
             for name in weight.names
         }
         log.info("%s is given back to floating point", weight.names[0])
-        if limit.drop(model.graph) <= allowed:
+        after = limit.drop(model.graph)
+        if after <= allowed:
             break
-    after = limit.drop(model.graph)
     note = (
         f"8 bits lost {found:.2f} points of accuracy, {limit.points:g} are allowed; {len(plans)} layers given back to "
         f"floating point, which leaves {after:.2f}"
@@ -73,7 +75,10 @@ def within_limit(model: Model, before: fx.GraphModule, layers: Sequence[str], li
 
 
 def layer_costs(model: Model, before: fx.GraphModule, layers: Sequence[str], images: Split) -> dict[str, float]:
-    """For each layer, how much the mean logit shift falls if this layer alone is given back, by qualified name."""
+    """For each layer, how much the mean logit shift falls if this layer alone is given back, by qualified name.
+
+    An input that other nodes read as well stays quantised, so only the weight counts for such a layer.
+    """
     expected = outputs_of(before, images)
 
     def shift() -> float:
