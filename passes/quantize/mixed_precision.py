@@ -2,7 +2,8 @@
 
 The cost of a layer is measured, on the validation images: how much less the logits shift from those of the float model
 if this layer alone computes in floating point (its weight unrounded, its input not quantised). Layers are given back in
-the order of their costs, one by one, until the drop is within the limit.
+the order of their costs, one by one, until the drop is within the limit. The other layers are not rounded again,
+although they were fitted to the outputs of the layers that are given back.
 """
 
 import logging
@@ -53,7 +54,9 @@ def within_limit(
     weights = sorted(tied_weights(model, layers), key=lambda weight: -costs[weight.names[0]])
     left, plans, after = set(layers), dict[str, LayerPlan](), found
     for weight in tracked(weights, lambda weight: weight.names[0]):
-        reason = f"given back to floating point: its 8 bits moved the logits by {costs[weight.names[0]]:.3g}"
+        cost = costs[weight.names[0]]
+        cause = f"its 8 bits moved the logits by {cost:.3g}" if cost > 0 else "layers that cost more did not suffice"
+        reason = f"given back to floating point: {cause}"
         left -= set(weight.names)
         _copy_back(model.graph, before, weight)
         keep_only(model.graph, sites(replace(model, graph=before), left, outputs))
