@@ -25,7 +25,7 @@ from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
-from mpcompile.ir.quantization import LARGEST_FP8, ActivationType, quantizers
+from mpcompile.ir.quantization import LARGEST_FP8, ActivationType, Quantizer, quantizers
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.dense_comparison import measured_on, outputs_of, shift_and_spread
 from mpcompile.passes.quantize.calibration import Observer, best_observer, range_of, sample
@@ -215,13 +215,16 @@ class Quantize:
 
 
 def _smallest_scale(model: Model, step: LayerStep) -> Tensor | float:
-    """The weight scale of each output channel at which the bias is an int32 multiple of input scale × weight scale."""
+    """The weight scale of each output channel at which the bias is an int32 multiple of input scale × weight scale.
+
+    The biases are those of all layers that share the weight. Inputs of a later use have no scale yet and do not count.
+    """
     biases = [layer.bias for layer in map(model.layer, step.weight.names) if layer.bias is not None]
-    names = quantizers_before(model.graph, step.weight.names)
-    if not biases or not names:
+    before = [model.graph.get_submodule(name) for name in quantizers_before(model.graph, step.weight.names)]
+    inputs = [float(module.scale) for module in before if isinstance(module, Quantizer) and module.calibrated]
+    if not biases or not inputs:
         return 0.0
-    inputs = min(float(model.graph.get_buffer(f"{name}.scale")) for name in names)
-    return torch.stack([bias.detach().double().abs() for bias in biases]).amax(0) / (inputs * LARGEST_BIAS)
+    return torch.stack([bias.detach().double().abs() for bias in biases]).amax(0) / (min(inputs) * LARGEST_BIAS)
 
 
 def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
