@@ -258,7 +258,7 @@ def _never_active(names: Sequence[str]) -> list[str]:
         return []
     values = [name.removeprefix(f"{PREFIX}.") for name in names]
     shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
-    return [f"{len(values)} activations are 0 on all calibration images, so their scale is 1: {shown}"]
+    return [f"activations that are 0 on all calibration images, so that their scale is 1: {shown}"]
 
 
 def _split(model: Model, before: Tensor, images: Split) -> str:

@@ -59,7 +59,7 @@ def test_an_activation_that_is_always_0_is_told() -> None:
         net.stem.bias.fill_(-100.0)
 
     result, record = run(captured(Channels(dead)), Quantize())
-    assert "1 activations are 0 on all calibration images, so their scale is 1: relu" in record.notes
+    assert "activations that are 0 on all calibration images, so that their scale is 1: relu" in record.notes
     [quantizer] = quantizers(result.graph).values()
     assert quantizer.scale == 1
     assert result.plan["body"].rounding_error == 0
