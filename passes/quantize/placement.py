@@ -123,27 +123,6 @@ def quantizer_nodes(graph: fx.GraphModule) -> Mapping[str, fx.Node]:
     }
 
 
-def keep_only(graph: fx.GraphModule, places: Sequence[Site]) -> None:
-    """Removes the quantizers, and the readers of quantised values, that are not among these sites, in place.
-
-    The sites are those of the graph without quantizers.
-    """
-    of_quantizers = quantizer_nodes(graph)
-    nodes = [node for node in graph.graph.nodes if node not in of_quantizers.values()]
-    readers = {nodes[site.value]: {nodes[reader] for reader in site.readers} for site in places}
-    for name, node in of_quantizers.items():
-        [value] = node.all_input_nodes
-        for user in list(node.users):
-            if user not in readers.get(value, ()):
-                user.replace_input_with(node, value)
-        if not node.users:
-            graph.graph.erase_node(node)
-            graph.delete_submodule(name)
-    if of_quantizers and not quantizer_nodes(graph):
-        graph.delete_submodule(PREFIX)
-    graph.recompile()
-
-
 def quantizers_before(graph: fx.GraphModule, names: Collection[str]) -> list[str]:
     """The quantizers whose value one of these layers reads, by qualified name."""
     nodes_of, _ = weight_nodes(graph)

@@ -127,33 +127,44 @@ class Quantize:
             raise PassError(f"no layer can be quantised ({shown or 'the model has no Linear and no Conv2d'})")
         check = measured_on(data)
         target, told = _reference(model)
-        before, reference = copy.deepcopy(model.graph), copy.deepcopy(target)
-        places = sites(model, layers, self.outputs)
-        names = insert(model.graph, places, self.activations)
-        insert(reference, places, self.activations)
-        expected = outputs_of(before, check)
-        observer, chosen = self._observer(model.graph, names, data.calibration, check, expected)
-        plans = {name: replace(model.plan_of(name), unquantized=reason) for name, reason in reasons.items()}
-        quantised, silent = self._sweep(model, reference, data.calibration, layers, observer)
-        model = model.with_plan(plans | quantised)
-        notes = [*told, chosen, *_never_active(silent), _split(model, expected, check)]
+        expected = outputs_of(model.graph, check)
+        observer, chosen = self._observer(model, layers, data.calibration, check, expected)
+        before = model.with_plan({n: replace(model.plan_of(n), unquantized=reason) for n, reason in reasons.items()})
+
+        def quantised(layers: Sequence[str]) -> Model:
+            return self._quantised(before, target, data.calibration, layers, observer)
+
+        result, note = quantised(layers), None
         if self.max_drop is not None:
             dense = expected if model.dense is None else outputs_of(model.dense, check)
             limit = Limit(self.max_drop, check, dense, model.head)
-            model, note = within_limit(model, before, layers, self.outputs, limit)
-            notes += [] if note is None else [note]
-        return replace(model, notes=(*model.notes, *notes))
+            result, note = within_limit(result, before, layers, limit, quantised)
+        notes = (*told, chosen, *result.notes[len(model.notes) :], _split(result, expected, check))
+        return replace(result, notes=(*model.notes, *notes, *([] if note is None else [note])))
 
     def _observer(
-        self, graph: fx.GraphModule, names: Sequence[str], images: Split, check: Split, expected: Tensor
+        self, model: Model, layers: Sequence[str], images: Split, check: Split, expected: Tensor
     ) -> tuple[Observer, str]:
         """The observer, and a note on the choice; `expected` are the outputs on `check` before quantisation."""
         if self.activations == "fp8":  # its steps grow with the value: clipping gains nothing
             return OBSERVERS["min-max"], "activations in FP8, ranges by min-max"
         if self.observer is not None:
             return OBSERVERS[self.observer], f"ranges of activations by {self.observer}"
+        graph = copy.deepcopy(model.graph)
+        names = insert(graph, sites(model, layers, self.outputs), self.activations)
         best, note = best_observer(graph, names, self.activations, images, check, expected)
         return OBSERVERS[best], note
+
+    def _quantised(
+        self, before: Model, target: fx.GraphModule, images: Split, layers: Sequence[str], observer: Observer
+    ) -> Model:
+        """A copy of the model with these layers quantised towards the outputs of the graph `target`, and its notes."""
+        places = sites(before, layers, self.outputs)
+        model, reference = replace(before, graph=copy.deepcopy(before.graph)), copy.deepcopy(target)
+        insert(model.graph, places, self.activations)
+        insert(reference, places, self.activations)
+        plans, silent = self._sweep(model, reference, images, layers, observer)
+        return replace(model.with_plan(plans), notes=(*model.notes, *_never_active(silent)))
 
     def _sweep(
         self, model: Model, reference: fx.GraphModule, images: Split, layers: Sequence[str], observer: Observer

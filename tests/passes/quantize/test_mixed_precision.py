@@ -1,6 +1,7 @@
 """Layers given back to floating point: the costliest first, until the limit holds, and no more."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from mpcompile.passes.quantize.mixed_precision import Limit, layer_costs, within
 from mpcompile.passes.quantize.placement import insert, quantizers_before, sites
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.testing import Noise, tiny_cnn, tiny_source
+from mpcompile.testing import Noise, tiny_cnn, tiny_source, tiny_vit
 
 
 class Fragile(nn.Module):
@@ -64,6 +65,16 @@ def data_for(model: Model, count: int = 256) -> Data:
 def fragile() -> Model:
     torch.manual_seed(0)
     return capture(Fragile().eval(), tiny_source())
+
+
+def outlier_before_the_last_layer() -> Model:
+    """A model in which `second` loses much, and a layer after it is quantised too."""
+    model = fragile()
+    with torch.no_grad():
+        for name, factor in (("second", 1 / 100), ("first", 100)):
+            model.layer(name).weight[0] *= factor
+        model.layer("second").weight[:, 0] = 0
+    return model
 
 
 def accuracy(model: Model, data: Data) -> float:
@@ -136,28 +147,65 @@ def test_layers_are_given_back_only_for_what_8_bits_lose() -> None:
     assert kept  # not all layers, in vain
 
 
+def test_the_result_is_that_of_a_run_without_the_layers_given_back() -> None:
+    """Layers after one that is given back are fitted to its float outputs, so that no more than this one is."""
+    model = outlier_before_the_last_layer()
+    data = data_for(model)
+    result, _ = PassManager([replace(STEP, max_drop=2.0)]).run(model, data)
+    assert [name for name, plan in result.plan.items() if "given back" in str(plan.unquantized)] == ["second"]
+    excluded, _ = PassManager([replace(STEP, max_drop=None, exclude=("second",))]).run(model, data)
+    assert str(result.graph.graph) == str(excluded.graph.graph)
+    for name, value in result.graph.state_dict().items():
+        assert torch.equal(value, excluded.graph.state_dict()[name]), name
+
+
 def test_all_layers_given_back_are_the_float_model_again() -> None:
     """In a CNN, outputs of convolutions and sides of residual adds are quantised too; none of it may stay."""
     model = tiny_cnn()
-    layers = [name for name, reason in quantizable(model).items() if reason is None]
     with torch.no_grad():
         model.layer("head").weight.mul_(50)  # else the bias decides, and the classes are all one
-    before = copy.deepcopy(model.graph)
-    insert(model.graph, sites(model, layers, "convolutions"), "u8")
-    for module in quantizers(model.graph).values():
-        module.set_range(-1e4, 1e4)  # so coarse that everything is 0
+    layers = [name for name, reason in quantizable(model).items() if reason is None]
+    data = data_for(model, 64)
+
+    def broken(layers: Sequence[str]) -> Model:
+        """The model with these layers quantised so coarsely that everything is 0."""
+        copied = replace(model, graph=copy.deepcopy(model.graph))
+        insert(copied.graph, sites(model, layers, "convolutions"), "u8")
+        for module in quantizers(copied.graph).values():
+            module.set_range(0.0, 1e4)
+        return copied
+
     with torch.no_grad():
-        for name in layers:
-            model.layer(name).weight.zero_()
-        data = data_for(Model(before, model.example, model.source), 64)
-        dense = outputs_of(before, data.validation)
-        limit = Limit(0.0, data.validation, dense, None)
-        result, note = within_limit(model, before, layers, "convolutions", limit)
+        limit = Limit(0.0, data.validation, outputs_of(model.graph, data.validation), None)
+        result, note = within_limit(broken(layers), model, layers, limit, broken)
     assert note is not None
     assert note.endswith(f"{len(layers)} layers given back to floating point, which leaves 0.00")
     assert quantizers(result.graph) == {}
-    assert torch.equal(result(model.example), before(model.example))
-    assert all(result.plan[name].unquantized for name in layers)
+    assert torch.equal(result(model.example), model(model.example))
+    assert all("given back" in str(result.plan[name].unquantized) for name in layers)
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, 5, 7])
+def test_as_few_as_needed_are_given_back(needed: int) -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.layer("head").weight.mul_(50)
+    layers = [name for name, reason in quantizable(model).items() if reason is None]
+    data = data_for(model, 64)
+    tried: list[int] = []
+
+    def quantised(left: Sequence[str]) -> Model:
+        tried.append(len(left))
+        copied = replace(model, graph=copy.deepcopy(model.graph))
+        if len(left) > len(layers) - needed:
+            copied.layer("head").weight.zero_()
+        return copied
+
+    with torch.no_grad():
+        limit = Limit(0.0, data.validation, outputs_of(model.graph, data.validation), None)
+        result, _ = within_limit(quantised(layers), model, layers, limit, quantised)
+    assert sum("given back" in str(plan.unquantized) for plan in result.plan.values()) == needed
+    assert len(tried) - 1 <= 3  # log₂ of 8
 
 
 def test_costs_are_measured_without_changing_the_model() -> None:
@@ -194,11 +242,10 @@ def test_the_norm_that_absorbed_a_mean_shift_is_given_back_with_its_layer() -> N
     with torch.no_grad():
         layer_costs(quantised, model.graph, ["a"], data.validation)
         assert torch.equal(quantised.graph.get_buffer("norm.running_mean"), mean)
-        dense = outputs_of(model.graph, data.validation)
         for module in quantizers(quantised.graph).values():
             module.set_range(0.0, 1e4)  # so coarse that all images get one class
-        limit = Limit(0.0, data.validation, dense, None)
-        result, note = within_limit(quantised, model.graph, ["a"], "convolutions", limit)
+        limit = Limit(0.0, data.validation, outputs_of(model.graph, data.validation), None)
+        result, note = within_limit(quantised, model, ["a"], limit, lambda layers: quantised)
     assert note is not None
     assert torch.equal(result.graph.get_buffer("norm.running_mean"), model.graph.get_buffer("norm.running_mean"))
 

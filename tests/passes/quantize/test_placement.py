@@ -12,7 +12,7 @@ from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import quantizers
-from mpcompile.passes.quantize.placement import Outputs, insert, keep_only, quantizer_nodes, quantizers_before, sites
+from mpcompile.passes.quantize.placement import Outputs, insert, quantizer_nodes, quantizers_before, sites
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.testing import tiny_cnn, tiny_mlp, tiny_source, tiny_vit
 
@@ -218,26 +218,3 @@ def test_a_second_graph_with_the_same_nodes_gets_the_same_quantizers(make: objec
     assert insert(other, places, "s8") == names == list(quantizers(model.graph))
     assert [node.name for node in other.graph.nodes] == [node.name for node in model.graph.graph.nodes]
     assert all(module.kind == "s8" for module in quantizers(other).values())
-
-
-def text_of(graph: fx.GraphModule) -> list[str]:
-    return [f"{node.name} {node.op} {node.target} {node.args}" for node in graph.graph.nodes]
-
-
-@both_outputs
-@pytest.mark.parametrize("make", MODELS)
-def test_fewer_layers_need_the_quantizers_of_those_layers_alone(make: object, outputs: Outputs) -> None:
-    """Leaving layers out one by one gives the graph in which only the rest was quantised."""
-    model: Model = make()  # type: ignore[operator]
-    layers = layers_of(model)
-    whole = copy.deepcopy(model.graph)
-    insert(whole, sites(model, layers, outputs), "u8")
-    for count in reversed(range(len(layers))):
-        places = sites(model, layers[:count], outputs)
-        keep_only(whole, places)
-        wanted = copy.deepcopy(model.graph)
-        insert(wanted, places, "u8")
-        whole.graph.lint()
-        assert text_of(whole) == text_of(wanted)
-        assert [name for name, _ in whole.named_modules()] == [name for name, _ in wanted.named_modules()]
-        assert torch.equal(whole(model.example), model(model.example))
