@@ -16,10 +16,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, fx, nn
 
+from mpcompile.errors import PassError
+
 ActivationType = Literal["u8", "s8", "fp8"]
 STORAGE = {"u8": torch.uint8, "s8": torch.int8, "fp8": torch.float8_e4m3fn}
 RANGE = {torch.uint8: (0, 255), torch.int8: (-128, 127)}  # of integers, to which QuantizeLinear saturates
 LARGEST_FP8 = 448.0  # of E4M3
+LARGEST_END = 2.0**126  # of a range, so that its width, and products with a rounded scale, are float32 numbers
 
 
 @torch.library.custom_op("mpcompile::fake_quantize", mutates_args=())
@@ -65,17 +68,24 @@ class Quantizer(nn.Module):
     def set_range(self, low: float, high: float) -> None:
         """Sets the grid that covers low to high; zero is always represented exactly.
 
-        `u8` covers the range with 255 steps, `s8` and `fp8` cover −m to m with m = max(−low, high). An empty range
-        (an activation that is always 0) gets the scale 1.
+        `u8` covers the range with 255 steps, `s8` and `fp8` cover −m to m with m = max(−low, high). If the scale is no
+        normal float32 number (an activation that is always 0, or nearly), it is 1.
+
+        Raises PassError if an end of the range is not finite, or beyond ±LARGEST_END.
         """
+        if not (abs(low) <= LARGEST_END and abs(high) <= LARGEST_END):
+            raise PassError(
+                f"an activation ranges from {low:.3g} to {high:.3g}; 8 bits need finite values up to {LARGEST_END:.2g}"
+            )
         low, high = min(low, 0.0), max(high, 0.0)
-        smallest = torch.finfo(torch.float32).tiny
         if self.kind == "u8":
             scale = (high - low) / 255
-            zero_point = round(-low / scale) if scale > smallest else 0
         else:
-            scale, zero_point = max(-low, high) / (LARGEST_FP8 if self.kind == "fp8" else 127), 0
-        self.scale = torch.tensor(scale if scale > smallest else 1.0, device=self.scale.device)
+            scale = max(-low, high) / (LARGEST_FP8 if self.kind == "fp8" else 127)
+        if scale < torch.finfo(torch.float32).tiny:
+            scale, low = 1.0, 0.0
+        zero_point = round(-low / scale) if self.kind == "u8" else 0
+        self.scale = torch.tensor(scale, device=self.scale.device, dtype=torch.float32)
         self.zero_point = torch.tensor(float(zero_point), device=self.scale.device).to(STORAGE[self.kind])
         self.calibrated = True
 

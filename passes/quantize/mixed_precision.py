@@ -1,12 +1,13 @@
 """Gives the layers back to floating point whose quantisation costs most, until the accuracy limit holds.
 
 The cost of a layer is measured, on the validation images: how much less the logits shift from those of the float model
-if this layer alone computes in floating point (its weight unrounded, its input not quantised). Layers are given back in
-the order of their costs, one by one, until the drop is within the limit.
+if this layer alone computes in floating point (its weight unrounded, its input not quantised). The costliest layers are
+given back, as many as needed. For each number that is tried, the others are quantised again, since they are fitted to
+the outputs of the layers before them. Bisection tries about log₂ of the number of layers.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,9 @@ from torch import Tensor, fx
 
 from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import LayerPlan, Model
+from mpcompile.ir.model import Model
 from mpcompile.passes.dense_comparison import accuracy_drop, outputs_of
-from mpcompile.passes.quantize.placement import bypass, quantizer_nodes, quantizers_before
+from mpcompile.passes.quantize.placement import quantizer_nodes, quantizers_before
 from mpcompile.passes.reconstruct.tied_weight import TiedWeight, tied_weights
 from mpcompile.system.progress import tracked
 
@@ -37,43 +38,64 @@ class Limit:
         return accuracy_drop(outputs_of(graph, self.images), self.dense, self.images, self.head)
 
 
-def within_limit(model: Model, before: fx.GraphModule, layers: Sequence[str], limit: Limit) -> tuple[Model, str | None]:
+def within_limit(
+    model: Model,
+    before: Model,
+    layers: Sequence[str],
+    limit: Limit,
+    quantised: Callable[[Sequence[str]], Model],
+) -> tuple[Model, str | None]:
     """The model with layers given back to floating point until it is within the limit, and a note; None if it was.
 
-    `before` is the graph without quantisation. If its own drop exceeds the limit, the masks are the cause, and layers
-    are given back only until the drop is no larger than that.
+    If the drop of `before` alone exceeds the limit, the masks are the cause, and layers are given back only until the
+    drop is no larger than that.
+
+    Args:
+        model: the model with all `layers` quantised.
+        before: the model without quantisation.
+        layers: qualified names.
+        limit: the accuracy limit.
+        quantised: returns `before` with these layers quantised.
     """
-    found, alone = limit.drop(model.graph), limit.drop(before)
+    found, alone = limit.drop(model.graph), limit.drop(before.graph)
     allowed = max(limit.points, alone)
     if found <= allowed:
         return model, None
-    costs = layer_costs(model, before, layers, limit.images)
-    weights = tied_weights(model, layers)
-    ordered = sorted(weights, key=lambda weight: -max(costs[name] for name in weight.names))
-    plans: dict[str, LayerPlan] = {}
-    for weight in tracked(ordered, lambda weight: weight.names[0]):
-        reason = f"given back to floating point: quantised, it moved the logits by {costs[weight.names[0]]:.3g}"
-        _copy_back(model.graph, before, weight)
-        bypass(model.graph, weight.names)
-        plans |= {
-            name: replace(model.plan_of(name), scale=None, rounding_error=None, unquantized=reason)
-            for name in weight.names
-        }
-        log.info("%s is given back to floating point", weight.names[0])
-        if limit.drop(model.graph) <= allowed:
-            break
-    after = limit.drop(model.graph)
+    costs = layer_costs(model, before.graph, layers, limit.images)
+    weights = sorted(tied_weights(model, layers), key=lambda weight: -costs[weight.names[0]])
+    fewest, most, best, after = 1, len(weights), before, alone
+    while fewest < most:
+        count = (fewest + most) // 2
+        left = {name for weight in weights[count:] for name in weight.names}
+        log.info("quantising %d of %d layers, and the others stay in floating point", len(left), len(layers))
+        trial = quantised([name for name in layers if name in left])
+        drop = limit.drop(trial.graph)
+        if drop <= allowed:
+            most, best, after = count, trial, drop
+        else:
+            fewest = count + 1
+    returned = [name for weight in weights[:most] for name in weight.names]
     note = (
-        f"8 bits lost {found:.2f} points of accuracy, {limit.points:g} are allowed; {len(plans)} layers given back to "
-        f"floating point, which leaves {after:.2f}"
+        f"8 bits lost {found:.2f} points of accuracy, {limit.points:g} are allowed; {len(returned)} layers given back "
+        f"to floating point, which leaves {after:.2f}"
     )
     if alone > limit.points:
         note += f"; without quantisation the model loses {alone:.2f}"
-    return model.with_plan(plans), note
+    reasons = {name: _reason(costs[name]) for name in returned}
+    return best.with_plan({n: replace(before.plan_of(n), unquantized=reason) for n, reason in reasons.items()}), note
+
+
+def _reason(cost: float) -> str:
+    """Why a layer of this cost was given back."""
+    cause = f"its 8 bits moved the logits by {cost:.3g}" if cost > 0 else "layers that cost more did not suffice"
+    return f"given back to floating point: {cause}"
 
 
 def layer_costs(model: Model, before: fx.GraphModule, layers: Sequence[str], images: Split) -> dict[str, float]:
-    """For each layer, how much the mean logit shift falls if this layer alone is given back, by qualified name."""
+    """For each layer, how much the mean logit shift falls if this layer alone is given back, by qualified name.
+
+    An input that other nodes read as well stays quantised, so only the weight counts for such a layer.
+    """
     expected = outputs_of(before, images)
 
     def shift() -> float:

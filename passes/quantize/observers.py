@@ -24,6 +24,7 @@ CANDIDATES = 80  # ranges that `mse` and `entropy` try for each end
 SMALLEST_SHARE = 0.2  # of min-max; the narrowest range that they try
 BINS = 2048  # of the histogram
 LEVELS = 256
+FEWEST_BINS = 128  # in a range of `entropy`, as in Migacz's talk
 
 
 def min_max(values: Float[Tensor, " n"]) -> Range:
@@ -60,6 +61,10 @@ def least_divergence(values: Float[Tensor, " n"]) -> Range:
 
     def divergence(low: float, high: float) -> float:
         inside = (centres >= low) & (centres <= high)
+        # The values clipped to the end of a range with few bins would hide the ones that it holds: if only the last bin
+        # is inside, the two histograms agree.
+        if int(inside.sum()) < FEWEST_BINS:
+            return torch.inf
         clipped = torch.where(inside, counts, 0)
         # Values outside the range count at its ends.
         first, last = int(inside.float().argmax()), len(inside) - 1 - int(inside.flip(0).float().argmax())

@@ -123,21 +123,6 @@ def quantizer_nodes(graph: fx.GraphModule) -> Mapping[str, fx.Node]:
     }
 
 
-def bypass(graph: fx.GraphModule, layers: Collection[str]) -> None:
-    """Lets these layers read the float input again, in place; quantizers that nothing reads any more are removed."""
-    nodes_of, _ = weight_nodes(graph)
-    nodes = quantizer_nodes(graph)
-    for reader in (node for name in layers for node in nodes_of[name]):
-        source = _input_of(reader)
-        if source in nodes.values():
-            reader.replace_input_with(source, source.all_input_nodes[0])
-    for name, node in nodes.items():
-        if not node.users:
-            graph.graph.erase_node(node)
-            graph.delete_submodule(name)
-    graph.recompile()
-
-
 def quantizers_before(graph: fx.GraphModule, names: Collection[str]) -> list[str]:
     """The quantizers whose value one of these layers reads, by qualified name."""
     nodes_of, _ = weight_nodes(graph)

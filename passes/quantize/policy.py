@@ -19,10 +19,12 @@ from mpcompile.analysis.eligibility import (
     unsupported_modules,
     weight_nodes,
 )
+from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
 
 WITHIN_MODULE = "it is applied inside a module that the graph calls as a whole, so its input cannot be quantised"
+BIAS_APART = "an operator other than linear or convolution reads its bias, which 8-bit kernels add themselves"
 
 
 def quantizable(model: Model, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, str | None]:
@@ -47,21 +49,25 @@ def quantizable(model: Model, include: Sequence[str] = (), exclude: Sequence[str
         reason = f"{EXCLUDED} {excluded!r}" if excluded else reason_uneditable(layer, position)
         if reason is None and position is not None and not included:
             reason = reason_dense_by_default(position)
-        if reason is None and not all(_applies_alone(node, name) for node in nodes_of[name]):
-            reason = WITHIN_MODULE
+        if reason is None:
+            reason = next(filter(None, (_reason_of_node(node, name) for node in nodes_of[name])), None)
         reasons[name] = reason
     return _agreed(reasons, tied_layers(model, names))
 
 
-def _applies_alone(node: fx.Node, name: str) -> bool:
-    """Whether a node that applies a layer's weight is that layer, or a function, and not a module that contains it."""
-    return node.op == "call_function" or (node.op == "call_module" and node.target == name)
+def _reason_of_node(node: fx.Node, name: str) -> str | None:
+    """Why a layer whose weight or bias this node reads stays in floating point; None if the node is that layer."""
+    if node.op == "call_module":
+        return None if node.target == name else WITHIN_MODULE
+    return None if node.target in WEIGHT_FUNCTIONS else BIAS_APART
 
 
 def _agreed(reasons: Mapping[str, str | None], groups: Sequence[tuple[str, ...]]) -> dict[str, str | None]:
-    """The reasons, with the first reason of each group of layers that share a weight given to the whole group."""
+    """The reasons, where a layer that stays in floating point makes all layers that share its weight stay too."""
     agreed = dict(reasons)
     for group in groups:
-        reason = next((agreed[name] for name in group if agreed[name] is not None), None)
-        agreed |= dict.fromkeys(group, reason)
+        stays = next((name for name in group if reasons[name] is not None), None)
+        for name in group:
+            if stays is not None and agreed[name] is None:
+                agreed[name] = f"shares its weight with {stays}, which stays in floating point ({reasons[stays]})"
     return agreed

@@ -14,7 +14,7 @@ passes/quantize/placement.py, which layers stay in floating point in passes/quan
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -25,13 +25,14 @@ from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
-from mpcompile.ir.quantization import LARGEST_FP8, ActivationType, quantizers
+from mpcompile.ir.quantization import LARGEST_FP8, ActivationType, Quantizer, quantizers
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.dense_comparison import measured_on, outputs_of, shift_and_spread
-from mpcompile.passes.quantize.lane_rule import BLOCK, PAIRS, LaneRule, block_rule, most_kept
+from mpcompile.passes.quantize.calibration import Observer, best_observer, range_of, sample
+from mpcompile.passes.quantize.lane_rule import BLOCK, PAIRS, TOP, LaneRule, block_rule, float32_above, most_kept
 from mpcompile.passes.quantize.mixed_precision import Limit, within_limit
-from mpcompile.passes.quantize.observers import OBSERVERS, Range
-from mpcompile.passes.quantize.placement import Outputs, insert, quantizers_before, sites
+from mpcompile.passes.quantize.observers import OBSERVERS
+from mpcompile.passes.quantize.placement import PREFIX, Outputs, insert, quantizers_before, sites
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.passes.quantize.rounding import rounded, row_scales
 from mpcompile.passes.reconstruct.layerwise import LayerStep, layerwise
@@ -47,7 +48,6 @@ else:  # the values that a recipe accepts; type checkers cannot read a Literal f
 
 Lanes = Literal["none", "pairs", "blocks"]
 LARGEST_BIAS = 2.0**30  # of the int32 in which files store biases; half the largest, since the refit moves biases
-SAMPLED_VALUES = 1 << 18  # of an activation, for the range of its quantizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,14 @@ class Quantize:
         """Raises UsageError if a value is out of range."""
         if self.observer is not None and self.observer not in OBSERVERS:
             raise UsageError(f"observer is {self.observer!r}; the observers are {', '.join(OBSERVERS)}")
+        if self.activations == "fp8" and self.lanes != "none":
+            raise UsageError(
+                f"lanes is {self.lanes!r} and activations fp8, which has no integer lanes; leave lanes out"
+            )
+        if self.activations == "fp8" and self.observer not in (None, "min-max"):
+            raise UsageError(
+                f"observer is {self.observer!r}, and ranges of fp8 are those of min-max; leave observer out"
+            )
         if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
             raise UsageError(f"max_drop is {self.max_drop}; give a limit of 0 or more")
         if not 0 < self.damping < float("inf"):
@@ -118,55 +126,57 @@ class Quantize:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
             raise PassError(f"no layer can be quantised ({shown or 'the model has no Linear and no Conv2d'})")
         check = measured_on(data)
-        before, reference = copy.deepcopy(model.graph), copy.deepcopy(_reference(model))
-        places = sites(model, layers, self.outputs)
-        names = insert(model.graph, places, self.activations)
-        insert(reference, places, self.activations)
-        expected = outputs_of(before, check)
-        observer, chosen = self._observer(model.graph, names, data.calibration, check, expected)
-        plans = {name: replace(model.plan_of(name), unquantized=reason) for name, reason in reasons.items()}
-        plans |= self._sweep(model, reference, data.calibration, layers, observer)
-        model, notes = model.with_plan(plans), [chosen, _split(model, expected, check)]
+        target, told = _reference(model)
+        expected = outputs_of(model.graph, check)
+        observer, chosen = self._observer(model, layers, data.calibration, check, expected)
+        before = model.with_plan({n: replace(model.plan_of(n), unquantized=reason) for n, reason in reasons.items()})
+
+        def quantised(layers: Sequence[str]) -> Model:
+            return self._quantised(before, target, data.calibration, layers, observer)
+
+        result, note = quantised(layers), None
         if self.max_drop is not None:
             dense = expected if model.dense is None else outputs_of(model.dense, check)
-            model, note = within_limit(model, before, layers, Limit(self.max_drop, check, dense, model.head))
-            notes += [] if note is None else [note]
-        return replace(model, notes=(*model.notes, *notes))
+            limit = Limit(self.max_drop, check, dense, model.head)
+            result, note = within_limit(result, before, layers, limit, quantised)
+        notes = (*told, chosen, *result.notes[len(model.notes) :], _split(result, expected, check))
+        return replace(result, notes=(*model.notes, *notes, *([] if note is None else [note])))
 
     def _observer(
-        self, graph: fx.GraphModule, names: Sequence[str], images: Split, check: Split, expected: Tensor
-    ) -> tuple[Callable[[Tensor], Range], str]:
-        """The observer, and a note on the choice. Activations alone are quantised to choose it, on the float graph."""
+        self, model: Model, layers: Sequence[str], images: Split, check: Split, expected: Tensor
+    ) -> tuple[Observer, str]:
+        """The observer, and a note on the choice; `expected` are the outputs on `check` before quantisation."""
         if self.activations == "fp8":  # its steps grow with the value: clipping gains nothing
             return OBSERVERS["min-max"], "activations in FP8, ranges by min-max"
         if self.observer is not None:
             return OBSERVERS[self.observer], f"ranges of activations by {self.observer}"
-        samples = _samples(graph, names, images)
-        shifts = {}
-        for name, observer in OBSERVERS.items():
-            trial = copy.deepcopy(graph)
-            modules = quantizers(trial)
-            for site, values in samples.items():
-                modules[site].set_range(*_range(observer, values, self.activations))
-            shifts[name] = float((outputs_of(trial, check) - expected).abs().flatten(1).amax(1).mean())
-        best = min(shifts, key=shifts.__getitem__)
-        others = ", ".join(f"{shift:.3g} by {name}" for name, shift in shifts.items() if name != best)
-        note = f"ranges of activations by {best}: alone they shift the logits by {shifts[best]:.3g} ({others})"
+        graph = copy.deepcopy(model.graph)
+        names = insert(graph, sites(model, layers, self.outputs), self.activations)
+        best, note = best_observer(graph, names, self.activations, images, check, expected)
         return OBSERVERS[best], note
 
+    def _quantised(
+        self, before: Model, target: fx.GraphModule, images: Split, layers: Sequence[str], observer: Observer
+    ) -> Model:
+        """A copy of the model with these layers quantised towards the outputs of the graph `target`, and its notes."""
+        places = sites(before, layers, self.outputs)
+        model, reference = replace(before, graph=copy.deepcopy(before.graph)), copy.deepcopy(target)
+        insert(model.graph, places, self.activations)
+        insert(reference, places, self.activations)
+        plans, silent = self._sweep(model, reference, images, layers, observer)
+        return replace(model.with_plan(plans), notes=(*model.notes, *_never_active(silent)))
+
     def _sweep(
-        self,
-        model: Model,
-        reference: fx.GraphModule,
-        images: Split,
-        layers: Sequence[str],
-        observer: Callable[[Tensor], Range],
-    ) -> dict[str, LayerPlan]:
-        """Quantises the layers in place, in order of execution. Returns their plans."""
-        modules = quantizers(model.graph)
+        self, model: Model, reference: fx.GraphModule, images: Split, layers: Sequence[str], observer: Observer
+    ) -> tuple[dict[str, LayerPlan], list[str]]:
+        """Quantises the layers in place, in order of execution. Returns their plans, and quantizers that saw only 0."""
+        modules, silent = quantizers(model.graph), list[str]()
 
         def calibrate(name: str, batches: Sequence[Tensor]) -> None:
-            modules[name].set_range(*_range(observer, _sampled(batches), self.activations))
+            values = sample(name, batches)
+            modules[name].set_range(*range_of(observer, values, self.activations))
+            if not values.any():
+                silent.append(name)
 
         plans: dict[str, LayerPlan] = {}
         for step in layerwise(model, reference, images, layers, residual=self.refit, calibrate=calibrate):
@@ -181,7 +191,7 @@ class Quantize:
                         unquantized=None,
                     )
             del step  # frees its moments before those of the next layer are collected
-        return plans
+        return plans, silent
 
     def _solve(self, model: Model, step: LayerStep) -> dict[str, Tensor]:
         """The tensors to write for one weight: `weight`, `scale`, `rounding_error`, and `bias` if the mean is free."""
@@ -209,19 +219,23 @@ class Quantize:
     ) -> tuple[Tensor, Tensor]:
         """The integers of a weight, or its E4M3 values, and the scales."""
         if self.activations == "fp8":
-            scale = row_scales(best, least) * (127 / LARGEST_FP8)
+            scale = float32_above(row_scales(best, least) * (TOP / LARGEST_FP8))
             return (best / scale[:, None]).float().to(torch.float8_e4m3fn), scale
         found = rounded(fitted, mask, best, least=least, rule=_lane_rule(self.lanes, mask, plan))
         return found.integers, found.scale
 
 
 def _smallest_scale(model: Model, step: LayerStep) -> Tensor | float:
-    """The weight scale of each output channel at which the bias is an int32 multiple of input scale × weight scale."""
-    [*names] = quantizers_before(model.graph, step.weight.names)
-    if step.layer.bias is None or not names:
+    """The weight scale of each output channel at which the bias is an int32 multiple of input scale × weight scale.
+
+    The biases are those of all layers that share the weight. Inputs of a later use have no scale yet and do not count.
+    """
+    biases = [layer.bias for layer in map(model.layer, step.weight.names) if layer.bias is not None]
+    before = [model.graph.get_submodule(name) for name in quantizers_before(model.graph, step.weight.names)]
+    inputs = [float(module.scale) for module in before if isinstance(module, Quantizer) and module.calibrated]
+    if not biases or not inputs:
         return 0.0
-    inputs = min(float(model.graph.get_buffer(f"{name}.scale")) for name in names)
-    return step.layer.bias.detach().double().abs() / (inputs * LARGEST_BIAS)
+    return torch.stack([bias.detach().double().abs() for bias in biases]).amax(0) / (min(inputs) * LARGEST_BIAS)
 
 
 def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
@@ -234,11 +248,28 @@ def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
     return PAIRS
 
 
-def _reference(model: Model) -> fx.GraphModule:
-    """The graph whose outputs are the targets: the dense one, unless its nodes differ or training came after it."""
-    if model.dense is None or model.epochs or not _same_nodes(model.graph, model.dense):
-        return model.graph
-    return model.dense
+def _reference(model: Model) -> tuple[fx.GraphModule, list[str]]:
+    """The graph whose outputs are the targets, and a note if it is not the dense graph.
+
+    It is the graph before quantisation if the dense graph has other nodes, or if training came after it.
+    """
+    if model.dense is None:
+        return model.graph, []
+    if not model.epochs and _same_nodes(model.graph, model.dense):
+        return model.dense, []
+    cause = "was trained" if model.epochs else "got other operations"
+    return model.graph, [
+        f"weights are rounded towards the outputs before 8 bits, since the model {cause} after masking"
+    ]
+
+
+def _never_active(names: Sequence[str]) -> list[str]:
+    """A note on the quantizers whose inputs are 0 on all calibration images; none if there are none."""
+    if not names:
+        return []
+    values = [name.removeprefix(f"{PREFIX}.") for name in names]
+    shown = ", ".join(values[:4]) + (", …" if len(values) > 4 else "")
+    return [f"activations that are 0 on all calibration images, so that their scale is 1: {shown}"]
 
 
 def _split(model: Model, before: Tensor, images: Split) -> str:
@@ -262,39 +293,3 @@ def _split(model: Model, before: Tensor, images: Split) -> str:
 def _same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
     """Whether two graphs have the same operations in the same order."""
     return [(n.op, str(n.target)) for n in one.graph.nodes] == [(n.op, str(n.target)) for n in other.graph.nodes]
-
-
-def _samples(graph: fx.GraphModule, names: Sequence[str], images: Split) -> dict[str, Tensor]:
-    """A sample of the inputs of each quantizer, in one run over all images."""
-    modules, found = quantizers(graph), dict[str, list[Tensor]]()
-    handles = [
-        modules[name].register_forward_hook(
-            lambda module, inputs, output, name=name: found.setdefault(name, []).append(_sampled(inputs, 1 << 14))
-        )
-        for name in names
-    ]
-    try:
-        outputs_of(graph, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def _sampled(batches: Sequence[Tensor], count: int = SAMPLED_VALUES) -> Tensor:
-    """About `count` values of these tensors at equal distances, and their extremes. Raises PassError if not finite."""
-    each = max(1, count // len(batches))
-    parts = []
-    for batch in batches:
-        values = batch.flatten()
-        low, high = values.aminmax()
-        parts += [values[:: max(1, len(values) // each)], low[None], high[None]]
-    sample = torch.cat(parts)
-    if not bool(sample.isfinite().all()):
-        raise PassError("an activation on the calibration images is not finite")
-    return sample
-
-
-def _range(observer: Callable[[Tensor], Range], values: Tensor, kind: ActivationType) -> Range:
-    """The range of an observer; for a symmetric type, that of the values and their negatives."""
-    return observer(values if kind == "u8" else torch.cat([values, -values]))

@@ -12,10 +12,11 @@ channel's range, as in Outlier Suppression+ (Wei et al., EMNLP 2023, arXiv 2304.
 tries several α, with and without shift, and keeps the one with the least squared error of the quantised products on
 calibration images; or none, if none lowers the error by 2 %.
 
-Zeros of a weight stay zeros, so the pass may come before or after masks. It is exact, and comes before the lossy
-passes, so that the dense model that they compare with has the same factors.
+Zeros of a weight stay zeros. The pass is exact, and comes before the lossy passes, so that the dense model that they
+compare with has the same factors.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -24,12 +25,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from mpcompile.analysis.eligibility import tied_layers, weight_nodes
+from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.analysis.operator_sets import SHAPE_QUERY_NAMES
 from mpcompile.data.images import Data, Split
-from mpcompile.errors import PassError, UsageError
+from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import Model
-from mpcompile.ir.quantization import ActivationType, Quantizer, fake_quantize
+from mpcompile.ir.quantization import ActivationType, Quantizer, fake_quantize, quantizers
 from mpcompile.passes.dense_comparison import BATCH
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.pass_manager import Effect
@@ -88,16 +89,25 @@ class ScaleMigration:
 
     @torch.no_grad()
     def __call__(self, model: Model, data: Data) -> Model:
-        """The model with rescaled layer norms. Raises PassError without calibration images or if it has quantizers."""
+        """The model with rescaled layer norms.
+
+        Raises PassError if there are no calibration images or an activation is not finite, UsageError if a lossy pass
+        came before.
+        """
         self.require_inputs(model, data)
-        if any(isinstance(module, Quantizer) for module in model.graph.modules()):
+        if quantizers(model.graph):
             raise UsageError("scale-migration comes after quantize; put it before, so that quantize sees its factors")
+        if model.dense is not None:
+            raise UsageError(
+                "scale-migration comes after a lossy pass; put it before, so that the dense model has the same factors"
+            )
         reasons = quantizable(model, self.include, self.exclude)
         norms = list(scaled_norms(model, {name for name, reason in reasons.items() if reason is None}))
         rows = _rows(model.graph, norms, data.calibration)
         gains = []
         for norm, x in zip(norms, rows, strict=True):
-            found = best_factor(x, norm.matrix(), self.activations, all(r.bias is not None for r in norm.readers))
+            with on_layer(norm.node.name):
+                found = best_factor(x, norm.matrix(), self.activations, all(r.bias is not None for r in norm.readers))
             if found is not None:
                 factor, shift, gain = found
                 norm.rescale(factor, shift)
@@ -105,29 +115,43 @@ class ScaleMigration:
         note = f"scales migrated at {len(gains)} of {len(norms)} layer norms"
         if gains:
             mean = sum(gains) / len(gains)
-            note += f", which lowers the squared error of their quantised products by {mean:.0%} in the mean"
+            note += f", which lowers the squared error of their quantised products by {100 * mean:.0f} % on average"
         return replace(model, notes=(*model.notes, note))
 
 
 def scaled_norms(model: Model, quantised: set[str]) -> Iterator[ScaledNorm]:
-    """The layer norms of a graph whose output only Linear layers in `quantised` read."""
-    modules = dict(model.graph.named_modules())
+    """The layer norms of a graph whose output only Linear layers in `quantised` read.
+
+    No other node may use the parameters of the norm or of these layers.
+    """
+    modules, uses = dict(model.graph.named_modules()), _uses(model.graph)
     nodes_of, _ = weight_nodes(model.graph)
-    untied = {group[0] for group in tied_layers(model, [name for name, _ in model.layers()]) if len(group) == 1}
     single = {
-        nodes[0]: name
+        nodes[0]: model.layer(name)
         for name, nodes in nodes_of.items()
-        if len(nodes) == 1 and nodes[0].op == "call_module" and name in quantised & untied
+        if name in quantised and len(nodes) == 1 and nodes[0].op == "call_module" and nodes[0].target == name
     }
     for node in model.graph.graph.nodes:
         parameters = _affine(model, modules, node)
         users = [user for user in node.users if not _reads_shape(user)]
         if parameters is None or not users or not all(user in single for user in users):
             continue
-        readers = [modules[single[user]] for user in users]
-        linear = tuple(reader for reader in readers if isinstance(reader, nn.Linear))
-        if len(linear) == len(readers):
+        layers = [single[user] for user in users]
+        linear = tuple(layer for layer in layers if isinstance(layer, nn.Linear))
+        changed = [*parameters, *(parameter for layer in linear for parameter in layer.parameters())]
+        if len(linear) == len(layers) and all(uses[id(parameter)] == 1 for parameter in changed):
             yield ScaledNorm(node, *parameters, linear)
+
+
+def _uses(graph: fx.GraphModule) -> Counter[int]:
+    """How many nodes compute with each parameter, by the parameter's id."""
+    uses = Counter[int]()
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            uses.update(id(parameter) for parameter in graph.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr":
+            uses[id(_attribute(graph, str(node.target)))] += len(node.users)
+    return uses
 
 
 def _reads_shape(node: fx.Node) -> bool:
@@ -138,19 +162,18 @@ def _reads_shape(node: fx.Node) -> bool:
 
 
 def _affine(model: Model, modules: dict[str, nn.Module], node: fx.Node) -> tuple[nn.Parameter, nn.Parameter] | None:
-    """γ and β of a layer norm over one axis that no other node uses; None for any other node."""
+    """γ and β of a layer norm over one axis; None for any other node."""
     if node.op == "call_module":
         module = modules[str(node.target)]
-        calls = [n for n in model.graph.graph.nodes if n.op == "call_module" and n.target == node.target]
-        if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1 or len(calls) != 1:
+        if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
             return None
         found: list[object] = [module.weight, module.bias]
     elif node.target is nn.functional.layer_norm:
         named = dict(zip(("input", "normalized_shape", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
         shape = named["normalized_shape"]
-        fetched = [f for f in (named.get("weight"), named.get("bias")) if isinstance(f, fx.Node) and f.op == "get_attr"]
-        if not isinstance(shape, tuple | list) or len(shape) != 1 or not all(len(f.users) == 1 for f in fetched):
+        if not isinstance(shape, tuple | list) or len(shape) != 1:
             return None
+        fetched = [f for f in (named.get("weight"), named.get("bias")) if isinstance(f, fx.Node) and f.op == "get_attr"]
         found = [_attribute(model.graph, str(f.target)) for f in fetched]
     else:
         return None
@@ -165,24 +188,23 @@ def _attribute(graph: fx.GraphModule, path: str) -> object:
 
 def _rows(graph: fx.GraphModule, norms: Sequence[ScaledNorm], images: Split) -> list[Float[Tensor, "rows channels"]]:
     """About ROWS of the output rows of each norm, at equal distances, over all images."""
-    nodes = {norm.node for norm in norms}
     found: dict[fx.Node, list[Tensor]] = {norm.node: [] for norm in norms}
     batches = -(-len(images) // BATCH)
-    last = [norm.node for norm in norms][-1:]
 
     class Observed(fx.Interpreter):
         """Keeps rows of the norms' outputs."""
 
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
-            if n in nodes:
+            if n in found:
                 rows = value.reshape(-1, value.shape[-1])
                 found[n].append(rows[:: max(1, batches * len(rows) // ROWS)].clone())
             return value
 
-    if last:
+    if norms:
+        dtype = norms[0].weight.dtype
         for pixels, _ in images.batches(BATCH):
-            Observed(graph).run(pixels.to(next(graph.parameters()).dtype))
+            Observed(graph).run(pixels.to(dtype))
     return [torch.cat(found[norm.node]) for norm in norms]
 
 

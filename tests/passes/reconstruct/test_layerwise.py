@@ -1,5 +1,7 @@
 """Layer-wise calibration: the moments equal those of plain forward passes, and the protocol of the generator."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,9 @@ from mpcompile.errors import LoadError, PassError
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.quantization import quantizers
 from mpcompile.passes import NMMask
+from mpcompile.passes.quantize.placement import insert, sites
 from mpcompile.passes.reconstruct import calibration_batches
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.passes.reconstruct.layerwise import layerwise
@@ -228,3 +232,55 @@ def test_the_given_model_is_not_changed() -> None:
     before = replace(model, graph=model.graph)(model.example).clone()
     PassManager([NMMask(HALF)]).run(model, data)
     assert torch.equal(model(model.example), before)
+
+
+@pytest.mark.parametrize("make", [tiny_mlp, tiny_cnn, tiny_vit])
+def test_quantizers_are_calibrated_in_order_on_inputs_from_rewritten_layers(make: object) -> None:
+    model: Model = make()  # type: ignore[operator]
+    images = tiny_data(model, 40).calibration
+    names = eligible_layers(model)
+    dense = copy.deepcopy(model.graph)
+    places = sites(model, names, "convolutions")
+    wanted = insert(model.graph, places, "u8")
+    insert(dense, places, "u8")
+    order: list[str] = []
+    sampled: dict[str, Tensor] = {}
+
+    def calibrate(name: str, batches: Sequence[Tensor]) -> None:
+        order.append(name)
+        sampled[name] = torch.cat([*batches])
+        quantizers(model.graph)[name].set_range(float(sampled[name].min()), float(sampled[name].max()))
+
+    for step in layerwise(model, dense, images, names, calibrate=calibrate):
+        with torch.no_grad():
+            step.layer.weight.mul_(0.5)
+    assert order == wanted  # each once
+    seen: dict[str, Tensor] = {}
+    for name, module in quantizers(model.graph).items():
+        module.register_forward_hook(lambda module, args, output, name=name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        model.graph(images.first(40))
+    for name in wanted:
+        # Sums over another batch size: a value at the edge of a step may fall to the other side.
+        assert float((sampled[name] - seen[name]).abs().max()) <= 0.02 * float(seen[name].abs().max())
+        assert not quantizers(dense)[name].calibrated
+
+
+def test_quantizers_are_left_alone_without_calibrate() -> None:
+    model = tiny_mlp()
+    insert(model.graph, sites(model, ["hidden"], "convolutions"), "u8")
+    for _ in layerwise(model, None, tiny_data(model, 16).calibration, ["hidden"]):
+        pass
+    assert not any(module.calibrated for module in quantizers(model.graph).values())
+
+
+def test_an_error_while_calibrating_removes_the_hooks() -> None:
+    model = tiny_mlp()
+    insert(model.graph, sites(model, ["hidden"], "convolutions"), "u8")
+
+    def calibrate(name: str, batches: Sequence[Tensor]) -> None:
+        raise PassError("no range")
+
+    with pytest.raises(PassError, match="no range"):
+        next(layerwise(model, None, tiny_data(model, 16).calibration, ["hidden"], calibrate=calibrate))
+    assert hooks_of(model) == 0
