@@ -1,24 +1,29 @@
 """The settings of a recipe in 8 bits: what the target decides, and settings that contradict each other."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from mpcompile.errors import UsageError
 from mpcompile.export.onnx_export import QUANTIZED_OPSET
 from mpcompile.ir.precision import QUANTIZED
-from mpcompile.passes import Quantize
+from mpcompile.passes import Quantize, ScaleMigration
 from mpcompile.pipeline.pass_manager import Effect, Pass
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import RunsQuantized, Runtime
 
 
 def with_target_defaults(recipe: Recipe, runtime: Runtime) -> Recipe:
-    """The recipe, in which the pass `quantize` has the parameters that the target decides, if it does not give them."""
+    """The recipe with the parameters of its 8-bit passes that the target decides, where it does not give them."""
     if recipe.precision not in QUANTIZED or not isinstance(runtime, RunsQuantized):
         return recipe
-    step = recipe.step(Quantize.name)
-    if step is None:
-        return recipe
-    return recipe.with_params(Quantize.name, {**runtime.quantization(recipe.precision), **step.params})
+    decided = runtime.quantization(recipe.precision)
+    for kind in (ScaleMigration, Quantize):
+        step = recipe.step(kind.name)
+        if step is not None:
+            fields = {row.name for row in dataclasses.fields(kind)}
+            params = {key: value for key, value in decided.items() if key in fields}
+            recipe = recipe.with_params(kind.name, {**params, **step.params})
+    return recipe
 
 
 def require_order(passes: Sequence[Pass]) -> None:
@@ -74,5 +79,6 @@ def require_consistent_precision(recipe: Recipe, passes: Sequence[Pass], runtime
 
 
 def quantizes_alone(passes: Sequence[Pass]) -> bool:
-    """Whether `quantize` is the only pass that changes the model, so that its result is the dense model in 8 bits."""
-    return [step.name for step in passes if step.effect is not Effect.ANALYSIS] == [Quantize.name]
+    """Whether only 8-bit passes change the model, so that their result is the dense model in 8 bits."""
+    names = [step.name for step in passes if step.effect is not Effect.ANALYSIS]
+    return Quantize.name in names and set(names) <= {ScaleMigration.name, Quantize.name}

@@ -22,7 +22,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.accuracy import Run, compare
 from mpcompile.measure.timing import Speedup, speedup, timing
-from mpcompile.passes import Quantize
+from mpcompile.passes import Quantize, ScaleMigration
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.report.quantized_schema import Variant
 from mpcompile.runtimes import Build, Engine, HasQuantizedBaselines
@@ -58,8 +58,9 @@ def part_in_float(plan: RunPlan) -> str:
 
 
 def lower_dense(plan: RunPlan, dense: Model, data: Data, folder: Path, metadata: Mapping[str, str]) -> Lowered:
-    """The dense model through the recipe's pass `quantize` alone, as an ONNX file in the folder."""
-    model, _ = PassManager([step for step in plan.passes if isinstance(step, Quantize)]).run(dense, data)
+    """The dense model through the recipe's 8-bit passes alone, as an ONNX file in the folder."""
+    steps = [step for step in plan.passes if isinstance(step, ScaleMigration | Quantize)]
+    model, _ = PassManager(steps).run(dense, data)
     return plan.lower(model, folder / dense_quantized_file(plan.recipe), metadata)
 
 

@@ -31,7 +31,8 @@ def overridden(
     If the recipe has neither mp-budget nor nm-mask and patterns are given, mp-budget, permute and nm-mask are appended.
     If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome` and `distill` are
     inserted if they are given and missing. `restore` and `evidence` are inserted only if the recipe has no passes.
-    `quantize` is inserted if the precision is int8 or fp8 and it is missing. If the recipe then masks no layer, the
+    `quantize` is inserted if the precision is int8 or fp8 and it is missing, with `scale-migration` before all passes
+    that lose accuracy. It gets the limit of `restore`. If the recipe then masks no layer, the
     choice of layers belongs to `quantize` alone, and `batch-norm`, which corrects for masks, is not inserted.
 
     Args:
@@ -42,7 +43,7 @@ def overridden(
         tome: parameters of tome.
         restore: parameters of restore.
         distill: parameters of distill.
-        quantize: parameters of quantize, such as the choice of layers; used only in int8 and fp8.
+        quantize: parameters of scale-migration and quantize: the choice of layers; used only in int8 and fp8.
         evidence: pass name -> parameters, for the passes that correct and certify the result (batch-norm, certify).
         top: keys of the recipe itself.
         nested: section of the recipe -> its keys.
@@ -86,14 +87,18 @@ def overridden(
         steps = _with(steps, "restore", after=(*MASKING, "tome", "batch-norm"))
     if distill:
         steps = _with(steps, "distill", after=(*MASKING, "tome", "batch-norm", "restore"))
-    if in_8_bits:
+    if in_8_bits and all(step.name != "quantize" for step in steps):
         steps = _with(steps, "quantize", after=FLOATING)
+        first = next(index for index, step in enumerate(steps) if step.name in (*FLOATING[1:], "quantize"))
+        if all(step.name != "scale-migration" for step in steps):  # exact, so it comes before every pass that loses
+            steps = [*steps[:first], Step(name="scale-migration"), *steps[first:]]
     if permute is None:
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):
         raise UsageError(f"--{next(iter(order))} needs the permutation; add permute to the recipe's passes")
     changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
-    changes |= {"restore": restore or {}, "distill": distill or {}, "quantize": quantize}
+    changes |= {"restore": restore or {}, "distill": distill or {}, "scale-migration": quantize}
+    changes["quantize"] = {**quantize, **(restore or {} if not recipe.passes else {})}  # the same limit
     content = recipe.model_dump(mode="json")
     # Steps, not their text: patterns stay NM values, and are not parsed again.
     content["passes"] = [

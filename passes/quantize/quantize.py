@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
@@ -181,6 +181,8 @@ class Quantize:
         plans: dict[str, LayerPlan] = {}
         for step in layerwise(model, reference, images, layers, residual=self.refit, calibrate=calibrate):
             with on_layer(step.weight.names[0]):
+                if step.weight.norm is not None:
+                    _copy_statistics(model.graph, reference, step.weight.norm)
                 result = self._solve(model, step)
                 write(step.weight, step.layer, result)
                 for name in step.weight.names:
@@ -246,6 +248,15 @@ def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
     if lanes == "blocks" and of and BLOCK % of == 0 and most_kept(mask) <= 8:
         return block_rule(mask)
     return PAIRS
+
+
+def _copy_statistics(graph: fx.GraphModule, reference: fx.GraphModule, norm: nn.Module) -> None:
+    """Gives a batch normalization the statistics that belong to the targets, the layer's outputs in the reference.
+
+    Earlier passes moved them by as much as the outputs of their weights had moved.
+    """
+    name = next(name for name, module in graph.named_modules() if module is norm)
+    norm.load_state_dict(reference.get_submodule(name).state_dict())
 
 
 def _reference(model: Model) -> tuple[fx.GraphModule, list[str]]:

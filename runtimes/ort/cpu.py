@@ -91,8 +91,13 @@ class OnnxRuntime:
         return None
 
     def quantization(self, precision: Precision) -> Mapping[str, Any]:
-        """Returns u8 activations, which its fast products take, and 8-bit outputs of convolutions only."""
-        return {"activations": "u8", "outputs": "convolutions"}
+        """Returns u8 activations, which its fast products take, and 8-bit outputs of convolutions only.
+
+        On a processor whose products saturate at 16 bits, the weights must also fit into the lanes of ONNX Runtime.
+        """
+        from mpcompile.runtimes.ort.int8 import saturates
+
+        return {"activations": "u8", "outputs": "convolutions", "lanes": "pairs" if saturates() else "none"}
 
     def has_quantized_kernel(self, pattern: NM) -> bool:
         """False: the native N:M kernel computes in float32."""
