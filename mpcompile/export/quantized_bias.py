@@ -3,9 +3,15 @@
 Runtimes for CPUs add the bias to the integer sums of products. The scale of a sum is input scale × weight scale, and so
 is the scale of the bias. That is done for u8 activations only: TensorRT, for which activations are s8 or fp8, adds
 biases in floating point. A MatMul has no bias; the Add after it stays in float32.
+
+A channel whose weights are nearly 0 may have a bias of more than 2^31 steps. ONNX Runtime 1.32 quantises a float bias
+by itself, and the integers wrap around. Such a channel therefore gets a larger weight scale, and its weights are
+rounded once more. For n weights of the channel and u8 inputs, the output changes by at most n · 255 / 2^31 of the bias,
+1e-4 for a thousand weights, far less than a step of an 8-bit output that holds the bias.
 """
 
 import logging
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,38 +20,39 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
-LARGEST_BIAS = 2**31 - 1
-BIAS_OF_EMPTY_ROW = 2**30  # integers of a bias whose row has no weights, so that its scale is free
+LARGEST_BIAS = 2**30  # leaves as much room again for the sum of products
 # Operators between the DequantizeLinear of an activation and a layer that keep its numbers.
 LAYOUT_STEPS = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
-def scale_of_empty_rows(node: ir.Node, numbers: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The scales (out,) of a weight (out, …); those of rows of zeros, which are free, are set so that the bias fits.
+def with_room_for_biases(
+    nodes: Sequence[ir.Node], numbers: NDArray[np.float64], scale: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The integers (out, …) and scales (out,) of a weight, with the scales of rows raised whose bias would not fit.
 
-    A row of zeros gets the smallest scale of the other rows, or a larger one if its bias needs it.
+    `nodes` are all nodes that multiply by the weight.
     """
-    empty = (numbers == 0).reshape(len(numbers), -1).all(1)
-    free = np.full(scale.shape, scale[~empty].min() if (~empty).any() else 0.0)
-    read, bias = _input_scale(node), _bias(node)
-    if read is not None and bias is not None:
-        free = np.maximum(free, np.abs(_array(bias)).reshape(-1) / (read * BIAS_OF_EMPTY_ROW))
-    return np.where(empty, np.where(free > 0, free, 1.0), scale)
+    least = np.zeros_like(scale)
+    for node in nodes:
+        read, bias = _input_scale(node, (ir.DataType.UINT8, ir.DataType.INT8)), _bias(node)
+        if read is not None and bias is not None and len(_array(bias)) == len(scale):
+            least = np.maximum(least, np.abs(_array(bias).astype(np.float64)) / (read * LARGEST_BIAS))
+    raised = scale < least
+    if raised.any():
+        log.debug("%s: the scales of %d output channels are raised to hold their biases", nodes[0].name, raised.sum())
+    ratio = np.where(raised, scale / np.where(raised, least, 1), 1).reshape(-1, *[1] * (numbers.ndim - 1))
+    return np.where(ratio < 1, np.rint(numbers * ratio), numbers), np.maximum(scale, least)
 
 
 def quantize_bias(graph: ir.Graph, node: ir.Node) -> None:
-    """Replaces the bias of a Conv or Gemm that reads u8, in place. A bias that does not fit into 32 bits stays."""
-    read, bias = _input_scale(node), _bias(node)
+    """Replaces the bias of a Conv or Gemm that reads u8, in place."""
+    read, bias = _input_scale(node, (ir.DataType.UINT8,)), _bias(node)
     if read is None or bias is None:
         return
     dequantise = node.inputs[1].producer() if node.inputs[1] is not None else None
     assert dequantise is not None
     scale = read * _array(dequantise.inputs[1]).astype(np.float64)
-    values = _array(bias).astype(np.float64)
-    integers = np.rint(values / scale)
-    if not (np.abs(integers) <= LARGEST_BIAS).all():
-        log.debug("%s: its bias stays in float32: it exceeds 2^31 steps of the products' scale", node.name)
-        return
+    integers = np.rint(_array(bias).astype(np.float64) / scale)
     stored = new_initializer(graph, f"{node.name}.bias", integers.astype(np.int32))
     inputs = [stored, new_initializer(graph, f"{node.name}.bias.scale", scale.astype(np.float32))]
     step = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{node.name}_bias")
@@ -74,8 +81,8 @@ def _bias(node: ir.Node) -> ir.Value | None:
     return bias if constant and _array(bias).ndim == 1 else None
 
 
-def _input_scale(node: ir.Node) -> float | None:
-    """The scale of the u8 activation that a node reads; None if it reads anything else."""
+def _input_scale(node: ir.Node, kinds: Collection[ir.DataType]) -> float | None:
+    """The scale of the activation that a node reads; None if that is not quantised to one of these types."""
     value = node.inputs[0]
     step = value.producer() if value is not None else None
     while step is not None and step.op_type in LAYOUT_STEPS:
@@ -86,7 +93,7 @@ def _input_scale(node: ir.Node) -> float | None:
     scale, zero_point = step.inputs[1], step.inputs[2]
     if scale is None or zero_point is None or scale.const_value is None or zero_point.const_value is None:
         return None
-    return float(_array(scale)) if zero_point.const_value.dtype == ir.DataType.UINT8 else None
+    return float(_array(scale)) if zero_point.const_value.dtype in kinds else None
 
 
 def _array(value: ir.Value | None) -> NDArray[Any]:

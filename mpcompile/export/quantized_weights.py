@@ -24,7 +24,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mpcompile.errors import BuildError
 from mpcompile.export.mask_check import CONSTANT_STEPS, FileWeight, match_layers
-from mpcompile.export.quantized_bias import new_initializer, quantize_bias, scale_of_empty_rows
+from mpcompile.export.quantized_bias import new_initializer, quantize_bias, with_room_for_biases
 from mpcompile.ir.model import LayerPlan
 from mpcompile.ir.precision import Precision
 
@@ -97,25 +97,27 @@ def with_quantized_weights(
             found[weight.node] = weight
             users.setdefault(weight.node, []).append(name)
     model = ir.from_proto(file)
+    groups: dict[tuple[str, int], list[ir.Node]] = {}
+    for node in [node for node in model.graph if node.name in found]:
+        groups.setdefault((found[str(node.name)].initializer, _position(node)[1]), []).append(node)
     stored: dict[tuple[str, int], ir.Value] = {}
     rows: dict[tuple[str, int], QuantizedWeight] = {}
-    for node in [node for node in model.graph if node.name in found]:
-        weight = found[str(node.name)]
-        position, axis = _position(node)
-        key = weight.initializer, axis
-        if key not in stored:
-            numbers, scale = _fitted(grids[users[weight.node][0]], weight.values)
-            scale = scale_of_empty_rows(node, numbers, scale)
-            stored[key] = _dequantised(model.graph, node, numbers.T if axis else numbers, scale, axis, precision)
-            rows[key] = QuantizedWeight((), weight.initializer, (), weight.op, axis)
-        node.replace_input_with(position, stored[key])
-        quantize_bias(model.graph, node)
-        layers = tuple(dict.fromkeys((*rows[key].layers, *users[weight.node])))
-        rows[key] = replace(rows[key], layers=layers, nodes=(*rows[key].nodes, weight.node))
+    for key, nodes in groups.items():
+        names = [str(node.name) for node in nodes]
+        layers = tuple(dict.fromkeys(layer for name in names for layer in users[name]))
+        numbers, scale = _fitted(grids[layers[0]], found[names[0]].values)
+        if precision == "int8":
+            numbers, scale = with_room_for_biases(nodes, numbers, scale)
+        axis = key[1]
+        stored[key] = _dequantised(model.graph, nodes[0], numbers.T if axis else numbers, scale, axis, precision)
+        for node in nodes:
+            node.replace_input_with(_position(node)[0], stored[key])
+            quantize_bias(model.graph, node)
+        rows[key] = QuantizedWeight(layers, key[0], tuple(names), found[names[0]].op, axis)
     RemoveUnusedNodesPass()(model)
-    names = _named_as_before(model.graph, stored)
+    initializers = _named_as_before(model.graph, stored)
     result: onnx.ModelProto = ir.to_proto(model)
-    return result, tuple(replace(row, initializer=names[key]) for key, row in rows.items())
+    return result, tuple(replace(row, initializer=initializers[key]) for key, row in rows.items())
 
 
 def _grid(layer: str, weight: torch.Tensor, scale: torch.Tensor, precision: Precision) -> _Grid:

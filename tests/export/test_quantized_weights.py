@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,12 +24,14 @@ from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.export.quantized_weights import quantized_weights
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
+from mpcompile.ir.parity import require_parity
 from mpcompile.ir.pattern import NM
-from mpcompile.ir.quantization import quantizers
+from mpcompile.ir.quantization import ActivationType, quantizers
 from mpcompile.passes import NMMask
+from mpcompile.passes.quantize.quantize import Quantize
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes.ort.unrounded import require_unrounded_parity
-from mpcompile.testing import tiny_mlp, tiny_source, tiny_vit
+from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 
 def masked(model: Model) -> Model:
@@ -134,20 +137,32 @@ def test_rows_of_zeros_keep_their_bias(tmp_path: Path) -> None:
     assert abs(stored[step.input[0]][3] * stored[step.input[1]][3] - 5.0) < 1e-5
 
 
-def test_a_bias_that_does_not_fit_stays_in_float(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_mlp()
+@pytest.mark.parametrize("build", [tiny_mlp, tiny_cnn])
+@pytest.mark.parametrize("kind", ["u8", "s8"])
+def test_channels_of_nearly_no_weight_keep_their_bias_in_onnx_runtime(
+    build: Callable[[], Model], kind: ActivationType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime quantises a float bias by itself, and lets the integers wrap around."""
+    model = masked(build())
+    layer = "hidden" if build is tiny_mlp else "body"
     with torch.no_grad():
-        model.layer("hidden").weight[3] *= 1e-9
-    model = quantised_by_hand(model, ["hidden"])
+        model.layer(layer).weight[3] *= 1e-7
+        dict(model.graph.named_parameters())[f"{layer}.bias"][3] = 5.0
+    activations: dict[str, Any] = {"activations": kind, "outputs": "all", "observer": "min-max", "refit": False}
+    model = PassManager([Quantize(**activations)]).run(model, tiny_data(model, 16))[0]
     with caplog.at_level(logging.DEBUG, "mpcompile"):
         lowered = lower(model, tmp_path / "m.onnx", precision="int8")
-    assert "its bias stays in float32: it exceeds 2^31 steps of the products' scale" in caplog.text
-    bias = next(t for t in onnx.load(lowered.onnx).graph.initializer if t.name == "hidden.bias")
-    assert bias.data_type == TensorProto.FLOAT
-    require_unrounded_parity(lowered, model.example.numpy())
-    session = onnxruntime.InferenceSession(lowered.onnx, providers=["CPUExecutionProvider"])
+    assert "the scales of 1 output channels are raised to hold their biases" in caplog.text
+    assert require_unrounded_parity(lowered, model.example.numpy()) < 1e-3
     images = model.example.numpy()
-    assert np.abs(session.run(None, {"images": images})[0] - model(model.example).numpy()).max() < 0.05
+    session = onnxruntime.InferenceSession(lowered.onnx, providers=["CPUExecutionProvider"])
+    require_parity(model(model.example).numpy(), session.run(None, {"images": images})[0], "int8", "ONNX Runtime")
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(lowered.onnx).graph.initializer}
+    graph, scale = model.layer(layer).weight.detach().double(), model.scales()[layer].double()
+    integers = (graph / scale.reshape(-1, *[1] * (graph.ndim - 1))).round().numpy()
+    others = np.arange(len(integers)) != 3
+    assert np.array_equal(stored[f"{layer}.weight"][others], integers[others])
+    assert not stored[f"{layer}.weight"][~model.masks()[layer].numpy()].any()
 
 
 class Wide(nn.Module):
