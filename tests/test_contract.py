@@ -10,6 +10,9 @@ from mpcompile.passes import PASSES, NMMask
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
 
+BEFORE_MASKS = ("mp-budget", "permute", "scale-migration")  # refused after masks
+NEED_IMAGES = ("distill", "quantize", "scale-migration")
+
 
 def skip_where_refused(name: str, model: Model) -> None:
     """Token merging is for transformers; that it refuses others is tested with it."""
@@ -26,7 +29,7 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Model) -> None:
     check_contract(kind(), tiny, tiny_data(tiny))
 
 
-@pytest.mark.parametrize("name", [name for name in PASSES if name not in ("mp-budget", "permute")])
+@pytest.mark.parametrize("name", [name for name in PASSES if name not in BEFORE_MASKS])
 def test_every_pass_keeps_the_contract_after_the_masks(name: str, tiny: Model) -> None:
     skip_where_refused(name, tiny)
     data = tiny_data(tiny)
@@ -37,6 +40,6 @@ def test_every_pass_keeps_the_contract_after_the_masks(name: str, tiny: Model) -
 @pytest.mark.parametrize("name", PASSES)
 def test_every_result_exports(name: str, tmp_path: Path) -> None:
     model = tiny_vit() if name == "tome" else tiny_mlp()
-    result = check_contract(PASSES[name](), model, tiny_data(model) if name == "distill" else None)
+    result = check_contract(PASSES[name](), model, tiny_data(model) if name in NEED_IMAGES else None)
     batch = 2 if name == "tome" else None  # test_tome.py exports a free batch
     assert lower(result, tmp_path / "model.onnx", batch=batch).onnx.is_file()
