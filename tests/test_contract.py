@@ -12,6 +12,9 @@ from mpcompile.pipeline.checkpoint_file import State, rest_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
 
+BEFORE_MASKS = ("mp-budget", "permute", "scale-migration")  # refused after masks
+NEED_IMAGES = ("distill", "quantize", "scale-migration")
+
 
 def skip_where_refused(name: str, model: Model) -> None:
     """Token merging is for transformers; that it refuses others is tested with it."""
@@ -28,7 +31,7 @@ def test_every_pass_keeps_the_contract(name: str, tiny: Model) -> None:
     check_contract(kind(), tiny, tiny_data(tiny))
 
 
-@pytest.mark.parametrize("name", [name for name in PASSES if name not in ("mp-budget", "permute")])
+@pytest.mark.parametrize("name", [name for name in PASSES if name not in BEFORE_MASKS])
 def test_every_pass_keeps_the_contract_after_the_masks(name: str, tiny: Model) -> None:
     skip_where_refused(name, tiny)
     data = tiny_data(tiny)
@@ -39,7 +42,7 @@ def test_every_pass_keeps_the_contract_after_the_masks(name: str, tiny: Model) -
 @pytest.mark.parametrize("name", PASSES)
 def test_every_result_exports(name: str, tmp_path: Path) -> None:
     model = tiny_vit() if name == "tome" else tiny_mlp()
-    result = check_contract(PASSES[name](), model, tiny_data(model) if name in ("distill", "quantize") else None)
+    result = check_contract(PASSES[name](), model, tiny_data(model) if name in NEED_IMAGES else None)
     batch = 2 if name == "tome" else None  # test_tome.py exports a free batch
     precision: Precision = "int8" if name == "quantize" else "fp32"
     assert lower(result, tmp_path / "model.onnx", batch=batch, precision=precision).onnx.is_file()
@@ -48,7 +51,7 @@ def test_every_result_exports(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_gives_the_same_result_twice(name: str, tiny: Model) -> None:
     skip_where_refused(name, tiny)
-    data, steps = tiny_data(tiny, 32), [] if name in ("mp-budget", "permute", "nm-mask") else [NMMask()]
+    data, steps = tiny_data(tiny, 32), [] if name in (*BEFORE_MASKS, "nm-mask") else [NMMask()]
     step = PASSES[name](epochs=1, batch=16, warmup=1) if name == "distill" else PASSES[name]()  # type: ignore[call-arg]
     (one, first), (other, second) = (PassManager([*steps, step]).run(tiny, data) for _ in range(2))
     assert State.of(one) == State.of(other)

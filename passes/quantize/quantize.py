@@ -25,19 +25,15 @@ from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
-from mpcompile.ir.quantization import LARGEST_FP8, ActivationType, Quantizer, quantizers
-from mpcompile.ir.weight_groups import flat, unflat
+from mpcompile.ir.quantization import ActivationType, quantizers
 from mpcompile.passes.dense_comparison import measured_on, outputs_of, shift_and_spread
 from mpcompile.passes.quantize.calibration import Observer, best_observer, range_of, sample
-from mpcompile.passes.quantize.lane_rule import BLOCK, PAIRS, TOP, LaneRule, block_rule, float32_above, most_kept
+from mpcompile.passes.quantize.layer_weight import Lanes, quantised_weight
 from mpcompile.passes.quantize.mixed_precision import Limit, within_limit
 from mpcompile.passes.quantize.observers import OBSERVERS
-from mpcompile.passes.quantize.placement import PREFIX, Outputs, insert, quantizers_before, sites
+from mpcompile.passes.quantize.placement import PREFIX, Outputs, insert, sites
 from mpcompile.passes.quantize.policy import quantizable
-from mpcompile.passes.quantize.rounding import rounded, row_scales
-from mpcompile.passes.reconstruct.layerwise import LayerStep, layerwise
-from mpcompile.passes.reconstruct.least_squares import damped, moments_with_residual, refit
-from mpcompile.passes.reconstruct.second_moments import LeastSquares
+from mpcompile.passes.reconstruct.layerwise import layerwise
 from mpcompile.passes.reconstruct.tied_weight import write
 from mpcompile.pipeline.pass_manager import Effect
 
@@ -45,9 +41,6 @@ if TYPE_CHECKING:
     ObserverName = str
 else:  # the values that a recipe accepts; type checkers cannot read a Literal from a table
     ObserverName = Literal[tuple(OBSERVERS)]
-
-Lanes = Literal["none", "pairs", "blocks"]
-LARGEST_BIAS = 2.0**30  # of the int32 in which files store biases; half the largest, since the refit moves biases
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,8 @@ class Quantize:
             rounded so that no lane saturates (passes/quantize/lane_rule.py). `pairs`: the lanes of ONNX Runtime.
             `blocks`: in layers of at most 8 kept weights of 16, those of a kernel that skips zeros. `none`: no limit.
         max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Layers are
-            given back to floating point until it holds (passes/quantize/mixed_precision.py).
+            given back to floating point until it holds, and the others quantised again, about log₂ of the number of
+            layers times (passes/quantize/mixed_precision.py).
         damping: λ of the ridge term of the refit, relative to the mean second moment of the inputs.
         include: shell patterns over qualified names; layers to quantise that stay in floating point by default.
         exclude: shell patterns over qualified names; layers that stay in floating point. Wins over `include`.
@@ -183,7 +177,7 @@ class Quantize:
             with on_layer(step.weight.names[0]):
                 if step.weight.norm is not None:
                     _copy_statistics(model.graph, reference, step.weight.norm)
-                result = self._solve(model, step)
+                result = quantised_weight(model, step, self.activations, self.lanes, self.damping, refitted=self.refit)
                 write(step.weight, step.layer, result)
                 for name in step.weight.names:
                     plans[name] = replace(
@@ -194,60 +188,6 @@ class Quantize:
                     )
             del step  # frees its moments before those of the next layer are collected
         return plans, silent
-
-    def _solve(self, model: Model, step: LayerStep) -> dict[str, Tensor]:
-        """The tensors to write for one weight: `weight`, `scale`, `rounding_error`, and `bias` if the mean is free."""
-        moments = moments_with_residual(step, self.damping)
-        assert moments is not None
-        own, plan = flat(step.layer.weight), model.plan_of(step.weight.names[0])
-        problem = moments.problem(step.weight.centred)
-        mask = torch.ones_like(own, dtype=torch.bool) if plan.mask is None else flat(plan.mask)
-        fitted = damped(problem, own, self.damping)
-        best = refit(fitted, mask) if self.refit else own.double()
-        integers, scale = self._rounded(fitted, mask, best, _smallest_scale(model, step), plan)
-        weight = integers.double() * scale.double()[:, None]
-        power, shape, dtype = problem.power.sum(), step.layer.weight.shape, step.layer.weight.dtype
-        result = {
-            "weight": unflat(weight, shape).to(dtype),
-            "scale": scale.to(dtype),
-            "rounding_error": problem.error(weight).sum() / power if power > 0 else torch.zeros(()),
-        }
-        if step.weight.centred:
-            result["bias"] = problem.bias(weight)
-        return result
-
-    def _rounded(
-        self, fitted: LeastSquares, mask: Tensor, best: Tensor, least: float | Tensor, plan: LayerPlan
-    ) -> tuple[Tensor, Tensor]:
-        """The integers of a weight, or its E4M3 values, and the scales."""
-        if self.activations == "fp8":
-            scale = float32_above(row_scales(best, least) * (TOP / LARGEST_FP8))
-            return (best / scale[:, None]).float().to(torch.float8_e4m3fn), scale
-        found = rounded(fitted, mask, best, least=least, rule=_lane_rule(self.lanes, mask, plan))
-        return found.integers, found.scale
-
-
-def _smallest_scale(model: Model, step: LayerStep) -> Tensor | float:
-    """The weight scale of each output channel at which the bias is an int32 multiple of input scale × weight scale.
-
-    The biases are those of all layers that share the weight. Inputs of a later use have no scale yet and do not count.
-    """
-    biases = [layer.bias for layer in map(model.layer, step.weight.names) if layer.bias is not None]
-    before = [model.graph.get_submodule(name) for name in quantizers_before(model.graph, step.weight.names)]
-    inputs = [float(module.scale) for module in before if isinstance(module, Quantizer) and module.calibrated]
-    if not biases or not inputs:
-        return 0.0
-    return torch.stack([bias.detach().double().abs() for bias in biases]).amax(0) / (min(inputs) * LARGEST_BIAS)
-
-
-def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
-    """The lanes of a layer that must not saturate; None for none."""
-    if lanes == "none":
-        return None
-    of = plan.pattern.of if plan.pattern is not None else 0
-    if lanes == "blocks" and of and BLOCK % of == 0 and most_kept(mask) <= 8:
-        return block_rule(mask)
-    return PAIRS
 
 
 def _copy_statistics(graph: fx.GraphModule, reference: fx.GraphModule, norm: nn.Module) -> None:

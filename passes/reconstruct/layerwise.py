@@ -82,7 +82,7 @@ def layerwise(
         residual: if True, steps before a residual add carry the residual error as a second target. Needs `sequential`.
         finished: weights, by the name of their first layer, for which no moments are collected.
         calibrate: called with the name of each quantizer (mpcompile/ir/quantization.py) and its inputs, batch by
-            batch, before the quantizer runs in the graph being rewritten. It sets the quantizer's range.
+            batch, before the quantizer runs in the graph being rewritten. It sets the range. Needs `sequential`.
 
     Raises:
         LoadError: an image is not finite.

@@ -16,10 +16,11 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.quantization import quantizers
 from mpcompile.ir.weight_groups import flat
 from mpcompile.passes import Distill, NMMask, Quantize, ToMe
-from mpcompile.passes.quantize import quantize
+from mpcompile.passes.quantize import layer_weight, quantize
 from mpcompile.passes.quantize.lane_rule import EIGHT_OF_16, LIMIT, PAIRS, LaneRule, reach
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.passes.quantize.rounding import Rounded, nearest, row_scales
+from mpcompile.passes.reconstruct.layerwise import LayerStep
 from mpcompile.passes.reconstruct.second_moments import LeastSquares
 from mpcompile.testing import check_contract, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
@@ -120,7 +121,7 @@ def test_joint_rounding_is_never_worse_than_nearest(
     """Of the first layer, whose inputs are the same in both runs; of the others, in the mean."""
     passes = [] if pattern is None else [NMMask(pattern)]
     joint, _ = run(make(), *passes, PLAIN)
-    monkeypatch.setattr(quantize, "rounded", by_nearest)
+    monkeypatch.setattr(layer_weight, "rounded", by_nearest)
     plain, _ = run(make(), *passes, PLAIN)
     errors = {
         n: (float(joint.plan[n].rounding_error or 0), float(plain.plan[n].rounding_error or 0)) for n in joint.scales()
@@ -182,13 +183,14 @@ def test_after_training_the_trained_model_is_the_target() -> None:
 
 def test_moments_see_quantised_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Tensor] = {}
-    original = Quantize._solve
+    original = layer_weight.quantised_weight
 
-    def solve(self: Quantize, model: Model, step: object) -> dict[str, Tensor]:
-        seen[step.weight.names[0]] = step.moments.problem(centred=False).gram[0]  # type: ignore[attr-defined]
-        return original(self, model, step)  # type: ignore[arg-type]
+    def keep(model: Model, step: LayerStep, *arguments: object, **options: object) -> dict[str, Tensor]:
+        assert step.moments is not None
+        seen[step.weight.names[0]] = step.moments.problem(centred=False).gram[0]
+        return original(model, step, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Quantize, "_solve", solve)
+    monkeypatch.setattr(quantize, "quantised_weight", keep)
     model = tiny_mlp()
     data = tiny_data(model, 48)
     result, _ = run(model, PLAIN, data=data)
