@@ -78,6 +78,7 @@ bench: bench-models
 	$(BIN)/python benchmarks/certificates.py
 	$(BIN)/python benchmarks/gate.py $(if $(IMAGES),--images $(IMAGES))
 	$(BIN)/python benchmarks/token_merging.py
+	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme_picture.py
 

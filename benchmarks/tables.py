@@ -246,6 +246,7 @@ def blocks() -> dict[str, str]:
         "server": body("server"),
         "cpu_choice": body("cpu_choice"),
         "int8": body("int8_baselines"),
+        "int8_files": body("int8"),
     }
 
 

@@ -13,6 +13,7 @@ from mpcompile.driver.bench import bench
 from mpcompile.driver.compare_engines import Settings
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.measure.timing import ROUNDS
+from mpcompile.runtimes.ort.int8 import saturates
 
 
 def weight_types(file: Path) -> set[int]:
@@ -41,7 +42,8 @@ def test_the_folder_has_dense_fp32_dense_int8_and_compressed_int8(int8_masked: A
 def test_the_recipe_of_the_folder_has_what_the_target_decided(int8_masked: Artifact) -> None:
     step = int8_masked.recipe.step("quantize")
     assert step is not None
-    assert step.params == {"activations": "u8", "outputs": "convolutions"}
+    lanes = "pairs" if saturates() else "none"
+    assert step.params == {"activations": "u8", "outputs": "convolutions", "lanes": lanes}
     assert int8_masked.recipe == int8_masked.report.recipe
 
 

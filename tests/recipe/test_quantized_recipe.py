@@ -8,6 +8,7 @@ from mpcompile.driver.run_plan import plan_of
 from mpcompile.errors import UsageError
 from mpcompile.recipe.overrides import overridden
 from mpcompile.recipe.schema import Recipe
+from mpcompile.runtimes.ort.int8 import saturates
 from mpcompile.runtimes import RUNTIMES
 from mpcompile.runtimes.nvidia import Gpu
 
@@ -25,13 +26,27 @@ def names(recipe: Recipe) -> list[str]:
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_the_pass_is_inserted_behind_all_that_change_floats(precision: str) -> None:
+def test_the_passes_are_inserted_around_all_that_change_floats(precision: str) -> None:
     options = {"tome": {"r": "8"}, "restore": {"max_drop": 1.0}, "distill": {"epochs": 1}}
     whole = merged([], precision, budget={"patterns": ("2:4",)}, **options)
-    expected = ["mp-budget", "permute", "nm-mask", "tome", "batch-norm", "restore", "distill", "quantize", "certify"]
-    assert names(whole) == expected
+    assert names(whole) == [
+        "mp-budget",
+        "scale-migration",
+        "permute",
+        "nm-mask",
+        "tome",
+        "batch-norm",
+        "restore",
+        "distill",
+        "quantize",
+        "certify",
+    ]
+    limit = whole.step("quantize")
+    assert limit is not None
+    assert limit.params == {"max_drop": 1.0}
     assert names(merged(["certify", "nm-mask", "batch-norm"], precision)) == [
         "certify",
+        "scale-migration",
         "nm-mask",
         "batch-norm",
         "quantize",
@@ -39,10 +54,12 @@ def test_the_pass_is_inserted_behind_all_that_change_floats(precision: str) -> N
     assert names(merged(["nm-mask", "quantize", "certify"], precision)) == ["nm-mask", "quantize", "certify"]
 
 
-def test_without_a_pattern_the_recipe_has_quantize_and_certify_alone() -> None:
-    assert names(merged([])) == ["quantize", "certify"]
-    assert names(merged([], restore={"max_drop": 1.0})) == ["quantize", "certify"]  # the limit is a gate
-    assert names(merged([], evidence={})) == ["quantize"]
+def test_without_a_pattern_the_recipe_has_8_bit_passes_and_certify_alone() -> None:
+    assert names(merged([])) == ["scale-migration", "quantize", "certify"]
+    limited = merged([], restore={"max_drop": 1.0})
+    assert names(limited) == ["scale-migration", "quantize", "certify"]
+    assert limited.passes[1].params == {"max_drop": 1.0}
+    assert names(merged([], evidence={})) == ["scale-migration", "quantize"]
     assert names(merged([], "fp32", budget={"patterns": ("2:4",)}))[-2:] == ["batch-norm", "certify"]
     assert names(merged(["nm-mask"], None)) == ["nm-mask"]
 
@@ -50,12 +67,12 @@ def test_without_a_pattern_the_recipe_has_quantize_and_certify_alone() -> None:
 def test_the_choice_of_layers_goes_to_masks_and_to_quantize() -> None:
     chosen: dict[str, Any] = {"include": ["stem"], "exclude": ["a.*"]}
     both = merged([], budget={"patterns": ("2:4",), **chosen}, quantize=chosen)
-    for name in ("mp-budget", "quantize"):
+    for name in ("mp-budget", "scale-migration", "quantize"):
         step = both.step(name)
         assert step is not None
         assert {key: step.params[key] for key in chosen} == chosen
     alone = merged([], budget=chosen, quantize=chosen)
-    assert [step.params for step in alone.passes] == [chosen, {}]
+    assert [step.params for step in alone.passes] == [chosen, chosen, {}]
     with pytest.raises(UsageError, match="--include, --exclude needs a pattern"):
         merged([], "fp32", budget=chosen, quantize=chosen)
     floats = merged([], "fp32", budget={"patterns": ("2:4",), **chosen}, quantize=chosen)
@@ -65,15 +82,16 @@ def test_the_choice_of_layers_goes_to_masks_and_to_quantize() -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "params"),
     [
-        ("ort", "int8", {"activations": "u8", "outputs": "convolutions"}),
+        ("ort", "int8", {"activations": "u8", "outputs": "convolutions", "lanes": "pairs" if saturates() else "none"}),
         ("trt", "int8", {"activations": "s8", "outputs": "all"}),
         ("trt", "fp8", {"activations": "fp8", "outputs": "all"}),
     ],
 )
 def test_the_target_decides_what_the_recipe_leaves_open(target: str, precision: str, params: dict[str, str]) -> None:
-    text = f"{{passes: [quantize], target: {target}, precision: {precision}}}"
-    [step] = plan_of(Recipe.from_yaml(text)).recipe.passes
+    text = f"{{passes: [scale-migration, quantize], target: {target}, precision: {precision}}}"
+    migration, step = plan_of(Recipe.from_yaml(text)).recipe.passes
     assert step.params == params
+    assert migration.params == {"activations": params["activations"]}
     given = f"{{passes: [quantize: {{outputs: all, observer: min-max}}], target: {target}, precision: {precision}}}"
     plan = plan_of(Recipe.from_yaml(given))
     assert plan.recipe.passes[0].params == {**params, "outputs": "all", "observer": "min-max"}
