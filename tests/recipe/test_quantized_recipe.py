@@ -8,9 +8,9 @@ from mpcompile.driver.run_plan import plan_of
 from mpcompile.errors import UsageError
 from mpcompile.recipe.overrides import overridden
 from mpcompile.recipe.schema import Recipe
-from mpcompile.runtimes.ort.int8 import saturates
 from mpcompile.runtimes import RUNTIMES
 from mpcompile.runtimes.nvidia import Gpu
+from mpcompile.runtimes.ort.int8 import saturates
 
 EVIDENCE: dict[str, dict[str, Any]] = {"batch-norm": {}, "certify": {}}
 
