@@ -128,7 +128,8 @@ def test_joint_rounding_is_never_worse_than_nearest(
     }
     one, other = errors[min(errors, key=[name for name, _ in joint.layers()].index)]
     assert one <= other * (1 + 1e-6)  # the damping of the problem that rounding sees
-    assert sum(a for a, _ in errors.values()) <= sum(b for _, b in errors.values())
+    # Later layers have other inputs in the two runs; after masks their own error is 10⁴ times that of rounding.
+    assert sum(a for a, _ in errors.values()) <= (1 + 1e-4) * sum(b for _, b in errors.values())
 
 
 def test_the_target_is_the_dense_model() -> None:
@@ -142,6 +143,17 @@ def test_the_target_is_the_dense_model() -> None:
         return float((run(model, *passes, data=data)[0](images) - model(images)).square().mean())
 
     assert error(masks, PLAIN) < 0.5 * error(masks, replace(PLAIN, refit=False))
+
+
+def test_weights_that_the_masks_refitted_are_not_refitted_again() -> None:
+    def weight(refit: bool | None, masks: NMMask | None) -> Tensor:
+        steps = [replace(PLAIN, refit=refit)] if masks is None else [masks, replace(PLAIN, refit=refit)]
+        return run(tiny_mlp(), *steps)[0].layer("hidden").weight.detach()
+
+    assert torch.equal(weight(None, NMMask(NM(2, 4))), weight(False, NMMask(NM(2, 4))))
+    assert not torch.equal(weight(None, NMMask(NM(2, 4))), weight(True, NMMask(NM(2, 4))))
+    assert torch.equal(weight(None, None), weight(True, None))
+    assert not torch.equal(weight(None, None), weight(False, None))
 
 
 def test_a_dense_model_is_its_own_target() -> None:
