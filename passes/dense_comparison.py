@@ -40,13 +40,23 @@ def measured_on(data: Data) -> Split:
     return data.validation if len(data.validation) else data.calibration
 
 
+def same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Whether two graphs have the same operations in the same order."""
+    return [(n.op, n.target) for n in one.graph.nodes] == [(n.op, n.target) for n in other.graph.nodes]
+
+
+def mean_shift(outputs: Tensor, dense: Tensor) -> float:
+    """The mean over images of the largest change of a logit."""
+    return float((outputs - dense).abs().flatten(1).amax(1).mean())
+
+
 def shift_and_spread(outputs: Tensor, dense: Tensor) -> tuple[float, float]:
     """The means over images of the largest change of a logit, and of the range of the dense logits."""
-    shift = (outputs - dense).abs().flatten(1).amax(1).mean()
+    shift = mean_shift(outputs, dense)
     if dense.shape[1] == 1:  # an image has one logit, so the range is taken over the images
-        return float(shift), float(dense.max() - dense.min())
+        return shift, float(dense.max() - dense.min())
     spread = (dense.flatten(1).amax(1) - dense.flatten(1).amin(1)).mean()
-    return float(shift), float(spread)
+    return shift, float(spread)
 
 
 def accuracy_drop(outputs: Tensor, dense: Tensor, images: Split, head: Head | None) -> float:

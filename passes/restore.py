@@ -38,6 +38,7 @@ from mpcompile.passes.dense_comparison import (
     dense_layer,
     measured_on,
     outputs_of,
+    same_nodes,
     shift_and_spread,
 )
 from mpcompile.passes.nm_mask.nm_mask import NMMask
@@ -231,7 +232,7 @@ class Restore:
             _copy_dense(model, names)
             if milder:
                 # After token merging the nodes of the dense graph have other outputs, so they are no targets.
-                reference = model.dense if model.dense and _same_nodes(model.graph, model.dense) else None
+                reference = model.dense if model.dense and same_nodes(model.graph, model.dense) else None
                 results = NMMask().mask_layers(model, data, dict.fromkeys(names, milder[0]), reference)
                 plans = {
                     tied: replace(model.plan_of(tied), pattern=milder[0], mask=mask, relative_error=error)
@@ -266,11 +267,6 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
     """Copies parameters and buffers from one module to another of the same structure."""
     for name, value in source.state_dict().items():
         target.state_dict()[name].copy_(value)
-
-
-def _same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
-    """Whether two graphs have the same operations in the same order."""
-    return [node.target for node in one.graph.nodes] == [node.target for node in other.graph.nodes]
 
 
 def _density(pattern: NM) -> float:

@@ -11,7 +11,7 @@ Conditions 1 and 3 always hold. Condition 2 is a default that `include` override
 graph edges, never from the name of a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -227,11 +227,7 @@ def eligible(
     layer), but not conditions 1 and 3 (such as a width that M does not divide). Layers that match `exclude` stay dense,
     even if they match `include`. Raises UsageError if a shell pattern matches no layer.
     """
-    names = [name for name, _ in model.layers()]
-    for glob in (*include, *exclude):
-        if not any(fnmatchcase(name, glob) for name in names):
-            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-            raise UsageError(f"no layer name matches {glob!r}; the layers are {shown}")
+    require_matches([name for name, _ in model.layers()], (*include, *exclude))
     positions = graph_positions(model)
     reasons: dict[str, str | None] = dict(unsupported_modules(model))
     for name, layer in model.layers():
@@ -248,7 +244,15 @@ def eligible(
             else:
                 default = None
             reasons[name] = default or reason_incompatible(layer, position, model.plan_of(name).pattern or pattern)
-    return _agreed_among_tied(model, reasons)
+    return agreed_among_tied(model, reasons, "stays dense")
+
+
+def require_matches(names: Sequence[str], globs: Sequence[str]) -> None:
+    """Raises UsageError if one of these shell patterns matches no layer name."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+            raise UsageError(f"no layer name matches {glob!r}; the layers are {shown}")
 
 
 def tied_layers(model: Model, names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -261,11 +265,15 @@ def tied_layers(model: Model, names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def _agreed_among_tied(model: Model, reasons: dict[str, str | None]) -> dict[str, str | None]:
-    """The reasons, where a layer that is not eligible makes all layers that share its weight not eligible."""
+def agreed_among_tied(model: Model, reasons: Mapping[str, str | None], what: str) -> dict[str, str | None]:
+    """The reasons, where a layer with a reason gives one to all layers that share its weight.
+
+    `what` says what happens to a layer with a reason, such as `stays dense`.
+    """
+    agreed = dict(reasons)
     for names in tied_layers(model, [name for name, _ in model.layers()]):
-        dense = next((name for name in names if reasons[name]), None)
+        first = next((name for name in names if reasons[name]), None)
         for name in names:
-            if dense and not reasons[name]:
-                reasons[name] = f"shares its weight with {dense}, which stays dense ({reasons[dense]})"
-    return reasons
+            if first and not agreed[name]:
+                agreed[name] = f"shares its weight with {first}, which {what} ({reasons[first]})"
+    return agreed

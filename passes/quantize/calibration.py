@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from mpcompile.data.images import Split
 from mpcompile.errors import PassError
 from mpcompile.ir.quantization import ActivationType, quantizers
-from mpcompile.passes.dense_comparison import outputs_of
+from mpcompile.passes.dense_comparison import mean_shift, outputs_of
 from mpcompile.passes.quantize.observers import OBSERVERS, Range
 from mpcompile.passes.quantize.placement import PREFIX
 
@@ -39,7 +39,7 @@ def best_observer(
         modules = quantizers(trial)
         for name, values in samples.items():
             modules[name].set_range(*range_of(rule, values, kind))
-        shifts[observer] = float((outputs_of(trial, check) - expected).abs().flatten(1).amax(1).mean())
+        shifts[observer] = mean_shift(outputs_of(trial, check), expected)
     best = min(shifts, key=shifts.__getitem__)
     others = ", ".join(f"{shift:.3g} by {observer}" for observer, shift in shifts.items() if observer != best)
     return best, f"ranges of activations by {best}: alone they shift the logits by {shifts[best]:.3g} ({others})"

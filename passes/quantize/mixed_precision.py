@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
-from mpcompile.passes.dense_comparison import accuracy_drop, outputs_of
+from mpcompile.passes.dense_comparison import accuracy_drop, mean_shift, outputs_of
 from mpcompile.passes.quantize.placement import quantizer_nodes, quantizers_before
 from mpcompile.passes.reconstruct.tied_weight import TiedWeight, tied_weights
 from mpcompile.system.progress import tracked
@@ -99,7 +99,7 @@ def layer_costs(model: Model, before: fx.GraphModule, layers: Sequence[str], ima
     expected = outputs_of(before, images)
 
     def shift() -> float:
-        return float((outputs_of(model.graph, images) - expected).abs().flatten(1).amax(1).mean())
+        return mean_shift(outputs_of(model.graph, images), expected)
 
     whole, costs = shift(), dict[str, float]()
     for weight in tracked(tied_weights(model, layers), lambda weight: weight.names[0]):

@@ -5,22 +5,22 @@ and cost much accuracy; layers whose weight is not used as it is stored; and eve
 (normalizations, softmax, attention products, residual adds).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from torch import fx
 
 from mpcompile.analysis.eligibility import (
     EXCLUDED,
+    agreed_among_tied,
     graph_positions,
     reason_dense_by_default,
     reason_uneditable,
-    tied_layers,
+    require_matches,
     unsupported_modules,
     weight_nodes,
 )
 from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
-from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
 
 WITHIN_MODULE = "it is applied inside a module that the graph calls as a whole, so its input cannot be quantised"
@@ -34,11 +34,7 @@ def quantizable(model: Model, include: Sequence[str] = (), exclude: Sequence[str
     output layers; `exclude` wins over `include`. Layers that share a weight are quantised together or not at all.
     Raises UsageError if a shell pattern matches no layer.
     """
-    names = [name for name, _ in model.layers()]
-    for glob in (*include, *exclude):
-        if not any(fnmatchcase(name, glob) for name in names):
-            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-            raise UsageError(f"no layer name matches {glob!r}; the layers are {shown}")
+    require_matches([name for name, _ in model.layers()], (*include, *exclude))
     positions = graph_positions(model)
     nodes_of, _ = weight_nodes(model.graph)
     reasons: dict[str, str | None] = dict(unsupported_modules(model))
@@ -52,7 +48,7 @@ def quantizable(model: Model, include: Sequence[str] = (), exclude: Sequence[str
         if reason is None:
             reason = next(filter(None, (_reason_of_node(node, name) for node in nodes_of[name])), None)
         reasons[name] = reason
-    return _agreed(reasons, tied_layers(model, names))
+    return agreed_among_tied(model, reasons, "stays in floating point")
 
 
 def _reason_of_node(node: fx.Node, name: str) -> str | None:
@@ -60,14 +56,3 @@ def _reason_of_node(node: fx.Node, name: str) -> str | None:
     if node.op == "call_module":
         return None if node.target == name else WITHIN_MODULE
     return None if node.target in WEIGHT_FUNCTIONS else BIAS_APART
-
-
-def _agreed(reasons: Mapping[str, str | None], groups: Sequence[tuple[str, ...]]) -> dict[str, str | None]:
-    """The reasons, where a layer that stays in floating point makes all layers that share its weight stay too."""
-    agreed = dict(reasons)
-    for group in groups:
-        stays = next((name for name in group if reasons[name] is not None), None)
-        for name in group:
-            if stays is not None and agreed[name] is None:
-                agreed[name] = f"shares its weight with {stays}, which stays in floating point ({reasons[stays]})"
-    return agreed

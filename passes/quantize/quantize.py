@@ -27,7 +27,7 @@ from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.quantization import ActivationType, quantizers
-from mpcompile.passes.dense_comparison import measured_on, outputs_of, shift_and_spread
+from mpcompile.passes.dense_comparison import measured_on, outputs_of, same_nodes, shift_and_spread
 from mpcompile.passes.quantize.calibration import Observer, best_observer, range_of, sample
 from mpcompile.passes.quantize.layer_weight import Lanes, quantised_weight
 from mpcompile.passes.quantize.mixed_precision import Limit, within_limit
@@ -213,7 +213,7 @@ def _reference(model: Model) -> tuple[fx.GraphModule, list[str]]:
     """
     if model.dense is None:
         return model.graph, []
-    if not model.epochs and _same_nodes(model.graph, model.dense):
+    if not model.epochs and same_nodes(model.graph, model.dense):
         return model.dense, []
     cause = "was trained" if model.epochs else "got other operations"
     return model.graph, [
@@ -246,8 +246,3 @@ def _split(model: Model, before: Tensor, images: Split) -> str:
     return (
         f"the logits shift by {earlier:.3g} before 8 bits, by {by_rounding:.3g} from 8 bits alone, by {both:.3g} in all"
     )
-
-
-def _same_nodes(one: fx.GraphModule, other: fx.GraphModule) -> bool:
-    """Whether two graphs have the same operations in the same order."""
-    return [(n.op, str(n.target)) for n in one.graph.nodes] == [(n.op, str(n.target)) for n in other.graph.nodes]
