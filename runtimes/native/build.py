@@ -17,7 +17,10 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "src"
 LIBRARY = "libmpcompile_native.so"
 SYSTEMS = ("Linux", "Darwin")
-SHARED = ("skinny_packing.cpp", "tile_scheduler.cpp", "cpu_dispatch.cpp", "ort_operator.cpp")
+SHARED = (
+    "skinny_packing.cpp", "tile_scheduler.cpp", "int8_packing.cpp", "int8_baseline.cpp", "cpu_dispatch.cpp",
+    "ort_values.cpp", "ort_operator.cpp", "ort_int8_gemm.cpp", "ort_int8_fusions.cpp", "ort_register.cpp",
+)  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 # nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
@@ -26,6 +29,13 @@ KERNELS = {
         "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
         "avx2": ("-mavx2", "-mfma"),
         "baseline": (),
+    }
+}
+# Of the int8 kernels. They belong to the set of KERNELS on the right: without it they are not built either.
+INT8_KERNELS = {
+    "x86_64": {
+        "avx512vnni": (("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512vnni", "-mfma"), "avx512"),
+        "avx2": (("-mavx2", "-mfma"), "avx2"),
     }
 }
 OTHER_CPUS: dict[str, tuple[str, ...]] = {"baseline": ()}  # on aarch64, the baseline has NEON
@@ -78,7 +88,16 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
         for name, flags in kernels.items()
         for part in ("nm_gemm", "nm_gemm_skinny")
     ]
-    macros = tuple(f"-DNM_HAS_{name}" for name in kernels)  # cpu_dispatch.cpp selects among these
+    int8 = {
+        name: flags for name, (flags, needs) in INT8_KERNELS.get(platform.machine(), {}).items() if needs in kernels
+    }
+    jobs += [
+        (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_{part.upper()}={part}_{name}"))
+        for name, flags in int8.items()
+        for part in ("int8_gemm", "attention", "layer_norm")
+    ]
+    # cpu_dispatch.cpp selects among these
+    macros = (*(f"-DNM_HAS_{name}" for name in kernels), *(f"-DNM_HAS_INT8_{name}" for name in int8))
     jobs += [(source, Path(source).stem, macros) for source in SHARED]
     for source, name, flags in jobs:
         target = folder / f"{name}.o"

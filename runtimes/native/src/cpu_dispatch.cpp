@@ -1,4 +1,5 @@
 // Selects the kernels that this processor can run.
+#include "int8_kernels.h"
 #include "nm_gemm.h"
 
 namespace mpcompile {
@@ -16,6 +17,35 @@ int supported_kernels(const Kernel* (&found)[4]) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kernel_avx2;
 #endif
     found[count++] = &kernel_baseline;
+    return count;
+}
+
+#define NM_INT8(set)                                    \
+    extern const Int8Kernel int8_gemm_##set;            \
+    extern const AttentionKernel attention_##set;       \
+    extern const LayerNormKernel layer_norm_##set;      \
+    static const Int8Kernels& int8_##set() {            \
+        static const Int8Kernels kernels{"int8_" #set, int8_gemm_##set, attention_##set, layer_norm_##set}; \
+        return kernels;                                 \
+    }
+#if defined(NM_HAS_INT8_avx512vnni)
+NM_INT8(avx512vnni)
+#endif
+#if defined(NM_HAS_INT8_avx2)
+NM_INT8(avx2)
+#endif
+
+int supported_int8_kernels(const Int8Kernels* (&found)[4]) {
+    int count = 0;
+#if defined(NM_HAS_INT8_avx512vnni)
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        found[count++] = &int8_avx512vnni();
+#endif
+#if defined(NM_HAS_INT8_avx2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &int8_avx2();
+#endif
+    found[count++] = &int8_baseline;
     return count;
 }
 

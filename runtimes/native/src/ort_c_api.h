@@ -49,7 +49,7 @@ struct OrtCustomOp {
 namespace mpcompile::ort {
 
 constexpr uint32_t API_VERSION = 17, CUSTOM_OP_VERSION = 16;
-enum ElementType { FLOAT = 1, UINT16 = 4, INT32 = 6 };
+enum ElementType { FLOAT = 1, UINT8 = 2, INT8 = 3, UINT16 = 4, INT32 = 6 };
 enum ErrorCode { FAIL = 1, INVALID_ARGUMENT = 2, INVALID_GRAPH = 10 };
 
 template <int INDEX, typename Signature>
@@ -70,6 +70,7 @@ using GetTensorMutableData = Function<51, OrtStatus*(OrtValue*, void**)>;
 using GetDimensionsCount = Function<61, OrtStatus*(const OrtTensorTypeAndShapeInfo*, size_t*)>;
 using GetDimensions = Function<62, OrtStatus*(const OrtTensorTypeAndShapeInfo*, int64_t*, size_t)>;
 using GetTensorTypeAndShape = Function<65, OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>;
+using GetAttributeFloat = Function<85, OrtStatus*(const OrtKernelInfo*, const char*, float*)>;
 using GetAttributeInt = Function<86, OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>;
 using GetInput = Function<90, OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>;
 using GetOutput = Function<91, OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>;

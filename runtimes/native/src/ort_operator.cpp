@@ -11,27 +11,16 @@
 #include <mutex>
 #include <new>
 
-#include "ort_c_api.h"
+#include "ort_operators.h"
+#include "ort_values.h"
 #include "tile_scheduler.h"
 
 namespace mpcompile {
 namespace {
 
-using Api = const void* const*;
-constexpr size_t INPUTS = 6, MOST_DIMENSIONS = 8;
+constexpr size_t INPUTS = 6;
 constexpr int INPUT_TYPES[INPUTS] = {ort::FLOAT, ort::FLOAT, ort::UINT16, ort::UINT16, ort::INT32, ort::FLOAT};
 const char* const INPUT_NAMES[INPUTS] = {"x", "values", "places", "common", "order", "bias"};
-
-struct Shape {
-    int64_t sizes[MOST_DIMENSIONS];
-    size_t count;
-
-    int64_t product(size_t begin, size_t end) const {
-        int64_t result = 1;
-        for (size_t i = begin; i < end; i++) result *= sizes[i];
-        return result;
-    }
-};
 
 struct Operator {
     Api api;
@@ -55,25 +44,6 @@ const RowPanels* row_panels_for(Operator& op, const Weights& w, int64_t tokens) 
 
 extern const OrtCustomOp NM_GEMM, NM_CONV;
 
-OrtStatus* shape_of(Api api, const OrtValue* value, Shape& shape) {
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    if (OrtStatus* failed = ort::GetTensorTypeAndShape::call(api, value, &info)) return failed;
-    OrtStatus* failed = ort::GetDimensionsCount::call(api, info, &shape.count);
-    if (!failed && shape.count > MOST_DIMENSIONS)
-        failed = ort::CreateStatus::call(api, ort::INVALID_ARGUMENT, "NMGemm: x has more than 8 dimensions");
-    if (!failed) failed = ort::GetDimensions::call(api, info, shape.sizes, shape.count);
-    ort::ReleaseTensorTypeAndShapeInfo::call(api, info);
-    return failed;
-}
-
-template <typename T>
-OrtStatus* data_of(Api api, const OrtValue* value, const T*& data) {
-    void* found = nullptr;
-    OrtStatus* failed = ort::GetTensorMutableData::call(api, const_cast<OrtValue*>(value), &found);
-    data = static_cast<const T*>(found);
-    return failed;
-}
-
 OrtStatus* refuse(Api api, const char* what, size_t input) {
     char text[160];
     snprintf(text, sizeof text, "NMGemm: input %s %s", INPUT_NAMES[input], what);
@@ -90,13 +60,6 @@ const char* invalid_attributes(const Weights& w) {
     if (w.block < 1 || w.block >= UINT16_MAX) return "NMGemm: block is out of range";
     if (w.chunk < 4 || w.chunk % 4 || w.chunk > INT32_MAX - 64) return "NMGemm: chunk must be a multiple of 4";
     return nullptr;
-}
-
-bool is_shape(const Shape& shape, const int64_t* wanted, size_t count) {
-    if (shape.count != count) return false;
-    for (size_t i = 0; i < count; i++)
-        if (shape.sizes[i] != wanted[i]) return false;
-    return true;
 }
 
 // Whether each block names every row once: the output of a row that is missing would be uninitialised memory.
@@ -154,7 +117,7 @@ OrtStatus* check_weights(Operator& op, const OrtKernelInfo* info) {
                                           {w.blocks, w.row_groups, w.group_rows()},
                                           {w.rows}};
         const size_t dimensions[INPUTS] = {0, 4, 4, 2, 3, 1};
-        if (!is_shape(shape, sizes[input], dimensions[input])) return refuse(op.api, "has another shape", input);
+        if (!shape.is(sizes[input], dimensions[input])) return refuse(op.api, "has another shape", input);
         const void* data = nullptr;
         if (OrtStatus* failed = data_of(op.api, value, data)) return failed;
         if (!in_bounds(w, input, data, shape.product(0, shape.count))) return refuse(op.api, "is out of bounds", input);
@@ -221,11 +184,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     a.pixels = op.channels_first ? shape.product(2, shape.count) : 0;
     a.tokens = shape.product(0, axis) * (op.channels_first ? a.pixels : 1);
     shape.sizes[axis] = w.rows;
-    OrtValue* output = nullptr;
-    if (OrtStatus* failed = ort::GetOutput::call(op.api, context, 0, shape.sizes, shape.count, &output)) return failed;
-    const float* y = nullptr;
-    if (OrtStatus* failed = data_of(op.api, output, y)) return failed;
-    a.y = const_cast<float*>(y);
+    if (OrtStatus* failed = output_of(op.api, context, shape, a.y)) return failed;
     if (a.tokens == 0) return nullptr;
     const TileScheduler scheduler(*op.kernel, w, a, row_panels_for(op, w, a.tokens));
     Call call{scheduler};
@@ -262,31 +221,14 @@ constexpr OrtCustomOp named(const char* (*name)(const OrtCustomOp*)) {
 const OrtCustomOp NM_GEMM = named([](const OrtCustomOp*) { return "NMGemm"; });
 const OrtCustomOp NM_CONV = named([](const OrtCustomOp*) { return "NMConv"; });
 
-// One domain for the life of the process: sessions keep pointers to it. The library is linked so that it stays loaded.
-struct Domain {
-    OrtCustomOpDomain* made = nullptr;
-    OrtStatus* failed = nullptr;
-
-    explicit Domain(Api api) {
-        failed = ort::CreateCustomOpDomain::call(api, "mpcompile", &made);
-        for (const OrtCustomOp* op : {&NM_GEMM, &NM_CONV})
-            if (!failed) failed = ort::CustomOpDomainAdd::call(api, made, op);
-    }
-};
-
 }  // namespace
-}  // namespace mpcompile
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                               const OrtApiBase* base) {
-    using namespace mpcompile;
-    const void* const* api = base->GetApi(ort::API_VERSION);
-    if (!api)
-        return nullptr;  // older than 1.17: no status can be created; the session then reports an unknown operator
-    static const Domain domain(api);
-    if (domain.failed) return ort::CreateStatus::call(api, ort::FAIL, "mpcompile: the operator cannot be registered");
-    return ort::AddCustomOpDomain::call(api, options, domain.made);
+const std::vector<const OrtCustomOp*>& float_operators() {
+    static const std::vector<const OrtCustomOp*> all{&NM_GEMM, &NM_CONV};
+    return all;
 }
+
+}  // namespace mpcompile
 
 // The name of the instruction set that calls use, for reports.
 extern "C" __attribute__((visibility("default"))) const char* mpcompile_kernel() {

@@ -322,9 +322,10 @@ int main() {
     OrtSessionOptions options;
     if (!expect(text_of(RegisterCustomOps(&options, &base)).empty() && options.domain, "not registered")) return 1;
     const std::vector<const OrtCustomOp*>& operators = options.domain->operators;
-    if (!expect(operators.size() == 2, "not two operators")) return 1;
     for (const OrtCustomOp* op : operators) {
-        const bool channels = std::string(op->GetName(op)) == "NMConv";
+        const std::string name = op->GetName(op);
+        const bool channels = name == "NMConv";
+        if (!channels && name != "NMGemm") continue;  // the int8 operators have a test of their own
         for (int64_t share : {1, 2, 4})
             if (!computes(op, share, channels)) return 1;
         if (!channels && !(survives_failures(op) && refuses(op))) return 1;

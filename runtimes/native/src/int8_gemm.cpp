@@ -1,0 +1,235 @@
+// The int8 microkernel: a tile of tokens times a panel of rows. It is compiled for AVX2 and for AVX-512 with VNNI, with
+// NM_INT8_GEMM as the name of the Int8Kernel that it defines.
+#include "int8_simd.h"
+
+#include <string.h>
+
+#include "int8_gemm.h"
+
+namespace {
+
+using mpcompile::Activation;
+using mpcompile::CHUNK;
+using mpcompile::Int8Call;
+using mpcompile::Int8Layout;
+using mpcompile::Int8Weights;
+
+// The shape of a tile: `GROUPS` groups of rows, each with `SHARED` vectors of rows that share their patterns, times
+// `TOKENS` tokens, as many sums as registers allow beside the operands.
+template <int KEPT, int SHARED>
+struct Shape {
+    static constexpr bool DENSE = KEPT == 16;
+    static constexpr int SPLITS = DENSE || SHARED == 4 ? 1 : ::SPLITS, ROWS = LANES / SPLITS;  // rows of a vector
+#if NM_VNNI
+    static constexpr int GROUPS = SHARED == 1 ? 2 : 1;
+    static constexpr int TOKENS = SHARED == 1 ? 10 : SHARED == 2 ? 10 : 5;
+    static constexpr bool HOLDS_WEIGHTS = true;
+#else
+    static constexpr int GROUPS = 1;
+    static constexpr int TOKENS = SHARED == 1 ? 9 : SHARED == 2 ? 5 : 3;
+    static constexpr bool HOLDS_WEIGHTS = SHARED == 1;  // otherwise no registers are left, and weights are memory operands
+#endif
+    static constexpr int VECTORS = GROUPS * SHARED, PANEL_ROWS = VECTORS * ROWS;
+    static constexpr int CONTROLS = DENSE ? 0 : 2, BLOCK = 16 * SPLITS;
+    static constexpr int COLUMNS = DENSE ? 8 : KEPT == 8 ? BLOCK : 2 * BLOCK;  // of a step
+    static constexpr size_t STEP_BYTES = sizeof(Bytes) * GROUPS * (CONTROLS + 2 * SHARED);
+};
+
+// sum += p * w + q * u, in 32 bits. Without VNNI, the products pass through 16-bit lanes, two or four in each; the weights
+// are packed so that no lane can saturate. The sum stays in its register: left alone, GCC overlaps steps, runs out of
+// registers and keeps sums on the stack.
+template <bool WIDE>
+NM_INLINE void accumulate(Bytes& sum, Bytes p, Bytes w, Bytes q, Bytes u, [[maybe_unused]] Bytes ones) {
+#if NM_VNNI
+    sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, p, w), q, u);
+    NM_KEEP(sum);
+#else
+    const Bytes first = _mm256_maddubs_epi16(p, w), second = _mm256_maddubs_epi16(q, u);
+    Bytes added;
+    if constexpr (WIDE)
+        added = _mm256_add_epi32(_mm256_madd_epi16(first, ones), _mm256_madd_epi16(second, ones));
+    else
+        added = _mm256_madd_epi16(_mm256_add_epi16(first, second), ones);
+    __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(added));
+#endif
+}
+
+// The sums of T tokens and one panel: out[t * CHUNK + row of the panel]. Not inlined, and each sum held in its register
+// after each step: otherwise GCC overlaps steps, runs out of registers and keeps sums on the stack.
+template <int KEPT, int SHARED, bool WIDE, int T>
+__attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const uint8_t* w, int64_t steps,
+                                        int32_t* out) {
+    using S = Shape<KEPT, SHARED>;
+    constexpr size_t V = sizeof(Bytes);
+    Bytes sums[T][S::VECTORS];
+    NM_UNROLL for (int t = 0; t < T; t++) NM_UNROLL for (int r = 0; r < S::VECTORS; r++) sums[t][r] = zeros();
+    [[maybe_unused]] const Bytes ones = NM_VNNI ? zeros() : all16(1);
+    for (int64_t step = 0; step < steps; step++, x += S::COLUMNS, w += S::STEP_BYTES) {
+        const auto operand = [w](int group, int i) __attribute__((always_inline)) {
+            return load_bytes(w + V * (group * (S::CONTROLS + 2 * SHARED) + i));
+        };
+        [[maybe_unused]] Bytes held[S::GROUPS][S::CONTROLS + 2 * SHARED];
+        if constexpr (S::HOLDS_WEIGHTS)
+            NM_UNROLL for (int g = 0; g < S::GROUPS; g++) NM_UNROLL for (int i = 0; i < S::CONTROLS + 2 * SHARED; i++) {
+                held[g][i] = operand(g, i);
+                NM_KEEP(held[g][i]);
+            }
+        const auto at = [&](int group, int i) __attribute__((always_inline)) {
+            return S::HOLDS_WEIGHTS ? held[group][i] : operand(group, i);
+        };
+        NM_UNROLL for (int t = 0; t < T; t++) {
+            const uint8_t* from = x + t * stride;
+            [[maybe_unused]] Bytes first, second;
+            if constexpr (!S::DENSE) {
+                first = load_blocks<S::SPLITS>(from);
+                NM_KEEP(first);
+                if constexpr (KEPT == 4) {
+                    second = load_blocks<S::SPLITS>(from + S::BLOCK);
+                    NM_KEEP(second);
+                }
+            }
+            NM_UNROLL for (int g = 0; g < S::GROUPS; g++) {
+                Bytes p = S::DENSE ? all4(from) : shuffled(first, at(g, 0));
+                Bytes q = S::DENSE ? all4(from + 4) : shuffled(KEPT == 8 ? first : second, at(g, 1));
+                if constexpr (SHARED > 1) {
+                    NM_KEEP(p);
+                    NM_KEEP(q);
+                }
+                NM_UNROLL for (int r = 0; r < SHARED; r++) {
+                    accumulate<WIDE>(sums[t][g * SHARED + r], p, at(g, S::CONTROLS + r), q,
+                                     at(g, S::CONTROLS + SHARED + r), ones);
+                }
+            }
+        }
+    }
+    store_sums<T * S::VECTORS, S::SPLITS>(sums[0], [out](int i) __attribute__((always_inline)) {
+        return out + i / S::VECTORS * CHUNK + i % S::VECTORS * S::ROWS;
+    });
+}
+
+template <int KEPT, int SHARED, bool WIDE, int T>
+NM_INLINE void tile(int64_t tokens, const uint8_t* x, size_t stride, const uint8_t* w, int64_t steps, int32_t* out) {
+    if constexpr (T > 1)
+        if (tokens < T) return tile<KEPT, SHARED, WIDE, T - 1>(tokens, x, stride, w, steps, out);
+    multiply<KEPT, SHARED, WIDE, T>(x, stride, w, steps, out);
+}
+
+// All panels of one chunk, for `tokens` tokens in tiles of nearly equal size: out[token][CHUNK].
+template <int KEPT, int SHARED, bool WIDE>
+void multiply_chunk(const Int8Weights& w, int64_t chunk, const uint8_t* x, size_t stride, int64_t tokens,
+                    int32_t* out) {
+    using S = Shape<KEPT, SHARED>;
+    constexpr int PANELS = int(CHUNK) / S::PANEL_ROWS;
+    const int64_t tiles = (tokens + S::TOKENS - 1) / S::TOKENS;
+    for (int64_t panel = 0; panel < PANELS; panel++) {
+        if (chunk * CHUNK + panel * S::PANEL_ROWS >= w.rows) return;
+        const uint8_t* stream = w.stream + (chunk * PANELS + panel) * w.steps * S::STEP_BYTES;
+        for (int64_t i = 0; i < tiles; i++) {
+            const int64_t begin = tokens * i / tiles, end = tokens * (i + 1) / tiles;
+            tile<KEPT, SHARED, WIDE, S::TOKENS>(end - begin, x + begin * stride, stride, stream, w.steps,
+                                                out + begin * CHUNK + panel * S::PANEL_ROWS);
+        }
+    }
+}
+
+using MultiplyChunk = void (*)(const Int8Weights&, int64_t, const uint8_t*, size_t, int64_t, int32_t*);
+
+template <int KEPT, bool WIDE>
+MultiplyChunk by_shared(int shared) {
+    return shared == 4 ? multiply_chunk<KEPT, 4, WIDE>
+                       : shared == 2 ? multiply_chunk<KEPT, 2, WIDE> : multiply_chunk<KEPT, 1, WIDE>;
+}
+
+template <bool WIDE>
+MultiplyChunk by_kept(const Int8Weights& w) {
+    if (w.kept == 16) return multiply_chunk<16, 4, WIDE>;
+    return w.kept == 8 ? by_shared<8, WIDE>(w.shared) : by_shared<4, WIDE>(w.shared);
+}
+
+MultiplyChunk chosen(const Int8Weights& w) {
+#if !NM_VNNI
+    if (w.wide) return by_kept<true>(w);
+#endif
+    return by_kept<false>(w);
+}
+
+// The results of one token and one chunk of rows, from its sums in the order of the rows.
+template <Activation ACTIVATION>
+NM_INLINE void finish(const Int8Weights& w, const Int8Call& call, int64_t row, const int32_t* sums,
+                      const float* residual, float* floats, uint8_t* bytes) {
+    const Floats inverse = all(call.inverse_scale), zero = all(call.zero);
+    for (int64_t i = 0; i < CHUNK; i += LANES) {
+        const Bytes sum = add32(load_bytes(sums + i), load_bytes(w.start + row + i));
+        Floats value = multiply_add(to_floats(sum), load_floats(w.scale + row + i), load_floats(w.bias + row + i));
+        if (residual) value = value + load_floats(residual + i);
+        if constexpr (ACTIVATION == Activation::RELU) value = largest(value, all(0));
+        if constexpr (ACTIVATION == Activation::GELU) value = gelu(value);
+        if constexpr (ACTIVATION == Activation::GELU_TANH) value = gelu_tanh(value);
+        if (floats) store_floats(floats + i, value);
+        if (bytes) store_quantised(bytes + i, value, inverse, zero);
+    }
+}
+
+template <Activation ACTIVATION>
+void finish_chunk(const Int8Weights& w, const Int8Call& call, int64_t chunk, int64_t first, int64_t tokens,
+                  const int32_t* sums) {
+    const int64_t row = chunk * CHUNK, left = w.rows - row;
+    for (int64_t t = 0; t < tokens; t++, sums += CHUNK) {
+        alignas(64) int32_t ordered[CHUNK];
+        if (w.position)
+            for (int64_t i = 0; i < CHUNK; i++) ordered[i] = sums[w.position[row + i]];
+        const int32_t* from = w.position ? ordered : sums;
+        const int64_t at = (first + t) * w.rows + row;
+        const float* residual = call.residual ? call.residual + at : nullptr;
+        if (left >= CHUNK) {
+            finish<ACTIVATION>(w, call, row, from, residual, call.floats ? call.floats + at : nullptr,
+                               call.bytes ? call.bytes + at : nullptr);
+            continue;
+        }
+        float floats[CHUNK], added[CHUNK] = {};
+        uint8_t bytes[CHUNK];
+        if (residual) memcpy(added, residual, left * sizeof(float));
+        finish<ACTIVATION>(w, call, row, from, residual ? added : nullptr, call.floats ? floats : nullptr,
+                           call.bytes ? bytes : nullptr);
+        if (call.floats) memcpy(call.floats + at, floats, left * sizeof(float));
+        if (call.bytes) memcpy(call.bytes + at, bytes, left);
+    }
+}
+
+constexpr int64_t MOST_TOKENS = 60;  // of a call of `compute`: the sums of a chunk are then 15 KiB
+
+template <int KEPT, int SHARED>
+constexpr Int8Layout layout_of() {
+    using S = Shape<KEPT, SHARED>;
+    return {S::GROUPS, S::SPLITS, S::COLUMNS, MOST_TOKENS / S::TOKENS * S::TOKENS};
+}
+
+Int8Layout layout(int kept, int shared) {
+    if (kept == 16) return layout_of<16, 4>();
+    if (shared == 1) return kept == 8 ? layout_of<8, 1>() : layout_of<4, 1>();
+    if (shared == 2) return kept == 8 ? layout_of<8, 2>() : layout_of<4, 2>();
+    return kept == 8 ? layout_of<8, 4>() : layout_of<4, 4>();
+}
+
+void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_t stride, int64_t first, int64_t last,
+             int64_t begin, int64_t end) {
+    alignas(64) int32_t sums[MOST_TOKENS * CHUNK];
+    const MultiplyChunk multiply_chunk = chosen(w);
+    const auto finish = call.activation == Activation::RELU   ? finish_chunk<Activation::RELU>
+                        : call.activation == Activation::GELU ? finish_chunk<Activation::GELU>
+                        : call.activation == Activation::GELU_TANH ? finish_chunk<Activation::GELU_TANH>
+                                                                   : finish_chunk<Activation::NONE>;
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+        multiply_chunk(w, chunk, x, stride, last - first, sums);
+        finish(w, call, chunk, first, last - first, sums);
+    }
+}
+
+}  // namespace
+
+namespace mpcompile {
+
+extern const Int8Kernel NM_INT8_GEMM;
+const Int8Kernel NM_INT8_GEMM = {LANES, !NM_VNNI, layout, compute};
+
+}  // namespace mpcompile

@@ -1,0 +1,237 @@
+#include "int8_packing.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <string>
+#include <utility>
+
+namespace mpcompile {
+namespace {
+
+constexpr int BLOCK = 16, STEP = 8;
+constexpr int MOST_LANE = 128;  // 255 * 128 fits into 16 bits, and 255 * 129 does not
+
+// The weights of one row in one step, and their columns within their blocks. The first four are multiplied first. Of
+// each four, two neighbours share a 16-bit lane.
+struct Step {
+    int8_t weight[STEP];
+    uint8_t column[STEP];
+};
+
+using Order = std::array<uint8_t, STEP>;  // of the weights of a step
+
+// Every order of a step's weights that differs in which of them share a lane. With 8 kept of one block, any four may
+// share a lane; with 4 kept of each of two blocks, two of each. Dense weights stay in the order of the columns.
+std::vector<Order> orders_of(int kept) {
+    std::vector<Order> orders{{0, 1, 2, 3, 4, 5, 6, 7}};
+    if (kept == 16) return orders;
+    constexpr int PLACES[2][4] = {{0, 1, 4, 5}, {2, 3, 6, 7}};  // of the two lanes
+    for (int chosen = 1; chosen < 256; chosen += 2) {          // the weights in the first lane; weight 0 is one of them
+        const int low = __builtin_popcount(chosen & 15), high = __builtin_popcount(chosen >> 4);
+        if (low + high != 4 || (kept == 4 && low != 2)) continue;
+        Order order{};
+        for (int i = 0, count[2] = {}; i < STEP; i++) {
+            const int lane = chosen >> i & 1 ? 0 : 1;
+            order[size_t(PLACES[lane][count[lane]++])] = uint8_t(i);
+        }
+        orders.push_back(order);
+    }
+    return orders;
+}
+
+Step ordered(const Step& step, const Order& order) {
+    Step result{};
+    for (size_t i = 0; i < STEP; i++) {
+        result.weight[i] = step.weight[order[i]];
+        result.column[i] = step.column[order[i]];
+    }
+    return result;
+}
+
+// Whether no 16-bit lane can saturate, for any activations. A lane holds the products of two weights if `wide`, and
+// otherwise those of two of the first four and two of the others.
+bool fits(const Step& step, bool wide) {
+    int positive[4] = {}, negative[4] = {};
+    for (int i = 0; i < STEP; i++) (step.weight[i] > 0 ? positive : negative)[wide ? i / 2 : i / 2 % 2] += step.weight[i];
+    for (int lane = 0; lane < 4; lane++)
+        if (positive[lane] > MOST_LANE || negative[lane] < -MOST_LANE) return false;
+    return true;
+}
+
+// Orders the weights of rows with the same columns, all in the same way, so that no lane can saturate. Returns whether
+// that is possible.
+bool make_fit(Step* steps, int count, const std::vector<Order>& orders, bool wide) {
+    for (const Order& order : orders) {
+        Step tried[4];
+        bool all_fit = true;
+        for (int r = 0; r < count && all_fit; r++) all_fit = fits(tried[r] = ordered(steps[r], order), wide);
+        if (!all_fit) continue;
+        std::copy(tried, tried + count, steps);
+        return true;
+    }
+    return false;
+}
+
+class Matrix {
+  public:
+    Matrix(const int8_t* values, int64_t rows, int64_t columns) : values_(values), rows_(rows), columns_(columns) {
+        patterns_.assign(size_t(rows), std::string(size_t((columns + 7) / 8), '\0'));
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < columns; i++)
+                if (at(row, i)) patterns_[size_t(row)][size_t(i / 8)] |= char(1 << i % 8);
+    }
+
+    int8_t at(int64_t row, int64_t column) const { return values_[row * columns_ + column]; }
+    const std::string& pattern(int64_t row) const { return patterns_[size_t(row)]; }
+    int64_t rows() const { return rows_; }
+
+    // The most weights that a row keeps in a block of 16 columns: 4, 8, or 16 for more.
+    int kept() const {
+        int most = 0;
+        for (const std::string& pattern : patterns_)
+            for (size_t i = 0; i < pattern.size(); i += 2)
+                most = std::max(most, __builtin_popcount(uint8_t(pattern[i])) +
+                                          (i + 1 < pattern.size() ? __builtin_popcount(uint8_t(pattern[i + 1])) : 0));
+        return most <= 4 ? 4 : most <= 8 ? 8 : 16;
+    }
+
+    // The nonzero weights of a row in a step whose first block begins at column `first`, and whose second one begins
+    // `distance` columns later.
+    Step step(int64_t row, int64_t first, int64_t distance, int kept) const {
+        Step result{};
+        for (int block = 0; block < STEP / std::min(kept, STEP); block++) {
+            const int64_t begin = first + block * distance, end = std::min(begin + (kept == 16 ? STEP : BLOCK), columns_);
+            int place = block * kept;
+            for (int64_t i = begin; i < end; i++) {
+                if (kept != 16 && !at(row, i)) continue;
+                result.weight[place] = at(row, i);
+                result.column[place++] = uint8_t(i - begin);
+            }
+        }
+        return result;
+    }
+
+  private:
+    const int8_t* values_;
+    int64_t rows_, columns_;
+    std::vector<std::string> patterns_;  // a bit for each column
+};
+
+// Groups of `shared` rows of a chunk with the same pattern; empty if the rows cannot be grouped without rest.
+std::vector<std::vector<int64_t>> groups_of(const Matrix& matrix, int64_t first, int64_t last, int shared) {
+    std::map<std::string, std::vector<int64_t>> same;
+    if (shared > 1)
+        for (int64_t row = first; row < last; row++) same[matrix.pattern(row)].push_back(row);
+    std::vector<std::vector<int64_t>> groups;
+    for (const auto& [pattern, rows] : same) {
+        if (rows.size() % size_t(shared)) return {};
+        for (size_t i = 0; i < rows.size(); i += size_t(shared))
+            groups.emplace_back(rows.begin() + long(i), rows.begin() + long(i) + shared);
+    }
+    if (shared == 1)
+        for (int64_t row = first; row < last; row++) groups.push_back({row});
+    std::sort(groups.begin(), groups.end());
+    return groups;
+}
+
+// Writes the stream of `p` with `shared` rows for each pattern. Returns false if the rows cannot be grouped like that,
+// or if a 16-bit lane could saturate.
+bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
+    Int8Weights& w = p.weights;
+    const bool dense = w.kept == 16;
+    const Int8Layout layout = p.kernel->layout(w.kept, shared);
+    const int vector = 4 * p.kernel->lanes, rows = p.kernel->lanes / layout.splits, controls = dense ? 0 : 2;
+    const int64_t panel_rows = layout.groups * shared * rows, group_bytes = vector * (controls + 2 * shared);
+    const int64_t step_bytes = layout.groups * group_bytes;
+    const std::vector<Order> orders = orders_of(w.kept);
+    w.step_columns = layout.step_columns;
+    w.steps = (w.columns + w.step_columns - 1) / w.step_columns;
+    std::vector<CacheLine> stream(size_t(w.chunks() * CHUNK / panel_rows * w.steps * step_bytes / 64 + 1));
+    bool in_order = true;
+    for (int64_t chunk = 0; chunk < w.chunks(); chunk++) {
+        const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, w.rows);
+        const auto groups = groups_of(matrix, first, last, dense ? 1 : shared);
+        if (groups.empty()) return false;
+        // Dense rows have no patterns: each is placed alone, in the order of the rows.
+        const int members = dense ? 1 : shared;
+        for (size_t g = 0; g < groups.size(); g++) {
+            const int64_t row_of_vector = int64_t(g) % rows, vector_index = int64_t(g) / rows * members;
+            const int64_t panel = vector_index / (layout.groups * shared), of_panel = vector_index % (layout.groups * shared);
+            uint8_t* to = stream.data()->bytes + (first / panel_rows + panel) * w.steps * step_bytes +
+                          of_panel / shared * group_bytes;
+            for (int r = 0; r < members; r++) {
+                const int64_t place = panel * panel_rows + (of_panel + r) * rows + row_of_vector;
+                const int64_t row = groups[g][size_t(r)];
+                p.position[size_t(row)] = uint8_t(place);
+                in_order &= place == row - first;
+            }
+            for (int64_t i = 0; i < w.steps; i++, to += step_bytes)
+                for (int split = 0; split < layout.splits; split++) {
+                    Step steps[4];
+                    for (int r = 0; r < members; r++)
+                        steps[r] = matrix.step(groups[g][size_t(r)], i * w.step_columns + split * BLOCK,
+                                               layout.splits * BLOCK, w.kept);
+                    if (p.kernel->saturates && !make_fit(steps, members, orders, wide)) return false;
+                    uint8_t* lane = to + 4 * (split * rows + row_of_vector);
+                    for (int half = 0; half < 2; half++) {
+                        if (controls) memcpy(lane + half * vector, steps[0].column + 4 * half, 4);
+                        for (int r = 0; r < members; r++)
+                            memcpy(lane + (controls + half * shared + of_panel % shared + r) * vector,
+                                   steps[r].weight + 4 * half, 4);
+                    }
+                }
+        }
+    }
+    w.shared = shared;
+    w.wide = wide;
+    w.position = in_order ? nullptr : p.position.data();
+    p.stream = std::move(stream);
+    w.stream = p.stream.data()->bytes;
+    return true;
+}
+
+}  // namespace
+
+std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel& baseline, std::vector<int8_t> values,
+                                      int64_t rows, int64_t columns, const float* scale, const float* bias,
+                                      float x_scale, int32_t x_zero) {
+    auto result = std::make_unique<PackedInt8>();
+    PackedInt8& p = *result;
+    p.kernel = &widest;
+    p.matrix = std::move(values);
+    const size_t padded = size_t((rows + CHUNK - 1) / CHUNK * CHUNK);
+    p.start.assign(padded, 0);
+    p.scale.assign(padded, 0.0f);
+    p.bias.assign(padded, 0.0f);
+    p.position.assign(padded, 0);
+    const Matrix matrix(p.matrix.data(), rows, columns);
+    for (int64_t row = 0; row < rows; row++) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < columns; i++) sum += matrix.at(row, i);
+        p.start[size_t(row)] = -x_zero * sum;
+        p.scale[size_t(row)] = x_scale * scale[row];
+        p.bias[size_t(row)] = bias[row];
+    }
+    p.weights = {nullptr, p.matrix.data(), p.start.data(), p.scale.data(), p.bias.data(), nullptr, rows, columns,
+                 columns, 1, matrix.kept(), 1, false};
+    Int8Weights& w = p.weights;
+    if (widest.lanes)
+        for (const bool wide : {false, true})
+            for (int shared = 4; shared >= (w.kept == 16 ? 4 : 1); shared /= 2)
+                if ((!wide || widest.saturates) && write_stream(p, matrix, shared, wide)) {
+                    p.matrix.clear();
+                    p.matrix.shrink_to_fit();
+                    w.matrix = nullptr;
+                    return result;
+                }
+    p.kernel = &baseline;
+    w.step_columns = 1;
+    w.steps = columns;
+    w.position = nullptr;
+    return result;
+}
+
+}  // namespace mpcompile

@@ -1,0 +1,206 @@
+// Vectors of bytes and floats for the int8 kernels, in the intrinsics of AVX2 or of AVX-512 with VNNI.
+#pragma once
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of GCC 12 in its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define NM_INLINE static inline __attribute__((always_inline))
+#define NM_UNROLL _Pragma("GCC unroll 32")
+
+#if defined(__AVX512VNNI__)
+#define NM_VNNI 1
+#define NM_KEEP(vector) __asm__ volatile("" : "+v"(vector))
+#else
+#define NM_VNNI 0
+#define NM_KEEP(vector) __asm__ volatile("" : "+x"(vector))
+#endif
+
+namespace {
+
+#if NM_VNNI
+
+using Bytes = __m512i;
+using Floats = __m512;
+constexpr int LANES = 16, SPLITS = 4;
+
+NM_INLINE Bytes zeros() { return _mm512_setzero_si512(); }
+NM_INLINE Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+NM_INLINE void store_bytes(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
+NM_INLINE Bytes all16(int16_t v) { return _mm512_set1_epi16(v); }
+NM_INLINE Bytes all4(const uint8_t* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+template <int PARTS>
+NM_INLINE Bytes load_blocks(const uint8_t* p) {
+    if constexpr (PARTS == 4) return load_bytes(p);
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Stores COUNT vectors of sums to place(i); with 4 splits, the sum of the four 128-bit parts of each.
+template <int COUNT, int PARTS, typename Place>
+NM_INLINE void store_sums(const Bytes* sums, Place place) {
+    if constexpr (PARTS == 1) {
+        NM_UNROLL for (int i = 0; i < COUNT; i++) store_bytes(place(i), sums[i]);
+    } else {
+        NM_UNROLL for (int i = 0; i < COUNT; i += 4) {
+            const auto two = [&](int k) __attribute__((always_inline)) {
+                const Bytes a = k < COUNT ? sums[k] : _mm512_setzero_si512();
+                const Bytes b = k + 1 < COUNT ? sums[k + 1] : _mm512_setzero_si512();
+                return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+            };
+            const Bytes c = two(i), d = two(i + 2);
+            const Bytes all = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd));
+            const auto part = [&](int k, __m128i rows) __attribute__((always_inline)) {
+                if (i + k < COUNT) _mm_storeu_si128(reinterpret_cast<__m128i*>(place(i + k)), rows);
+            };
+            part(0, _mm512_castsi512_si128(all));
+            part(1, _mm512_extracti32x4_epi32(all, 1));
+            part(2, _mm512_extracti32x4_epi32(all, 2));
+            part(3, _mm512_extracti32x4_epi32(all, 3));
+        }
+    }
+}
+NM_INLINE Bytes shuffled(Bytes v, Bytes control) { return _mm512_shuffle_epi8(v, control); }
+NM_INLINE Bytes add32(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
+NM_INLINE Floats to_floats(Bytes v) { return _mm512_cvtepi32_ps(v); }
+NM_INLINE Bytes rounded(Floats v) { return _mm512_cvtps_epi32(v); }
+NM_INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+NM_INLINE void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+NM_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
+NM_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+NM_INLINE Floats largest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+NM_INLINE Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+NM_INLINE float sum_of(Floats v) { return _mm512_reduce_add_ps(v); }
+NM_INLINE float largest_of(Floats v) { return _mm512_reduce_max_ps(v); }
+// Stores the low bytes of LANES integers between 0 and 255.
+NM_INLINE void store_low_bytes(uint8_t* p, Bytes v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+// Stores the low 16 bits of LANES integers that fit into them.
+NM_INLINE void store_low_words(int16_t* p, Bytes v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+}
+// sum += the sum of the products of two 16-bit integers in each lane.
+NM_INLINE void add_products16(Bytes& sum, Bytes a, Bytes b) {
+    sum = _mm512_dpwssd_epi32(sum, a, b);
+    NM_KEEP(sum);
+}
+NM_INLINE Floats nearest_integer(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
+// v * 2^n for integers n that leave it a normal number.
+NM_INLINE Floats times_power(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+
+#else
+
+using Bytes = __m256i;
+using Floats = __m256;
+constexpr int LANES = 8, SPLITS = 1;  // of 32 bits
+
+NM_INLINE Bytes zeros() { return _mm256_setzero_si256(); }
+NM_INLINE Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+NM_INLINE void store_bytes(void* p, Bytes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+NM_INLINE Bytes all16(int16_t v) { return _mm256_set1_epi16(v); }
+NM_INLINE Bytes all4(const uint8_t* p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+// PARTS blocks of 16 activations, for all rows of a vector.
+template <int PARTS>
+NM_INLINE Bytes load_blocks(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <int COUNT, int PARTS, typename Place>
+NM_INLINE void store_sums(const Bytes* sums, Place place) {
+    NM_UNROLL for (int i = 0; i < COUNT; i++) store_bytes(place(i), sums[i]);
+}
+NM_INLINE Bytes shuffled(Bytes v, Bytes control) { return _mm256_shuffle_epi8(v, control); }
+NM_INLINE Bytes add32(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
+NM_INLINE Floats to_floats(Bytes v) { return _mm256_cvtepi32_ps(v); }
+NM_INLINE Bytes rounded(Floats v) { return _mm256_cvtps_epi32(v); }
+NM_INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+NM_INLINE void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+NM_INLINE Floats all(float v) { return _mm256_set1_ps(v); }
+NM_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+NM_INLINE Floats largest(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+NM_INLINE Floats least(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+NM_INLINE float sum_of(Floats v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+NM_INLINE float largest_of(Floats v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+NM_INLINE void store_low_bytes(uint8_t* p, Bytes v) {
+    const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(_mm_packs_epi32(low, high), low));
+}
+NM_INLINE void store_low_words(int16_t* p, Bytes v) {
+    const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
+}
+NM_INLINE void add_products16(Bytes& sum, Bytes a, Bytes b) {
+    __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
+}
+NM_INLINE Floats nearest_integer(Floats v) {
+    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+NM_INLINE Floats times_power(Floats v, Floats n) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+
+#endif
+
+// Quantises to u8: the nearest integer of value / scale, ties to even, plus the zero point, between 0 and 255. NaN
+// gives the zero point's distance from 0, clamped: the smaller operand of max and min is taken.
+NM_INLINE void store_quantised(uint8_t* p, Floats value, Floats inverse_scale, Floats zero) {
+    const Floats scaled = least(largest(value * inverse_scale, -zero), all(255) - zero);
+    store_low_bytes(p, add32(rounded(scaled), rounded(zero)));
+}
+
+// x times a polynomial approximation of a sigmoid: x * (1/2 + c * P(t)), where c is x limited to +-top, and t = 2 (c /
+// top)^2 - 1. The coefficients are those with the least largest error of the result that reach exactly 0 and 1 at +-top.
+template <size_t TERMS>
+NM_INLINE Floats times_sigmoid(Floats x, float top, const float (&coefficients)[TERMS]) {
+    const Floats c = least(largest(x, all(-top)), all(top));
+    const Floats t = multiply_add(c * c, all(2 / (top * top)), all(-1));
+    Floats p = all(coefficients[TERMS - 1]);
+    NM_UNROLL for (int i = int(TERMS) - 2; i >= 0; i--) p = multiply_add(p, t, all(coefficients[i]));
+    return x * multiply_add(c, p, all(0.5f));
+}
+
+// 2^x for x <= 0; the relative error is at most 2e-6, and below 2^-126 the result is 2^-126.
+NM_INLINE Floats exp2_of_negative(Floats x) {
+    x = largest(x, all(-126));
+    const Floats n = nearest_integer(x), r = x - n;
+    Floats p = multiply_add(r, all(0.0013333558f), all(0.0096181291f));
+    p = multiply_add(p, r, all(0.0555041087f));
+    p = multiply_add(p, r, all(0.2402265070f));
+    p = multiply_add(p, r, all(0.6931471806f));
+    return times_power(multiply_add(p, r, all(1)), n);
+}
+
+// GELU with the normal distribution's function; the largest error is 1.1e-5.
+NM_INLINE Floats gelu(Floats x) {
+    constexpr float COEFFICIENTS[] = {0.153543437f,  -0.0757557662f, 0.0541368763f,   -0.040615334f,   0.0295280072f,
+                                      -0.0190192501f, 0.0109491075f, -0.00784956254f, 0.00561934002f, -0.0018412028f};
+    return times_sigmoid(x, 4.6f, COEFFICIENTS);
+}
+
+// GELU with its approximation by tanh; the largest error is 9e-6.
+NM_INLINE Floats gelu_tanh(Floats x) {
+    constexpr float COEFFICIENTS[] = {0.160444912f,  -0.0787240318f, 0.0552085652f,   -0.039811286f,  0.0272457065f,
+                                      -0.0163976485f, 0.00891888584f, -0.00625242662f, 0.00443951347f, -0.00143582625f};
+    return times_sigmoid(x, 4.4f, COEFFICIENTS);
+}
+
+}  // namespace
