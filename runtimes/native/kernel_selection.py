@@ -2,19 +2,18 @@
 
 Products with the same operator, weight shape, pattern, rows per pattern and input shape are measured once. Each is
 built as two sessions of one node, native and dense, with the real weights and random activations, which are timed in
-turns. The native operator is used if the whole confidence interval of its speedup lies above 1. Every other product
-stays on ONNX Runtime's dense kernel, with the reason.
+turns. The native operator is a candidate if the whole confidence interval of its speedup lies above 1. Every other
+product stays on ONNX Runtime's dense kernel, with the reason.
 
-Convolutions must also be faster together, in the whole file. ONNX Runtime runs chains of its own convolutions in a
-blocked layout, and a native convolution among them forces layout conversions, which a session of one node does not
-show. Both that cost and the kernel's gain depend on the batch. The whole file is therefore measured at the smallest
-and at the largest batch.
+The file with all candidates must then be significantly faster than the dense file at every batch size (whole_file.py).
+Otherwise candidates are dropped, convolutions first: ONNX Runtime runs chains of its own convolutions in a blocked
+layout, and a native convolution among them forces layout conversions, which a session of one node does not show.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +27,17 @@ from mpcompile.runtimes.native.custom_op import CONV
 from mpcompile.runtimes.native.microbenchmark import input_shapes, measure, session
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, Refused, find, packed, replace
 from mpcompile.runtimes.native.packing import Packed
+from mpcompile.runtimes.native.whole_file import Compare, Loss, Names, accept
 
 if TYPE_CHECKING:
     import onnxruntime
 
-BLOCKED_LAYOUT = (
-    "alone the native kernel is {} times as fast as the dense one, but the whole file is not significantly faster with "
-    "it at batch {} ({}): ONNX Runtime runs neighbouring convolutions in a blocked layout; it runs as dense"
+NOT_IN_FILE = (
+    "alone the native kernel is {alone} times as fast as the dense one, but with {products} the whole file is not "
+    "significantly faster at batch {batch}, {whole} times as fast as the dense file; {layout}it runs as dense"
 )
+BLOCKED_LAYOUT = "ONNX Runtime runs neighbouring convolutions in a blocked layout; "
+DENSE_FILE = "the dense file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Accelerated:
-    """A file with the native operator for the products that it makes faster, and one Choice per masked product."""
+    """A file with the native operator for the products that it makes faster, and one Choice per masked product.
+
+    Without such products, the file is the dense one.
+    """
 
     file: onnx.ModelProto
     choices: tuple[Choice, ...]
@@ -79,9 +84,9 @@ def accelerate(
 ) -> Accelerated:
     """Returns the file with the native operator for the products that it makes faster at the batch of `images`.
 
-    With native convolutions, the whole file must be faster at that batch and at the batch of each array in `also`.
-    `threads` is the number of intra-op threads. `seconds` bounds the time to measure one pair, but the minimum number
-    of rounds of mpcompile.measure.timing is always run. Raises BuildError.
+    The whole file must be faster at that batch and at the batch of each array in `also`; otherwise products are dropped
+    until it is. `threads` is the number of intra-op threads. `seconds` bounds the time to measure one pair, but the
+    minimum number of rounds of mpcompile.measure.timing is always run. Raises BuildError.
     """
     products, refused = find(file, masks)
     streams = packed(products)
@@ -98,41 +103,82 @@ def accelerate(
         choices.append(choice)
         if choice.native:
             faster.append(product)
+    if not faster:
+        return Accelerated(file, tuple(choices))
+    batches = {len(given): given for given in (images, *also)}
     convolutions = {product.name for product in faster if product.op == CONV}
-    if convolutions:
-        others = [product for product in faster if product.op != CONV]
-        with_them, without = (replace(file, replaced, streams) for replaced in (faster, others))
-        before, after = (session(model, library, threads) for model in (without, with_them))
-        for batch in (images, *also):
-            ratio = compare_whole(before, after, batch, seconds)
-            if not ratio.faster:
-                size = len(batch)
-                left = (_slower_in_file(one, ratio, size) if one.name in convolutions else one for one in choices)
-                return Accelerated(without, tuple(left))
-        return Accelerated(with_them, tuple(choices))
-    return Accelerated(replace(file, faster, streams), tuple(choices))
+    accepted = accept(
+        {choice.name: choice.speedup.ratio for choice in choices if choice.native and choice.speedup},
+        convolutions,
+        sorted(batches),
+        _comparison(file, faster, streams, library, threads, seconds, batches),
+    )
+    kept = [product for product in faster if product.name in accepted.kept]
+    return Accelerated(
+        replace(file, kept, streams),
+        tuple(
+            _dropped(choice, loss, choice.name in convolutions)
+            if (loss := accepted.dropped.get(choice.name))
+            else choice
+            for choice in choices
+        ),
+    )
+
+
+def _comparison(
+    file: onnx.ModelProto,
+    products: Sequence[MaskedGemm],
+    streams: Mapping[str, Packed],
+    library: Path,
+    threads: int | None,
+    seconds: float,
+    images: Mapping[int, NDArray[np.float32]],
+) -> Compare:
+    """Returns the function that compares the file with native products with the dense file; `images` by batch size."""
+    dense = session(file, None, threads)
+
+    @lru_cache(maxsize=1)  # a set of products is compared at several batch sizes
+    def native(names: Names) -> "onnxruntime.InferenceSession":
+        replaced = [product for product in products if product.name in names]
+        return session(replace(file, replaced, streams), library, threads)
+
+    return lambda names, batch: compare_whole(dense, native(names), images[batch], seconds)
 
 
 def compare_whole(
-    before: "onnxruntime.InferenceSession",
-    after: "onnxruntime.InferenceSession",
+    dense: "onnxruntime.InferenceSession",
+    native: "onnxruntime.InferenceSession",
     images: NDArray[np.float32],
     seconds: float,
 ) -> Speedup:
-    """Returns the speedup of the session `after` over the session `before`, both of whole files, timed in turns."""
-    given = {before.get_inputs()[0].name: images}
-    samples = sample({"before": partial(before.run, None, given), "after": partial(after.run, None, given)}, seconds)
-    return speedup(samples["before"], samples["after"], "the file without native convolutions")
+    """Returns the speedup of the file with native products over the dense file, timed in turns.
+
+    If the difference is not significant, as many rounds are added once more.
+    """
+    given = {dense.get_inputs()[0].name: images}
+    turns = {"dense": partial(dense.run, None, given), "native": partial(native.run, None, given)}
+    samples = sample(turns, seconds)
+    ratio = speedup(samples["dense"], samples["native"], DENSE_FILE)
+    if ratio.significant:
+        return ratio
+    more = sample(turns, seconds)
+    samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
+    return speedup(samples["dense"], samples["native"], DENSE_FILE)
 
 
-def _slower_in_file(choice: Choice, whole: Speedup, batch: int) -> Choice:
-    """Returns the choice of a convolution that is faster alone and not in the whole file: dense."""
+def _dropped(choice: Choice, loss: Loss, convolution: bool) -> Choice:
+    """Returns the choice of a product that is faster alone and not in the whole file: dense."""
     assert choice.speedup is not None
-    return with_fields(
-        choice,
-        native=False,
-        reason=BLOCKED_LAYOUT.format(choice.speedup.with_interval(), batch, whole.with_interval()),
+    others = loss.operators - 1
+    with_products = f"it and {others} other{'s' if others > 1 else ''}" if others else "it"
+    reason = NOT_IN_FILE.format(
+        alone=choice.speedup.with_interval(),
+        products=with_products,
+        batch=loss.batch,
+        whole=loss.speedup.with_interval(),
+        layout=BLOCKED_LAYOUT if convolution else "",
     )
+    return with_fields(choice, native=False, reason=reason)
 
 
 def _unsupported(row: Refused) -> Choice:

@@ -1,6 +1,7 @@
 """Times one masked GEMM as a model of one node, native and dense in turns, and finds the input shapes of GEMMs."""
 
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mpcompile.errors import BuildError, cause_of
+from mpcompile.export.onnx_export import INLINE_LIMIT_BYTES
 from mpcompile.measure.timing import Call, Speedup, Timing, sample, speedup, timing
 from mpcompile.runtimes.native.custom_op import CONV, OLDEST_OPSET
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, replace
@@ -104,7 +106,10 @@ def _float(name: str) -> onnx.ValueInfoProto:
 
 
 def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -> "onnxruntime.InferenceSession":
-    """Returns a session on a model in memory, with the kernel's operators if `library` is given."""
+    """Returns a session on a model in memory, with the kernel's operators if `library` is given.
+
+    A model that is too large for one protobuf message goes through a temporary file with external data.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -113,7 +118,13 @@ def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -
         options.intra_op_num_threads = threads
     if library is not None:
         options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
+    if model.ByteSize() <= INLINE_LIMIT_BYTES:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[PROVIDER])
+    with tempfile.TemporaryDirectory() as folder:
+        path, copy = Path(folder) / "model.onnx", onnx.ModelProto()
+        copy.CopyFrom(model)  # saving moves the tensors out of what is saved
+        onnx.save_model(copy, path, save_as_external_data=True)
+        return onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
 
 
 class OneNode:

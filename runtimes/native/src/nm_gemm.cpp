@@ -46,6 +46,25 @@ struct Sums {
     }
 };
 
+// One nonzero of every row, all on the input channel at `from`, with one weight in a register rather than all. HELD: the
+// vectors of the channel stay in registers too; otherwise each row loads them again.
+template <typename V, int VECTORS, bool HELD, typename Row, int ROWS>
+NM_INLINE void add_products_by_weight(const float* from, const float* values, Row (&into)[ROWS]) {
+    constexpr int LANES = Row::LANES;
+    V held[VECTORS];
+    if constexpr (HELD) NM_UNROLL for (int j = 0; j < VECTORS; j++) {
+            held[j] = load<V>(from + LANES * j);
+            NM_HOLD(held[j]);
+        }
+    NM_UNROLL for (int r = 0; r < ROWS; r++) {
+        V weight = splat<V>(values + r);
+        NM_HOLD(weight);
+        if constexpr (!HELD) NM_POINTER(from);  // a new address to GCC, which would keep the vectors otherwise
+        NM_UNROLL for (int j = 0; j < VECTORS; j++) into[r].full[j] +=
+            weight * (HELD ? held[j] : load<V>(from + LANES * j));
+    }
+}
+
 // One block of one row group: sums[r] += values * x. COUPLED: rows 0 and 1 have their own patterns, and share the
 // column index of their first `common` nonzeros only.
 template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
@@ -54,6 +73,11 @@ NM_INLINE void multiply_row_group(const float* x, const uint16_t* indices, const
     using Row = Sums<V, VECTORS, HALF>;
     constexpr int LANES = Row::LANES, FULL = Row::FULL, CHAINS = chains_of(ROWS, VECTORS);
     constexpr size_t WIDTH = size_t(LANES) * VECTORS;
+    // If sums, weights and one loaded vector exceed the registers, one weight at a time is held, with all vectors.
+    constexpr int SUMS = CHAINS * ROWS * VECTORS;
+    constexpr bool ONE_WEIGHT = SUMS + ROWS + 1 > NM_REGISTERS;
+    static_assert(!(ONE_WEIGHT && HALF), "add_products_by_weight has whole vectors only");
+    [[maybe_unused]] constexpr bool HELD = SUMS + VECTORS + 1 + NM_PRODUCT_REGISTERS <= NM_REGISTERS;
     Row acc[CHAINS][ROWS];
     NM_UNROLL for (int c = 0; c < CHAINS; c++) NM_UNROLL for (int r = 0; r < ROWS; r++) c || first
         ? acc[c][r].clear()
@@ -62,6 +86,10 @@ NM_INLINE void multiply_row_group(const float* x, const uint16_t* indices, const
     const auto shared_step = [&](int64_t i, Row(&into)[ROWS]) __attribute__((always_inline)) {
         const float* from = x + indices[COUPLED ? 2 * i : i] * WIDTH;
         NM_POINTER(from);
+        if constexpr (ONE_WEIGHT) {
+            add_products_by_weight<V, FULL, HELD>(from, values + i * ROWS, into);
+            return;
+        }
         V weight[ROWS];
         NM_UNROLL for (int r = 0; r < ROWS; r++) weight[r] = splat<V>(values + i * ROWS + r);
         NM_UNROLL for (int j = 0; j < FULL; j++) {

@@ -22,6 +22,7 @@ using mpcompile::Tile;
 
 #if NM_LANES == 16
 constexpr mpcompile::Permutes PERMUTES = {16, 2, 0};
+constexpr int WIDEST = 8;
 constexpr int MOST[] = {0, 16, 12, 0, 8};
 using V = f16;
 typedef int I __attribute__((vector_size(64)));
@@ -36,6 +37,7 @@ NM_INLINE V permuted(const float* x, I indices) {
 }
 #else
 constexpr mpcompile::Permutes PERMUTES = {8, 2, 1};
+constexpr int WIDEST = 4;
 constexpr int MOST[] = {0, 4, 4, 0, 4};
 using V = f8;
 typedef int I __attribute__((vector_size(32)));
@@ -45,6 +47,7 @@ NM_INLINE V permuted(const float* x, I indices) {
     const V low = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x), __m256i(indices)));
     if constexpr (TABLE_REGISTERS == 1) return low;
     const V high = V(_mm256_permutevar8x32_ps(_mm256_load_ps(x + 8), __m256i(indices)));
+    NM_HOLD(indices);  // GCC would merge this shift with earlier ones into a mask, which takes a register
     return V(_mm256_blendv_ps(__m256(low), __m256(high), __m256(indices << 28)));  // selects by bit 3 of the index
 }
 #endif
@@ -62,6 +65,9 @@ template <int TOKENS, int TABLE_REGISTERS>
 void multiply(const RowPanels& p, int64_t panel, const float* packed, float* sums) {
     constexpr int BITS = log2_of(NM_LANES * TABLE_REGISTERS), WORD = 32 / BITS, WIDTH = NM_LANES * TABLE_REGISTERS;
     constexpr int CHAINS = TOKENS >= 8 ? 1 : TOKENS >= 3 ? 2 : TOKENS == 2 ? 4 : 8;
+    // If sums, tables and 5 other vectors exceed the registers, permutes read the tables from memory. Otherwise GCC would
+    // keep the tables, and sums in memory.
+    constexpr bool LOAD_TABLES = CHAINS * TOKENS + TOKENS * TABLE_REGISTERS + 5 > NM_REGISTERS;
     V acc[CHAINS][TOKENS] = {};
     const float* at = p.stream + p.starts[panel] * NM_LANES;
     const NonzeroCounts* counts = p.counts + panel * p.blocks;
@@ -73,6 +79,7 @@ void multiply(const RowPanels& p, int64_t panel, const float* packed, float* sum
             I indices = I(load<V>(at));
             NM_UNROLL for (int i = 0; i < WORD; i++) {
                 const V value = load_ahead(at + (i + 1) * NM_LANES);
+                if constexpr (LOAD_TABLES) NM_POINTER(x);
                 NM_UNROLL for (int t = 0; t < TOKENS; t++) acc[i % CHAINS][t] +=
                     value * permuted<TABLE_REGISTERS>(x + t * WIDTH, indices);
                 indices >>= BITS;
@@ -85,6 +92,7 @@ void multiply(const RowPanels& p, int64_t panel, const float* packed, float* sum
                 if (step + i >= count.most) break;
                 const V value = load_ahead(at);
                 at += NM_LANES;
+                if constexpr (LOAD_TABLES) NM_POINTER(x);
                 const bool masked = step + i >= count.least;  // padded rows must not multiply: 0 * inf is NaN
                 NM_UNROLL for (int t = 0; t < TOKENS; t++) {
                     V x_t = permuted<TABLE_REGISTERS>(x + t * WIDTH, indices);
@@ -106,7 +114,7 @@ using Multiply = void (*)(const RowPanels&, int64_t, const float*, float*);
 template <int AT>
 Multiply by_width(const RowPanels& p, int width) {
     constexpr int TOKENS = mpcompile::SKINNY_WIDTHS[AT];
-    if constexpr (TOKENS < mpcompile::SKINNY_WIDEST)
+    if constexpr (TOKENS < WIDEST)
         if (width > TOKENS) return by_width<AT + 1>(p, width);
     return p.table_registers == 1 ? multiply<TOKENS, 1> : multiply<TOKENS, 2>;
 }
@@ -115,7 +123,7 @@ void compute(const RowPanels& p, const float* bias, const Activations& a, const 
              const float* packed) {
     const Multiply multiply = by_width<0>(p, tile.lanes);
     const int64_t pixels = a.pixels ? a.pixels : 1, group = p.blocks * tile.lanes * p.packed_width();
-    alignas(64) float sums[mpcompile::SKINNY_WIDEST * NM_LANES];
+    alignas(64) float sums[WIDEST * NM_LANES];
     for (int64_t panel = begin; panel < end; panel++) {
         const int64_t row = panel * NM_LANES, count = p.rows - row < NM_LANES ? p.rows - row : NM_LANES;
         for (int64_t t = 0; t < tile.count; t++) {
@@ -132,7 +140,7 @@ void compute(const RowPanels& p, const float* bias, const Activations& a, const 
 namespace mpcompile {
 
 extern const SkinnyKernel NM_SKINNY;
-const SkinnyKernel NM_SKINNY = {PERMUTES, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
+const SkinnyKernel NM_SKINNY = {PERMUTES, WIDEST, {0, MOST[1], MOST[2], 0, MOST[4]}, compute};
 
 }  // namespace mpcompile
 

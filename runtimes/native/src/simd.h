@@ -26,6 +26,14 @@
 #define NM_REGISTERS 16
 #endif
 
+// The registers that a multiplication and addition needs beside its operands: the product, unless one instruction does
+// both.
+#if defined(__FMA__) || defined(__aarch64__)
+#define NM_PRODUCT_REGISTERS 0
+#else
+#define NM_PRODUCT_REGISTERS 1
+#endif
+
 // Keeps a loaded vector in a register. Otherwise GCC repeats the load as a memory operand of each multiplication, and
 // the load ports become the limit: 84 % of the peak instead of 99 % if two rows share a load.
 #if defined(__AVX512F__)

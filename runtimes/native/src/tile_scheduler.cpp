@@ -75,7 +75,7 @@ TileScheduler::TileScheduler(const Kernel& kernel, const Weights& weights, const
     if (row_panels) {
         tiles_ = 1;
         parts_ = (row_panels->panels + PART_PANELS - 1) / PART_PANELS;
-        packed_ = row_panels->packed_floats(skinny_tile(activations.tokens));
+        packed_ = row_panels->packed_floats(skinny_tile(*kernel.skinny, activations.tokens));
         return;
     }
     const Tile last = tile(tiles_ - 1);  // the widest of all
@@ -97,7 +97,7 @@ bool TileScheduler::run(int64_t index) const {
 }
 
 bool TileScheduler::run_skinny(int64_t part) const {
-    const Tile all = skinny_tile(activations_.tokens);
+    const Tile all = skinny_tile(*kernel_.skinny, activations_.tokens);
     if (!scratch.reserve(packed_)) return false;
     if (scratch.needs_packing(id_, 0)) pack_skinny(*row_panels_, activations_, all, scratch.floats);
     const int64_t begin = part * PART_PANELS, end = std::min(begin + PART_PANELS, row_panels_->panels);
