@@ -1,8 +1,8 @@
 """Quantises the masked products of a file by rounding to nearest, for timings of models with random weights.
 
 Accuracy does not matter there, and the pass `quantize` fits weights for minutes. Activations range from their minimum
-to their maximum on the images. Where 16-bit lanes saturate, a row's scale is the least at which its lanes fit, as in the
-pass.
+to their maximum on the images. Where 16-bit lanes saturate, a row's scale is the least at which its lanes fit, as in
+the pass.
 """
 
 from collections.abc import Collection
