@@ -24,7 +24,7 @@ A row whose width is not a multiple of 16 ends with an incomplete block.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +47,13 @@ class LaneRule:
         name: as it stands in a report.
         kept: the most weights that a block of 16 columns may keep; None if the lanes are fixed pairs of columns.
         per_lane: weights that share a lane.
+        rows: neighbouring rows that share one pattern, and with it the division over lanes.
     """
 
     name: str
     kept: int | None
     per_lane: int
+    rows: int = 1
 
 
 PAIRS = LaneRule("pairs", None, 2)
@@ -59,12 +61,15 @@ EIGHT_OF_16 = LaneRule("8 of 16", 8, 4)
 FOUR_OF_16 = LaneRule("4 of 16", 4, 4)
 
 
-def block_rule(mask: Bool[Tensor, "out columns"]) -> LaneRule:
-    """The rule of the masked kernel that takes this mask. Raises PassError if a block of 16 keeps more than 8."""
+def block_rule(mask: Bool[Tensor, "out columns"], rows: int = 1) -> LaneRule:
+    """The rule of the masked kernel that takes this mask, in which `rows` neighbouring rows share their pattern.
+
+    Raises PassError if a block of 16 keeps more than 8.
+    """
     most = most_kept(mask)
     rule = FOUR_OF_16 if most <= 4 else EIGHT_OF_16
     _check(most, rule)
-    return rule
+    return replace(rule, rows=rows)
 
 
 def most_kept(mask: Bool[Tensor, "out columns"]) -> int:
@@ -107,7 +112,11 @@ def lanes_of(
         values, places = (F.pad(t, (0, 0, 0, 1)) for t in (values, places))
     values = values.reshape(len(weight), -1, 8)
     splits = _splits(rule)
-    side = splits[_reach_of_splits(values, splits).argmin(-1)].to(torch.int64).reshape(places.shape)
+    reaches = _reach_of_splits(values, splits)
+    if rule.rows > 1:  # one division for all rows that share a pattern
+        together = reaches.reshape(-1, rule.rows, *reaches.shape[1:]).amax(1)
+        reaches = together.repeat_interleave(rule.rows, 0)
+    side = splits[reaches.argmin(-1)].to(torch.int64).reshape(places.shape)
     in_block = torch.zeros(*places.shape[:2], BLOCK, dtype=torch.int64).scatter_(-1, places, side)
     first = 2 * (torch.arange(in_block.shape[1]) // blocks_per_lane)
     return (in_block + first[:, None]).flatten(1)[:, : weight.shape[1]]

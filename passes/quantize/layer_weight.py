@@ -75,5 +75,5 @@ def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
         return None
     of = plan.pattern.of if plan.pattern is not None else 0
     if lanes == "blocks" and of and BLOCK % of == 0 and most_kept(mask) <= 8:
-        return block_rule(mask)
+        return block_rule(mask, plan.pattern.rows if plan.pattern is not None else 1)
     return PAIRS

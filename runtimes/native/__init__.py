@@ -39,16 +39,29 @@ def missing() -> str | None:
 
 
 def instruction_set() -> str:
-    """Returns the kernel's instruction set on this CPU: avx512, avx2 or baseline (SSE2; NEON on aarch64).
+    """Returns the float32 kernel's instruction set on this CPU: avx512, avx2 or baseline (SSE2; NEON on aarch64).
 
     Raises RuntimeMissing if the kernel cannot be used.
     """
+    return _named("mpcompile_kernel").removeprefix("kernel_")
+
+
+def int8_instruction_set() -> str:
+    """Returns the int8 kernels' instruction set on this CPU: avx512vnni, avx2 or baseline (plain C++).
+
+    Raises RuntimeMissing if the kernels cannot be used.
+    """
+    return _named("mpcompile_int8_kernel").removeprefix("int8_")
+
+
+def _named(function: str) -> str:
+    """Returns what a function of the library without arguments returns. Raises RuntimeMissing."""
     path = library()
     if path is None:
         raise RuntimeMissing(missing() or "the N:M kernel is missing")
-    name = ctypes.CDLL(str(path)).mpcompile_kernel
-    name.restype = ctypes.c_char_p
-    return str(name().decode()).removeprefix("kernel_")
+    call = getattr(ctypes.CDLL(str(path)), function)
+    call.restype = ctypes.c_char_p
+    return str(call().decode())
 
 
 @functools.cache

@@ -14,6 +14,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mpcompile.runtimes.native.graph_reading import number, only_reader, producer
+
 # Operators whose results are values of their first input, moved.
 MOVES = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Split", "Identity", "Gather", "Flatten")
 Run = Callable[[Sequence[str]], Mapping[str, NDArray[np.float32]]]  # the values of these tensors, on two images
@@ -78,7 +80,7 @@ def _candidate(softmax: ir.Node) -> _Candidate | None:
     """Returns the attention around a Softmax, or None."""
     if softmax.op_type != "Softmax" or softmax.attributes.get_int("axis", -1) not in (-1, 3):
         return None
-    mix = _only_reader(softmax.outputs[0])
+    mix = only_reader(softmax.outputs[0])
     if mix is None or mix.op_type != "MatMul" or mix.inputs[0] is not softmax.outputs[0]:
         return None
     scores, scale = _unscaled(softmax.inputs[0])
@@ -88,7 +90,7 @@ def _candidate(softmax: ir.Node) -> _Candidate | None:
         if scale != 1:
             return None
         sides = [(_unscaled(value), other) for value, other in zip(add.inputs, reversed(add.inputs), strict=True)]
-        inner = [(found, other) for found, other in sides if _is(found[0], "MatMul")]
+        inner = [(found, other) for found, other in sides if producer(found[0], "MatMul") is not None]
         if len(inner) != 1 or inner[0][1] is None:
             return None
         (scores, scale), bias = inner[0]
@@ -110,44 +112,24 @@ def _candidate(softmax: ir.Node) -> _Candidate | None:
     )  # fmt: skip
 
 
-def _is(value: ir.Value | None, op: str) -> bool:
-    node = None if value is None else value.producer()
-    return node is not None and node.op_type == op
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    [(node, _)] = uses
-    return node
-
-
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
     """Returns the value before multiplications and divisions by one constant number, and their factor."""
     assert value is not None
     factor = 1.0
     while (node := value.producer()) is not None and node.op_type in ("Mul", "Div"):
-        numbers = [_number(given) for given in node.inputs]
+        numbers = [number(given) for given in node.inputs]
         if node.op_type == "Div" and numbers[1] is not None and node.inputs[0] is not None:
             value, factor = node.inputs[0], factor / numbers[1]
             continue
-        if node.op_type == "Mul" and any(number is not None for number in numbers):
+        if node.op_type == "Mul" and any(one is not None for one in numbers):
             constant = 0 if numbers[0] is not None else 1
-            other, number = node.inputs[1 - constant], numbers[constant]
-            if other is None or number is None:
+            other, found = node.inputs[1 - constant], numbers[constant]
+            if other is None or found is None:
                 break
-            value, factor = other, factor * number
+            value, factor = other, factor * found
             continue
         break
     return value, factor
-
-
-def _number(value: ir.Value | None) -> float | None:
-    """Returns the number of a constant of one element, or None."""
-    stored = None if value is None or not value.is_initializer() else value.const_value
-    array = None if stored is None else stored.numpy()
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind == "f" else None
 
 
 def _source(value: ir.Value | None) -> ir.Value | None:
@@ -160,7 +142,7 @@ def _source(value: ir.Value | None) -> ir.Value | None:
 def _moved(value: ir.Value) -> tuple[str, ...]:
     """Returns the tensors that a value is moved to, one after the other, while each has one reader."""
     names = []
-    while (node := _only_reader(value)) is not None and node.op_type in MOVES:
+    while (node := only_reader(value)) is not None and node.op_type in MOVES:
         value = node.outputs[0]
         names.append(str(value.name))
     return tuple(names)

@@ -1,182 +1,35 @@
 """Replaces the 8-bit products of a file, and what stands between them, by the native int8 operators.
 
-A product is a MatMul or Gemm between two DequantizeLinear nodes, with the bias added after it. The native operator
-takes over its neighbours:
+The native operator of a product (int8_products.py) takes over its neighbours:
 
 - the QuantizeLinear after it, also behind a Relu or a Gelu: its result is stored in 8 bits;
 - or the addition of another tensor of the same shape, the residual;
 - the LayerNormalization before a QuantizeLinear becomes LayerNormQuantize;
 - an attention (attention_match.py) becomes one operator, with an 8-bit result if a QuantizeLinear follows.
-
-`find` returns the products, `replace` a new file with the native operators for some of them.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from jaxtyping import Float32, Int8
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mpcompile.errors import BuildError
 from mpcompile.runtimes.native import int8_ops
 from mpcompile.runtimes.native.attention_match import Attention
 from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION, initializer
+from mpcompile.runtimes.native.graph_reading import constant, only_reader
 from mpcompile.runtimes.native.int8_ops import Quantization
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Product:
-    """A product of a u8 tensor and an s8 weight, with its bias.
-
-    Attributes:
-        name: of the node that multiplies.
-        x: the u8 tensor, the result of a QuantizeLinear.
-        x_quantization: its scale and zero point.
-        y: the float32 result, with the bias.
-        nodes: names of the tensors that the replaced nodes compute; the last is y.
-        initializer: name of the stored weight.
-        weight: the integers.
-        scale: of each output channel.
-        bias: of each output channel.
-    """
-
-    name: str
-    x: str
-    x_quantization: Quantization
-    y: str
-    nodes: tuple[str, ...]
-    initializer: str
-    weight: Int8[np.ndarray, "columns rows"]
-    scale: Float32[np.ndarray, " rows"]
-    bias: Float32[np.ndarray, " rows"]
-
-
-def find(file: onnx.ModelProto) -> list[Int8Product]:
-    """Returns the products of u8 activations by s8 weights, in file order."""
-    return [product for node in ir.from_proto(file).graph if (product := _product(node)) is not None]
-
-
-def _product(node: ir.Node) -> Int8Product | None:
-    """Returns the product that a node computes, if the native operator can."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or not node.name:
-        return None
-    left, right = (_producer(value, "DequantizeLinear") for value in node.inputs[:2])
-    if left is None or right is None:
-        return None
-    x_quantization, weight = _scalar_quantization(left), _constant(right.inputs[0])
-    scale = _constant(right.inputs[1])
-    u8 = left.inputs[0]
-    if x_quantization is None or weight is None or scale is None or u8 is None or u8.is_initializer():
-        return None
-    if weight.dtype != np.int8 or weight.ndim != 2 or not _zero(right):
-        return None
-    axis = right.attributes.get_int("axis", 1) % 2
-    if node.op_type == "Gemm":
-        given = node.attributes
-        if given.get_int("transA", 0) or given.get_float("alpha", 1.0) != 1 or given.get_float("beta", 1.0) != 1:
-            return None
-        if given.get_int("transB", 0):
-            weight, axis = weight.T, 1 - axis
-    rows = weight.shape[1]
-    if scale.size not in (1, rows) or (scale.size > 1 and axis != 1):
-        return None
-    output = node.outputs[0]
-    nodes: tuple[str, ...] = (str(output.name),)
-    bias = np.zeros(rows, np.float32)
-    if node.op_type == "Gemm":
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            stored = _dequantised(node.inputs[2])
-            if stored is None or stored.size != rows:
-                return None
-            bias = stored.reshape(-1)
-    elif (added := _bias_after(output, rows)) is not None:
-        add, bias = added
-        nodes = (*nodes, str(add.outputs[0].name))
-    return Int8Product(
-        name=node.name,
-        x=str(u8.name),
-        x_quantization=x_quantization,
-        y=nodes[-1],
-        nodes=nodes,
-        initializer=str(_initializer(right.inputs[0])),
-        weight=np.ascontiguousarray(weight),
-        scale=np.broadcast_to(scale.astype(np.float32).reshape(-1), rows).copy(),
-        bias=bias.astype(np.float32),
-    )
-
-
-def _bias_after(output: ir.Value, rows: int) -> tuple[ir.Node, Float32[np.ndarray, " rows"]] | None:
-    """Returns the Add that is the only reader of a product and adds a constant of one value per output channel."""
-    add = _only_reader(output)
-    if add is None or add.op_type != "Add":
-        return None
-    stored = _dequantised(next(value for value in add.inputs if value is not output))
-    return (add, stored) if stored is not None and stored.shape == (rows,) else None
-
-
-def _dequantised(value: ir.Value | None) -> np.ndarray | None:
-    """Returns a constant in float32, also if it is stored as integers behind a DequantizeLinear."""
-    stored = _constant(value)
-    if stored is not None:
-        return stored.astype(np.float32) if stored.dtype == np.float32 else None
-    node = _producer(value, "DequantizeLinear")
-    integers, scale = (None, None) if node is None else (_constant(node.inputs[0]), _constant(node.inputs[1]))
-    if node is None or integers is None or scale is None or not _zero(node):
-        return None
-    return (integers.astype(np.float64) * scale.astype(np.float64)).astype(np.float32)
-
-
-def _zero(dequantise: ir.Node) -> bool:
-    """Whether the zero points of a DequantizeLinear are 0 or absent."""
-    if len(dequantise.inputs) < 3 or dequantise.inputs[2] is None:
-        return True
-    stored = _constant(dequantise.inputs[2])
-    return stored is not None and not stored.any()
-
-
-def _scalar_quantization(node: ir.Node) -> Quantization | None:
-    """Returns scale and zero point of a QuantizeLinear or DequantizeLinear of a u8 tensor with one scale, or None."""
-    scale = _constant(node.inputs[1])
-    zero = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if scale is None or zero is None or zero.dtype != np.uint8 or scale.size != 1 or zero.size != 1:
-        return None
-    return Quantization(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]))
-
-
-def _producer(value: ir.Value | None, op: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op else None
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """Returns the array of an initializer; None for a value that is computed or given."""
-    if value is None or not value.is_initializer() or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
-def _initializer(value: ir.Value | None) -> str | None:
-    return None if value is None else value.name
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    """Returns the node that alone reads a value, once; None if there are others or it is an output of the graph."""
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    [(node, _)] = uses
-    return node
+from mpcompile.runtimes.native.int8_products import Int8Product, scalar_quantization
 
 
 def _quantise_after(value: ir.Value) -> tuple[ir.Value, Quantization] | None:
     """Returns the u8 tensor that a value is quantised to, if a QuantizeLinear is its only reader."""
-    node = _only_reader(value)
+    node = only_reader(value)
     if node is None or node.op_type != "QuantizeLinear":
         return None
-    quantization = _scalar_quantization(node)
+    quantization = scalar_quantization(node)
     return None if quantization is None else (node.outputs[0], quantization)
 
 
@@ -242,7 +95,7 @@ def _replace_product(
         "x_zero": product.x_quantization.zero,
     }
     activation, residual, quantised = None, None, _quantise_after(output)
-    after = _only_reader(output)
+    after = only_reader(output)
     if quantised is None and after is not None:
         if (activation := _activation(after)) is not None:
             quantised = _quantise_after(after.outputs[0])
@@ -256,15 +109,15 @@ def _replace_product(
     if quantised is not None:
         output, y = quantised
         attributes |= {"y_scale": y.scale, "y_zero": y.zero}
-        producer = output.producer()
-        assert producer is not None
-        old.append(producer)
+        quantise = output.producer()
+        assert quantise is not None
+        old.append(quantise)
     stored = [
         initializer(f"{product.name}.native.scale", product.scale),
         initializer(f"{product.name}.native.bias", product.bias),
     ]
     weight = values[product.initializer]
-    held = _constant(weight)
+    held = constant(weight)
     if held is None or held.shape != product.weight.shape or not np.array_equal(held, product.weight):
         weight = initializer(f"{product.name}.native.weight", product.weight)
         stored.append(weight)
@@ -339,9 +192,9 @@ def _replace_attention(graph: ir.Graph, values: dict[str, ir.Value], attention: 
     if quantised is not None:
         output, y = quantised
         attributes |= {"y_scale": y.scale, "y_zero": y.zero}
-        producer = output.producer()
-        assert producer is not None
-        old.append(producer)
+        quantise = output.producer()
+        assert quantise is not None
+        old.append(quantise)
     biased = attention.bias is not None
     op = int8_ops.attention_name(biased, quantised is not None)
     names = [*attention.sources, *([attention.bias] if attention.bias is not None else [])]

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NOT_IN_FILE = (
-    "alone the native kernel is {alone} times as fast as the dense one, but with {products} the whole file is not "
-    "significantly faster at batch {batch}, {whole} times as fast as the dense file; {layout}it runs as dense"
+    "alone the native kernel is {alone} times as fast as {other}, but with {products} the whole file is not "
+    "significantly faster at batch {batch}, {whole} times as fast as {file}; {layout}it runs {instead}"
 )
 BLOCKED_LAYOUT = "ONNX Runtime runs neighbouring convolutions in a blocked layout; "
-DENSE_FILE = "the dense file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,24 @@ class Accelerated:
     def count(self) -> int:
         """The number of products on the native operator."""
         return sum(choice.native for choice in self.choices)
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the native operators are compared with, in words.
+
+    Attributes:
+        kernel: the other kernel for one product.
+        file: the file without native operators.
+        run: how a product runs in that file.
+    """
+
+    kernel: str
+    file: str
+    run: str
+
+
+DENSE = Baseline("the dense one", "the dense file", "as dense")
 
 
 def accelerate(
@@ -117,7 +134,7 @@ def accelerate(
     return Accelerated(
         replace(file, kept, streams),
         tuple(
-            _dropped(choice, loss, choice.name in convolutions)
+            dropped(choice, loss, convolution=choice.name in convolutions)
             if (loss := accepted.dropped.get(choice.name))
             else choice
             for choice in choices
@@ -150,24 +167,25 @@ def compare_whole(
     native: "onnxruntime.InferenceSession",
     images: NDArray[np.float32],
     seconds: float,
+    baseline: str = DENSE.file,
 ) -> Speedup:
-    """Returns the speedup of the file with native products over the dense file, timed in turns.
+    """Returns the speedup of the session `native` over the session `dense`, both of whole files, timed in turns.
 
     If the difference is not significant, as many rounds are added once more.
     """
     given = {dense.get_inputs()[0].name: images}
     turns = {"dense": partial(dense.run, None, given), "native": partial(native.run, None, given)}
     samples = sample(turns, seconds)
-    ratio = speedup(samples["dense"], samples["native"], DENSE_FILE)
+    ratio = speedup(samples["dense"], samples["native"], baseline)
     if ratio.significant:
         return ratio
     more = sample(turns, seconds)
     samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
-    return speedup(samples["dense"], samples["native"], DENSE_FILE)
+    return speedup(samples["dense"], samples["native"], baseline)
 
 
-def _dropped(choice: Choice, loss: Loss, convolution: bool) -> Choice:
-    """Returns the choice of a product that is faster alone and not in the whole file: dense."""
+def dropped(choice: Choice, loss: Loss, baseline: Baseline = DENSE, convolution: bool = False) -> Choice:
+    """Returns the choice of a product that could be native alone, and with which the whole file is not faster."""
     assert choice.speedup is not None
     others = loss.operators - 1
     with_products = f"it and {others} other{'s' if others > 1 else ''}" if others else "it"
@@ -177,6 +195,9 @@ def _dropped(choice: Choice, loss: Loss, convolution: bool) -> Choice:
         batch=loss.batch,
         whole=loss.speedup.with_interval(),
         layout=BLOCKED_LAYOUT if convolution else "",
+        other=baseline.kernel,
+        file=baseline.file,
+        instead=baseline.run,
     )
     return with_fields(choice, native=False, reason=reason)
 

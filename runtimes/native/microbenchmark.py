@@ -40,13 +40,23 @@ def measure(
 ) -> tuple[Timing, Timing, Speedup]:
     """Returns the times of the dense node and of the native one, and the speedup. `x` is the shape of the input.
 
-    The two are timed in turns of as many calls as take BLOCK_MS. If the speedup's interval includes 1, as many rounds
-    are added once more, so that a short load of the machine does not decide. Raises BuildError.
+    Raises BuildError.
     """
-    runs = {
-        "dense": one_node(dense_node(product), product, x, None, threads),
-        "native": one_node(native_node(product, weight), product, x, library, threads),
-    }
+    return compared(
+        one_node(dense_node(product), product, x, None, threads),
+        one_node(native_node(product, weight), product, x, library, threads),
+        x[0],
+        seconds,
+    )
+
+
+def compared(dense: Call, native: Call, batch: int, seconds: float) -> tuple[Timing, Timing, Speedup]:
+    """Returns the times of two ways to compute the same, and the speedup of the second.
+
+    The two are timed in turns of as many calls as take BLOCK_MS. If the speedup's interval includes 1, as many rounds
+    are added once more, so that a short load of the machine does not decide.
+    """
+    runs = {"dense": dense, "native": native}
     repeats = _calls_per_block(runs["dense"])
     turns = {name: partial(_repeated, run, repeats) for name, run in runs.items()}
     samples = sample(turns, seconds)
@@ -55,8 +65,8 @@ def measure(
         more = sample(turns, seconds)
         samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
         ratio = speedup(samples["dense"], samples["native"], BASELINE)
-    dense, sparse = (timing(samples[name] / repeats, x[0], DEVICE) for name in runs)
-    return dense, sparse, ratio
+    first, second = (timing(samples[name] / repeats, batch, DEVICE) for name in runs)
+    return first, second, ratio
 
 
 def _calls_per_block(run: Call) -> int:
@@ -134,7 +144,7 @@ class OneNode:
         self._session = session(model, library, threads)
         self._binding = self._session.io_binding()
 
-    def bind(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+    def bind(self, x: NDArray[np.float32] | NDArray[np.uint8], y: NDArray[np.float32]) -> None:
         """Binds the arrays that calls read and write."""
         self._arrays = (x, y)
         self._binding.bind_cpu_input("x", x)

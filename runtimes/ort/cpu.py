@@ -22,7 +22,8 @@ from mpcompile.runtimes import native
 from mpcompile.runtimes.ort.session import OrtEngine, fast_engine, missing_reason, native_file, session_on
 from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
 
-NO_INT8_KERNEL = "there is no int8 N:M kernel for CPUs: it runs on ONNX Runtime's dense kernels"
+BLOCK = 16  # input channels from which one shuffle of the int8 kernel selects
+NO_INT8_KERNEL = "the native int8 kernel cannot be used ({}): it runs on ONNX Runtime's dense kernels"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,12 @@ class OnnxRuntime:
     def kernels(self) -> str:
         """Returns any N:M if the native kernel can be used, otherwise why not."""
         missing = native.missing()
-        return f"none: {missing}" if missing else f"any N:M in float32 ({native.instruction_set()})"
+        if missing:
+            return f"none: {missing}"
+        return (
+            f"any N:M in float32 ({native.instruction_set()}); in int8 at most 8 kept of 16 "
+            f"({native.int8_instruction_set()})"
+        )
 
     def has_kernel(self, pattern: NM) -> bool:
         """Whether the native kernel can be used; it takes any pattern. build() measures whether it is faster."""
@@ -93,15 +99,17 @@ class OnnxRuntime:
     def quantization(self, precision: Precision) -> Mapping[str, Any]:
         """Returns u8 activations, which its fast products take, and 8-bit outputs of convolutions only.
 
-        On a processor whose products saturate at 16 bits, the weights must also fit into the lanes of ONNX Runtime.
+        On a processor whose products saturate at 16 bits, the weights must also fit into the lanes of the kernels: of
+        the native kernel in masked layers, if it can be used, and of ONNX Runtime elsewhere.
         """
         from mpcompile.runtimes.ort.int8 import saturates
 
-        return {"activations": "u8", "outputs": "convolutions", "lanes": "pairs" if saturates() else "none"}
+        lanes = "none" if not saturates() else "pairs" if native.missing() else "blocks"
+        return {"activations": "u8", "outputs": "convolutions", "lanes": lanes}
 
     def has_quantized_kernel(self, pattern: NM) -> bool:
-        """False: the native N:M kernel computes in float32."""
-        return False
+        """Whether the native int8 kernel can be used and skips zeros of this pattern: at most half of 16 are kept."""
+        return native.missing() is None and 2 * pattern.keep <= pattern.of and BLOCK % pattern.of == 0
 
     def refuses(self, precision: str, threads: int | None) -> str | None:
         """Returns why it cannot run bf16 and fp8; other precisions run on any number of threads."""
@@ -117,19 +125,20 @@ class OnnxRuntime:
         return {"onnxruntime": onnxruntime.__version__, **kernel}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """Returns, for a file in 8 bits, why each masked layer runs as dense; otherwise nothing."""
-        if exported.precision not in QUANTIZED:
+        """Returns, for a file in 8 bits without our kernel, why each masked layer runs as dense; otherwise nothing."""
+        missing = native.missing()
+        if exported.precision not in QUANTIZED or missing is None:
             return Prepared()
-        return Prepared(tuple(dense_in_8_bits(mask) for mask in exported.masks))
+        return Prepared(tuple(dense_in_8_bits(mask, missing) for mask in exported.masks))
 
     def build(self, exported: Exported, build: Build) -> OrtEngine:
         """Returns a session on the CPU, with `build.threads` threads or ONNX Runtime's default number.
 
-        Masked products of float files run on the native kernel if that is measured to be faster. Raises RuntimeMissing
-        or BuildError.
+        Masked products of float files, and products of int8 files, run on the native kernels if these are measured to
+        be faster. Raises RuntimeMissing or BuildError.
         """
-        # The native kernel computes in float32.
-        library = native.library() if build.sparse and exported.masks and exported.precision not in QUANTIZED else None
+        replaceable = exported.masks if exported.precision not in QUANTIZED else exported.precision == "int8"
+        library = native.library() if build.sparse and replaceable else None
         if library is None:
             return fast_engine(exported, build.threads)
         from mpcompile.runtimes.ort.native_kernel import native_engine
@@ -137,8 +146,8 @@ class OnnxRuntime:
         return native_engine(exported, build, library)
 
 
-def dense_in_8_bits(mask: ProvenMask) -> LayerVerdict:
-    """The verdict on a masked layer of a file in 8 bits: no sparse kernel can run it."""
+def dense_in_8_bits(mask: ProvenMask, missing: str) -> LayerVerdict:
+    """The verdict on a masked layer of a file in 8 bits if the native kernel is `missing`, for this reason."""
     return LayerVerdict(
         layer=mask.layer,
         initializer=mask.initializer,
@@ -146,6 +155,6 @@ def dense_in_8_bits(mask: ProvenMask) -> LayerVerdict:
         pattern=mask.pattern,
         eligible=False,
         rule="kernel",
-        reason=NO_INT8_KERNEL,
+        reason=NO_INT8_KERNEL.format(missing),
         chosen=False,
     )

@@ -22,6 +22,7 @@ from mpcompile.export.eight_bit_ends import Ends, ends_of
 from mpcompile.export.onnx_export import INPUT
 from mpcompile.export.quantized_weights import QuantizedWeight, quantized_weights
 from mpcompile.measure.quantized_layer import QuantizedLayer
+from mpcompile.runtimes.native.int8_ops import GEMM
 
 PROVIDER = "CPUExecutionProvider"
 KERNELS = frozenset({
@@ -33,22 +34,25 @@ IN_FILE = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
 UNKNOWN = "ONNX Runtime runs it in floating point and gives no reason"
 
 
-def int8_coverage(file: Path, images: NDArray[np.float32], threads: int | None = None) -> tuple[QuantizedLayer, ...]:
+def int8_coverage(
+    file: Path, images: NDArray[np.float32], threads: int | None = None, library: Path | None = None
+) -> tuple[QuantizedLayer, ...]:
     """One row for each quantised layer of an 8-bit file, in file order, from a run on these images (b, c, h, w).
 
-    Empty for a file without 8-bit weights. Raises BuildError if ONNX Runtime cannot run the file.
+    `library` is the shared library of the native operators, if the file uses them. Empty for a file without 8-bit
+    weights. Raises BuildError if ONNX Runtime cannot run the file.
     """
     model = onnx.load(file)
     rows = quantized_weights(model)
     if not rows:
         return ()
     try:
-        optimised, times_ms = _profiled(file, images, threads)
+        optimised, times_ms = _profiled(file, images, threads, library)
     except Exception as error:  # ONNX Runtime's own types
         raise BuildError(f"ONNX Runtime cannot profile {file.name}: {cause_of(error)}") from error
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in optimised.graph.node:
-        if node.op_type in KERNELS:
+        if node.op_type in KERNELS or node.op_type.startswith(GEMM):
             for name in node.input:
                 users.setdefault(name, []).append(node)
     ends = ends_of(model, FUSED_STEPS)
@@ -66,7 +70,7 @@ def int8_coverage(file: Path, images: NDArray[np.float32], threads: int | None =
 
 
 def _profiled(
-    file: Path, images: NDArray[np.float32], threads: int | None
+    file: Path, images: NDArray[np.float32], threads: int | None, library: Path | None
 ) -> tuple[onnx.ModelProto, Mapping[str, float]]:
     """The optimised graph, without weights, and the milliseconds of each of its nodes in the second of two runs."""
     import onnxruntime
@@ -80,6 +84,8 @@ def _profiled(
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         if threads:
             options.intra_op_num_threads = threads
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(file, options, providers=[PROVIDER])
         fixed = session.get_inputs()[0].shape[0]
         if isinstance(fixed, int):

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -18,16 +19,29 @@ from mpcompile.export.mask_check import ProvenMask
 from mpcompile.export.onnx_export import INLINE_LIMIT_BYTES, Exported
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.runtimes import native
+from mpcompile.runtimes.native import int8_selection
 from mpcompile.runtimes.native.kernel_selection import Choice, accelerate
 from mpcompile.runtimes.ort.session import OrtEngine, native_file, session_on
 from mpcompile.runtimes.protocol import Build
 
+if TYPE_CHECKING:
+    from mpcompile.measure.quantized_layer import QuantizedLayer
+
 
 @dataclass(frozen=True)
 class NMEngine(OrtEngine):
-    """A session, and the kernel selected for each masked product."""
+    """A session, and the kernel selected for each masked product; in a file in 8 bits, for each 8-bit product."""
 
     choices: tuple[Choice, ...]
+
+    def quantised_layers(self, images: NDArray[np.float32]) -> "tuple[QuantizedLayer, ...]":
+        """As OrtEngine's; layers on the native operators run in 8 bits."""
+        if self.exact:
+            return ()
+        from mpcompile.runtimes.ort.int8_coverage import int8_coverage
+
+        threads = int(self.session.get_session_options().intra_op_num_threads)
+        return int8_coverage(self.file, images, threads or None, native.library())
 
     def judged(
         self,
@@ -38,11 +52,13 @@ class NMEngine(OrtEngine):
     ) -> tuple[LayerVerdict, ...]:
         """Returns one row per masked layer, from the measurements made when the engine was built."""
         by_layer = {mask.layer: mask for mask in masks}
-        kernel = f"NMGemm, {native.instruction_set()}"
+        kernel = f"NMGemm, {native.instruction_set()}" if self.exact else f"NMGemmInt8, {native.int8_instruction_set()}"
         rows = []
         for choice in self.choices:
             for layer in choice.layers:
-                mask = by_layer[layer]
+                mask = by_layer.get(layer)
+                if mask is None:  # a dense layer in 8 bits
+                    continue
                 rows.append(
                     LayerVerdict(
                         layer=layer,
@@ -70,9 +86,12 @@ def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
     rng = np.random.default_rng(0)
     sizes = [exported.batch] if exported.batch else sorted(set(build.batches))
     smallest, *larger = (rng.standard_normal((size, *exported.image_shape)).astype(np.float32) for size in sizes)
-    accelerated = accelerate(onnx.load(exported.onnx), exported.masks, library, smallest, build.threads, also=larger)
+    exact = exported.precision != "int8"
+    select = accelerate if exact else int8_selection.accelerate
+    accelerated = select(onnx.load(exported.onnx), exported.masks, library, smallest, build.threads, also=larger)
     if not accelerated.count:
-        return NMEngine(session_on(exported.onnx, build.threads).session, exported.onnx, accelerated.choices)
+        session = session_on(exported.onnx, build.threads).session
+        return NMEngine(session, exported.onnx, accelerated.choices, exact=exact)
     with tempfile.TemporaryDirectory() as temporary:
         path = native_file((build.folder or Path(temporary)) / exported.onnx.name)
         onnx.save_model(
@@ -81,4 +100,4 @@ def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
             save_as_external_data=accelerated.file.ByteSize() > INLINE_LIMIT_BYTES,
             location=f"{path.name}.data",
         )
-        return NMEngine(session_on(path, build.threads, library).session, path, accelerated.choices)
+        return NMEngine(session_on(path, build.threads, library).session, path, accelerated.choices, exact=exact)

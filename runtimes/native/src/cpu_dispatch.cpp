@@ -50,3 +50,16 @@ int supported_int8_kernels(const Int8Kernels* (&found)[4]) {
 }
 
 }  // namespace mpcompile
+
+// The names of the instruction sets that calls use, for reports: of the float32 kernels and of the int8 kernels.
+extern "C" __attribute__((visibility("default"))) const char* mpcompile_kernel() {
+    const mpcompile::Kernel* kernels[4];
+    mpcompile::supported_kernels(kernels);
+    return kernels[0]->name;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* mpcompile_int8_kernel() {
+    const mpcompile::Int8Kernels* kernels[4];
+    mpcompile::supported_int8_kernels(kernels);
+    return kernels[0]->name;
+}

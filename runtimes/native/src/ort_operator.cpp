@@ -229,10 +229,3 @@ const std::vector<const OrtCustomOp*>& float_operators() {
 }
 
 }  // namespace mpcompile
-
-// The name of the instruction set that calls use, for reports.
-extern "C" __attribute__((visibility("default"))) const char* mpcompile_kernel() {
-    const mpcompile::Kernel* kernels[4];
-    mpcompile::supported_kernels(kernels);
-    return kernels[0]->name;
-}

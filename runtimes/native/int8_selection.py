@@ -1,0 +1,245 @@
+"""Selects the 8-bit products of a file that run on the native int8 operators, by measurement on this machine.
+
+Each product is timed alone: the native operator against the one that ONNX Runtime has for it. Equal ones are timed
+once. A product is a candidate unless it is significantly slower alone, because the native operator also takes over its
+neighbours (int8_rewrite.py), which the time alone does not show. The file with all candidates must then be
+significantly faster than the file as ONNX Runtime runs it, at every batch size (whole_file.py); otherwise candidates
+are dropped. Attentions are replaced if the whole file gains by that at every batch size, too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from mpcompile.errors import BuildError, cause_of
+from mpcompile.export.mask_check import ProvenMask
+from mpcompile.export.quantized_weights import quantized_weights
+from mpcompile.measure.timing import Speedup
+from mpcompile.runtimes.native import attention_match, int8_ops, int8_products, int8_rewrite
+from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION
+from mpcompile.runtimes.native.int8_products import Int8Product
+from mpcompile.runtimes.native.kernel_selection import Accelerated, Baseline, Choice, compare_whole, dropped
+from mpcompile.runtimes.native.microbenchmark import OneNode, compared, session
+from mpcompile.runtimes.native.packing import shared_rows
+from mpcompile.runtimes.native.whole_file import Names, accept
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+OPSET = 21
+FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's"
+NOT_FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's; it runs there because the whole file gains"
+SLOWER = "the native int8 kernel is slower: {} times as fast as ONNX Runtime's, which runs it"
+NOT_A_PRODUCT = (
+    "the native int8 kernel takes a MatMul or Gemm of u8 activations by s8 weights with one scale per output channel; "
+    "this is another {}, and runs on ONNX Runtime's kernels"
+)
+THEIRS = Baseline("ONNX Runtime's", "the file on ONNX Runtime's int8 kernels", "on ONNX Runtime's")
+WITHOUT_ATTENTION = "the file without the native attention"
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file in 8 bits, and what the native operators could replace in it.
+
+    Attributes:
+        model: the file.
+        products: all 8-bit products.
+        attentions: all attentions.
+        shapes: of the float32 tensors around the products, for a batch of at least 2 if the batch is free.
+    """
+
+    model: onnx.ModelProto
+    products: tuple[Int8Product, ...]
+    attentions: tuple[attention_match.Attention, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def rewritten(self, names: Names, attention: bool) -> onnx.ModelProto:
+        """Returns the file with the native operators for the named products."""
+        chosen = [product for product in self.products if product.name in names]
+        return int8_rewrite.replace(self.model, chosen, self.shapes, self.attentions if attention else ())
+
+
+def accelerate(
+    file: onnx.ModelProto,
+    masks: Iterable[ProvenMask],
+    library: Path,
+    images: NDArray[np.float32],
+    threads: int | None = 1,
+    seconds: float = 0.5,
+    also: Sequence[NDArray[np.float32]] = (),
+) -> Accelerated:
+    """Returns the file with the native operators for what they make faster, at the batch of `images` and of `also`.
+
+    Layers without a mask are included: the native operators run dense int8 layers too. `threads` is the number of
+    intra-op threads; `seconds` bounds the time to measure one pair, but the minimum number of rounds of
+    mpcompile.measure.timing is always run. Raises BuildError.
+    """
+    found, masks = inspected(file, images), tuple(masks)
+    patterns = {mask.initializer: mask.pattern for mask in masks}
+    layers = {node: row.layers for row in quantized_weights(file) for node in row.nodes}
+    measured: dict[tuple[object, ...], Any] = {}
+    replaceable = {product.initializer for product in found.products}
+    choices = [
+        Choice((mask.layer,), mask.nodes[0], False, NOT_A_PRODUCT.format(mask.op), mask.pattern)
+        for mask in masks
+        if mask.initializer not in replaceable
+    ]
+    for product in found.products:
+        columns, rows = product.weight.shape
+        shape, shared = found.shapes[product.y], shared_rows(product.weight.T != 0)
+        x = (len(images), *shape[1:-1], columns)
+        pattern = patterns.get(product.initializer)
+        key = (product.weight.shape, pattern, shared, x)
+        if key not in measured:
+            measured[key] = _measure(product, x, library, threads, seconds)
+        dense, sparse, ratio = measured[key]
+        slower = ratio.conclusion == "slower"
+        reason = (FASTER if ratio.faster else SLOWER if slower else NOT_FASTER).format(ratio.with_interval())
+        name = layers.get(product.name, ())
+        choices.append(
+            Choice(name, product.name, not slower, reason, pattern, (rows, columns), shared, x, dense, sparse, ratio)
+        )
+    candidates = {choice.name: choice.speedup.ratio for choice in choices if choice.native and choice.speedup}
+    if not candidates:
+        return Accelerated(file, tuple(choices))
+    batches = {len(given): given for given in (images, *also)}
+    theirs = session(file, None, threads)
+
+    @lru_cache(maxsize=1)  # a set of products is compared at several batch sizes
+    def native(names: Names, attention: bool) -> "onnxruntime.InferenceSession":
+        return session(found.rewritten(names, attention), library, threads)
+
+    def compare(names: Names, batch: int) -> Speedup:
+        return compare_whole(theirs, native(names, False), batches[batch], seconds, THEIRS.file)
+
+    accepted = accept(candidates, (), sorted(batches), compare)
+    attention = bool(accepted.kept and found.attentions) and _gains(
+        native(accepted.kept, False),
+        session(found.rewritten(accepted.kept, True), library, threads),
+        batches.values(),
+        seconds,
+    )
+    return Accelerated(
+        found.rewritten(accepted.kept, attention),
+        tuple(
+            dropped(choice, loss, THEIRS) if (loss := accepted.dropped.get(choice.name)) else choice
+            for choice in choices
+        ),
+    )
+
+
+def _gains(
+    before: "onnxruntime.InferenceSession",
+    after: "onnxruntime.InferenceSession",
+    batches: Iterable[NDArray[np.float32]],
+    seconds: float,
+) -> bool:
+    """Whether the second file is significantly faster at every batch."""
+    return all(
+        compare_whole(before, after, images, seconds, WITHOUT_ATTENTION).conclusion == "faster" for images in batches
+    )
+
+
+def inspected(file: onnx.ModelProto, images: NDArray[np.float32]) -> _File:
+    """Returns what the native operators could replace in a file. Raises BuildError if it does not run on the images."""
+    products = tuple(int8_products.find(file))
+    run = runner(file, images)
+    computed = {name for node in file.graph.node for name in node.output}
+    sums = {name for node in file.graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}
+    values = run(sorted({product.y for product in products} | (sums & computed)))
+    shapes = {name: value.shape for name, value in values.items()}
+    return _File(file, products, tuple(attention_match.find(file, run)) if products else (), shapes)
+
+
+def runner(
+    file: onnx.ModelProto, images: NDArray[np.float32]
+) -> Callable[[Sequence[str]], Mapping[str, NDArray[np.float32]]]:
+    """Returns a function that gives the values of named tensors of the file, on as many images as its batch allows.
+
+    If the batch is free, these are two, repeated from `images` (b, c, h, w).
+    """
+    given = file.graph.input[0]
+    size = given.type.tensor_type.shape.dim[0]
+    count = size.dim_value if size.HasField("dim_value") else 2
+    batch = np.resize(images, (count, *images.shape[1:]))
+
+    def run(names: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
+        probe = onnx.ModelProto()
+        probe.CopyFrom(file)
+        known = {output.name for output in probe.graph.output}
+        probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+        try:
+            values = session(probe, None, None).run(list(names), {given.name: batch})
+        except Exception as error:  # ONNX Runtime raises its own types, and any of them can occur here
+            raise BuildError(f"ONNX Runtime cannot run the file on {count} images: {cause_of(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+    return run
+
+
+def _measure(
+    product: Int8Product, x: tuple[int, ...], library: Path, threads: int | None, seconds: float
+) -> tuple[Any, Any, Speedup]:
+    """Returns the times of ONNX Runtime's node and of the native one for a product, and the speedup."""
+    rng = np.random.default_rng(0)
+    activations = rng.integers(0, 256, x, dtype=np.uint8)
+    runs = []
+    for model, used in ((_standard_node(product), None), (_native_node(product), library)):
+        node = OneNode(model, used, threads)
+        node.bind(activations, np.empty((*x[:-1], len(product.scale)), np.float32))
+        runs.append(node)
+    return compared(runs[0], runs[1], x[0], seconds)
+
+
+def _standard_node(product: Int8Product) -> onnx.ModelProto:
+    """Returns the product in standard operators, as a model x u8 -> y float32 that ONNX Runtime runs in 8 bits."""
+    node = helper.make_node
+    nodes = [
+        node("DequantizeLinear", ["x", "x_scale", "x_zero"], ["inputs"]),
+        node("DequantizeLinear", ["weight", "scale", "zeros"], ["weights"], axis=1),
+        node("MatMul", ["inputs", "weights"], ["product"]),
+        node("Add", ["product", "bias"], ["y"]),
+    ]
+    quantization = product.x_quantization
+    stored: dict[str, NDArray[Any]] = {
+        "x_scale": np.array(quantization.scale, np.float32),
+        "x_zero": np.array(quantization.zero, np.uint8),
+        "zeros": np.zeros(len(product.scale), np.int8),
+    }
+    return _model(nodes, product, stored)
+
+
+def _native_node(product: Int8Product) -> onnx.ModelProto:
+    """Returns the product as the native operator, as a model x u8 -> y float32."""
+    quantization = product.x_quantization
+    native = helper.make_node(
+        int8_ops.GEMM, ["x", "weight", "scale", "bias"], ["y"], domain=DOMAIN,
+        x_scale=quantization.scale, x_zero=quantization.zero,
+    )  # fmt: skip
+    model = _model([native], product, {})
+    model.functions.append(int8_ops.function(int8_ops.GEMM, OPSET))
+    model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+    return model
+
+
+def _model(
+    nodes: Sequence[onnx.NodeProto], product: Int8Product, stored: Mapping[str, NDArray[Any]]
+) -> onnx.ModelProto:
+    """Returns a model x u8 -> y float32 of any shape, with the product's weight, scale and bias beside `stored`."""
+    arrays = {**stored, "weight": product.weight, "scale": product.scale, "bias": product.bias}
+    graph = helper.make_graph(
+        list(nodes),
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
