@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from mpcompile.export.mask_check import file_weights
 from mpcompile.passes.quantize.lane_rule import PAIRS, LaneRule, block_rule, most_kept, safe_scale
 from mpcompile.runtimes.native.microbenchmark import session
+from mpcompile.runtimes.native.packing import shared_rows
 
 
 def quantised(
@@ -76,7 +77,8 @@ def _rounded(weight: NDArray[np.float32], saturating: bool) -> tuple[NDArray[np.
     """Returns integers and scales of a weight (columns, rows)."""
     rows = torch.from_numpy(np.ascontiguousarray(weight.T))
     if saturating:
-        rule: LaneRule = block_rule(rows != 0) if most_kept(rows != 0) <= 8 else PAIRS
+        kept = rows != 0
+        rule: LaneRule = block_rule(kept, shared_rows(kept.numpy())) if most_kept(kept) <= 8 else PAIRS
         scale = safe_scale(rows, rule).float()
     else:
         scale = rows.abs().amax(1) / 127

@@ -22,7 +22,7 @@ Run = Callable[[Sequence[str]], Mapping[str, NDArray[np.float32]]]  # the values
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class FileAttention:
     """An attention of a file.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Candidate:
         return named | ({self.bias} if self.bias is not None else set())
 
 
-def find(file: onnx.ModelProto, run: Run) -> list[Attention]:
+def find(file: onnx.ModelProto, run: Run) -> list[FileAttention]:
     """Returns the attentions that the native operator can compute, in file order."""
     candidates = [c for node in ir.from_proto(file).graph if (c := _candidate(node)) is not None]
     if not candidates:
@@ -148,7 +148,7 @@ def _moved(value: ir.Value) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _checked(candidate: _Candidate, values: Mapping[str, NDArray[np.float32]]) -> Attention | None:
+def _checked(candidate: _Candidate, values: Mapping[str, NDArray[np.float32]]) -> FileAttention | None:
     """Returns the attention if the values on two images are those that the native operator would read and write."""
     q, mixed, scores = values[candidate.q], values[candidate.mixed], values[candidate.scores]
     if q.ndim != 4 or mixed.ndim != 4 or scores.ndim != 4 or any(values[name].ndim != 3 for name in candidate.sources):
@@ -166,7 +166,7 @@ def _checked(candidate: _Candidate, values: Mapping[str, NDArray[np.float32]]) -
     if y is None or (candidate.bias is not None and not _fits(values[candidate.bias].shape, scores.shape)):
         return None
     first, second, third = offsets
-    return Attention(candidate.sources, (first, second, third), heads, dim, candidate.scale, candidate.bias, y)
+    return FileAttention(candidate.sources, (first, second, third), heads, dim, candidate.scale, candidate.bias, y)
 
 
 def _fits(bias: tuple[int, ...], scores: tuple[int, ...]) -> bool:

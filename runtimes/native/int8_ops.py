@@ -30,7 +30,7 @@ ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization:
+class U8Quantization:
     """Scale and zero point of a u8 tensor."""
 
     scale: float

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from jaxtyping import Float32, Int8
 
 from mpcompile.runtimes.native.graph_reading import constant, only_reader, producer
-from mpcompile.runtimes.native.int8_ops import Quantization
+from mpcompile.runtimes.native.int8_ops import U8Quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Int8Product:
 
     name: str
     x: str
-    x_quantization: Quantization
+    x_quantization: U8Quantization
     y: str
     nodes: tuple[str, ...]
     initializer: str
@@ -124,10 +124,10 @@ def _zero(dequantise: ir.Node) -> bool:
     return stored is not None and not stored.any()
 
 
-def scalar_quantization(node: ir.Node) -> Quantization | None:
+def scalar_quantization(node: ir.Node) -> U8Quantization | None:
     """Returns scale and zero point of a QuantizeLinear or DequantizeLinear of a u8 tensor with one scale, or None."""
     scale = constant(node.inputs[1])
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if scale is None or zero is None or zero.dtype != np.uint8 or scale.size != 1 or zero.size != 1:
         return None
-    return Quantization(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]))
+    return U8Quantization(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]))

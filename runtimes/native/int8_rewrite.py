@@ -17,14 +17,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mpcompile.errors import BuildError
 from mpcompile.runtimes.native import int8_ops
-from mpcompile.runtimes.native.attention_match import Attention
+from mpcompile.runtimes.native.attention_match import FileAttention
 from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION, initializer
 from mpcompile.runtimes.native.graph_reading import constant, only_reader
-from mpcompile.runtimes.native.int8_ops import Quantization
+from mpcompile.runtimes.native.int8_ops import U8Quantization
 from mpcompile.runtimes.native.int8_products import Int8Product, scalar_quantization
 
 
-def _quantise_after(value: ir.Value) -> tuple[ir.Value, Quantization] | None:
+def _quantise_after(value: ir.Value) -> tuple[ir.Value, U8Quantization] | None:
     """Returns the u8 tensor that a value is quantised to, if a QuantizeLinear is its only reader."""
     node = only_reader(value)
     if node is None or node.op_type != "QuantizeLinear":
@@ -37,7 +37,7 @@ def replace(
     file: onnx.ModelProto,
     products: Sequence[Int8Product],
     shapes: Mapping[str, tuple[int, ...]],
-    attentions: Sequence[Attention] = (),
+    attentions: Sequence[FileAttention] = (),
     norms: bool = True,
 ) -> onnx.ModelProto:
     """Returns a new file with the native operators for these products and attentions.
@@ -174,7 +174,7 @@ def _replace_norms(graph: ir.Graph, values: dict[str, ir.Value], read: Collectio
         yield int8_ops.NORM
 
 
-def _replace_attention(graph: ir.Graph, values: dict[str, ir.Value], attention: Attention) -> str:
+def _replace_attention(graph: ir.Graph, values: dict[str, ir.Value], attention: FileAttention) -> str:
     """Replaces an attention, with the QuantizeLinear after it; returns the operator."""
     output = values[attention.y]
     last = output.producer()

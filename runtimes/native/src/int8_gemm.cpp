@@ -54,8 +54,7 @@ NM_INLINE void accumulate(Bytes& sum, Bytes p, Bytes w, Bytes q, Bytes u, [[mayb
 #endif
 }
 
-// The sums of T tokens and one panel: out[t * CHUNK + row of the panel]. Not inlined, and each sum held in its register
-// after each step: otherwise GCC overlaps steps, runs out of registers and keeps sums on the stack.
+// The sums of T tokens and one panel: out[t * CHUNK + row of the panel]. Not inlined: GCC would run out of registers.
 template <int KEPT, int SHARED, bool WIDE, int T>
 __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const uint8_t* w, int64_t steps,
                                         int32_t* out) {
@@ -102,9 +101,7 @@ __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const u
             }
         }
     }
-    store_sums<T * S::VECTORS, S::SPLITS>(sums[0], [out](int i) __attribute__((always_inline)) {
-        return out + i / S::VECTORS * CHUNK + i % S::VECTORS * S::ROWS;
-    });
+    store_sums<T, S::GROUPS, SHARED, S::SPLITS>(sums[0], out, CHUNK);
 }
 
 template <int KEPT, int SHARED, bool WIDE, int T>

@@ -14,7 +14,7 @@
 //   kept 4    a step is two blocks of 16 columns: four kept columns of each
 //   kept 16   dense: a step is 8 columns, four and four, without controls
 //   stream [panels][steps][groups]{control 0, control 1}{shared vectors}{shared vectors}
-// A panel has `groups` groups of rows. The two controls of a step are absent if the weights are dense.
+// A panel has `groups` groups of rows; in each, row l * shared + r is in lane l of vector r. The two controls of a step are absent if the weights are dense.
 //
 // With `splits` above 1, the 128-bit parts of a vector hold neighbouring blocks rather than copies of one block, and
 // each part sums over its own blocks; the parts are added at the end. A step then has `splits` times as many columns,

@@ -158,15 +158,17 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
         // Dense rows have no patterns: each is placed alone, in the order of the rows.
         const int members = dense ? 1 : shared;
         for (size_t g = 0; g < groups.size(); g++) {
-            const int64_t row_of_vector = int64_t(g) % rows, vector_index = int64_t(g) / rows * members;
-            const int64_t panel = vector_index / (layout.groups * shared), of_panel = vector_index % (layout.groups * shared);
+            // Of all vectors of the chunk in which this group has a lane, the first; rows that share a pattern are
+            // neighbours in the panel.
+            const int64_t row_in_chunk = int64_t(g) * members, panel = row_in_chunk / panel_rows;
+            const int64_t group = row_in_chunk % panel_rows / (shared * rows), in_group = row_in_chunk % (shared * rows);
+            const int64_t row_of_vector = in_group / shared, first_vector = in_group % shared;
             uint8_t* to = stream.data()->bytes + (first / panel_rows + panel) * w.steps * step_bytes +
-                          of_panel / shared * group_bytes;
+                          group * group_bytes;
             for (int r = 0; r < members; r++) {
-                const int64_t place = panel * panel_rows + (of_panel + r) * rows + row_of_vector;
                 const int64_t row = groups[g][size_t(r)];
-                p.position[size_t(row)] = uint8_t(place);
-                in_order &= place == row - first;
+                p.position[size_t(row)] = uint8_t(row_in_chunk + r);
+                in_order &= row_in_chunk + r == row - first;
             }
             for (int64_t i = 0; i < w.steps; i++, to += step_bytes)
                 for (int split = 0; split < layout.splits; split++) {
@@ -179,7 +181,7 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
                     for (int half = 0; half < 2; half++) {
                         if (controls) memcpy(lane + half * vector, steps[0].column + 4 * half, 4);
                         for (int r = 0; r < members; r++)
-                            memcpy(lane + (controls + half * shared + of_panel % shared + r) * vector,
+                            memcpy(lane + (controls + half * shared + first_vector + r) * vector,
                                    steps[r].weight + 4 * half, 4);
                     }
                 }

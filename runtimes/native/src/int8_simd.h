@@ -42,27 +42,46 @@ NM_INLINE Bytes load_blocks(const uint8_t* p) {
     if constexpr (PARTS == 4) return load_bytes(p);
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-// Stores COUNT vectors of sums to place(i); with 4 splits, the sum of the four 128-bit parts of each.
-template <int COUNT, int PARTS, typename Place>
-NM_INLINE void store_sums(const Bytes* sums, Place place) {
+// The 32-bit lanes of four vectors in turn: lane 0 of each, then lane 1 of each, and so on.
+NM_INLINE void interleave4(const Bytes* from, int32_t* to) {
+    const Bytes a = _mm512_unpacklo_epi32(from[0], from[1]), b = _mm512_unpackhi_epi32(from[0], from[1]);
+    const Bytes c = _mm512_unpacklo_epi32(from[2], from[3]), d = _mm512_unpackhi_epi32(from[2], from[3]);
+    // part i of rows[k] is lane 4 i + k of each vector
+    const Bytes rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                           _mm512_unpackhi_epi64(b, d)};
+    const Bytes e = _mm512_shuffle_i32x4(rows[0], rows[1], 0x44), f = _mm512_shuffle_i32x4(rows[0], rows[1], 0xee);
+    const Bytes g = _mm512_shuffle_i32x4(rows[2], rows[3], 0x44), h = _mm512_shuffle_i32x4(rows[2], rows[3], 0xee);
+    store_bytes(to, _mm512_shuffle_i32x4(e, g, 0x88));
+    store_bytes(to + 16, _mm512_shuffle_i32x4(e, g, 0xdd));
+    store_bytes(to + 32, _mm512_shuffle_i32x4(f, h, 0x88));
+    store_bytes(to + 48, _mm512_shuffle_i32x4(f, h, 0xdd));
+}
+// Stores the sums [TOKENS][GROUPS * SHARED] of a panel, `stride` apart for each token. Rows that share a pattern are
+// neighbours: row r of the group in lane l of each vector is row l * SHARED + r. With PARTS 4, each row has a sum in
+// each of the four 128-bit parts, which are added.
+template <int TOKENS, int GROUPS, int SHARED, int PARTS>
+NM_INLINE void store_sums(const Bytes* sums, int32_t* to, int64_t stride) {
+    constexpr int VECTORS = GROUPS * SHARED;
     if constexpr (PARTS == 1) {
-        NM_UNROLL for (int i = 0; i < COUNT; i++) store_bytes(place(i), sums[i]);
+        static_assert(GROUPS == 1 && SHARED == 4, "other shapes have four parts");
+        NM_UNROLL for (int t = 0; t < TOKENS; t++) interleave4(sums + t * VECTORS, to + t * stride);
     } else {
-        NM_UNROLL for (int i = 0; i < COUNT; i += 4) {
-            const auto two = [&](int k) __attribute__((always_inline)) {
-                const Bytes a = k < COUNT ? sums[k] : _mm512_setzero_si512();
-                const Bytes b = k + 1 < COUNT ? sums[k + 1] : _mm512_setzero_si512();
+        static_assert(VECTORS == 2, "two vectors of four rows for each token");
+        const Bytes in_turn = SHARED == 1 ? _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                                          : _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        NM_UNROLL for (int t = 0; t < TOKENS; t += 2) {
+            const auto half = [sums](int token) __attribute__((always_inline)) {
+                if (token >= TOKENS) return _mm512_setzero_si512();
+                const Bytes a = sums[2 * token], b = sums[2 * token + 1];
                 return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
             };
-            const Bytes c = two(i), d = two(i + 2);
-            const Bytes all = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd));
-            const auto part = [&](int k, __m128i rows) __attribute__((always_inline)) {
-                if (i + k < COUNT) _mm_storeu_si128(reinterpret_cast<__m128i*>(place(i + k)), rows);
-            };
-            part(0, _mm512_castsi512_si128(all));
-            part(1, _mm512_extracti32x4_epi32(all, 1));
-            part(2, _mm512_extracti32x4_epi32(all, 2));
-            part(3, _mm512_extracti32x4_epi32(all, 3));
+            const Bytes c = half(t), d = half(t + 1);
+            Bytes both = _mm512_add_epi32(_mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd));
+            if constexpr (SHARED == 2) both = _mm512_permutexvar_epi32(in_turn, both);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t * stride), _mm512_castsi512_si256(both));
+            if (t + 1 < TOKENS)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (t + 1) * stride),
+                                    _mm512_extracti64x4_epi64(both, 1));
         }
     }
 }
@@ -115,9 +134,27 @@ template <int PARTS>
 NM_INLINE Bytes load_blocks(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-template <int COUNT, int PARTS, typename Place>
-NM_INLINE void store_sums(const Bytes* sums, Place place) {
-    NM_UNROLL for (int i = 0; i < COUNT; i++) store_bytes(place(i), sums[i]);
+template <int TOKENS, int GROUPS, int SHARED, int PARTS>
+NM_INLINE void store_sums(const Bytes* sums, int32_t* to, int64_t stride) {
+    static_assert(GROUPS == 1 && PARTS == 1, "AVX2 has no other shapes");
+    NM_UNROLL for (int t = 0; t < TOKENS; t++, sums += SHARED, to += stride) {
+        if constexpr (SHARED == 1) store_bytes(to, sums[0]);
+        if constexpr (SHARED == 2) {
+            const Bytes a = _mm256_unpacklo_epi32(sums[0], sums[1]), b = _mm256_unpackhi_epi32(sums[0], sums[1]);
+            store_bytes(to, _mm256_permute2x128_si256(a, b, 0x20));
+            store_bytes(to + 8, _mm256_permute2x128_si256(a, b, 0x31));
+        }
+        if constexpr (SHARED == 4) {
+            const Bytes a = _mm256_unpacklo_epi32(sums[0], sums[1]), b = _mm256_unpackhi_epi32(sums[0], sums[1]);
+            const Bytes c = _mm256_unpacklo_epi32(sums[2], sums[3]), d = _mm256_unpackhi_epi32(sums[2], sums[3]);
+            const Bytes e = _mm256_unpacklo_epi64(a, c), f = _mm256_unpackhi_epi64(a, c);
+            const Bytes g = _mm256_unpacklo_epi64(b, d), h = _mm256_unpackhi_epi64(b, d);
+            store_bytes(to, _mm256_permute2x128_si256(e, f, 0x20));
+            store_bytes(to + 8, _mm256_permute2x128_si256(g, h, 0x20));
+            store_bytes(to + 16, _mm256_permute2x128_si256(e, f, 0x31));
+            store_bytes(to + 24, _mm256_permute2x128_si256(g, h, 0x31));
+        }
+    }
 }
 NM_INLINE Bytes shuffled(Bytes v, Bytes control) { return _mm256_shuffle_epi8(v, control); }
 NM_INLINE Bytes add32(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
