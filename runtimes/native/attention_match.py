@@ -44,7 +44,7 @@ class FileAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Described:
     """An attention as the nodes describe it, before its values are checked: names of tensors.
 
     `q`, `k` and `v` are split into heads, k perhaps transposed; `sources` are what they are taken from; `mixed` is the
@@ -76,7 +76,7 @@ def find(file: onnx.ModelProto, run: Run) -> list[FileAttention]:
     return [found for candidate in candidates if (found := _checked(candidate, values)) is not None]
 
 
-def _candidate(softmax: ir.Node) -> _Candidate | None:
+def _candidate(softmax: ir.Node) -> _Described | None:
     """Returns the attention around a Softmax, or None."""
     if softmax.op_type != "Softmax" or softmax.attributes.get_int("axis", -1) not in (-1, 3):
         return None
@@ -106,7 +106,7 @@ def _candidate(softmax: ir.Node) -> _Candidate | None:
     if not results:
         return None
     q_name, k_name, v_name = (str(source.name) for source in sources if source is not None)
-    return _Candidate(
+    return _Described(
         str(q.name), str(k.name), str(v.name), (q_name, k_name, v_name), scale * q_scale * k_scale,
         None if bias is None else str(bias.name), str(scores.name), str(mix.outputs[0].name), results,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _moved(value: ir.Value) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _checked(candidate: _Candidate, values: Mapping[str, NDArray[np.float32]]) -> FileAttention | None:
+def _checked(candidate: _Described, values: Mapping[str, NDArray[np.float32]]) -> FileAttention | None:
     """Returns the attention if the values on two images are those that the native operator would read and write."""
     q, mixed, scores = values[candidate.q], values[candidate.mixed], values[candidate.scores]
     if q.ndim != 4 or mixed.ndim != 4 or scores.ndim != 4 or any(values[name].ndim != 3 for name in candidate.sources):

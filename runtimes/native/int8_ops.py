@@ -147,11 +147,11 @@ def _parameters(tensor: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _attribute(name: str, value: str, kind: "AttributeProto.AttributeType" = AttributeProto.INT) -> onnx.NodeProto:
+def _attribute(name: str, value: str, kind: int = AttributeProto.INT) -> onnx.NodeProto:
     """Returns a node that gives the operator's attribute `name` as a value."""
     node = helper.make_node("Constant", [], [value])
     field = "value_float" if kind == AttributeProto.FLOAT else "value_int"
-    node.attribute.add(name=field, ref_attr_name=name, type=kind)
+    node.attribute.add(name=field, ref_attr_name=name).type = kind
     return node
 
 

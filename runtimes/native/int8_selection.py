@@ -25,7 +25,7 @@ from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes.native import attention_match, int8_ops, int8_products, int8_rewrite
 from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION
 from mpcompile.runtimes.native.int8_products import Int8Product
-from mpcompile.runtimes.native.kernel_selection import Accelerated, Choice, Compared, compare_whole, dropped
+from mpcompile.runtimes.native.kernel_selection import Accelerated, Choice, OtherKernels, compare_whole, dropped
 from mpcompile.runtimes.native.microbenchmark import OneNode, compared, session
 from mpcompile.runtimes.native.packing import shared_rows
 from mpcompile.runtimes.native.whole_file import Names, accept
@@ -41,7 +41,7 @@ NOT_A_PRODUCT = (
     "the native int8 kernel takes a MatMul or Gemm of u8 activations by s8 weights with one scale per output channel; "
     "this is another {}, and runs on ONNX Runtime's kernels"
 )
-THEIRS = Compared("ONNX Runtime's", "the file on ONNX Runtime's int8 kernels", "on ONNX Runtime's")
+THEIRS = OtherKernels("ONNX Runtime's", "the file on ONNX Runtime's int8 kernels", "on ONNX Runtime's")
 WITHOUT_ATTENTION = "the file without the native attention"
 
 

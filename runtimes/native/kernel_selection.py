@@ -73,7 +73,7 @@ class Accelerated:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class OtherKernels:
     """What the native operators are compared with, in words.
 
     Attributes:
@@ -87,7 +87,7 @@ class Compared:
     run: str
 
 
-DENSE = Compared("the dense one", "the dense file", "as dense")
+DENSE = OtherKernels("the dense one", "the dense file", "as dense")
 
 
 def accelerate(
@@ -184,7 +184,7 @@ def compare_whole(
     return speedup(samples["dense"], samples["native"], baseline)
 
 
-def dropped(choice: Choice, loss: Loss, baseline: Compared = DENSE, convolution: bool = False) -> Choice:
+def dropped(choice: Choice, loss: Loss, baseline: OtherKernels = DENSE, convolution: bool = False) -> Choice:
     """Returns the choice of a product that could be native alone, and with which the whole file is not faster."""
     assert choice.speedup is not None
     others = loss.operators - 1

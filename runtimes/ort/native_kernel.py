@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NMEngine(OrtEngine):
-    """A session, and the kernel selected for each masked product; in a file in 8 bits, for each 8-bit product."""
+    """A session, and the kernel selected for each masked product; in a file in 8 bits, for each 8-bit product.
+
+    `temporary` is the folder of the file if it is not kept; it lasts as long as the engine.
+    """
 
     choices: tuple[Choice, ...]
+    temporary: "tempfile.TemporaryDirectory[str] | None" = None
 
     def quantised_layers(self, images: NDArray[np.float32]) -> "tuple[QuantizedLayer, ...]":
         """As OrtEngine's; layers on the native operators run in 8 bits."""
@@ -92,12 +96,13 @@ def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
     if not accelerated.count:
         session = session_on(exported.onnx, build.threads).session
         return NMEngine(session, exported.onnx, accelerated.choices, exact=exact)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = native_file((build.folder or Path(temporary)) / exported.onnx.name)
-        onnx.save_model(
-            accelerated.file,
-            path,
-            save_as_external_data=accelerated.file.ByteSize() > INLINE_LIMIT_BYTES,
-            location=f"{path.name}.data",
-        )
-        return NMEngine(session_on(path, build.threads, library).session, path, accelerated.choices, exact=exact)
+    temporary = None if build.folder else tempfile.TemporaryDirectory()
+    path = native_file((build.folder or Path(temporary.name if temporary else "")) / exported.onnx.name)
+    onnx.save_model(
+        accelerated.file,
+        path,
+        save_as_external_data=accelerated.file.ByteSize() > INLINE_LIMIT_BYTES,
+        location=f"{path.name}.data",
+    )
+    session = session_on(path, build.threads, library).session
+    return NMEngine(session, path, accelerated.choices, temporary, exact=exact)

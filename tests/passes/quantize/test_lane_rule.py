@@ -202,9 +202,9 @@ def test_only_lanes_over_the_limit_are_scaled_down() -> None:
 def test_the_rule_of_a_mask_is_that_of_its_fullest_block() -> None:
     mask = torch.zeros(2, 40, dtype=torch.bool)
     mask[0, 16:20] = True
-    assert block_rule(mask) is FOUR_OF_16
+    assert block_rule(mask) == FOUR_OF_16
     mask[1, 32:40] = True
-    assert block_rule(mask) is EIGHT_OF_16
+    assert block_rule(mask) == EIGHT_OF_16
     mask[0, 16:25] = True
     with pytest.raises(PassError, match=r"keeps 9 weights.* at most 8; give a --pattern of 2:4"):
         block_rule(mask)
