@@ -102,8 +102,8 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
     [
         (
             Step(name="nm-musk"),
-            "pass 'nm-musk' is unknown; the passes are mp-budget, permute, nm-mask, tome, batch-norm, restore, "
-            "distill, scale-migration, quantize, certify",
+            "pass 'nm-musk' is unknown; the passes are mp-budget, drop-unread-tokens, permute, nm-mask, tome, "
+            "batch-norm, restore, distill, scale-migration, quantize, certify",
         ),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
@@ -202,7 +202,7 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     schema = recipe_schema(known())
     json.dumps(schema)
     assert schema["additionalProperties"] is False
-    [names, budget, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
+    [names, budget, _, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
     assert names == {"enum": list(PASSES)}
     assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
