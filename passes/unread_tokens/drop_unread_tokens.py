@@ -76,6 +76,8 @@ def reason(graph: fx.Graph, modules: Modules, reads: Reads) -> str:
     if not found:
         return "no attention was found in the graph"
     last, nodes = found[-1], list(graph.nodes)
+    if not last.tokens:
+        return f"the tokens of {last.name} are not known: {last.unfit}"
     after = nodes[nodes.index(last.node) + 1 :]
     holders = [node for node in after if node in reads and last.tokens in shape_of(node)[1:-1]]
     if not holders:

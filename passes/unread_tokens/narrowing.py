@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from torch import fx, nn
 
 from mpcompile.analysis.attention import shape_of
+from mpcompile.analysis.operator_sets import DATA_MOVEMENT_NAMES, ELEMENTWISE_NAMES, SHAPE_QUERY_NAMES
 from mpcompile.passes.unread_tokens.axis_read import Read, if_small, union
-from mpcompile.passes.unread_tokens.operator_rules import Needs, changes_inputs, multiplies, needs, resize
+from mpcompile.passes.unread_tokens.operator_rules import Needs, changes_inputs, multiplies, name_of, needs, resize
 from mpcompile.passes.unread_tokens.selection import EVERYTHING, selection_of, sizes_asked
 
+PURE_NAMES = frozenset(["getattr"]).union(ELEMENTWISE_NAMES, DATA_MOVEMENT_NAMES, SHAPE_QUERY_NAMES)
 Modules = Mapping[str, nn.Module]
 Reads = Mapping[fx.Node, Read | None]
 
@@ -34,11 +36,10 @@ def reads_of(graph: fx.Graph, modules: Modules) -> Reads:
 
 
 def unused_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The calls of functions and methods whose result the output does not depend on, and that change nothing."""
+    """The calls whose result the output does not depend on. Calls that might have another effect are left out."""
     unused: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        pure = node.op in ("call_function", "call_method") and not node.is_impure() and not changes_inputs(node)
-        if pure and unused.issuperset(node.users):
+        if name_of(node) in PURE_NAMES and not changes_inputs(node) and unused.issuperset(node.users):
             unused.add(node)
     return unused
 

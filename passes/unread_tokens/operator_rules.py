@@ -38,7 +38,7 @@ def name_of(node: fx.Node) -> str:
 def changes_inputs(node: fx.Node) -> bool:
     """Whether a call may write into its inputs, such as `add_`, `operator.iadd` or any argument that is True."""
     name = name_of(node)
-    in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.strip("_") in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     return in_place or "out" in node.kwargs or _switches_on(node)
 
 

@@ -88,7 +88,7 @@ def selection_of(node: fx.Node) -> Selection | None:
     sizes = shape_of(source)
     if not sizes or node.kwargs or not shape_of(node):
         return None
-    index = _index(name_of(node), rest, len(sizes))
+    index = _index(name_of(node), rest, sizes)
     if index is None:
         return None
     position, out_axis, at = [], [], 0
@@ -100,8 +100,9 @@ def selection_of(node: fx.Node) -> Selection | None:
     return Selection(source, index, tuple(position), tuple(out_axis), sizes)  # type: ignore[arg-type]
 
 
-def _index(name: str, arguments: Sequence[object], rank: int) -> tuple[int | slice | None, ...] | None:
+def _index(name: str, arguments: Sequence[object], sizes: Sequence[int]) -> tuple[int | slice | None, ...] | None:
     """The index as one entry for each axis and each new axis; None if it is not made of constants."""
+    rank = len(sizes)
     if name == "getitem":
         [given] = arguments
         entries = list(given) if isinstance(given, tuple) else [given]
@@ -110,9 +111,10 @@ def _index(name: str, arguments: Sequence[object], rank: int) -> tuple[int | sli
         at = next((i for i, entry in enumerate(entries) if entry is Ellipsis), len(entries))
         entries = [*entries[:at], *whole, *entries[at + 1 :]]
     elif name in ("select", "narrow") and all(isinstance(value, int) for value in arguments):
-        dim, start, *length = arguments
-        first = slice(start, start + length[0]) if length else start  # type: ignore[operator]
-        entries = [first if axis == dim % rank else EVERYTHING for axis in range(rank)]  # type: ignore[operator]
+        dim, start, *length = (int(str(value)) for value in arguments)
+        start %= sizes[dim]
+        taken = slice(start, start + length[0]) if length else start
+        entries = [taken if axis == dim % rank else EVERYTHING for axis in range(rank)]
     else:
         return None
     constants: list[Any] = [_constant(entry) for entry in entries]

@@ -241,3 +241,15 @@ def test_null_as_a_key_is_the_parameter_of_that_name() -> None:
         recipe = Recipe.from_yaml(f"passes: [mp-budget: {{{text}}}]")
         assert recipe.passes[0].params == {"null": False}
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_exact_passes_come_behind_the_budget_unless_the_recipe_names_its_passes() -> None:
+    def names(recipe: Recipe, top: dict[str, Any], **budget: Any) -> list[str]:
+        exact: dict[str, dict[str, Any]] = {"drop-unread-tokens": {}}
+        merged = overridden(recipe, budget=budget, permute={}, mask={}, exact=exact, top=top, nested={})
+        return [step.name for step in merged.passes]
+
+    assert names(Recipe(), {}, patterns=("2:4",)) == ["mp-budget", "drop-unread-tokens", "permute", "nm-mask"]
+    assert names(Recipe(), {"precision": "int8"}) == ["drop-unread-tokens", "scale-migration", "quantize"]
+    assert names(Recipe(), {}) == []
+    assert names(Recipe.checked({"passes": ["nm-mask"]}), {}, patterns=("2:4",)) == ["nm-mask"]

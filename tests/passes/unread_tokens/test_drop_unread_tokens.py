@@ -145,7 +145,8 @@ def rows_of_last_mlp(path: Path) -> int:
     """The tokens in the last tensor of an ONNX file that has the MLP's 128 channels."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
     shapes = [[size.dim_value for size in value.type.tensor_type.shape.dim] for value in graph.value_info]
-    return [shape[1] for shape in shapes if len(shape) == 3 and shape[-1] == 128][-1]
+    [*_, rows] = [int(shape[1]) for shape in shapes if len(shape) == 3 and shape[-1] == 128]
+    return rows
 
 
 def test_quantized_layers_see_the_tokens_that_are_read(tmp_path: Path) -> None:
