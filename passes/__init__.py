@@ -16,12 +16,25 @@ from mpcompile.passes.quantize.quantize import Quantize
 from mpcompile.passes.quantize.scale_migration import ScaleMigration
 from mpcompile.passes.restore import Restore
 from mpcompile.passes.tome.tome import ToMe
+from mpcompile.passes.unread_tokens.drop_unread_tokens import DropUnreadTokens
 from mpcompile.pipeline.pass_manager import Pass
 
 PASSES: Mapping[str, type[Pass]] = MappingProxyType(
     {
         kind.name: kind
-        for kind in (MPBudget, Permute, NMMask, ToMe, BatchNorm, Restore, Distill, ScaleMigration, Quantize, Certify)
+        for kind in (
+            MPBudget,
+            DropUnreadTokens,
+            Permute,
+            NMMask,
+            ToMe,
+            BatchNorm,
+            Restore,
+            Distill,
+            ScaleMigration,
+            Quantize,
+            Certify,
+        )
     }
 )
 
@@ -30,6 +43,7 @@ __all__ = [
     "BatchNorm",
     "Certify",
     "Distill",
+    "DropUnreadTokens",
     "MPBudget",
     "NMMask",
     "Permute",

@@ -12,7 +12,7 @@ from mpcompile.pipeline.checkpoint_file import State, rest_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
 
-BEFORE_MASKS = ("mp-budget", "permute", "scale-migration")  # refused after masks
+BEFORE_MASKS = ("drop-unread-tokens", "mp-budget", "permute", "scale-migration")  # refused after masks
 NEED_IMAGES = ("distill", "quantize", "scale-migration")
 
 

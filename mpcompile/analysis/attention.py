@@ -10,6 +10,7 @@ Its stream is the tensor of tokens (b, n, c) that it reads and that its result i
 ShapeProp stored in `tensor_meta`.
 """
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Attention:
         stream: the residual stream (b, n, c) before the attention, None if the result is not added to the tokens (as
             in attention pooling).
         total: the residual add: the node of the sum (b, n, c) of stream and attention. None if `stream` is.
+        selects: whether the sum has only some tokens of the stream, a slice, because the others are not read after it.
         unfit: why its tokens cannot be merged, as a sentence; None if they can.
     """
 
@@ -42,6 +44,7 @@ class Attention:
     stream: fx.Node | None = None
     total: fx.Node | None = None
     unfit: str | None = None
+    selects: bool = False
 
 
 def shape_of(node: object) -> tuple[int, ...]:
@@ -132,6 +135,9 @@ def _with_stream(node: fx.Node, keys: fx.Node, tokens: int) -> Attention:
         addends = [other for other in user.all_input_nodes if other not in after] if user.target in ADDITIONS else []
         after.add(user)
         for other in addends:
+            whole = _sliced_tokens(other)
+            if whole in before and shape_of(whole)[:2] == (batch, tokens) and len(shape_of(user)) == 3:
+                return Attention(node, _name(node), tokens, keys, stream=whole, total=user, selects=True)
             if other not in before or shape_of(other) != shape_of(user):
                 continue
             if len(shape_of(user)) == 3 and shape_of(user)[:2] == (batch, tokens):
@@ -139,6 +145,14 @@ def _with_stream(node: fx.Node, keys: fx.Node, tokens: int) -> Attention:
             reason = f"it has {tokens} keys, and the stream that it is added to has the shape {shape_of(user)[1:]}"
             return Attention(node, _name(node), tokens, keys, unfit=reason)
     return Attention(node, _name(node), tokens, keys)
+
+
+def _sliced_tokens(node: fx.Node) -> fx.Node | None:
+    """The tokens (b, n, c) that a node takes a slice of along n, such as `x[:, :1]`; None for any other node."""
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return None
+    before, after = shape_of(node.args[0]), shape_of(node)
+    return node.args[0] if len(before) == len(after) == 3 and before[::2] == after[::2] else None
 
 
 def _nodes_after(node: fx.Node) -> Sequence[fx.Node]:

@@ -74,6 +74,7 @@ HEADS: Mapping[str, str] = {
 }
 PASSES: Mapping[str, str] = {
     "mp-budget": "plan a pattern for each layer",
+    "drop-unread-tokens": "compute only the tokens that the head reads after the last attention",
     "permute": "reorder channels",
     "nm-mask": "select and refit weights",
     "tome": "merge tokens",

@@ -195,6 +195,7 @@ def compile_command(
         restore={"max_drop": max_drop} if data and max_drop is not None else {},
         distill={"epochs": distill} if distill is not None else {},
         quantize={"include": include, "exclude": exclude},
+        exact={"drop-unread-tokens": {}},
         evidence={"batch-norm": {}, "certify": {}} if data else {},
         top={"target": target, "precision": precision, "batch": file_batch, "opset": opset, "head": head},
         nested={

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from mpcompile.errors import UsageError
 from mpcompile.export.onnx_export import QUANTIZED_OPSET
 from mpcompile.ir.precision import QUANTIZED
-from mpcompile.passes import Quantize, ScaleMigration
+from mpcompile.passes import DropUnreadTokens, Quantize, ScaleMigration
 from mpcompile.pipeline.pass_manager import Effect, Pass
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import RunsQuantized, Runtime
+
+# The passes of the dense model in 8 bits. The first two are exact and serve a model without masks as well.
+DENSE_QUANTIZED = (DropUnreadTokens, ScaleMigration, Quantize)
 
 
 def with_target_defaults(recipe: Recipe, runtime: Runtime) -> Recipe:
@@ -79,6 +82,6 @@ def require_consistent_precision(recipe: Recipe, passes: Sequence[Pass], runtime
 
 
 def quantizes_alone(passes: Sequence[Pass]) -> bool:
-    """Whether only 8-bit passes change the model, so that their result is the dense model in 8 bits."""
+    """Whether only passes of DENSE_QUANTIZED change the model, so that their result is the dense model in 8 bits."""
     names = [step.name for step in passes if step.effect is not Effect.ANALYSIS]
-    return Quantize.name in names and set(names) <= {ScaleMigration.name, Quantize.name}
+    return Quantize.name in names and set(names) <= {kind.name for kind in DENSE_QUANTIZED}

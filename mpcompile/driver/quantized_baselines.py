@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpcompile.data.images import Data, Split
 from mpcompile.driver.artifact import dense_quantized_file
-from mpcompile.driver.quantization import quantizes_alone
+from mpcompile.driver.quantization import DENSE_QUANTIZED, quantizes_alone
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Exported, Lowered
 from mpcompile.ir.head import Head
@@ -22,7 +22,6 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.accuracy import Run, compare
 from mpcompile.measure.timing import Speedup, speedup, timing
-from mpcompile.passes import Quantize, ScaleMigration
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.report.quantized_schema import Variant
 from mpcompile.runtimes import Build, Engine, HasQuantizedBaselines
@@ -58,8 +57,8 @@ def part_in_float(plan: RunPlan) -> str:
 
 
 def lower_dense(plan: RunPlan, dense: Model, data: Data, folder: Path, metadata: Mapping[str, str]) -> Lowered:
-    """The dense model through the recipe's 8-bit passes alone, as an ONNX file in the folder."""
-    steps = [step for step in plan.passes if isinstance(step, ScaleMigration | Quantize)]
+    """The dense model through the recipe's passes of the dense model in 8 bits alone, as an ONNX file in the folder."""
+    steps = [step for step in plan.passes if isinstance(step, DENSE_QUANTIZED)]
     model, _ = PassManager(steps).run(dense, data)
     return plan.lower(model, folder / dense_quantized_file(plan.recipe), metadata)
 

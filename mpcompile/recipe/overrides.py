@@ -22,6 +22,7 @@ def overridden(
     restore: dict[str, Any] | None = None,
     distill: dict[str, Any] | None = None,
     quantize: dict[str, Any] | None = None,
+    exact: dict[str, dict[str, Any]] | None = None,
     evidence: dict[str, dict[str, Any]] | None = None,
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
@@ -30,7 +31,8 @@ def overridden(
 
     If the recipe has neither mp-budget nor nm-mask and patterns are given, mp-budget, permute and nm-mask are appended.
     If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome` and `distill` are
-    inserted if they are given and missing. `restore` and `evidence` are inserted only if the recipe has no passes.
+    inserted if they are given and missing. `exact`, `restore` and `evidence` are inserted only if the recipe has no
+    passes.
     `quantize` is inserted if the precision is int8 or fp8 and it is missing, with `scale-migration` before all passes
     that lose accuracy. It gets the limit of `restore`. If the recipe then masks no layer, the
     choice of layers belongs to `quantize` alone, and `batch-norm`, which corrects for masks, is not inserted.
@@ -44,6 +46,8 @@ def overridden(
         restore: parameters of restore.
         distill: parameters of distill.
         quantize: parameters of scale-migration and quantize: the choice of layers; used only in int8 and fp8.
+        exact: parameters of the exact passes that serve every model (drop-unread-tokens), by name; they come after
+            mp-budget and before all others.
         evidence: pass name -> parameters, for the passes that correct and certify the result (batch-norm, certify).
         top: keys of the recipe itself.
         nested: section of the recipe -> its keys.
@@ -89,9 +93,13 @@ def overridden(
         steps = _with(steps, "distill", after=(*MASKING, "tome", "batch-norm", "restore"))
     if in_8_bits and all(step.name != "quantize" for step in steps):
         steps = _with(steps, "quantize", after=FLOATING)
-        first = next(index for index, step in enumerate(steps) if step.name in (*FLOATING[1:], "quantize"))
+        place = next(index for index, step in enumerate(steps) if step.name in (*FLOATING[1:], "quantize"))
         if all(step.name != "scale-migration" for step in steps):  # exact, so it comes before every pass that loses
-            steps = [*steps[:first], Step(name="scale-migration"), *steps[first:]]
+            steps = [*steps[:place], Step(name="scale-migration"), *steps[place:]]
+    if not recipe.passes and steps:
+        planning = sum(step.name == "mp-budget" for step in steps)  # first, if it is there
+        inserted = [Step(name=name, params=params) for name, params in (exact or {}).items()]
+        steps = [*steps[:planning], *inserted, *steps[planning:]]
     if permute is None:
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):

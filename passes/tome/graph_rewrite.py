@@ -151,7 +151,8 @@ def nodes_with_merging(
     if not any(schedule):
         return nodes
     modules = dict(graph.named_modules())
-    merges = {attention.total: r for attention, r in zip(mergeable_attentions(nodes, modules), schedule, strict=True)}
+    after = zip(mergeable_attentions(nodes, modules), schedule, strict=True)
+    merges = {attention.total: r for attention, r in after if not attention.selects}
     attention_at = {attention.node: attention for attention in attentions(nodes, modules)}
     tokens = next(iter(attention_at.values())).tokens
     keys: dict[fx.Node, fx.Node] = {}  # residual add -> keys of the last attention added to it

@@ -78,7 +78,7 @@ def require_tokens_left(schedule: Sequence[int], tokens: int, least: float) -> N
 def within_limits(
     asked: Sequence[int], attentions: Sequence[Attention], protected: int, exact: bool = False
 ) -> tuple[int, ...]:
-    """The schedule with each r reduced to the most that its tokens allow.
+    """The schedule with each r reduced to the most that its tokens allow: 0 after an attention that selects tokens.
 
     Raises UsageError instead if `exact`, and PassError if there are more tokens than TensorRT can rank.
     """
@@ -87,8 +87,8 @@ def within_limits(
         raise PassError(f"{tokens} tokens are too many to merge: TensorRT ranks at most {WIDEST_TOPK}")
     schedule = []
     for attention, r in zip(attentions, asked, strict=True):
-        most = most_merged(tokens, protected)
-        if r > most and exact:
+        most = 0 if attention.selects else most_merged(tokens, protected)
+        if r > most and exact and not attention.selects:
             raise UsageError(
                 f"tome: at {attention.name} there are {tokens} tokens, {protected} of them protected, so that at most "
                 f"{most} can merge; r asks for {r}"

@@ -48,8 +48,8 @@ def test_compile_writes_a_folder_and_its_recipe_reproduces_it(
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1"):
         assert word in done.stdout
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
-        "load", "capture", "export dense", "mp-budget", "permute", "nm-mask", "batch-norm", "certify",
-        "export compressed", "build", "evaluate", "time", "write",
+        "load", "capture", "export dense", "mp-budget", "drop-unread-tokens", "permute", "nm-mask", "batch-norm",
+        "certify", "export compressed", "build", "evaluate", "time", "write",
     ]  # fmt: skip
     assert saved.read_text() == (output / "recipe.yaml").read_text()
     assert yaml.safe_load(saved.read_text())["data"] == {
@@ -115,7 +115,7 @@ def test_an_unknown_refit_or_start_is_refused(tiny_files: tuple[Path, Path], tmp
     assert "export dense" not in done.stderr  # refused before any work
     assert not list(tmp_path.iterdir())
     done = mpcompile(tiny_files[0], "--pattern", "2:4", "--from", "mask", "-o", tmp_path / "out")
-    refused(done, 2, "--from 'mask' is not a pass of the recipe; its passes are mp-budget, permute, nm-mask")
+    refused(done, 2, "--from 'mask' is not a pass of the recipe; its passes are mp-budget, drop-unread-tokens, permute")
 
 
 def test_an_accuracy_gate_fails_with_a_written_folder(

@@ -29,7 +29,8 @@ def test_the_preview_without_a_pattern(tiny_files: tuple[Path, Path]) -> None:
     model, images = tiny_files
     done = mpcompile(model, *INT8, "--data", images, "--json")
     plan = json.loads(done.stdout)
-    assert [next(iter(step)) for step in plan["recipe"]["passes"]] == ["scale-migration", "quantize", "certify"]
+    names = ["drop-unread-tokens", "scale-migration", "quantize", "certify"]
+    assert [next(iter(step)) for step in plan["recipe"]["passes"]] == names
     rows = {row["layer"]: row for row in plan["layers"]}
     assert (rows["blocks.0.attn.qkv"]["precision"], rows["blocks.0.attn.qkv"]["unquantized"]) == ("int8", None)
     assert (rows["head"]["precision"], bool(rows["head"]["unquantized"])) == (None, True)

@@ -102,8 +102,8 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
     [
         (
             Step(name="nm-musk"),
-            "pass 'nm-musk' is unknown; the passes are mp-budget, permute, nm-mask, tome, batch-norm, restore, "
-            "distill, scale-migration, quantize, certify",
+            "pass 'nm-musk' is unknown; the passes are mp-budget, drop-unread-tokens, permute, nm-mask, tome, "
+            "batch-norm, restore, distill, scale-migration, quantize, certify",
         ),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
@@ -202,7 +202,7 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     schema = recipe_schema(known())
     json.dumps(schema)
     assert schema["additionalProperties"] is False
-    [names, budget, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
+    [names, budget, _, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
     assert names == {"enum": list(PASSES)}
     assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
@@ -241,3 +241,15 @@ def test_null_as_a_key_is_the_parameter_of_that_name() -> None:
         recipe = Recipe.from_yaml(f"passes: [mp-budget: {{{text}}}]")
         assert recipe.passes[0].params == {"null": False}
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_exact_passes_come_behind_the_budget_unless_the_recipe_names_its_passes() -> None:
+    def names(recipe: Recipe, top: dict[str, Any], **budget: Any) -> list[str]:
+        exact: dict[str, dict[str, Any]] = {"drop-unread-tokens": {}}
+        merged = overridden(recipe, budget=budget, permute={}, mask={}, exact=exact, top=top, nested={})
+        return [step.name for step in merged.passes]
+
+    assert names(Recipe(), {}, patterns=("2:4",)) == ["mp-budget", "drop-unread-tokens", "permute", "nm-mask"]
+    assert names(Recipe(), {"precision": "int8"}) == ["drop-unread-tokens", "scale-migration", "quantize"]
+    assert names(Recipe(), {}) == []
+    assert names(Recipe.checked({"passes": ["nm-mask"]}), {}, patterns=("2:4",)) == ["nm-mask"]
