@@ -5,7 +5,9 @@ the file as `….native.onnx`. Any ONNX Runtime runs it, because each operator h
 with the kernel's library registered it runs the native kernel.
 """
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NMEngine(OrtEngine):
-    """A session, and the kernel selected for each masked product; in a file in 8 bits, for each 8-bit product.
-
-    `temporary` is the folder of the file if it is not kept; it lasts as long as the engine.
-    """
+    """A session, and the kernel selected for each masked product; in a file in 8 bits, for each 8-bit product."""
 
     choices: tuple[Choice, ...]
-    temporary: "tempfile.TemporaryDirectory[str] | None" = None
 
     def quantised_layers(self, images: NDArray[np.float32]) -> "tuple[QuantizedLayer, ...]":
         """As OrtEngine's; layers on the native operators run in 8 bits."""
@@ -96,13 +94,15 @@ def native_engine(exported: Exported, build: Build, library: Path) -> NMEngine:
     if not accelerated.count:
         session = session_on(exported.onnx, build.threads).session
         return NMEngine(session, exported.onnx, accelerated.choices, exact=exact)
-    temporary = None if build.folder else tempfile.TemporaryDirectory()
-    path = native_file((build.folder or Path(temporary.name if temporary else "")) / exported.onnx.name)
+    folder = build.folder or Path(tempfile.mkdtemp())
+    path = native_file(folder / exported.onnx.name)
     onnx.save_model(
         accelerated.file,
         path,
         save_as_external_data=accelerated.file.ByteSize() > INLINE_LIMIT_BYTES,
         location=f"{path.name}.data",
     )
-    session = session_on(path, build.threads, library).session
-    return NMEngine(session, path, accelerated.choices, temporary, exact=exact)
+    engine = NMEngine(session_on(path, build.threads, library).session, path, accelerated.choices, exact=exact)
+    if build.folder is None:  # the file lasts as long as the engine
+        weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
+    return engine
