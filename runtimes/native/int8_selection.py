@@ -99,7 +99,7 @@ def accelerate(
         pattern = patterns.get(product.initializer)
         key = (product.weight.shape, pattern, shared, x)
         if key not in measured:
-            measured[key] = _measure(product, x, library, threads, seconds)
+            measured[key] = measure_product(product, x, library, threads, seconds)
         dense, sparse, ratio = measured[key]
         slower = ratio.conclusion == "slower"
         reason = (FASTER if ratio.faster else SLOWER if slower else NOT_FASTER).format(ratio.with_interval())
@@ -185,7 +185,7 @@ def runner(
     return run
 
 
-def _measure(
+def measure_product(
     product: Int8Product, x: tuple[int, ...], library: Path, threads: int | None, seconds: float
 ) -> tuple[Any, Any, Speedup]:
     """Returns the times of ONNX Runtime's node and of the native one for a product, and the speedup."""
