@@ -35,15 +35,28 @@ struct Shape {
     static constexpr size_t STEP_BYTES = sizeof(Bytes) * GROUPS * (CONTROLS + 2 * SHARED);
 };
 
-// sum += p * w + q * u, in 32 bits. Without VNNI, the products pass through 16-bit lanes, two or four in each; the weights
-// are packed so that no lane can saturate. The sum stays in its register: left alone, GCC overlaps steps, runs out of
-// registers and keeps sums on the stack.
-template <bool WIDE>
-NM_INLINE void accumulate(Bytes& sum, Bytes p, Bytes w, Bytes q, Bytes u, [[maybe_unused]] Bytes ones) {
+// Both keep the sum in its register: left alone, GCC overlaps steps, runs out of registers and keeps sums on the stack.
 #if NM_VNNI
+// sum += p * w, four products in each 32-bit lane.
+NM_INLINE void add_products8(Bytes& sum, Bytes p, Bytes w) {
+    sum = _mm512_dpbusd_epi32(sum, p, w);
+    NM_KEEP(sum);
+}
+NM_INLINE Bytes held_shuffle(Bytes v, Bytes control) {
+    Bytes p = shuffled(v, control);
+    NM_KEEP(p);
+    return p;
+}
+template <bool>
+NM_INLINE void add_products8(Bytes& sum, Bytes p, Bytes w, Bytes q, Bytes u, Bytes) {
     sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, p, w), q, u);
     NM_KEEP(sum);
+}
 #else
+// sum += p * w + q * u. The products pass through 16-bit lanes, two in each if WIDE and otherwise four; the weights are
+// packed so that no lane can saturate.
+template <bool WIDE>
+NM_INLINE void add_products8(Bytes& sum, Bytes p, Bytes w, Bytes q, Bytes u, Bytes ones) {
     const Bytes first = _mm256_maddubs_epi16(p, w), second = _mm256_maddubs_epi16(q, u);
     Bytes added;
     if constexpr (WIDE)
@@ -51,8 +64,8 @@ NM_INLINE void accumulate(Bytes& sum, Bytes p, Bytes w, Bytes q, Bytes u, [[mayb
     else
         added = _mm256_madd_epi16(_mm256_add_epi16(first, second), ones);
     __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(added));
-#endif
 }
+#endif
 
 // The sums of T tokens and one panel: out[t * CHUNK + row of the panel]. Not inlined: GCC would run out of registers.
 template <int KEPT, int SHARED, bool WIDE, int T>
@@ -88,16 +101,23 @@ __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const u
                 }
             }
             NM_UNROLL for (int g = 0; g < S::GROUPS; g++) {
+                Bytes* of_group = sums[t] + g * SHARED;
+#if NM_VNNI
+                if constexpr (SHARED == 1) {
+                    // A shuffle and its products in turn: 4 % faster on Zen 4 than two shuffles first.
+                    add_products8(of_group[0], held_shuffle(first, at(g, 0)), at(g, 2));
+                    add_products8(of_group[0], held_shuffle(KEPT == 8 ? first : second, at(g, 1)), at(g, 3));
+                    continue;
+                }
+#endif
                 Bytes p = S::DENSE ? all4(from) : shuffled(first, at(g, 0));
                 Bytes q = S::DENSE ? all4(from + 4) : shuffled(KEPT == 8 ? first : second, at(g, 1));
                 if constexpr (SHARED > 1) {
                     NM_KEEP(p);
                     NM_KEEP(q);
                 }
-                NM_UNROLL for (int r = 0; r < SHARED; r++) {
-                    accumulate<WIDE>(sums[t][g * SHARED + r], p, at(g, S::CONTROLS + r), q,
-                                     at(g, S::CONTROLS + SHARED + r), ones);
-                }
+                NM_UNROLL for (int r = 0; r < SHARED; r++)
+                    add_products8<WIDE>(of_group[r], p, at(g, S::CONTROLS + r), q, at(g, S::CONTROLS + SHARED + r), ones);
             }
         }
     }
