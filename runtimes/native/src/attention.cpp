@@ -21,34 +21,48 @@ constexpr float TOP = 2047, TOP_PROBABILITY = 4095;
 constexpr int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // y[m][lane] = or += scale[m] * sum over steps of the products of a pair of a[m] with a pair of each lane of the panel.
-template <int M, bool ADDS>
+// HALVES: the vectors of the panel that are computed, 1 or 2.
+template <int M, int HALVES, bool ADDS>
 __attribute__((noinline)) void product(const int16_t* a, size_t a_stride, const int16_t* panel, int64_t steps, float* y,
                                        size_t y_stride, const float* scale) {
-    Bytes sums[M][2];
-    NM_UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = zeros();
+    Bytes sums[M][HALVES];
+    NM_UNROLL for (int m = 0; m < M; m++) NM_UNROLL for (int half = 0; half < HALVES; half++) sums[m][half] = zeros();
     for (int64_t i = 0; i < steps; i++, a += 2, panel += 2 * PANEL) {
-        Bytes first = load_bytes(panel), second = load_bytes(panel + PANEL);
-        NM_KEEP(first);
-        NM_KEEP(second);
+        Bytes lanes[HALVES];
+        NM_UNROLL for (int half = 0; half < HALVES; half++) {
+            lanes[half] = load_bytes(panel + half * PANEL);
+            NM_KEEP(lanes[half]);
+        }
         NM_UNROLL for (int m = 0; m < M; m++) {
             const Bytes pair = all4(reinterpret_cast<const uint8_t*>(a + m * a_stride));
-            add_products16(sums[m][0], pair, first);
-            add_products16(sums[m][1], pair, second);
+            NM_UNROLL for (int half = 0; half < HALVES; half++) add_products16(sums[m][half], pair, lanes[half]);
         }
     }
-    NM_UNROLL for (int m = 0; m < M; m++) NM_UNROLL for (int half = 0; half < 2; half++) {
+    NM_UNROLL for (int m = 0; m < M; m++) NM_UNROLL for (int half = 0; half < HALVES; half++) {
         float* to = y + m * y_stride + half * LANES;
         const Floats scaled = to_floats(sums[m][half]) * all(scale[m]);
         store_floats(to, ADDS ? load_floats(to) + scaled : scaled);
     }
 }
 
-template <bool ADDS, int M = ROWS>
-NM_INLINE void product_of(int64_t rows, const int16_t* a, size_t a_stride, const int16_t* panel, int64_t steps, float* y,
-                          size_t y_stride, const float* scale) {
+template <bool ADDS, int HALVES, int M = ROWS>
+NM_INLINE void rows_of(int64_t rows, const int16_t* a, size_t a_stride, const int16_t* panel, int64_t steps, float* y,
+                       size_t y_stride, const float* scale) {
     if constexpr (M > 1)
-        if (rows < M) return product_of<ADDS, M - 1>(rows, a, a_stride, panel, steps, y, y_stride, scale);
-    product<M, ADDS>(a, a_stride, panel, steps, y, y_stride, scale);
+        if (rows < M) return rows_of<ADDS, HALVES, M - 1>(rows, a, a_stride, panel, steps, y, y_stride, scale);
+    product<M, HALVES, ADDS>(a, a_stride, panel, steps, y, y_stride, scale);
+}
+
+// `rows` rows times a panel of which `lanes` lanes are used.
+template <bool ADDS>
+void product_of(int64_t rows, int64_t lanes, const int16_t* a, size_t a_stride, const int16_t* panel, int64_t steps,
+                float* y, size_t y_stride, const float* scale) {
+    for (int64_t i = 0; i < rows; i += ROWS) {
+        const int16_t* from = a + i * int64_t(a_stride);
+        float* to = y + i * int64_t(y_stride);
+        lanes > LANES ? rows_of<ADDS, 2>(rows - i, from, a_stride, panel, steps, to, y_stride, scale + i)
+                      : rows_of<ADDS, 1>(rows - i, from, a_stride, panel, steps, to, y_stride, scale + i);
+    }
 }
 
 float largest_magnitude(const Heads& from, const float* values, int64_t tokens, int64_t dim) {
@@ -129,26 +143,40 @@ void pack_keys(const Attention& a, const float* k, float factor, Scratch& s) {
     }
 }
 
-void pack_values(const Attention& a, const float* v, float factor, Scratch& s) {
-    memset(s.v, 0, size_t(s.keys * s.dim) * sizeof(int16_t));
-    for (int64_t t = 0; t < a.keys; t++) {
-        round16(v + t * a.v.token_stride, factor, a.dim, s.dim, s.row);
-        int16_t* to = s.v + t / 2 * 2 * PANEL + t % 2;
-        for (int64_t d = 0; d < s.dim; d++) to[d / PANEL * (s.keys * PANEL) + d % PANEL * 2] = s.row[d];
+// Rounds a vector of values of a token to 12 bits; zeros for a token or channels that do not exist.
+NM_INLINE Bytes rounded12(const float* values, int64_t count, float factor) {
+    if (count <= 0) return zeros();
+    float some[LANES] = {};
+    if (count < LANES) {
+        memcpy(some, values, size_t(count) * sizeof(float));
+        values = some;
     }
+    return rounded(least(largest(load_floats(values) * all(factor), all(-TOP)), all(TOP)));
+}
+
+// Each 32-bit lane holds the values of one channel of two tokens.
+void pack_values(const Attention& a, const float* v, float factor, Scratch& s) {
+    for (int64_t t = 0; t < s.keys; t += 2)
+        for (int64_t d = 0; d < s.dim; d += LANES) {
+            const float* from = v + t * a.v.token_stride + d;
+            const Bytes first = rounded12(from, t < a.keys ? a.dim - d : 0, factor);
+            const Bytes second = rounded12(from + a.v.token_stride, t + 1 < a.keys ? a.dim - d : 0, factor);
+            store_bytes(s.v + d / PANEL * (s.keys * PANEL) + t / 2 * 2 * PANEL + d % PANEL * 2, pairs16(first, second));
+        }
 }
 
 // Replaces the scores of one query by probabilities, up to a factor, and returns their sum.
-float softmax(const Attention& a, const float* bias, const Scratch& s, float* scores, int16_t* probabilities) {
+float softmax(const Attention& a, const float* bias, float* scores, int16_t* probabilities) {
     constexpr float LOG2_E = 1.44269504f;
     if (bias)
         for (int64_t t = 0; t < a.keys; t++) scores[t] += bias[t] * LOG2_E;
-    for (int64_t t = a.keys; t < s.keys; t++) scores[t] = -1e30f;
+    const int64_t keys = rounded_up(a.keys, LANES);  // the probabilities beyond are not read
+    for (int64_t t = a.keys; t < keys; t++) scores[t] = -1e30f;
     Floats most = load_floats(scores);
-    for (int64_t t = LANES; t < s.keys; t += LANES) most = largest(most, load_floats(scores + t));
+    for (int64_t t = LANES; t < keys; t += LANES) most = largest(most, load_floats(scores + t));
     const Floats top = all(largest_of(most));
     Floats sum = all(0);
-    for (int64_t t = 0; t < s.keys; t += LANES) {
+    for (int64_t t = 0; t < keys; t += LANES) {
         const Bytes p = rounded(exp2_of_negative(load_floats(scores + t) - top) * all(TOP_PROBABILITY));
         store_low_words(probabilities + t, p);
         sum = sum + to_floats(p);
@@ -185,23 +213,18 @@ void compute(const Attention& a, int64_t image, int64_t head, uint8_t* memory) {
             round16(q + (first + i) * a.q.token_stride, q_factor, a.dim, s.channels, s.q + i * s.channels);
             factors[i] = a.scale * 1.44269504f / (q_factor * k_factor);
         }
-        for (int64_t t = 0; t < s.keys; t += PANEL)
-            for (int64_t i = 0; i < count; i += ROWS)
-                product_of<false>(count - i, s.q + i * s.channels, size_t(s.channels), s.k + t * s.channels,
-                                  s.channels / 2, s.scores + i * s.keys + t, size_t(s.keys), factors + i);
+        for (int64_t t = 0; t < a.keys; t += PANEL)
+            product_of<false>(count, a.keys - t, s.q, size_t(s.channels), s.k + t * s.channels, s.channels / 2,
+                              s.scores + t, size_t(s.keys), factors);
         for (int64_t i = 0; i < count; i++)
-            factors[i] = 1 / (v_factor * softmax(a, bias ? bias + (first + i) * a.bias_query_stride : nullptr, s,
+            factors[i] = 1 / (v_factor * softmax(a, bias ? bias + (first + i) * a.bias_query_stride : nullptr,
                                                  s.scores + i * s.keys, s.probabilities + i * s.keys));
-        for (int64_t part = 0; part < s.keys; part += MOST_KEYS) {
-            const int64_t steps = (s.keys - part < MOST_KEYS ? s.keys - part : MOST_KEYS) / 2;
-            for (int64_t d = 0; d < s.dim; d += PANEL)
-                for (int64_t i = 0; i < count; i += ROWS) {
-                    const int16_t* p = s.probabilities + i * s.keys + part;
-                    const int16_t* panel = s.v + d * s.keys + part * PANEL;
-                    float* y = s.y + i * s.dim + d;
-                    part ? product_of<true>(count - i, p, size_t(s.keys), panel, steps, y, size_t(s.dim), factors + i)
-                         : product_of<false>(count - i, p, size_t(s.keys), panel, steps, y, size_t(s.dim), factors + i);
-                }
+        for (int64_t part = 0; part < a.keys; part += MOST_KEYS) {
+            const int64_t steps = ((a.keys - part < MOST_KEYS ? a.keys - part : MOST_KEYS) + 1) / 2;
+            const auto add = part ? product_of<true> : product_of<false>;
+            for (int64_t d = 0; d < a.dim; d += PANEL)
+                add(count, a.dim - d, s.probabilities + part, size_t(s.keys), s.v + d * s.keys + part * PANEL, steps,
+                    s.y + d, size_t(s.dim), factors);
         }
         for (int64_t i = 0; i < count; i++)
             store_result(a, ((image * a.queries + first + i) * a.heads + head) * a.dim, s.y + i * s.dim);

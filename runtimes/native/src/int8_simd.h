@@ -105,6 +105,10 @@ NM_INLINE void store_low_bytes(uint8_t* p, Bytes v) {
 NM_INLINE void store_low_words(int16_t* p, Bytes v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
 }
+// The low 16 bits of the lanes of two vectors, side by side in each lane.
+NM_INLINE Bytes pairs16(Bytes low, Bytes high) {
+    return _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(high, 16));
+}
 // sum += the sum of the products of two 16-bit integers in each lane.
 NM_INLINE void add_products16(Bytes& sum, Bytes a, Bytes b) {
     sum = _mm512_dpwssd_epi32(sum, a, b);
@@ -183,6 +187,9 @@ NM_INLINE void store_low_bytes(uint8_t* p, Bytes v) {
 NM_INLINE void store_low_words(int16_t* p, Bytes v) {
     const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
+}
+NM_INLINE Bytes pairs16(Bytes low, Bytes high) {
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
 }
 NM_INLINE void add_products16(Bytes& sum, Bytes a, Bytes b) {
     __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
