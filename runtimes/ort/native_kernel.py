@@ -70,7 +70,7 @@ class NMEngine(OrtEngine):
                         eligible=choice.dense is not None,
                         rule="measured" if choice.dense is not None else "kernel",
                         reason=choice.reason,
-                        chosen=choice.native,
+                        chosen=choice.native and choice.skips_zeros,
                         kernel=kernel if choice.native else None,
                         dense_ms=choice.dense.p50_ms if choice.dense else None,
                         sparse_ms=choice.sparse.p50_ms if choice.sparse else None,
