@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mpcompile.runtimes.native.graph_reading import number, only_reader, producer
+from mpcompile.runtimes.native.int8_ops import ALL_QUERIES
 
 # Operators whose results are values of their first input, moved.
 MOVES = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Split", "Identity", "Gather", "Flatten")
@@ -28,6 +29,7 @@ class FileAttention:
     Attributes:
         sources: tensors (images, tokens, channels) from which q, k and v are taken; often all the same.
         offsets: the first channel of q, k and v in its source.
+        first_query, queries: the tokens of its source that q holds; ALL_QUERIES for all of them.
         heads, dim: the heads lie behind each other, `dim` channels each.
         scale: of the products q kᵀ.
         bias: the tensor that is added to the scaled products, or None.
@@ -36,6 +38,8 @@ class FileAttention:
 
     sources: tuple[str, str, str]
     offsets: tuple[int, int, int]
+    first_query: int
+    queries: int
     heads: int
     dim: int
     scale: float
@@ -155,9 +159,18 @@ def _checked(candidate: _Described, values: Mapping[str, NDArray[np.float32]]) -
         return None
     heads, dim = q.shape[1], q.shape[3]
     k, v = values[candidate.k], values[candidate.v]
+    query_source = values[candidate.sources[0]]
+    first = _first_token(q, query_source)
+    if first is None:
+        return None
+    of_queries = query_source[:, first : first + q.shape[2]]
     offsets = []
-    for part, source in zip((q, _turned(k, dim), v), candidate.sources, strict=True):
-        offset = None if part is None else _offset(part, values[source])
+    for part, source in (
+        (q, of_queries),
+        (_turned(k, dim), values[candidate.sources[1]]),
+        (v, values[candidate.sources[2]]),
+    ):
+        offset = None if part is None else _offset(part, source)
         if offset is None or part is None or part.shape[1] != heads or part.shape[3] != dim:
             return None
         offsets.append(offset)
@@ -165,8 +178,31 @@ def _checked(candidate: _Described, values: Mapping[str, NDArray[np.float32]]) -
     y = next((name for name in candidate.results if np.array_equal(values[name], joined, equal_nan=True)), None)
     if y is None or (candidate.bias is not None and not _fits(values[candidate.bias].shape, scores.shape)):
         return None
-    first, second, third = offsets
-    return FileAttention(candidate.sources, (first, second, third), heads, dim, candidate.scale, candidate.bias, y)
+    return FileAttention(
+        sources=candidate.sources,
+        offsets=(offsets[0], offsets[1], offsets[2]),
+        first_query=first,
+        queries=ALL_QUERIES if q.shape[2] == query_source.shape[1] else q.shape[2],
+        heads=heads,
+        dim=dim,
+        scale=candidate.scale,
+        bias=candidate.bias,
+        y=y,
+    )
+
+
+def _first_token(q: NDArray[np.float32], source: NDArray[np.float32]) -> int | None:
+    """Returns the token of the source whose channels contain those of the first token of q, or None.
+
+    With as many tokens as the source has, q holds all of them.
+    """
+    if q.shape[0] != source.shape[0] or q.shape[2] > source.shape[1]:
+        return None
+    if q.shape[2] == source.shape[1]:
+        return 0
+    wanted = q[:, :, 0].reshape(len(q), -1)
+    starts = range(source.shape[1] - q.shape[2] + 1)
+    return next((first for first in starts if np.isin(wanted, source[:, first]).all()), None)
 
 
 def _fits(bias: tuple[int, ...], scores: tuple[int, ...]) -> bool:

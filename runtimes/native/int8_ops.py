@@ -22,6 +22,7 @@ from onnx import AttributeProto, TensorProto, helper
 from mpcompile.runtimes.native.custom_op import DOMAIN
 
 OLDEST_OPSET = 20  # of Gelu
+ALL_QUERIES = 2**31 - 1  # as the number of queries: all from the first one on
 GEMM, NORM, ATTENTION = "NMGemmInt8", "LayerNormQuantize", "Attention"
 # The activations that a product can apply before it quantises: operator, attributes, and the part of its name.
 ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, str]]] = MappingProxyType(
@@ -104,9 +105,9 @@ def _norm() -> list[onnx.NodeProto]:
 def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]]:
     node = helper.make_node
     body = [
-        _ints("split", [0, 0, 0, 0]),
         _ints("joined", [0, 0, -1]),
-        _ints("axis", [2]),
+        _ints("tokens", [1]),
+        _ints("channels", [2]),
         _ints("one", [1]),
         *(_attribute(name, f"{name}_value") for name in ("heads", "dim")),
         *(node("Reshape", [f"{name}_value", "one"], [name]) for name in ("heads", "dim")),
@@ -114,13 +115,21 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
         _ints("kept", [0, 0]),
         node("Concat", ["kept", "heads", "dim"], ["by_head"], axis=0),
         _attribute("scale", "scale", AttributeProto.FLOAT),
+        *(_attribute(name, f"{name}_value") for name in ("first_query", "queries")),
+        *(node("Reshape", [f"{name}_value", "one"], [name]) for name in ("first_query", "queries")),
+        node("Add", ["first_query", "queries"], ["end_query"]),
+        node("Slice", ["q", "first_query", "end_query", "tokens"], ["q_tokens"]),
     ]
     for name, order in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
         body += [
             _attribute(f"{name}_offset", f"{name}_value"),
             node("Reshape", [f"{name}_value", "one"], [f"{name}_start"]),
             node("Add", [f"{name}_start", "width"], [f"{name}_end"]),
-            node("Slice", [name, f"{name}_start", f"{name}_end", "axis"], [f"{name}_part"]),
+            node(
+                "Slice",
+                [f"{name}_tokens" if name == "q" else name, f"{name}_start", f"{name}_end", "channels"],
+                [f"{name}_part"],
+            ),
             node("Reshape", [f"{name}_part", "by_head"], [f"{name}_split"]),
             node("Transpose", [f"{name}_split"], [f"{name}_heads"], perm=order),
         ]
@@ -133,9 +142,8 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
         node("Transpose", ["mixed"], ["turned"], perm=(0, 2, 1, 3)),
         node("Reshape", ["turned", "joined"], ["result"]),
     ]
-    used = [step for step in body if step.output[0] != "split"]
     inputs = ["q", "k", "v", *(["bias"] if biased else [])]
-    return inputs, ["heads", "dim", "q_offset", "k_offset", "v_offset", "scale"], used
+    return inputs, ["heads", "dim", "q_offset", "k_offset", "v_offset", "first_query", "queries", "scale"], body
 
 
 def _parameters(tensor: str) -> list[onnx.NodeProto]:

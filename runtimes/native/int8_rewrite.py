@@ -187,6 +187,8 @@ def _replace_attention(graph: ir.Graph, values: dict[str, ir.Value], attention: 
         "q_offset": attention.offsets[0],
         "k_offset": attention.offsets[1],
         "v_offset": attention.offsets[2],
+        "first_query": attention.first_query,
+        "queries": attention.queries,
     }
     old = [last]
     if quantised is not None:

@@ -3,7 +3,8 @@
 //
 //   LayerNormQuantize          x float32 (..., columns), gamma, beta (columns); attributes epsilon, y_scale, y_zero
 //   Attention                  q, k, v float32 (images, tokens, …): `heads` heads of `dim` channels each, beginning at
-//                              channel q_offset, k_offset and v_offset; attribute scale, of the scores. Result float32
+//                              channel q_offset, k_offset and v_offset, of `queries` tokens from first_query on, as far
+//                              as q has them, and of all keys; attribute scale, of the scores. Result float32
 //   AttentionQuantize          the same with a u8 result; attributes y_scale, y_zero
 //   BiasedAttention…           the same with an input `bias`, added to the scores: (images or 1, heads or 1, queries or
 //                              1, keys)
@@ -129,14 +130,14 @@ struct AttentionOp : OrtCustomOp {
 struct AttentionOperator {
     const AttentionOp* op;
     Api api;
-    int64_t heads = 0, dim = 0, offset[3] = {};
+    int64_t heads = 0, dim = 0, offset[3] = {}, first_query = 0, queries = 0;
     float scale = 0;
     Quantisation y;
 };
 
 OrtStatus* create_attention(const OrtCustomOp* self, Api api, const OrtKernelInfo* info, void** result) {
     const auto* op = static_cast<const AttentionOp*>(self);
-    std::unique_ptr<AttentionOperator> made(new (std::nothrow) AttentionOperator{op, api, 0, 0, {}, 0, {}});
+    std::unique_ptr<AttentionOperator> made(new (std::nothrow) AttentionOperator{op, api});
     if (!made) return ort::CreateStatus::call(api, ort::FAIL, "Attention: out of memory");
     const struct {
         const char* name;
@@ -145,7 +146,9 @@ OrtStatus* create_attention(const OrtCustomOp* self, Api api, const OrtKernelInf
                       {"dim", &made->dim},
                       {"q_offset", &made->offset[0]},
                       {"k_offset", &made->offset[1]},
-                      {"v_offset", &made->offset[2]}};
+                      {"v_offset", &made->offset[2]},
+                      {"first_query", &made->first_query},
+                      {"queries", &made->queries}};
     for (const auto& attribute : attributes) {
         if (OrtStatus* failed = ort::GetAttributeInt::call(api, info, attribute.name, attribute.value)) return failed;
         if (*attribute.value < 0 || *attribute.value > INT32_MAX)
@@ -212,7 +215,9 @@ OrtStatus* compute_attention(void* kernel, OrtKernelContext* context) {
         heads.image_stride = shapes[i].sizes[1] * shapes[i].sizes[2];
     }
     a.images = shapes[0].sizes[0];
-    a.queries = shapes[0].sizes[1];
+    if (made.first_query > shapes[0].sizes[1]) return refuse(api, "Attention: first_query is beyond the tokens of q");
+    a.queries = std::min(made.queries, shapes[0].sizes[1] - made.first_query);
+    a.q.values += made.first_query * a.q.token_stride;
     a.keys = shapes[1].sizes[1];
     a.heads = made.heads;
     a.dim = made.dim;
