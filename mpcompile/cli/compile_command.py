@@ -173,6 +173,7 @@ def compile_command(
     from mpcompile.cli.tables import show_artifact, show_preview
     from mpcompile.driver.artifact import Artifact
     from mpcompile.driver.compile import compile, follow, preview
+    from mpcompile.driver.run_plan import plan_of
     from mpcompile.recipe.overrides import overridden
     from mpcompile.recipe.schema import Recipe, read_recipe
     from mpcompile.system.distributed import process_group
@@ -228,7 +229,7 @@ def compile_command(
         weights_key,
     )
     if save_config:
-        _write_text(save_config, recipe.to_yaml())
+        _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides
     if distill is not None and not data:
         raise UsageError("--distill needs images to train on; give --data")
     if dry_run:

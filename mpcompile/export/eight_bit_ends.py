@@ -27,6 +27,9 @@ def ends_of(file: onnx.ModelProto, fused: Collection[str]) -> dict[str, Ends]:
     and the Add of a bias.
     """
     constants = {tensor.name for tensor in file.graph.initializer}
+    # A bias may be stored as integers.
+    steps = (node for node in file.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants)
+    constants |= {node.output[0] for node in steps}
     makers = {output: node for node in file.graph.node for output in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in file.graph.node:

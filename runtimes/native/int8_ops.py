@@ -114,7 +114,7 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
         node("Mul", ["heads", "dim"], ["width"]),
         _ints("kept", [0, 0]),
         node("Concat", ["kept", "heads", "dim"], ["by_head"], axis=0),
-        _attribute("scale", "scale", AttributeProto.FLOAT),
+        _attribute("scale", "scale", is_float=True),
         *(_attribute(name, f"{name}_value") for name in ("first_query", "queries")),
         *(node("Reshape", [f"{name}_value", "one"], [name]) for name in ("first_query", "queries")),
         node("Add", ["first_query", "queries"], ["end_query"]),
@@ -149,17 +149,17 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
 def _parameters(tensor: str) -> list[onnx.NodeProto]:
     """Returns nodes that give the attributes `tensor_scale` and `tensor_zero` as values, the zero point as u8."""
     return [
-        _attribute(f"{tensor}_scale", f"{tensor}_scale", AttributeProto.FLOAT),
+        _attribute(f"{tensor}_scale", f"{tensor}_scale", is_float=True),
         _attribute(f"{tensor}_zero", f"{tensor}_zero_value"),
         helper.make_node("Cast", [f"{tensor}_zero_value"], [f"{tensor}_zero"], to=TensorProto.UINT8),
     ]
 
 
-def _attribute(name: str, value: str, kind: int = AttributeProto.INT) -> onnx.NodeProto:
-    """Returns a node that gives the operator's attribute `name` as a value."""
+def _attribute(name: str, value: str, *, is_float: bool = False) -> onnx.NodeProto:
+    """Returns a node that gives the operator's attribute `name`, a float or an int, as a value."""
     node = helper.make_node("Constant", [], [value])
-    field = "value_float" if kind == AttributeProto.FLOAT else "value_int"
-    node.attribute.add(name=field, ref_attr_name=name).type = kind
+    kind = AttributeProto.FLOAT if is_float else AttributeProto.INT
+    node.attribute.add(name="value_float" if is_float else "value_int", ref_attr_name=name, type=kind)
     return node
 
 

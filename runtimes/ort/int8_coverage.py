@@ -110,10 +110,16 @@ def _kernel(
     """The operator that ran for a weight, and its time; a float one is found by its name, if it kept that."""
     used = list(ran)
     if not whole:
-        used += [node for node in optimised.graph.node if node.name in row.nodes and node.op_type in IN_FILE]
+        nodes = (node for node in optimised.graph.node if node.op_type in IN_FILE)
+        used += [node for node in nodes if _name_in_file(node.name) in row.nodes]
     timed = [times_ms[node.name] for node in used if node.name in times_ms]
     kernel = used[-1].op_type if used else None
     return kernel, sum(timed) if len(timed) == len(row.nodes) else None
+
+
+def _name_in_file(name: str) -> str:
+    """The name of the product in the file from which ONNX Runtime made a floating-point node."""
+    return name.removeprefix("fused ").removesuffix("/MatMulAddFusion")
 
 
 def _reason(
@@ -136,9 +142,30 @@ def _reason(
             return (
                 f"{some}{rectifier} stands between it and its 8-bit output; with signed activations it is not dropped"
             )
-        if len(node.input) > 2 and types.get(node.input[2]) == TensorProto.FLOAT:
-            return f"{some}the bias is float32, and its 8-bit {row.op} adds 32-bit integers"
+        bias, step = _bias_and_next(node, readers, types)
+        if types.get(bias) == TensorProto.FLOAT:
+            operator = "Conv" if row.op == "Conv" else "Gemm"
+            return f"{some}the bias is float32, and its 8-bit {operator} adds 32-bit integers"
+        if row.op != "Conv" and step is not None and step.op_type in FUSED_STEPS:
+            return (
+                f"{some}{step.op_type} {step.name} comes after it, and ONNX Runtime fuses the two in floating point, "
+                "unless a QuantizeLinear follows that clips in the same way"
+            )
     return some + UNKNOWN if some else UNKNOWN
+
+
+def _bias_and_next(
+    node: onnx.NodeProto, readers: Mapping[str, onnx.NodeProto], types: Mapping[str, int]
+) -> tuple[str, onnx.NodeProto | None]:
+    """The name of what is added to a product, empty for nothing, and the node that reads the sum.
+
+    A constant that an Add adds to a MatMul is a bias: ONNX Runtime turns both into a Gemm if the shapes are fixed.
+    """
+    step = readers.get(node.output[0])
+    if node.op_type != "MatMul" or step is None or step.op_type != "Add":
+        return node.input[2] if len(node.input) > 2 else "", step
+    bias = next((name for name in step.input if name in types), "")
+    return bias, readers.get(step.output[0])
 
 
 def _kept_rectifier(

@@ -8,6 +8,7 @@ from commandline import mpcompile, refused
 
 from mpcompile.cli.tables import report_table, versions_table
 from mpcompile.driver.artifact import Artifact
+from mpcompile.recipe.schema import read_recipe
 
 INT8 = ("--precision", "int8", "--dry-run")
 
@@ -36,6 +37,21 @@ def test_the_preview_without_a_pattern(tiny_files: tuple[Path, Path]) -> None:
     assert (rows["head"]["precision"], bool(rows["head"]["unquantized"])) == (None, True)
     assert {row["pattern"] for row in rows.values()} == {None}
     assert "quantize dense" not in plan["stages"]
+
+
+def test_the_saved_recipe_has_what_the_target_decides(tiny_files: tuple[Path, Path], tmp_path: Path) -> None:
+    """It is the recipe that runs, also on a processor on which the target would decide otherwise."""
+    model, images = tiny_files
+    saved = tmp_path / "recipe.yaml"
+    done = mpcompile(model, "--pattern", "2:4", *INT8, "--data", images, "--save-config", saved, "--json")
+    assert done.returncode == 0, done.stderr
+    ran = json.loads(done.stdout)["recipe"]
+    assert read_recipe(saved).model_dump(mode="json") == ran
+    quantize = read_recipe(saved).step("quantize")
+    assert quantize is not None
+    assert {"activations", "outputs", "lanes"} <= set(quantize.params)
+    again = mpcompile(model, "--config", saved, "--dry-run", "--data", images, "--json")
+    assert json.loads(again.stdout)["recipe"] == ran
 
 
 @pytest.mark.parametrize(

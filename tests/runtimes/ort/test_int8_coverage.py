@@ -6,9 +6,11 @@ import numpy as np
 import onnx
 import pytest
 from quantized_models import normalized, quantised_by_hand
+from torch import nn
 
 from mpcompile.errors import BuildError
 from mpcompile.export.onnx_export import Lowered, lower
+from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.measure.quantized_layer import QuantizedLayer, tally_8_bit
 from mpcompile.passes.quantize.quantize import Quantize
@@ -16,7 +18,7 @@ from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes import Build, OnnxRuntime, OnnxRuntimeCuda, ReportsQuantizedLayers
 from mpcompile.runtimes.ort.int8_coverage import UNKNOWN, int8_coverage
 from mpcompile.runtimes.ort.session import cpu_engine, fast_engine
-from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
+from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 VIT = [f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
@@ -35,6 +37,32 @@ def test_layers_of_a_vit_run_in_8_bits(tmp_path: Path) -> None:
         assert row.ms is not None
         assert row.ms > 0
     assert tally_8_bit(tuple(rows.values())) == "8 of 8 quantised layers ran on 8-bit kernels"
+
+
+def test_layers_of_a_vit_run_in_8_bits_with_a_fixed_batch(tmp_path: Path) -> None:
+    """ONNX Runtime turns MatMul and Add into a Gemm there, which needs an int32 bias to run in 8 bits."""
+    rows = rows_of(lower(quantised_by_hand(tiny_vit(), VIT), tmp_path / "m.onnx", precision="int8", batch=2))
+    assert list(rows) == VIT
+    assert {(row.in_8_bits, row.kernel, row.reason, row.op) for row in rows.values()} == {
+        (True, "QGemm", None, "MatMul")
+    }
+    assert all(row.ms for row in rows.values())
+
+
+def test_a_float_bias_with_a_fixed_batch_is_told(tmp_path: Path) -> None:
+    model = quantised_by_hand(tiny_vit(), VIT, "s8")  # whose biases stay in float32, for TensorRT
+    rows = rows_of(lower(model, tmp_path / "m.onnx", precision="int8", batch=2))
+    reason = "the bias is float32, and its 8-bit Gemm adds 32-bit integers"
+    assert {(row.in_8_bits, row.kernel, row.reason) for row in rows.values()} == {(False, "Gemm", reason)}
+    assert all(row.ms for row in rows.values())
+
+
+def test_a_rectifier_after_a_gemm_is_told(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = quantised_by_hand(capture(layers.eval(), tiny_source()), ["2"])
+    [row] = rows_of(lower(model, tmp_path / "m.onnx", precision="int8")).values()
+    assert (row.in_8_bits, row.kernel) == (False, "FusedGemm")
+    assert str(row.reason).startswith("Relu node_relu comes after it, and ONNX Runtime fuses the two in floating point")
 
 
 def test_a_gemm_runs_in_8_bits_with_a_float_output(tmp_path: Path) -> None:
