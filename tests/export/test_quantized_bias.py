@@ -18,7 +18,7 @@ from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.parity import require_parity
 from mpcompile.ir.quantization import ActivationType
-from mpcompile.runtimes.native import int8_rewrite
+from mpcompile.runtimes.native import int8_products
 from mpcompile.runtimes.ort.int8_coverage import int8_coverage
 from mpcompile.runtimes.ort.unrounded import require_unrounded_parity
 from mpcompile.testing import tiny_source, tiny_vit
@@ -114,7 +114,7 @@ def test_a_bias_of_integers_belongs_to_the_product(files: dict[int | None, Lower
 
 
 def test_the_native_operators_take_biases_of_integers(files: dict[int | None, Lowered]) -> None:
-    fixed, dynamic = (int8_rewrite.find(onnx.load(files[batch].onnx)) for batch in (BATCH, None))
+    fixed, dynamic = (int8_products.find(onnx.load(files[batch].onnx)) for batch in (BATCH, None))
     assert len(fixed) == len(dynamic) == len(VIT)
     for integers, floats in zip(fixed, dynamic, strict=True):
         step = integers.x_quantization.scale * integers.scale
