@@ -201,19 +201,11 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         engines["torch"] = partial(torch_logits, files.model)
         expected, logits = engines["merged, dense" if r else "dense"](images), engines["2:4"](images)
         runs: dict[str, Run] = {key: partial(engine, images) for key, engine in engines.items()}
-        with openvino(arguments.openvino, files.merged, images, threads) as run_openvino:
+        with openvino(arguments.openvino, files.merged, images.shape, threads) as run_openvino:
             rounds = arguments.rounds if batch == 1 else max(5, arguments.rounds // 2)
-            samples = interleaved(runs, rounds, BLOCK_MS, wall)
-            if run_openvino is not None:  # in another process, so it alternates with single calls of the dense file
-                pairs = np.array(
-                    [
-                        (interleaved({"dense": runs["dense"]}, 1, 0, wall)["dense"][0], run_openvino(wall))
-                        for _ in range(rounds)
-                    ]
-                )
-        speedups = {key: median_speedup(samples["dense"], samples[key]) for key in engines if key != "dense"}
-        if run_openvino is not None:
-            speedups["OpenVINO"] = median_speedup(pairs[:, 0], pairs[:, 1])
+            elsewhere = {} if run_openvino is None else {"OpenVINO": run_openvino.ms}
+            samples = interleaved(runs, rounds, BLOCK_MS, wall, elsewhere)
+        speedups = {key: median_speedup(samples["dense"], samples[key]) for key in samples if key != "dense"}
     return {
         "model": name,
         "batch": batch,
