@@ -8,6 +8,7 @@ or float32.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,10 +68,10 @@ def native(product: Product, kind: str) -> onnx.ModelProto:
     """Returns the product on our operator. `kind` is "u8 → u8" or "u8 → f32"."""
     quantises = kind == "u8 → u8"
     op = int8_ops.gemm_name(None, False, quantises)
-    attributes = {"x_scale": X.scale, "x_zero": X.zero}
+    attributes: dict[str, Any] = {"x_scale": X.scale, "x_zero": X.zero}
     attributes |= {"y_scale": product.y.scale, "y_zero": product.y.zero} if quantises else {}
     node = helper.make_node(op, ["x", "w", "s", "b"], ["y"], domain=DOMAIN, **attributes)
-    stored = {"w": product.weight, "s": product.scale, "b": product.bias}
+    stored: dict[str, NDArray[Any]] = {"w": product.weight, "s": product.scale, "b": product.bias}
     return _model([node], kind, stored, {DOMAIN: VERSION}, [int8_ops.function(op, OPSET)])
 
 
@@ -133,7 +134,7 @@ def standard(product: Product, kind: str) -> onnx.ModelProto:
     return _model(nodes, kind, _stored(product))
 
 
-def _stored(product: Product) -> dict[str, NDArray[np.generic]]:
+def _stored(product: Product) -> dict[str, NDArray[Any]]:
     """Returns the constants of a product by the names that the nodes use."""
     return {
         "w": product.weight,
@@ -150,7 +151,7 @@ def _stored(product: Product) -> dict[str, NDArray[np.generic]]:
 def _model(
     nodes: Sequence[onnx.NodeProto],
     kind: str,
-    stored: Mapping[str, NDArray[np.generic]],
+    stored: Mapping[str, NDArray[Any]],
     domains: Mapping[str, int] = MappingProxyType({}),
     functions: Sequence[onnx.FunctionProto] = (),
 ) -> onnx.ModelProto:
