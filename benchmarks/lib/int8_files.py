@@ -1,9 +1,8 @@
 """The int8 files of a whole model that benchmarks compare: ours, ONNX Runtime's, and one in standard operators."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 
 from lib.nearest_int8 import quantised
 from mpcompile.runtimes.native import attention_match, int8_rewrite
-from mpcompile.runtimes.native.attention_match import Attention
+from mpcompile.runtimes.native.attention_match import FileAttention
 from mpcompile.runtimes.native.custom_op import initializer
-from mpcompile.runtimes.native.microbenchmark import session
+from mpcompile.runtimes.native.int8_selection import inspected, runner
 from mpcompile.runtimes.ort.int8 import quantise_dynamic
 
 CONTRIB = "com.microsoft"
@@ -44,35 +43,16 @@ def int8_stages(
 ) -> Int8Stages:
     """Returns our int8 files of a float32 file, quantised on at least 2 images. Raises SystemExit if none runs."""
     standard = quantised(file, images, layers, saturating)
-    products = int8_rewrite.find(standard)
-    if len(products) != len(layers):
-        raise SystemExit(f"{len(products)} of {len(layers)} layers can run on the int8 kernel")
-
-    def values(names: Sequence[str]) -> Mapping[str, NDArray[Any]]:
-        return _values(standard, names, images)
-
-    attentions = attention_match.find(standard, values)
-    computed = {output for node in standard.graph.node for output in node.output}
-    added = {name for node in standard.graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}
-    names = sorted((added & computed) | {product.y for product in products})
-    shapes = {name: value.shape for name, value in values(names).items()}
+    found = inspected(standard, images)
+    if len(found.products) != len(layers):
+        raise SystemExit(f"{len(found.products)} of {len(layers)} layers can run on the int8 kernel")
     return Int8Stages(
         standard,
-        int8_rewrite.replace(standard, products, shapes, norms=False),
-        int8_rewrite.replace(standard, products, shapes),
-        int8_rewrite.replace(standard, products, shapes, attentions),
-        len(attentions),
+        int8_rewrite.replace(standard, found.products, found.shapes, norms=False),
+        int8_rewrite.replace(standard, found.products, found.shapes),
+        int8_rewrite.replace(standard, found.products, found.shapes, found.attentions),
+        len(found.attentions),
     )
-
-
-def _values(file: onnx.ModelProto, names: Sequence[str], images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """Returns the values of tensors of a file on images."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(file)
-    known = {output.name for output in file.graph.output}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    found = session(probe, None, None).run(list(names), {file.graph.input[0].name: images})
-    return dict(zip(names, found, strict=True))
 
 
 def with_multi_head_attention(file: onnx.ModelProto, images: NDArray[np.float32]) -> onnx.ModelProto:
@@ -80,7 +60,7 @@ def with_multi_head_attention(file: onnx.ModelProto, images: NDArray[np.float32]
 
     onnxruntime.transformers finds none in these files. Raises SystemExit if there is no attention that can be replaced.
     """
-    found = attention_match.find(file, lambda names: _values(file, names, images))
+    found = attention_match.find(file, runner(file, images))
     model = ir.from_proto(file)
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     for index, attention in enumerate(found):
@@ -92,7 +72,7 @@ def with_multi_head_attention(file: onnx.ModelProto, images: NDArray[np.float32]
     return ir.to_proto(model)
 
 
-def _replace_attention(graph: ir.Graph, values: dict[str, ir.Value], attention: Attention, index: int) -> None:
+def _replace_attention(graph: ir.Graph, values: dict[str, ir.Value], attention: FileAttention, index: int) -> None:
     """Replaces one attention whose q, k and v are the thirds of one tensor."""
     width = attention.heads * attention.dim
     if len(set(attention.sources)) > 1 or attention.offsets != (0, width, 2 * width) or attention.bias is not None:

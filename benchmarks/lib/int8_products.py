@@ -21,11 +21,11 @@ from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.runtimes.native import int8_ops
 from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION
-from mpcompile.runtimes.native.int8_ops import Quantization
+from mpcompile.runtimes.native.int8_ops import U8Quantization
 
 OPSET = 21  # u8 and s8 in DequantizeLinear with `axis`
 CONTRIB = "com.microsoft"
-X = Quantization(1 / 40, 120)
+X = U8Quantization(1 / 40, 120)
 TYPES: Mapping[str, "TensorProto.DataType"] = MappingProxyType({"u8": TensorProto.UINT8, "f32": TensorProto.FLOAT})
 
 
@@ -42,7 +42,7 @@ class Product:
     weight: NDArray[np.int8]
     scale: NDArray[np.float32]
     bias: NDArray[np.float32]
-    y: Quantization
+    y: U8Quantization
 
     def floats(self, x: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Returns the float result (…, rows), computed with exact integers."""
@@ -61,7 +61,7 @@ def random_product(rows: int, columns: int, pattern: NM | None, rng: np.random.G
     integers, scale = rounded(np.ascontiguousarray(weight.T), saturating)
     spread = np.sqrt((weight.astype(np.float64) ** 2).sum(1).mean()) * X.scale * 255 / np.sqrt(12)
     bias = rng.standard_normal(rows, dtype=np.float32)
-    return Product(integers, scale, bias, Quantization(float(np.float32(6 * spread / 255)), 128))
+    return Product(integers, scale, bias, U8Quantization(float(np.float32(6 * spread / 255)), 128))
 
 
 def native(product: Product, kind: str) -> onnx.ModelProto:
