@@ -118,7 +118,7 @@ def write_files(name: str, merged: list[int], patterns: list[str], folder: Path)
         for text in patterns:
             pattern = None if text == DENSE else NM.parse(text)
             sparse = source if pattern is None else masked(source, pattern)[0]
-            stages = int8_stages(sparse, two, layers, limited)
+            stages = dense if sparse is float_file else int8_stages(sparse, two, layers, limited)
             macs = costs.executed_macs({} if pattern is None else dict.fromkeys(layers, pattern))
             key = f"ours, int8, {text}" + (f", r = {r}" if r else "")
             if text == STAGED and not r:
