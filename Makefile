@@ -82,12 +82,15 @@ bench: bench-models
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/readme_picture.py
 
-# The N:M kernel on this CPU: single GEMMs, whole ViTs, and a load test of 20 minutes. Hours on 2 cores with other load.
+# Our kernels on this CPU: single GEMMs, whole ViTs, and a load test of 20 minutes. Hours on 2 cores with other load.
+# With OPENVINO=PYTHON, a Python that has OpenVINO, int8 is compared with OpenVINO too.
 bench-cpu: bench-models
 	$(BIN)/python benchmarks/cpu_gemm.py
 	$(BIN)/python benchmarks/cpu_gemm_few.py
 	$(BIN)/python benchmarks/cpu_vit.py
 	$(BIN)/python benchmarks/cpu_vit.py --threads 2
+	$(BIN)/python benchmarks/cpu_int8_gemm.py $(if $(OPENVINO),--openvino $(OPENVINO))
+	$(BIN)/python benchmarks/cpu_vit_int8.py $(if $(OPENVINO),--openvino $(OPENVINO))
 	$(BIN)/python benchmarks/cpu_choice.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/tables.py

@@ -21,7 +21,6 @@ its own. With --add, rows of this processor for other models and batch sizes are
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -30,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import timm
 import torch
 from lib.common import RESULTS, markdown, rows_of, write
 from lib.cpu_timing import (
@@ -44,19 +42,13 @@ from lib.cpu_timing import (
     speedup_cell,
 )
 from lib.openvino_process import openvino
-from numpy.typing import NDArray
-from onnx import numpy_helper
+from lib.vit_files import Engine, Run, masked, merging, torch_logits, untrained
 
 from mpcompile.analysis.macs import cost
-from mpcompile.data.images import Data
-from mpcompile.export.mask_check import ProvenMask, file_weights
+from mpcompile.export.mask_check import file_weights
 from mpcompile.export.onnx_export import lower
-from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import ToMe
-from mpcompile.passes.nm_mask.selection import nm_mask
-from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native.onnx_rewrite import find, replace
 from mpcompile.runtimes.ort.int8 import quantise_dynamic, saturates
@@ -67,39 +59,6 @@ PATTERNS = ("2:4", "8:16", "16:32", "12:32", "1:4", "12:16", "2:4x2", "2:4x4")
 BASELINES = ("merged, dense", "fused", "OpenVINO", "torch", "dynamic int8")
 COLUMNS = ("model", "batch", "ToMe r", "dense ms", *PATTERNS, *BASELINES, "drift 2:4")
 BLOCK_MS = 20.0  # of each engine in each round
-Images = NDArray[np.float32]
-Run = Callable[[], object]
-Engine = Callable[[Images], Images]
-
-
-def masked(file: onnx.ModelProto, pattern: NM) -> tuple[onnx.ModelProto, list[ProvenMask]]:
-    """Returns the file with every Linear weight in its blocks masked by magnitude, and the masks."""
-    result = onnx.ModelProto()
-    result.CopyFrom(file)
-    stored = {tensor.name: tensor for tensor in result.graph.initializer}
-    proven = []
-    for weight in file_weights(file):
-        if weight.values.ndim != 2 or not any("blocks." in scope for scope in weight.scopes):
-            continue
-        kept = nm_mask(torch.from_numpy(np.abs(weight.values)), pattern).numpy()
-        values = np.where(kept, weight.values, np.float32(0))
-        values = values if weight.axis == 1 else np.ascontiguousarray(values.T)
-        stored[weight.initializer].CopyFrom(numpy_helper.from_array(values, weight.initializer))
-        zeros = int(kept.size - kept.sum())
-        proven.append(
-            ProvenMask(
-                weight.scopes[-2],  # the layer, before the node's own name
-                weight.initializer,
-                (weight.node,),
-                weight.op,
-                weight.axis,
-                str(pattern),
-                pattern.of,
-                zeros,
-                kept.size,
-            )
-        )
-    return result, proven
 
 
 @dataclass(frozen=True)
@@ -126,9 +85,7 @@ def write_files(name: str, batch: int, r: int, folder: Path) -> Files:
 
     Raises SystemExit if a masked layer cannot run on the kernel.
     """
-    torch.manual_seed(0)
-    size = 3, 224, 224
-    model = capture(timm.create_model(name, pretrained=False).eval(), Source(name, "", name), torch.randn(1, *size))
+    model = untrained(name)
     dense_macs = cost(model).macs
 
     def dense(source: Model, stem: str) -> tuple[onnx.ModelProto, Path]:
@@ -140,7 +97,7 @@ def write_files(name: str, batch: int, r: int, folder: Path) -> Files:
     file, whole = dense(model, "whole")
     merged = whole
     if r:
-        model, _ = PassManager([ToMe(r=r)]).run(model, Data())
+        model = merging(model, r)
         file, merged = dense(model, "merged")
     costs, native_files = cost(model), {}
     limits = {"merged, dense": dense_macs / costs.macs}
@@ -179,11 +136,6 @@ def int8(dense: Path, folder: Path) -> Path:
     return folder / "int8.onnx"
 
 
-def torch_logits(model: Model, images: Images) -> Images:
-    """Returns the logits of the graph in torch."""
-    return model(torch.from_numpy(images)).numpy()
-
-
 def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures one row: the dense time, and the speedup of each pattern and baseline relative to it."""
     images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), dtype=np.float32)
@@ -201,19 +153,11 @@ def measure(name: str, batch: int, r: int, arguments: argparse.Namespace) -> dic
         engines["torch"] = partial(torch_logits, files.model)
         expected, logits = engines["merged, dense" if r else "dense"](images), engines["2:4"](images)
         runs: dict[str, Run] = {key: partial(engine, images) for key, engine in engines.items()}
-        with openvino(arguments.openvino, files.merged, images, threads) as run_openvino:
+        with openvino(arguments.openvino, files.merged, images.shape, threads) as run_openvino:
             rounds = arguments.rounds if batch == 1 else max(5, arguments.rounds // 2)
-            samples = interleaved(runs, rounds, BLOCK_MS, wall)
-            if run_openvino is not None:  # in another process, so it alternates with single calls of the dense file
-                pairs = np.array(
-                    [
-                        (interleaved({"dense": runs["dense"]}, 1, 0, wall)["dense"][0], run_openvino(wall))
-                        for _ in range(rounds)
-                    ]
-                )
-        speedups = {key: median_speedup(samples["dense"], samples[key]) for key in engines if key != "dense"}
-        if run_openvino is not None:
-            speedups["OpenVINO"] = median_speedup(pairs[:, 0], pairs[:, 1])
+            elsewhere = {} if run_openvino is None else {"OpenVINO": run_openvino.ms}
+            samples = interleaved(runs, rounds, BLOCK_MS, wall, elsewhere)
+        speedups = {key: median_speedup(samples["dense"], samples[key]) for key in samples if key != "dense"}
     return {
         "model": name,
         "batch": batch,

@@ -1,6 +1,9 @@
-"""Load test of the N:M kernel: 8 threads run 3 models for 20 minutes -> results/server.{json,md}.
+"""Load test of our kernels: 8 threads run 6 models for 20 minutes -> results/server.{json,md}.
 
     python benchmarks/server.py [--minutes 20]
+
+Three models run in float32, with the layers that are measured to be faster on the N:M kernel. Three run in int8, with
+every masked layer, LayerNorm and attention on our kernels.
 
 Each thread runs the models at all batch sizes in a random order of its own. It compares every output bit by bit with
 the output for the same images before the threads were started. Memory is the resident set of the process, measured
@@ -17,26 +20,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from lib.common import RESULTS, ROOT, markdown, write
 from lib.cpu_timing import device
+from lib.int8_files import int8_stages
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from mpcompile import Recipe, compile
 from mpcompile.runtimes import native
+from mpcompile.runtimes.ort.int8 import saturates
 from mpcompile.runtimes.ort.session import OrtEngine, session_on
 
 EXAMPLE = ROOT / "examples" / "fashion_vit" / "model.safetensors"
 PATTERNS = ("2:4", "1:4", "2:4x4")
+IMAGE = 1, 28, 28
 BATCHES = (1, 2, 8)
 THREADS = 8
 SAMPLES = 20_000  # latencies kept per model and batch size
 WARM_MINUTES = 1.0  # the first memory value that is reported
-QUESTION = "Does the kernel leak memory, give wrong outputs or stall when 8 threads run 3 models for 20 minutes?"
+QUESTION = "Do the kernels leak memory, give wrong outputs or stall when 8 threads run 6 models for 20 minutes?"
 COLUMNS = ("model", "batch", "requests", "wrong answers", "p50 ms", "p90 ms", "p99 ms")
 
 
 def engines(folder: Path) -> dict[str, OrtEngine]:
-    """Compiles the example with each pattern, and returns the sessions on the N:M kernel.
+    """Compiles the example with each pattern, and returns the sessions on our kernels, in float32 and in int8.
 
     Raises SystemExit if the kernel is missing or no layer is measured to be faster on it.
     """
@@ -52,7 +60,23 @@ def engines(folder: Path) -> dict[str, OrtEngine]:
         if not file.exists():
             raise SystemExit(f"{pattern}: no layer is faster on the kernel; repeat this on a machine with less load")
         by_pattern[pattern] = session_on(file, 1, native.library())
+        quantised = int8_file(output)
+        by_pattern[f"{pattern} int8"] = session_on(quantised, 1, native.library())
     return by_pattern
+
+
+def int8_file(output: Path) -> Path:
+    """Writes the int8 file of a compiled model, quantised to the nearest integers on random images.
+
+    Raises SystemExit if one of its masked layers cannot run on the int8 kernel.
+    """
+    with safe_open(output / "masks.safetensors", "np") as masks:
+        layers = list(masks.keys())
+    images = np.random.default_rng(0).standard_normal((BATCHES[-1], *IMAGE), dtype=np.float32)
+    stages = int8_stages(onnx.load(output / "model.onnx"), images, layers, saturates())
+    file = output / "model.int8.native.onnx"
+    onnx.save_model(stages.whole, file)
+    return file
 
 
 def resident_bytes() -> int:
@@ -130,7 +154,7 @@ def main() -> None:
     requests: dict[tuple[str, int], tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     for pattern, engine in models.items():
         for batch in BATCHES:
-            images = rng.standard_normal((batch, 1, 28, 28)).astype(np.float32)
+            images = rng.standard_normal((batch, *IMAGE)).astype(np.float32)
             requests[pattern, batch] = images, engine(images)
     stop = threading.Event()
     clients = [Client(seed, models, requests, stop) for seed in range(THREADS)]
@@ -146,7 +170,13 @@ def main() -> None:
         client.join()
     rows = [row_of(key, clients) for key in requests]
     run = {"minutes": minutes, "threads": THREADS, "memory": memory}
-    write("server", QUESTION, device(), ("onnxruntime", "numpy"), [*rows, run])
+    write(
+        "server",
+        QUESTION,
+        f"{device()}, int8 kernel {native.int8_instruction_set()}",
+        ("onnxruntime", "numpy"),
+        [*rows, run],
+    )
     text = page(rows, run)
     (RESULTS / "server.md").write_text(text, encoding="utf-8")
     print(text)
@@ -160,7 +190,7 @@ def page(rows: list[dict[str, Any]], run: dict[str, Any]) -> str:
     used = ", ".join(f"{memory[minute] / 1e6:.1f} MB after {minute:.0f}" for minute in nearest)
     summary = (
         f"{sum(row['requests'] for row in rows):,} requests in {minutes:g} minutes from {run['threads']} threads on "
-        f"{device()}. Resident memory: {used} minutes."
+        f"{device()}, int8 kernel {native.int8_instruction_set()}. Resident memory: {used} minutes."
     )
     table = [tuple(map(cell, row.values())) for row in rows]
     return f"# Load test of a server\n\n{QUESTION}\n\n{markdown(COLUMNS, table)}\n{summary}\n"

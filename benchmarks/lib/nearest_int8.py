@@ -56,7 +56,7 @@ def quantised(
         if node.name in weights:
             ordered += before.pop(node.input[0], [])
             weight = numpy_helper.to_array(stored[node.input[1]])
-            integers, scales = _rounded(weight, saturating)
+            integers, scales = rounded(weight, saturating)
             name = node.input[1]
             stored[name].CopyFrom(numpy_helper.from_array(integers, name))
             graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scale"))
@@ -73,8 +73,11 @@ def quantised(
     return result
 
 
-def _rounded(weight: NDArray[np.float32], saturating: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Returns integers and scales of a weight (columns, rows)."""
+def rounded(weight: NDArray[np.float32], saturating: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Returns integers (columns, rows) and scales (rows) of a weight (columns, rows).
+
+    With `saturating`, no 16-bit lane of the int8 kernel saturates.
+    """
     rows = torch.from_numpy(np.ascontiguousarray(weight.T))
     if saturating:
         kept = rows != 0

@@ -24,6 +24,7 @@ SHARED = (
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 # nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
+INTERFACE = ("RegisterCustomOps", "mpcompile_kernel", "mpcompile_int8_kernel")
 KERNELS = {
     "x86_64": {
         "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
@@ -125,9 +126,24 @@ def build(target: Path = HERE / LIBRARY, widest: str | None = None) -> Path:
         raise BuildFailed(obstacle)
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / LIBRARY
-        run([*LINK[platform.system()], *map(str, objects(Path(folder), widest=widest)), "-o", str(library)])
+        link = [*LINK[platform.system()], _only_interface(Path(folder))]
+        run([*link, *map(str, objects(Path(folder), widest=widest)), "-o", str(library)])
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copyfile(library, temporary)
         temporary.replace(target)  # a process that has loaded the old library keeps it
     return target
+
+
+def _only_interface(folder: Path) -> str:
+    """Writes the list of exported symbols into a folder, and returns the linker's option for it.
+
+    -fvisibility=hidden does not hide what the compiler instantiates from the standard library's templates. Exported,
+    they could be replaced by those of another library of the process, which another compiler may have made.
+    """
+    listed = folder / "interface.txt"
+    if platform.system() == "Darwin":
+        listed.write_text("".join(f"_{name}\n" for name in INTERFACE), encoding="utf-8")
+        return f"-Wl,-exported_symbols_list,{listed}"
+    listed.write_text(f"{{ global: {' '.join(f'{name};' for name in INTERFACE)} local: *; }};\n", encoding="utf-8")
+    return f"-Wl,--version-script={listed}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -144,11 +144,11 @@ class OneNode:
         self._session = session(model, library, threads)
         self._binding = self._session.io_binding()
 
-    def bind(self, x: NDArray[np.float32] | NDArray[np.uint8], y: NDArray[np.float32]) -> None:
+    def bind(self, x: NDArray[Any], y: NDArray[Any]) -> None:
         """Binds the arrays that calls read and write."""
         self._arrays = (x, y)
         self._binding.bind_cpu_input("x", x)
-        self._binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+        self._binding.bind_output("y", "cpu", 0, y.dtype, y.shape, y.ctypes.data)
 
     def __call__(self) -> None:
         """Runs the model on the bound arrays."""

@@ -75,6 +75,12 @@ bool make_fit(Step* steps, int count, const std::vector<Order>& orders, bool wid
     return false;
 }
 
+// How many weights a pattern keeps in the block of 16 columns that begins at its byte i.
+int kept_in_block(const std::string& pattern, size_t i) {
+    return __builtin_popcount(uint8_t(pattern[i])) +
+           (i + 1 < pattern.size() ? __builtin_popcount(uint8_t(pattern[i + 1])) : 0);
+}
+
 class Matrix {
   public:
     Matrix(const int8_t* values, int64_t rows, int64_t columns) : values_(values), rows_(rows), columns_(columns) {
@@ -93,20 +99,19 @@ class Matrix {
         int most = 0;
         for (const std::string& pattern : patterns_)
             for (size_t i = 0; i < pattern.size(); i += 2)
-                most = std::max(most, __builtin_popcount(uint8_t(pattern[i])) +
-                                          (i + 1 < pattern.size() ? __builtin_popcount(uint8_t(pattern[i + 1])) : 0));
+                most = std::max(most, kept_in_block(pattern, i));
         return most <= 4 ? 4 : most <= 8 ? 8 : 16;
     }
 
-    // The nonzero weights of a row in a step whose first block begins at column `first`, and whose second one begins
-    // `distance` columns later.
-    Step step(int64_t row, int64_t first, int64_t distance, int kept) const {
+    // The weights of a row in the columns of `pattern`, in a step whose first block begins at column `first`, and whose
+    // second one begins `distance` columns later.
+    Step step(int64_t row, const std::string& pattern, int64_t first, int64_t distance, int kept) const {
         Step result{};
         for (int block = 0; block < STEP / std::min(kept, STEP); block++) {
             const int64_t begin = first + block * distance, end = std::min(begin + (kept == 16 ? STEP : BLOCK), columns_);
             int place = block * kept;
             for (int64_t i = begin; i < end; i++) {
-                if (kept != 16 && !at(row, i)) continue;
+                if (kept != 16 && !(pattern[size_t(i / 8)] >> i % 8 & 1)) continue;
                 result.weight[place] = at(row, i);
                 result.column[place++] = uint8_t(i - begin);
             }
@@ -120,20 +125,67 @@ class Matrix {
     std::vector<std::string> patterns_;  // a bit for each column
 };
 
+// Rows that share a pattern: that of each row, or the union of the rows' patterns.
+struct Group {
+    std::vector<int64_t> rows;
+    std::string pattern;
+};
+
+bool before(const Group& a, const Group& b) { return a.rows < b.rows; }
+
 // Groups of `shared` rows of a chunk with the same pattern; empty if the rows cannot be grouped without rest.
-std::vector<std::vector<int64_t>> groups_of(const Matrix& matrix, int64_t first, int64_t last, int shared) {
+std::vector<Group> groups_of_equals(const Matrix& matrix, int64_t first, int64_t last, int shared) {
     std::map<std::string, std::vector<int64_t>> same;
-    if (shared > 1)
-        for (int64_t row = first; row < last; row++) same[matrix.pattern(row)].push_back(row);
-    std::vector<std::vector<int64_t>> groups;
+    for (int64_t row = first; row < last; row++) same[matrix.pattern(row)].push_back(row);
+    std::vector<Group> groups;
     for (const auto& [pattern, rows] : same) {
         if (rows.size() % size_t(shared)) return {};
         for (size_t i = 0; i < rows.size(); i += size_t(shared))
-            groups.emplace_back(rows.begin() + long(i), rows.begin() + long(i) + shared);
+            groups.push_back({{rows.begin() + long(i), rows.begin() + long(i) + shared}, pattern});
     }
-    if (shared == 1)
-        for (int64_t row = first; row < last; row++) groups.push_back({row});
-    std::sort(groups.begin(), groups.end());
+    std::sort(groups.begin(), groups.end(), before);
+    return groups;
+}
+
+// Adds a row's pattern to `pattern`. Returns false if a block of 16 columns then keeps more than `kept` weights.
+bool join(std::string& pattern, const std::string& added, int kept) {
+    for (size_t i = 0; i < pattern.size(); i++) {
+        pattern[i] |= added[i];
+        if (i % 2 == 1 && kept_in_block(pattern, i - 1) > kept) return false;
+    }
+    return pattern.size() % 2 == 0 || kept_in_block(pattern, pattern.size() - 1) <= kept;
+}
+
+// Groups of `shared` rows of a chunk whose patterns together keep at most `kept` of 16: a kept weight may be zero after
+// rounding, so rows that share a mask need not have the same pattern. A row joins the latest group that can take it.
+// Empty if the rows cannot be grouped without rest.
+std::vector<Group> groups_of_unions(const Matrix& matrix, int64_t first, int64_t last, int shared, int kept) {
+    std::vector<Group> groups;
+    for (int64_t row = first; row < last; row++) {
+        std::string pattern;
+        const auto group = std::find_if(groups.rbegin(), groups.rend(), [&](const Group& tried) {
+            pattern = tried.pattern;
+            return tried.rows.size() < size_t(shared) && join(pattern, matrix.pattern(row), kept);
+        });
+        if (group == groups.rend()) {
+            groups.push_back({{row}, matrix.pattern(row)});
+        } else {
+            group->rows.push_back(row);
+            group->pattern = pattern;
+        }
+    }
+    for (const Group& group : groups)
+        if (group.rows.size() != size_t(shared)) return {};
+    return groups;
+}
+
+std::vector<Group> groups_of(const Matrix& matrix, int64_t first, int64_t last, int shared, int kept) {
+    if (shared > 1) {
+        std::vector<Group> groups = groups_of_equals(matrix, first, last, shared);
+        return groups.empty() ? groups_of_unions(matrix, first, last, shared, kept) : groups;
+    }
+    std::vector<Group> groups;
+    for (int64_t row = first; row < last; row++) groups.push_back({{row}, matrix.pattern(row)});
     return groups;
 }
 
@@ -153,7 +205,7 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
     bool in_order = true;
     for (int64_t chunk = 0; chunk < w.chunks(); chunk++) {
         const int64_t first = chunk * CHUNK, last = std::min(first + CHUNK, w.rows);
-        const auto groups = groups_of(matrix, first, last, dense ? 1 : shared);
+        const auto groups = groups_of(matrix, first, last, dense ? 1 : shared, w.kept);
         if (groups.empty()) return false;
         // Dense rows have no patterns: each is placed alone, in the order of the rows.
         const int members = dense ? 1 : shared;
@@ -166,7 +218,7 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
             uint8_t* to = stream.data()->bytes + (first / panel_rows + panel) * w.steps * step_bytes +
                           group * group_bytes;
             for (int r = 0; r < members; r++) {
-                const int64_t row = groups[g][size_t(r)];
+                const int64_t row = groups[g].rows[size_t(r)];
                 p.position[size_t(row)] = uint8_t(row_in_chunk + r);
                 in_order &= row_in_chunk + r == row - first;
             }
@@ -174,8 +226,8 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
                 for (int split = 0; split < layout.splits; split++) {
                     Step steps[4];
                     for (int r = 0; r < members; r++)
-                        steps[r] = matrix.step(groups[g][size_t(r)], i * w.step_columns + split * BLOCK,
-                                               layout.splits * BLOCK, w.kept);
+                        steps[r] = matrix.step(groups[g].rows[size_t(r)], groups[g].pattern,
+                                               i * w.step_columns + split * BLOCK, layout.splits * BLOCK, w.kept);
                     if (p.kernel->saturates && !make_fit(steps, members, orders, wide)) return false;
                     uint8_t* lane = to + 4 * (split * rows + row_of_vector);
                     for (int half = 0; half < 2; half++) {
