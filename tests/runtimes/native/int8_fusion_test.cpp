@@ -1,6 +1,6 @@
 // Tests attention and LayerNorm in 8 bits without ONNX Runtime, for the sanitizers: every kernel that this processor
-// runs against float64, with error bounds derived from its roundings. Prints each error and returns 1; returns 0 if there
-// is none.
+// runs against float64, with error bounds derived from its roundings. Prints each error and returns 1; returns 0 if
+// there is none.
 #include <cstring>
 
 #include "int8_kernels.h"

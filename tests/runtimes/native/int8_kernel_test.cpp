@@ -1,6 +1,6 @@
 // Tests the int8 products without ONNX Runtime, for the sanitizers: the integers of every kernel that this processor
-// runs against a plain reference, for all patterns, ragged shapes and the values at which 16-bit lanes saturate, and what
-// is done with a sum before it is stored. Prints each error and returns 1; returns 0 if there is none.
+// runs against a plain reference, for all patterns, ragged shapes and the values at which 16-bit lanes saturate, and
+// what is done with a sum before it is stored. Prints each error and returns 1; returns 0 if there is none.
 #include <cstring>
 #include <memory>
 
@@ -14,7 +14,6 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
-constexpr double GELU_ERROR = 1.1e-5;  // as int8_simd.h says
 
 struct Product {
     int64_t rows, columns;
@@ -174,9 +173,8 @@ bool stores(const Int8Kernels& kernels, Activation activation, bool adds, bool o
         // A bias of -inf before a GELU: the limit. What is not a number gives the smallest byte, or ReLU's 0.
         if (bias[row] == -INFINITE && activation > Activation::RELU) value = 0;
         if (std::isnan(bias[row])) value = activation == Activation::RELU ? 0 : -1e30;
-        // Product, bias and residual round by 2^-24 of their sizes each; GELU has a slope of at most 1.13.
-        double error = 4 * 0x1p-24 * (std::fabs(product) + std::fabs(double(bias[row])) + std::fabs(added));
-        if (activation > Activation::RELU) error = 1.13 * error + GELU_ERROR + 4 * 0x1p-24 * std::fabs(value);
+        const double size = std::fabs(product) + std::fabs(double(bias[row])) + std::fabs(added);
+        double error = error_of(activation, size, value);
         if (!std::isfinite(error)) error = GELU_ERROR;
         const bool close = std::isnan(bias[row]) || std::isinf(value) || std::fabs(double(y[i]) - value) <= error;
         if (!expect(close && is_quantised(bytes[i], value, error, double(y_scale), y_zero),

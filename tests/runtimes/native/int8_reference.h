@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "expect.h"
 #include "int8_gemm.h"
 
 namespace mpcompile {
@@ -18,11 +18,6 @@ inline std::mt19937 rng(0);
 
 inline float normal() { return std::normal_distribution<float>()(rng); }
 inline int64_t below(int64_t limit) { return std::uniform_int_distribution<int64_t>(0, limit - 1)(rng); }
-
-inline bool expect(bool right, const std::string& what) {
-    if (!right) std::printf("%s\n", what.c_str());
-    return right;
-}
 
 enum class Values {
     SMALL,     // any four add up to at most 128: no 16-bit lane can saturate
@@ -101,6 +96,16 @@ inline double activated(Activation activation, double x) {
     if (activation == Activation::GELU_TANH)
         return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
     return x;
+}
+
+constexpr double GELU_ERROR = 1.1e-5;  // the largest, as int8_simd.h says
+
+// How far float32 may be off activated(x), where x is a sum of terms of this total size: product, bias and residual are
+// rounded by 2^-24 each, and GELU has a slope of at most 1.13.
+inline double error_of(Activation activation, double size, double result) {
+    const double error = 4 * 0x1p-24 * size;
+    if (activation <= Activation::RELU) return error;
+    return 1.13 * error + GELU_ERROR + 4 * 0x1p-24 * std::fabs(result);
 }
 
 // Whether `found` is `value` quantised, if the value may differ by `error`: exact, except where that reaches a tie. The
