@@ -113,7 +113,7 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
         node("Mul", ["heads", "dim"], ["width"]),
         _ints("kept", [0, 0]),
         node("Concat", ["kept", "heads", "dim"], ["by_head"], axis=0),
-        _attribute("scale", "scale", AttributeProto.FLOAT),
+        _attribute("scale", "scale", real=True),
     ]
     for name, order in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
         body += [
@@ -141,17 +141,17 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
 def _parameters(tensor: str) -> list[onnx.NodeProto]:
     """Returns nodes that give the attributes `tensor_scale` and `tensor_zero` as values, the zero point as u8."""
     return [
-        _attribute(f"{tensor}_scale", f"{tensor}_scale", AttributeProto.FLOAT),
+        _attribute(f"{tensor}_scale", f"{tensor}_scale", real=True),
         _attribute(f"{tensor}_zero", f"{tensor}_zero_value"),
         helper.make_node("Cast", [f"{tensor}_zero_value"], [f"{tensor}_zero"], to=TensorProto.UINT8),
     ]
 
 
-def _attribute(name: str, value: str, kind: "AttributeProto.AttributeType" = AttributeProto.INT) -> onnx.NodeProto:
-    """Returns a node that gives the operator's attribute `name` as a value."""
+def _attribute(name: str, value: str, real: bool = False) -> onnx.NodeProto:
+    """Returns a node that gives the operator's attribute `name`, an integer or a real number, as a value."""
     node = helper.make_node("Constant", [], [value])
-    field = "value_float" if kind == AttributeProto.FLOAT else "value_int"
-    node.attribute.add(name=field, ref_attr_name=name, type=kind)
+    field = "value_float" if real else "value_int"
+    node.attribute.add(name=field, ref_attr_name=name, type=AttributeProto.FLOAT if real else AttributeProto.INT)
     return node
 
 
