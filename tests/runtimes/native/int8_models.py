@@ -88,7 +88,9 @@ class Graph:
 
     def file(self, shape: Sequence[int | str]) -> onnx.ModelProto:
         given = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-        results = [helper.make_tensor_value_info(name, kind, [None] * len(shape)) for name, kind in self.outputs.items()]
+        results = [
+            helper.make_tensor_value_info(name, kind, [None] * len(shape)) for name, kind in self.outputs.items()
+        ]
         graph = helper.make_graph(self.nodes, "graph", [given], results, self.stored)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=9)
         onnx.checker.check_model(model, full_check=True)
@@ -113,7 +115,8 @@ def run(
     file: onnx.ModelProto, x: NDArray[np.float32], library: Path | None = None, as_written: bool = True
 ) -> list[NDArray[Any]]:
     """Returns the outputs of a file."""
-    return session(file, library, as_written=as_written).run(None, {"x": x})
+    outputs: list[NDArray[Any]] = session(file, library, as_written=as_written).run(None, {"x": x})
+    return outputs
 
 
 def rewritten(file: onnx.ModelProto, x: NDArray[np.float32], attention: bool = True) -> onnx.ModelProto:

@@ -145,7 +145,7 @@ class Writing:
         parts: how q, k and v come from the products: three `products`, or one whose result is cut by `slice`, `split`,
             or `reshape` to five dimensions.
         scaled: what is multiplied: the `scores`, `q`, `both` q and k, or the scores are `divided`.
-        turned: whether k is transposed once more, rather than at once.
+        turned: whether k is split into heads like q and v, and then transposed.
         bias: what is added to the scores, by its dimensions, or None.
         quantized: whether the result goes to a product, rather than out.
     """
@@ -175,8 +175,7 @@ def add_attention(graph: Graph, x: str, writing: Writing, interleaved: bool = Fa
     `interleaved`: the channels of one head's q, k and v lie together, which the native operator cannot read.
     """
     u8 = graph.dequantize(graph.quantize(x))
-    q, k, v = heads_of(graph, u8, writing.parts, interleaved)
-    k = graph.op("Transpose", [k], perm=[0, 1, 3, 2] if writing.turned else [0, 1, 3, 2])
+    q, k, v = heads_of(graph, u8, writing, interleaved)
     factor = np.float32(DIM**-0.5)
     if writing.scaled == "q":
         q = graph.op("Mul", [q, graph.store("factor", factor)])
@@ -199,9 +198,9 @@ def add_attention(graph: Graph, x: str, writing: Writing, interleaved: bool = Fa
     return graph.op("Reshape", [turned, graph.ints(0, 0, WIDTH)])
 
 
-def heads_of(graph: Graph, x: str, parts: str, interleaved: bool) -> list[str]:
-    """Returns q, k and v as (images, HEADS, TOKENS, DIM)."""
-    split = graph.ints(0, 0, HEADS, DIM)
+def heads_of(graph: Graph, x: str, writing: Writing, interleaved: bool) -> list[str]:
+    """Returns q and v as (images, HEADS, TOKENS, DIM), and k as (images, HEADS, DIM, TOKENS)."""
+    parts, turned = writing.parts, [0, 1, 3, 2]
     if parts == "products":
         flat = [graph.product(x, WIDTH, WIDTH, "matmul bias") for _ in range(3)]
     else:
@@ -209,14 +208,20 @@ def heads_of(graph: Graph, x: str, parts: str, interleaved: bool) -> list[str]:
         if parts == "reshape":
             order, perm = ((HEADS, 3), (3, 0, 2, 1, 4)) if interleaved else ((3, HEADS), (2, 0, 3, 1, 4))
             five = graph.op("Transpose", [graph.op("Reshape", [fused, graph.ints(0, 0, *order, DIM)])], perm=perm)
-            return [graph.op("Gather", [five, graph.store(f"part{i}", np.int64(i))], axis=0) for i in range(3)]
+            q, k, v = (graph.op("Gather", [five, graph.store(f"part{i}", np.int64(i))], axis=0) for i in range(3))
+            return [q, graph.op("Transpose", [k], perm=turned), v]
         bounds = [(graph.ints(i * WIDTH), graph.ints((i + 1) * WIDTH), graph.ints(2)) for i in range(3)]
         if parts == "slice":
             flat = [graph.op("Slice", [fused, *bound]) for bound in bounds]
         else:
             flat = [f"part{i}" for i in range(3)]
             graph.nodes.append(helper.make_node("Split", [fused], flat, axis=2, num_outputs=3, name="split"))
-    return [graph.op("Transpose", [graph.op("Reshape", [part, split])], perm=[0, 2, 1, 3]) for part in flat]
+    split = graph.ints(0, 0, HEADS, DIM)
+    q, k, v = (graph.op("Reshape", [part, split]) for part in flat)
+    q, v = (graph.op("Transpose", [part], perm=[0, 2, 1, 3]) for part in (q, v))
+    if not writing.turned:
+        return [q, graph.op("Transpose", [k], perm=[0, 2, 3, 1]), v]
+    return [q, graph.op("Transpose", [graph.op("Transpose", [k], perm=[0, 2, 1, 3])], perm=turned), v]
 
 
 def attention_file(writing: Writing, seed: int, interleaved: bool = False) -> tuple[Graph, onnx.ModelProto]:
