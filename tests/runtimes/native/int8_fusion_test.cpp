@@ -170,6 +170,14 @@ bool odd_attentions_are_defined(const Int8Kernels& kernels) {
             if (i / 37 == 4 || i % 3 == 1) inputs.bias[i] = mask;  // all keys of query 4
         if (!attends(kernels, inputs.a)) return false;
     }
+    // The largest sums of integers: all values at the top of their 12 bits.
+    for (const float sign : {1.0f, -1.0f}) {
+        Inputs inputs({1, 2, 577, 1, 512, {-1}, 1});
+        std::fill(inputs.q.begin(), inputs.q.end(), sign);
+        std::fill(inputs.k.begin(), inputs.k.end(), 1.0f);
+        std::fill(inputs.v.begin(), inputs.v.end(), 1.0f);
+        if (!attends(kernels, inputs.a)) return false;
+    }
     for (const float odd : {NOT_A_NUMBER, INFINITE, -INFINITE, 3e38f, 0.0f, 1e-40f})
         for (const bool last : {false, true}) {
             Inputs inputs(c);

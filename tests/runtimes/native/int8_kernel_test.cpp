@@ -74,7 +74,7 @@ bool exact(const Int8Kernels& kernels, const Product& p, const Pattern& pattern,
 }
 
 bool all_patterns_are_exact(const Int8Kernels& kernels) {
-    const int64_t shapes[][2] = {{64, 128}, {1, 1}, {3, 7}, {40, 48}, {72, 80}, {100, 132}, {129, 257}};
+    const int64_t shapes[][2] = {{64, 128}, {1, 1}, {3, 7}, {40, 48}, {72, 80}, {100, 132}, {127, 40}, {129, 257}};
     const Pattern patterns[] = {{2, 4}, {4, 8}, {8, 16}, {1, 4}, {2, 8}, {4, 16}, {6, 12}, {16, 32}, {0, 0}};
     int64_t count = 0;
     for (Pattern pattern : patterns)

@@ -73,7 +73,8 @@ struct Inputs {
             add({images, tokens, COLUMNS}), add({COLUMNS}), add({COLUMNS});
         } else {
             add({images, tokens, WIDTH}), add({images, keys, WIDTH + 2}), add({images, keys, WIDTH + 1});
-            if (s.is("Biased")) add({1, HEADS, tokens, keys});
+            const Sizes biases[] = {{1, HEADS, tokens, keys}, {keys}, {images, 1, 1, keys}, {images, HEADS, 1, keys}};
+            if (s.is("Biased")) add(biases[tokens % 4]);
         }
     }
 
@@ -109,8 +110,19 @@ inline bool is_right(const Session& s, const Inputs& in, int64_t images, int64_t
                     {in.floats[2].data() + 1, keys * (WIDTH + 1), WIDTH + 1},
                     images, tokens, keys, HEADS, DIM, SCORE_SCALE, nullptr, 0, 0, 0, nullptr, nullptr,
                     1 / Y_SCALE, float(Y_ZERO)};
+        std::vector<float> bias(size_t(images * HEADS * tokens * keys));  // of each image, head, query and key
         if (s.is("Biased")) {
-            a.bias = in.floats[3].data();
+            Sizes sizes = in.values[3].shape;
+            sizes.insert(sizes.begin(), 4 - sizes.size(), 1);
+            for (size_t i = 0; i < bias.size(); i++) {
+                const int64_t whole[] = {images, HEADS, tokens, keys};
+                int64_t at = 0, rest = int64_t(i), place[4];
+                for (int d = 3; d >= 0; rest /= whole[d--]) place[d] = rest % whole[d];
+                for (size_t d = 0; d < 4; d++) at = at * sizes[d] + (sizes[d] == 1 ? 0 : place[d]);
+                bias[i] = in.floats[3][size_t(at)];
+            }
+            a.bias = bias.data();
+            a.bias_image_stride = HEADS * tokens * keys;
             a.bias_head_stride = tokens * keys;
             a.bias_query_stride = keys;
         }
