@@ -5,8 +5,8 @@ import onnx_ir as ir
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """Returns the array of an initializer; None for a value that is computed or given."""
-    if value is None or not value.is_initializer() or value.const_value is None:
+    """Returns the array of an initializer; None for a value that is computed, or that a caller may give."""
+    if value is None or not value.is_initializer() or value.is_graph_input() or value.const_value is None:
         return None
     return value.const_value.numpy()
 
@@ -24,9 +24,13 @@ def producer(value: ir.Value | None, op: str) -> ir.Node | None:
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
-    """Returns the node that alone reads a value, once; None if there are others or it is an output of the graph."""
+    """Returns the node that alone reads a value, once.
+
+    None if there are others, if the value is an output of the graph, or if the reader is in a branch or loop body.
+    """
     uses = value.uses()
     if len(uses) != 1 or value.is_graph_output():
         return None
     [(node, _)] = uses
-    return node
+    source = value.producer()
+    return node if source is None or node.graph is source.graph else None

@@ -1,5 +1,6 @@
 """Finds the 8-bit products of a file: a MatMul or Gemm between two DequantizeLinear nodes, with the bias after it."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ from jaxtyping import Float32, Int8
 
 from mpcompile.runtimes.native.graph_reading import constant, only_reader, producer
 from mpcompile.runtimes.native.int8_ops import U8Quantization
+
+SCALES = (1e-37, 1e37)  # of u8 tensors; right_quantisation in src/ort_int8.h refuses others
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,11 @@ class Int8Product:
 
 def find(file: onnx.ModelProto) -> list[Int8Product]:
     """Returns the products of u8 activations by s8 weights, in file order."""
-    return [product for node in ir.from_proto(file).graph if (product := _product(node)) is not None]
+    graph = ir.from_proto(file).graph
+    names = Counter(node.name for node in graph)
+    return [
+        product for node in graph if names[node.name] == 1 and (product := _product(node)) is not None
+    ]  # a name of two nodes would not tell which one is replaced
 
 
 def _product(node: ir.Node) -> Int8Product | None:
@@ -60,6 +67,9 @@ def _product(node: ir.Node) -> Int8Product | None:
         return None
     if weight.dtype != np.int8 or weight.ndim != 2 or not _zero(right):
         return None
+    # A scale of two dimensions holds one for each block of input or output channels.
+    if scale.dtype != np.float32 or scale.ndim > 1 or right.attributes.get_int("block_size", 0) != 0:
+        return None
     axis = right.attributes.get_int("axis", 1) % 2
     if node.op_type == "Gemm":
         given = node.attributes
@@ -76,7 +86,7 @@ def _product(node: ir.Node) -> Int8Product | None:
     if node.op_type == "Gemm":
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             stored = _dequantised(node.inputs[2])
-            if stored is None or stored.size != rows:
+            if stored is None or stored.shape not in ((rows,), (1, rows)):
                 return None
             bias = stored.reshape(-1)
     elif (added := _bias_after(output, rows)) is not None:
@@ -111,7 +121,9 @@ def _dequantised(value: ir.Value | None) -> np.ndarray | None:
         return stored.astype(np.float32) if stored.dtype == np.float32 else None
     node = producer(value, "DequantizeLinear")
     integers, scale = (None, None) if node is None else (constant(node.inputs[0]), constant(node.inputs[1]))
-    if node is None or integers is None or scale is None or not _zero(node):
+    if node is None or integers is None or scale is None or scale.dtype != np.float32 or not _zero(node):
+        return None
+    if scale.size != 1 and (integers.ndim != 1 or scale.shape != integers.shape):
         return None
     return (integers.astype(np.float64) * scale.astype(np.float64)).astype(np.float32)
 
@@ -125,9 +137,14 @@ def _zero(dequantise: ir.Node) -> bool:
 
 
 def scalar_quantization(node: ir.Node) -> U8Quantization | None:
-    """Returns scale and zero point of a QuantizeLinear or DequantizeLinear of a u8 tensor with one scale, or None."""
+    """Returns scale and zero point of a QuantizeLinear or DequantizeLinear of a u8 tensor with one scale, or None.
+
+    The float side must be float32, and the scale one that the operators take.
+    """
     scale = constant(node.inputs[1])
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if scale is None or zero is None or zero.dtype != np.uint8 or scale.size != 1 or zero.size != 1:
+        return None
+    if scale.dtype != np.float32 or not SCALES[0] <= scale.reshape(-1)[0] <= SCALES[1]:
         return None
     return U8Quantization(float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0]))

@@ -8,7 +8,7 @@ The native operator of a product (int8_products.py) takes over its neighbours:
 - an attention (attention_match.py) becomes one operator, with an 8-bit result if a QuantizeLinear follows.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -63,7 +63,7 @@ def replace(
     graph = model.graph
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
     used: set[str] = set()
-    read = {product.x for product in products}
+    read = {product.x: len(product.weight) for product in products}
     for attention in attentions:
         used.add(_replace_attention(graph, values, attention))
     for product in products:
@@ -151,8 +151,11 @@ def _residual(add: ir.Node, product: ir.Value, shapes: Mapping[str, tuple[int, .
     return other if shape is not None and shape == shapes.get(str(product.name)) else None
 
 
-def _replace_norms(graph: ir.Graph, values: dict[str, ir.Value], read: Collection[str]) -> Iterator[str]:
-    """Replaces each LayerNormalization whose only reader is a QuantizeLinear of a u8 tensor that a product reads."""
+def _replace_norms(graph: ir.Graph, values: dict[str, ir.Value], read: Mapping[str, int]) -> Iterator[str]:
+    """Replaces each LayerNormalization whose only reader is a QuantizeLinear of a u8 tensor that a product reads.
+
+    `read` has the number of channels of these u8 tensors. The native operator needs a gamma and a beta for each.
+    """
     for node in list(graph):
         if node.op_type != "LayerNormalization" or len(node.inputs) < 3 or node.inputs[2] is None:
             continue
@@ -162,6 +165,9 @@ def _replace_norms(graph: ir.Graph, values: dict[str, ir.Value], read: Collectio
         if quantised is None or quantised[0].name not in read:
             continue
         output, y = quantised
+        stored = [constant(value) for value in node.inputs[1:3]]
+        if any(array is None or array.shape != (read[str(output.name)],) for array in stored):
+            continue
         attributes = {
             "epsilon": node.attributes.get_float("epsilon", 1e-5),
             "y_scale": y.scale,

@@ -3,7 +3,8 @@
 //
 // q, k, v and the probabilities are rounded to 12 bits and multiplied as pairs of 16-bit integers, twice as many at a
 // time as float32. A sum over 64 channels, and one over 256 keys, is exact in 32 bits; more keys are summed in parts.
-// The softmax is computed in float32.
+// The softmax is computed in float32. If q, k or v of a head hold a value that is not finite, its results are NaN; if a
+// score is NaN or infinite, or all scores of a query are -infinity, so are the results of that query.
 #include "attention.h"
 
 #include "int8_simd.h"
@@ -65,32 +66,31 @@ void product_of(int64_t rows, int64_t lanes, const int16_t* a, size_t a_stride, 
     }
 }
 
+// NaN if a value is not finite.
 float largest_magnitude(const Heads& from, const float* values, int64_t tokens, int64_t dim) {
-    Floats most = all(0);
+    Floats most = all(0), not_finite = all(0);  // 0 or NaN
     float rest = 0;
     for (int64_t t = 0; t < tokens; t++, values += from.token_stride) {
         int64_t i = 0;
         for (; i + LANES <= dim; i += LANES) {
             const Floats value = load_floats(values + i);
             most = largest(most, largest(value, -value));
+            not_finite = multiply_add(value, all(0), not_finite);
         }
         for (; i < dim; i++) {
             const float value = values[i] < 0 ? -values[i] : values[i];
-            rest = value > rest ? value : rest;
+            rest = (value > rest ? value : rest) + value * 0;
         }
     }
     const float found = largest_of(most);
-    return found > rest ? found : rest;
+    return (found > rest ? found : rest) + sum_of(not_finite);
 }
 
-// The factor that brings values up to `largest` to 12 bits. Values that are not finite, or all zero, give 1.
-float factor_for(float largest) {
-    const float factor = TOP / largest;
-    return factor > 0 && factor < 1e30f ? factor : 1.0f;
-}
+// The factor that brings values up to `largest` to 12 bits; 1 for values that are all nearly zero.
+float factor_for(float largest) { return largest < 1e-27f ? 1.0f : TOP / largest; }
 
 int16_t rounded16(float value) {
-    const float limited = value > TOP ? TOP : value < -TOP ? -TOP : value;
+    const float limited = value > -TOP ? value < TOP ? value : TOP : -TOP;
     return int16_t(__builtin_lrintf(limited));
 }
 
@@ -165,23 +165,26 @@ void pack_values(const Attention& a, const float* v, float factor, Scratch& s) {
         }
 }
 
-// Replaces the scores of one query by probabilities, up to a factor, and returns their sum.
+// Replaces the scores of one query by probabilities, up to a factor, and returns their sum; NaN if they have none.
 float softmax(const Attention& a, const float* bias, float* scores, int16_t* probabilities) {
     constexpr float LOG2_E = 1.44269504f;
     if (bias)
-        for (int64_t t = 0; t < a.keys; t++) scores[t] += bias[t] * LOG2_E;
+        for (int64_t t = 0; t < a.keys; t++) scores[t] += bias[t];
     const int64_t keys = rounded_up(a.keys, LANES);  // the probabilities beyond are not read
-    for (int64_t t = a.keys; t < keys; t++) scores[t] = -1e30f;
+    for (int64_t t = a.keys; t < keys; t++) scores[t] = -__builtin_inff();
     Floats most = load_floats(scores);
     for (int64_t t = LANES; t < keys; t += LANES) most = largest(most, load_floats(scores + t));
     const Floats top = all(largest_of(most));
-    Floats sum = all(0);
+    Floats sum = all(0), distances = all(0);  // NaN if a distance is
     for (int64_t t = 0; t < keys; t += LANES) {
-        const Bytes p = rounded(exp2_of_negative(load_floats(scores + t) - top) * all(TOP_PROBABILITY));
+        const Floats distance = load_floats(scores + t) - top;
+        const Bytes p = rounded(exp2_of_negative(distance * all(LOG2_E)) * all(TOP_PROBABILITY));
         store_low_words(probabilities + t, p);
         sum = sum + to_floats(p);
+        distances = distances + distance;
     }
-    return sum_of(sum);
+    const float found = sum_of(sum), of_distances = sum_of(distances);
+    return of_distances == of_distances ? found : of_distances;
 }
 
 void store_result(const Attention& a, int64_t at, const float* y) {
@@ -211,7 +214,7 @@ void compute(const Attention& a, int64_t image, int64_t head, uint8_t* memory) {
         float factors[QUERIES];
         for (int64_t i = 0; i < count; i++) {
             round16(q + (first + i) * a.q.token_stride, q_factor, a.dim, s.channels, s.q + i * s.channels);
-            factors[i] = a.scale * 1.44269504f / (q_factor * k_factor);
+            factors[i] = a.scale / (q_factor * k_factor);
         }
         for (int64_t t = 0; t < a.keys; t += PANEL)
             product_of<false>(count, a.keys - t, s.q, size_t(s.channels), s.k + t * s.channels, s.channels / 2,

@@ -9,6 +9,8 @@ namespace mpcompile {
 namespace {
 
 float activated(Activation activation, float x) {
+    // GELU is 0 below -20 in float32, and -infinity times its factor of 0 would be NaN.
+    if (activation != Activation::NONE && x < -20) x = -20;
     switch (activation) {
         case Activation::RELU:
             return x > 0 ? x : 0.0f;
@@ -21,9 +23,10 @@ float activated(Activation activation, float x) {
     }
 }
 
+// NaN gives 0, as in the other kernels.
 uint8_t quantised(float value, float inverse_scale, float zero) {
     const float scaled = rintf(value * inverse_scale);
-    return uint8_t(scaled <= -zero ? 0.0f : scaled >= 255 - zero ? 255.0f : scaled + zero);
+    return uint8_t(scaled > -zero ? scaled < 255 - zero ? scaled + zero : 255.0f : 0.0f);
 }
 
 void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_t stride, int64_t first, int64_t last,

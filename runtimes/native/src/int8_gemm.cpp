@@ -77,7 +77,7 @@ __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const u
     NM_UNROLL for (int t = 0; t < T; t++) NM_UNROLL for (int r = 0; r < S::VECTORS; r++) sums[t][r] = zeros();
     [[maybe_unused]] const Bytes ones = NM_VNNI ? zeros() : all16(1);
     for (int64_t step = 0; step < steps; step++, x += S::COLUMNS, w += S::STEP_BYTES) {
-        const auto operand = [w](int group, int i) __attribute__((always_inline)) {
+        const auto operand = [&w](int group, int i) __attribute__((always_inline)) {
             return load_bytes(w + V * (group * (S::CONTROLS + 2 * SHARED) + i));
         };
         [[maybe_unused]] Bytes held[S::GROUPS][S::CONTROLS + 2 * SHARED];
@@ -91,6 +91,8 @@ __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const u
         };
         NM_UNROLL for (int t = 0; t < T; t++) {
             const uint8_t* from = x + t * stride;
+            // Weights that are not held are loaded again for each token: GCC would keep them in registers of the sums.
+            if constexpr (!S::HOLDS_WEIGHTS) __asm__ volatile("" : "+r"(w));
             [[maybe_unused]] Bytes first, second;
             if constexpr (!S::DENSE) {
                 first = load_blocks<S::SPLITS>(from);

@@ -55,7 +55,11 @@ Step ordered(const Step& step, const Order& order) {
 // otherwise those of two of the first four and two of the others.
 bool fits(const Step& step, bool wide) {
     int positive[4] = {}, negative[4] = {};
-    for (int i = 0; i < STEP; i++) (step.weight[i] > 0 ? positive : negative)[wide ? i / 2 : i / 2 % 2] += step.weight[i];
+    for (int i = 0; i < STEP; i++) {
+        const int lane = wide ? i / 2 : i / 2 % 2;
+        positive[lane] += std::max<int>(step.weight[i], 0);
+        negative[lane] += std::min<int>(step.weight[i], 0);
+    }
     for (int lane = 0; lane < 4; lane++)
         if (positive[lane] > MOST_LANE || negative[lane] < -MOST_LANE) return false;
     return true;

@@ -205,24 +205,27 @@ NM_INLINE Floats times_power(Floats v, Floats n) {
 #endif
 
 // Quantises to u8: the nearest integer of value / scale, ties to even, plus the zero point, between 0 and 255. NaN
-// gives the zero point's distance from 0, clamped: the smaller operand of max and min is taken.
+// gives 0: of an operand that is NaN, max returns the second one.
 NM_INLINE void store_quantised(uint8_t* p, Floats value, Floats inverse_scale, Floats zero) {
     const Floats scaled = least(largest(value * inverse_scale, -zero), all(255) - zero);
     store_low_bytes(p, add32(rounded(scaled), rounded(zero)));
 }
 
 // x times a polynomial approximation of a sigmoid: x * (1/2 + c * P(t)), where c is x limited to +-top, and t = 2 (c /
-// top)^2 - 1. The coefficients are those with the least largest error of the result that reach exactly 0 and 1 at +-top.
+// top)^2 - 1. The coefficients are those with the least largest error of the result that reach 0 and 1 at +-top. Below
+// -top, -top takes the place of x: the sigmoid's rounding error would else be multiplied by any x, even by -infinity.
+// NaN stays NaN: of an operand that is NaN, max and min return the second one.
 template <size_t TERMS>
 NM_INLINE Floats times_sigmoid(Floats x, float top, const float (&coefficients)[TERMS]) {
-    const Floats c = least(largest(x, all(-top)), all(top));
+    x = largest(all(-top), x);
+    const Floats c = least(x, all(top));
     const Floats t = multiply_add(c * c, all(2 / (top * top)), all(-1));
     Floats p = all(coefficients[TERMS - 1]);
     NM_UNROLL for (int i = int(TERMS) - 2; i >= 0; i--) p = multiply_add(p, t, all(coefficients[i]));
     return x * multiply_add(c, p, all(0.5f));
 }
 
-// 2^x for x <= 0; the relative error is at most 2e-6, and below 2^-126 the result is 2^-126.
+// 2^x for x <= 0; the relative error is at most 4e-6, and below 2^-126 the result is 2^-126.
 NM_INLINE Floats exp2_of_negative(Floats x) {
     x = largest(x, all(-126));
     const Floats n = nearest_integer(x), r = x - n;

@@ -9,6 +9,7 @@
 //   BiasedAttention…           the same with an input `bias`, added to the scores: (images or 1, heads or 1, queries or
 //                              1, keys)
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
@@ -57,7 +58,7 @@ OrtStatus* quantisation_of(Api api, const OrtKernelInfo* info, Quantisation& fou
     if (OrtStatus* failed = ort::GetAttributeFloat::call(api, info, "y_scale", &found.scale)) return failed;
     if (OrtStatus* failed = ort::GetAttributeInt::call(api, info, "y_zero", &found.zero)) return failed;
     if (right_quantisation(found.scale, found.zero)) return nullptr;
-    return refuse(api, "mpcompile: a scale must be positive, and a zero point between 0 and 255");
+    return refuse(api, "mpcompile: a scale must be between 1e-38 and 1e38, and a zero point between 0 and 255");
 }
 
 // ---- LayerNormQuantize
@@ -72,6 +73,8 @@ OrtStatus* create_norm(const OrtCustomOp*, Api api, const OrtKernelInfo* info, v
     std::unique_ptr<NormOperator> made(new (std::nothrow) NormOperator{api, 0, {}});
     if (!made) return ort::CreateStatus::call(api, ort::FAIL, "LayerNormQuantize: out of memory");
     if (OrtStatus* failed = ort::GetAttributeFloat::call(api, info, "epsilon", &made->epsilon)) return failed;
+    if (!(made->epsilon >= 0 && made->epsilon < 1e38f))
+        return refuse(api, "LayerNormQuantize: epsilon must be 0 or more, and finite");
     if (OrtStatus* failed = quantisation_of(api, info, made->y)) return failed;
     *result = made.release();
     return nullptr;
@@ -157,6 +160,7 @@ OrtStatus* create_attention(const OrtCustomOp* self, Api api, const OrtKernelInf
     if (!made->heads || !made->dim || made->dim > 512)
         return refuse(api, "Attention: heads must be positive, and dim between 1 and 512");
     if (OrtStatus* failed = ort::GetAttributeFloat::call(api, info, "scale", &made->scale)) return failed;
+    if (!std::isfinite(made->scale)) return refuse(api, "Attention: the scale must be finite");
     if (op->quantises)
         if (OrtStatus* failed = quantisation_of(api, info, made->y)) return failed;
     *result = made.release();

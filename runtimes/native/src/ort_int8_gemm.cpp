@@ -78,7 +78,7 @@ OrtStatus* fill(Operator& made, const OrtKernelInfo* info) {
         if (OrtStatus* failed = ort::GetAttributeInt::call(api, info, "y_zero", &made.y_zero)) return failed;
     }
     if (!right_quantisation(x_scale, x_zero) || !right_quantisation(made.y_scale, made.y_zero))
-        return refuse(api, "NMGemmInt8: a scale must be positive, and a zero point between 0 and 255");
+        return refuse(api, "NMGemmInt8: a scale must be between 1e-38 and 1e38, and a zero point between 0 and 255");
     int64_t sizes[2] = {-1, -1};
     const int8_t* weight = nullptr;
     const float *scale = nullptr, *bias = nullptr;

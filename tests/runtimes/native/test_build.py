@@ -42,6 +42,7 @@ def test_a_broken_library_is_refused(tmp_path: Path, compiler: None) -> None:
     assert "it crashed with signal 6" in (native.refused(crashing) or "")
 
 
+PROGRAMS = ("kernel_test", "operator_test", "int8_kernel_test", "int8_fusion_test", "int8_operator_test")
 NO_SANITIZER = {
     "unexpected memory mapping": "ThreadSanitizer cannot place its memory here (vm.mmap_rnd_bits is above 28)",
     "LeakSanitizer does not work under ptrace": "LeakSanitizer cannot run under ptrace",
@@ -53,7 +54,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, compiler: None, sanitizers: str
     """Runs the kernels, and the operator on a mock of ONNX Runtime in which every function fails once."""
     # Compiling takes nearly all the time: -O0 halves it compared with -O1.
     flags = ["-O0", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    programs = [tmp_path / name for name in ("kernel_test", "operator_test")]
+    programs = [tmp_path / name for name in PROGRAMS]
     try:
         objects = [str(path) for path in build.objects(tmp_path, flags)]
         for program in programs:

@@ -5,11 +5,12 @@ the AVX2 kernel for 4 rows per pattern 40 % of its speed.
 """
 
 import platform
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from inner_loops import disassembled, innermost_loops
+from inner_loops import Loop, disassembled, innermost_loops
 
 from mpcompile.runtimes.native import build
 
@@ -17,7 +18,13 @@ from mpcompile.runtimes.native import build
 MICROKERNELS = {
     "nm_gemm": ("multiply<", ("avx512", "avx2", "baseline")),
     "nm_gemm_skinny": ("multiply<", ("avx512", "avx2")),
+    "int8_gemm": ("multiply<", ("avx512vnni", "avx2")),
+    "attention": ("product<", ("avx512vnni", "avx2")),
+    "layer_norm": ("normalise", ("avx512vnni", "avx2")),
 }
+# AVX2, 4 rows of one pattern, 3 tokens: 12 sums, 2 activations, a vector of ones and 2 products, in 16 registers. One
+# sum in memory costs nothing that can be measured; the ones in memory made the kernel 7 to 12 % slower on Zen 4.
+ONE_SUM_IN_MEMORY = re.compile(r"\bmultiply<\d+, 4, (true|false), 3>\(unsigned char")
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +49,18 @@ def test_innermost_loops_do_not_use_the_stack(objects: Path, source: str, instru
     function = MICROKERNELS[source][0]
     loops = innermost_loops(disassembled(objects / f"{source}_{instruction_set}.o"), function)
     assert loops, f"no function {function} with a loop: was the microkernel renamed?"
-    spilled = [f"{loop.function}: {'; '.join(loop.stack)}" for loop in loops if loop.stack]
+    spilled = [f"{loop.function}: {'; '.join(loop.stack)}" for loop in loops if len(loop.stack) > allowed(loop, source)]
     assert not spilled, "\n".join(spilled)
 
 
+def allowed(loop: Loop, source: str) -> int:
+    """Returns how many instructions of a loop may address the stack: a load and a store, or none."""
+    return 2 if source == "int8_gemm" and ONE_SUM_IN_MEMORY.search(loop.function) else 0
+
+
 def test_all_kernel_sources_are_checked() -> None:
-    assert {path.stem for path in build.SOURCES.glob("nm_gemm*.cpp")} == MICROKERNELS.keys()
+    compiled = {path.stem for path in build.SOURCES.glob("*.cpp")} - {Path(name).stem for name in build.SHARED}
+    assert compiled == MICROKERNELS.keys()
 
 
 NESTED = """
