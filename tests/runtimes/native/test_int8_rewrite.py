@@ -148,6 +148,7 @@ class Writing:
         turned: whether k is split into heads like q and v, and then transposed.
         bias: what is added to the scores, by its dimensions, or None.
         quantized: whether the result goes to a product, rather than out.
+        queries: the tokens of q that are kept, from the first to before the last; None for all.
     """
 
     parts: str
@@ -155,6 +156,12 @@ class Writing:
     turned: bool
     bias: str | None
     quantized: bool
+    queries: tuple[int, int] | None = None
+
+    @property
+    def query_count(self) -> int:
+        """The number of tokens of q."""
+        return TOKENS if self.queries is None else self.queries[1] - self.queries[0]
 
 
 WRITINGS = st.builds(
@@ -164,6 +171,7 @@ WRITINGS = st.builds(
     turned=st.booleans(),
     bias=st.sampled_from((None, None, "hnn", "nn", "1n", "computed")),
     quantized=st.booleans(),
+    queries=st.sampled_from((None, (0, 1), (2, 4))),
 )
 HEADS, DIM, TOKENS = 3, 8, 5
 WIDTH = HEADS * DIM
@@ -176,6 +184,8 @@ def add_attention(graph: Graph, x: str, writing: Writing, interleaved: bool = Fa
     """
     u8 = graph.dequantize(graph.quantize(x))
     q, k, v = heads_of(graph, u8, writing, interleaved)
+    if writing.queries is not None:
+        q = graph.op("Slice", [q, *(graph.ints(token) for token in writing.queries), graph.ints(2)])
     factor = np.float32(DIM**-0.5)
     if writing.scaled == "q":
         q = graph.op("Mul", [q, graph.store("factor", factor)])
@@ -191,7 +201,8 @@ def add_attention(graph: Graph, x: str, writing: Writing, interleaved: bool = Fa
         mean = graph.op("ReduceMean", [x, graph.ints(-1)], keepdims=0)
         scores = graph.op("Add", [scores, graph.op("Unsqueeze", [mean, graph.ints(1, 2)])])
     elif writing.bias is not None:
-        shape = {"hnn": (HEADS, TOKENS, TOKENS), "nn": (TOKENS, TOKENS), "1n": (1, TOKENS)}[writing.bias]
+        queries = writing.query_count
+        shape = {"hnn": (HEADS, queries, TOKENS), "nn": (queries, TOKENS), "1n": (1, TOKENS)}[writing.bias]
         scores = graph.op("Add", [graph.floats(*shape), scores])
     mixed = graph.op("MatMul", [graph.op("Softmax", [scores], axis=-1), v])
     turned = graph.op("Transpose", [mixed], perm=[0, 2, 1, 3])
