@@ -28,7 +28,6 @@ from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION
 from mpcompile.runtimes.native.int8_products import Int8Product
 from mpcompile.runtimes.native.kernel_selection import Accelerated, Choice, OtherKernels, compare_whole, dropped
 from mpcompile.runtimes.native.microbenchmark import OneNode, compared, session
-from mpcompile.runtimes.native.packing import shared_rows
 from mpcompile.runtimes.native.whole_file import Names, accept
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def accelerate(
     mpcompile.measure.timing is always run. Raises BuildError.
     """
     found, masks = inspected(file, images), tuple(masks)
-    patterns = {mask.initializer: mask.pattern for mask in masks}
+    by_initializer = {mask.initializer: mask for mask in masks}
     layers = {node: row.layers for row in quantized_weights(file) for node in row.nodes}
     measured: dict[tuple[object, ...], Any] = {}
     replaceable = {product.initializer for product in found.products}
@@ -97,10 +96,10 @@ def accelerate(
     ]
     for product in found.products:
         columns, rows = product.weight.shape
-        shape, shared = found.shapes[product.y], shared_rows(product.weight.T != 0)
+        shape, mask = found.shapes[product.y], by_initializer.get(product.initializer)
         x = (len(images), *shape[1:-1], columns)
-        pattern = patterns.get(product.initializer)
-        key = (product.weight.shape, pattern, shared, x)
+        pattern = None if mask is None else mask.pattern
+        key = (product.weight.shape, pattern, x)
         if key not in measured:
             measured[key] = measure_product(product, x, library, threads, seconds)
         dense, sparse, ratio = measured[key]
@@ -115,7 +114,7 @@ def accelerate(
                 reason=reason if skips or pattern is None else reason + ZEROS,
                 pattern=pattern,
                 shape=(rows, columns),
-                rows_per_pattern=shared,
+                rows_per_pattern=1 if mask is None or mask.nm is None else mask.nm.rows,
                 x=x,
                 dense=dense,
                 sparse=sparse,
