@@ -1,5 +1,5 @@
-// Attention for one head of one image, compiled for AVX2 and for AVX-512 with VNNI, with NM_ATTENTION as the name of the
-// AttentionKernel that it defines.
+// Attention for one head of one image, compiled for AVX2 and for AVX-512 with VNNI, with NM_ATTENTION as the name of
+// the AttentionKernel that it defines.
 //
 // q, k, v and the probabilities are rounded to 12 bits and multiplied as pairs of 16-bit integers, twice as many at a
 // time as float32. A sum over 64 channels, and one over 256 keys, is exact in 32 bits; more keys are summed in parts.
@@ -14,9 +14,9 @@ namespace {
 using mpcompile::Attention;
 using mpcompile::Heads;
 
-constexpr int PANEL = 2 * LANES;      // lanes of a panel: keys of the first product, channels of the second
+constexpr int PANEL = 2 * LANES;       // lanes of a panel: keys of the first product, channels of the second
 constexpr int QUERIES = 24, ROWS = 6;  // that are computed together; rows of a product's tile
-constexpr int64_t MOST_KEYS = 256;    // of an exact 32-bit sum: 256 * 4095 * 2047 < 2^31
+constexpr int64_t MOST_KEYS = 256;     // of an exact 32-bit sum: 256 * 4095 * 2047 < 2^31
 constexpr float TOP = 2047, TOP_PROBABILITY = 4095;
 
 constexpr int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -104,15 +104,15 @@ void round16(const float* from, float factor, int64_t dim, int64_t padded, int16
 
 // The parts of the scratch memory, each aligned to 64 bytes.
 struct Scratch {
-    int64_t dim, keys;      // padded to panels
-    int64_t channels;       // padded to pairs
-    int16_t *row;           // [max(dim, channels)] one token
-    int16_t *k;             // [panels of keys][channels / 2][PANEL][2]
-    int16_t *v;             // [panels of channels][keys / 2][PANEL][2]
-    int16_t *q;             // [QUERIES][channels]
-    int16_t *probabilities; // [QUERIES][keys]
-    float *scores;          // [QUERIES][keys]
-    float *y;               // [QUERIES][dim]
+    int64_t dim, keys;       // padded to panels
+    int64_t channels;        // padded to pairs
+    int16_t* row;            // [max(dim, channels)] one token
+    int16_t* k;              // [panels of keys][channels / 2][PANEL][2]
+    int16_t* v;              // [panels of channels][keys / 2][PANEL][2]
+    int16_t* q;              // [QUERIES][channels]
+    int16_t* probabilities;  // [QUERIES][keys]
+    float* scores;           // [QUERIES][keys]
+    float* y;                // [QUERIES][dim]
     size_t bytes = 0;
 
     Scratch(const Attention& a, uint8_t* memory)

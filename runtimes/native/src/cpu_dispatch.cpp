@@ -20,13 +20,13 @@ int supported_kernels(const Kernel* (&found)[4]) {
     return count;
 }
 
-#define NM_INT8(set)                                    \
-    extern const Int8Kernel int8_gemm_##set;            \
-    extern const AttentionKernel attention_##set;       \
-    extern const LayerNormKernel layer_norm_##set;      \
-    static const Int8Kernels& int8_##set() {            \
+#define NM_INT8(set)                                                                                        \
+    extern const Int8Kernel int8_gemm_##set;                                                                \
+    extern const AttentionKernel attention_##set;                                                           \
+    extern const LayerNormKernel layer_norm_##set;                                                          \
+    static const Int8Kernels& int8_##set() {                                                                \
         static const Int8Kernels kernels{"int8_" #set, int8_gemm_##set, attention_##set, layer_norm_##set}; \
-        return kernels;                                 \
+        return kernels;                                                                                     \
     }
 #if defined(NM_HAS_INT8_avx512vnni)
 NM_INT8(avx512vnni)

@@ -62,8 +62,8 @@ void attend(const Attention& a, int64_t image, int64_t head, uint8_t* scratch) {
             for (int64_t i = 0; i < a.dim; i++) sum += q[i] * k[i];
             scores[t] = sum * a.scale;
             if (a.bias)
-                scores[t] += a.bias[image * a.bias_image_stride + head * a.bias_head_stride +
-                                    query * a.bias_query_stride + t];
+                scores[t] +=
+                    a.bias[image * a.bias_image_stride + head * a.bias_head_stride + query * a.bias_query_stride + t];
             most = fmaxf(most, scores[t]);
         }
         for (int64_t i = 0; i < a.dim; i++) y[i] = 0;

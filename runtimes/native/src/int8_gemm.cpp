@@ -1,10 +1,10 @@
 // The int8 microkernel: a tile of tokens times a panel of rows. It is compiled for AVX2 and for AVX-512 with VNNI, with
 // NM_INT8_GEMM as the name of the Int8Kernel that it defines.
-#include "int8_simd.h"
+#include "int8_gemm.h"
 
 #include <string.h>
 
-#include "int8_gemm.h"
+#include "int8_simd.h"
 
 namespace {
 
@@ -27,7 +27,8 @@ struct Shape {
 #else
     static constexpr int GROUPS = 1;
     static constexpr int TOKENS = SHARED == 1 ? 9 : SHARED == 2 ? 5 : 3;
-    static constexpr bool HOLDS_WEIGHTS = SHARED == 1;  // otherwise no registers are left, and weights are memory operands
+    static constexpr bool HOLDS_WEIGHTS =
+        SHARED == 1;  // otherwise no registers are left, and weights are memory operands
 #endif
     static constexpr int VECTORS = GROUPS * SHARED, PANEL_ROWS = VECTORS * ROWS;
     static constexpr int CONTROLS = DENSE ? 0 : 2, BLOCK = 16 * SPLITS;
@@ -118,8 +119,8 @@ __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const u
                     NM_KEEP(p);
                     NM_KEEP(q);
                 }
-                NM_UNROLL for (int r = 0; r < SHARED; r++)
-                    add_products8<WIDE>(of_group[r], p, at(g, S::CONTROLS + r), q, at(g, S::CONTROLS + SHARED + r), ones);
+                NM_UNROLL for (int r = 0; r < SHARED; r++) add_products8<WIDE>(
+                    of_group[r], p, at(g, S::CONTROLS + r), q, at(g, S::CONTROLS + SHARED + r), ones);
             }
         }
     }
@@ -155,8 +156,9 @@ using MultiplyChunk = void (*)(const Int8Weights&, int64_t, const uint8_t*, size
 
 template <int KEPT, bool WIDE>
 MultiplyChunk by_shared(int shared) {
-    return shared == 4 ? multiply_chunk<KEPT, 4, WIDE>
-                       : shared == 2 ? multiply_chunk<KEPT, 2, WIDE> : multiply_chunk<KEPT, 1, WIDE>;
+    return shared == 4   ? multiply_chunk<KEPT, 4, WIDE>
+           : shared == 2 ? multiply_chunk<KEPT, 2, WIDE>
+                         : multiply_chunk<KEPT, 1, WIDE>;
 }
 
 template <bool WIDE>
@@ -234,8 +236,8 @@ void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_
              int64_t begin, int64_t end) {
     alignas(64) int32_t sums[MOST_TOKENS * CHUNK];
     const MultiplyChunk multiply_chunk = chosen(w);
-    const auto finish = call.activation == Activation::RELU   ? finish_chunk<Activation::RELU>
-                        : call.activation == Activation::GELU ? finish_chunk<Activation::GELU>
+    const auto finish = call.activation == Activation::RELU        ? finish_chunk<Activation::RELU>
+                        : call.activation == Activation::GELU      ? finish_chunk<Activation::GELU>
                         : call.activation == Activation::GELU_TANH ? finish_chunk<Activation::GELU_TANH>
                                                                    : finish_chunk<Activation::NONE>;
     for (int64_t chunk = begin; chunk < end; chunk++) {

@@ -4,22 +4,23 @@
 // exact 32-bit integer. The file holds the weight as a plain matrix; `pack` (int8_packing.cpp) brings it into the order
 // in which a kernel reads it, once for each session.
 //
-// SIMD lanes hold output rows, four bytes each: a vector of weights has four weights of each of `lanes` rows. A block of
-// 16 columns of one token is broadcast to all lanes, and a shuffle selects for each row the activations of its four kept
-// columns. Which columns a row keeps is therefore free, for any N:M that keeps at most 8 or at most 4 of 16. Rows with
-// the same pattern (`shared` of them, in as many vectors) use the same shuffled vector.
+// SIMD lanes hold output rows, four bytes each: a vector of weights has four weights of each of `lanes` rows. A block
+// of 16 columns of one token is broadcast to all lanes, and a shuffle selects for each row the activations of its four
+// kept columns. Which columns a row keeps is therefore free, for any N:M that keeps at most 8 or at most 4 of 16. Rows
+// with the same pattern (`shared` of them, in as many vectors) use the same shuffled vector.
 //
 // The packed weights, in steps of 8 products for each row and split:
 //   kept 8    a step is one block of 16 columns: four kept columns, then the other four
 //   kept 4    a step is two blocks of 16 columns: four kept columns of each
 //   kept 16   dense: a step is 8 columns, four and four, without controls
 //   stream [panels][steps][groups]{control 0, control 1}{shared vectors}{shared vectors}
-// A panel has `groups` groups of rows; in each, row l * shared + r is in lane l of vector r. The two controls of a step are absent if the weights are dense.
+// A panel has `groups` groups of rows; in each, row l * shared + r is in lane l of vector r. The two controls of a step
+// are absent if the weights are dense.
 //
 // With `splits` above 1, the 128-bit parts of a vector hold neighbouring blocks rather than copies of one block, and
 // each part sums over its own blocks; the parts are added at the end. A step then has `splits` times as many columns,
-// and a vector `lanes / splits` rows. Activations are then loaded as they are, without a broadcast, which on Zen 4 takes
-// as long as a shuffle.
+// and a vector `lanes / splits` rows. Activations are then loaded as they are, without a broadcast, which on Zen 4
+// takes as long as a shuffle.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -65,8 +66,8 @@ struct Int8Kernel {
     int lanes;       // 32-bit lanes of a vector; 0 for the baseline kernel
     bool saturates;  // sums of products pass through 16-bit lanes
     Int8Layout (*layout)(int kept, int shared);
-    // Computes the tokens [first, last) of chunks [begin, end). `x` is the row of token `first`, `stride` bytes from one
-    // token to the next, with at least steps * step_columns readable bytes in each.
+    // Computes the tokens [first, last) of chunks [begin, end). `x` is the row of token `first`, `stride` bytes from
+    // one token to the next, with at least steps * step_columns readable bytes in each.
     void (*compute)(const Int8Weights&, const Int8Call&, const uint8_t* x, size_t stride, int64_t first, int64_t last,
                     int64_t begin, int64_t end);
 };

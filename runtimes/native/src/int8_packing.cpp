@@ -29,7 +29,7 @@ std::vector<Order> orders_of(int kept) {
     std::vector<Order> orders{{0, 1, 2, 3, 4, 5, 6, 7}};
     if (kept == 16) return orders;
     constexpr int PLACES[2][4] = {{0, 1, 4, 5}, {2, 3, 6, 7}};  // of the two lanes
-    for (int chosen = 1; chosen < 256; chosen += 2) {          // the weights in the first lane; weight 0 is one of them
+    for (int chosen = 1; chosen < 256; chosen += 2) {  // the weights in the first lane; weight 0 is one of them
         const int low = __builtin_popcount(chosen & 15), high = __builtin_popcount(chosen >> 4);
         if (low + high != 4 || (kept == 4 && low != 2)) continue;
         Order order{};
@@ -102,8 +102,7 @@ class Matrix {
     int kept() const {
         int most = 0;
         for (const std::string& pattern : patterns_)
-            for (size_t i = 0; i < pattern.size(); i += 2)
-                most = std::max(most, kept_in_block(pattern, i));
+            for (size_t i = 0; i < pattern.size(); i += 2) most = std::max(most, kept_in_block(pattern, i));
         return most <= 4 ? 4 : most <= 8 ? 8 : 16;
     }
 
@@ -112,7 +111,8 @@ class Matrix {
     Step step(int64_t row, const std::string& pattern, int64_t first, int64_t distance, int kept) const {
         Step result{};
         for (int block = 0; block < STEP / std::min(kept, STEP); block++) {
-            const int64_t begin = first + block * distance, end = std::min(begin + (kept == 16 ? STEP : BLOCK), columns_);
+            const int64_t begin = first + block * distance,
+                          end = std::min(begin + (kept == 16 ? STEP : BLOCK), columns_);
             int place = block * kept;
             for (int64_t i = begin; i < end; i++) {
                 if (kept != 16 && !(pattern[size_t(i / 8)] >> i % 8 & 1)) continue;
@@ -217,10 +217,11 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
             // Of all vectors of the chunk in which this group has a lane, the first; rows that share a pattern are
             // neighbours in the panel.
             const int64_t row_in_chunk = int64_t(g) * members, panel = row_in_chunk / panel_rows;
-            const int64_t group = row_in_chunk % panel_rows / (shared * rows), in_group = row_in_chunk % (shared * rows);
+            const int64_t group = row_in_chunk % panel_rows / (shared * rows),
+                          in_group = row_in_chunk % (shared * rows);
             const int64_t row_of_vector = in_group / shared, first_vector = in_group % shared;
-            uint8_t* to = stream.data()->bytes + (first / panel_rows + panel) * w.steps * step_bytes +
-                          group * group_bytes;
+            uint8_t* to =
+                stream.data()->bytes + (first / panel_rows + panel) * w.steps * step_bytes + group * group_bytes;
             for (int r = 0; r < members; r++) {
                 const int64_t row = groups[g].rows[size_t(r)];
                 p.position[size_t(row)] = uint8_t(row_in_chunk + r);
@@ -273,8 +274,13 @@ std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel
         p.scale[size_t(row)] = x_scale * scale[row];
         p.bias[size_t(row)] = bias[row];
     }
-    p.weights = {nullptr, p.matrix.data(), p.start.data(), p.scale.data(), p.bias.data(), nullptr, rows, columns,
-                 columns, 1, matrix.kept(), 1, false};
+    p.weights = {nullptr,        p.matrix.data(),
+                 p.start.data(), p.scale.data(),
+                 p.bias.data(),  nullptr,
+                 rows,           columns,
+                 columns,        1,
+                 matrix.kept(),  1,
+                 false};
     Int8Weights& w = p.weights;
     if (widest.lanes)
         for (const bool wide : {false, true})

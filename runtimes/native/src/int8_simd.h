@@ -188,18 +188,13 @@ NM_INLINE void store_low_words(int16_t* p, Bytes v) {
     const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
 }
-NM_INLINE Bytes pairs16(Bytes low, Bytes high) {
-    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
-}
+NM_INLINE Bytes pairs16(Bytes low, Bytes high) { return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa); }
 NM_INLINE void add_products16(Bytes& sum, Bytes a, Bytes b) {
     __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
 }
-NM_INLINE Floats nearest_integer(Floats v) {
-    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+NM_INLINE Floats nearest_integer(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 NM_INLINE Floats times_power(Floats v, Floats n) {
-    return _mm256_castsi256_ps(
-        _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 
 #endif
@@ -238,14 +233,14 @@ NM_INLINE Floats exp2_of_negative(Floats x) {
 
 // GELU with the normal distribution's function; the largest error is 1.1e-5.
 NM_INLINE Floats gelu(Floats x) {
-    constexpr float COEFFICIENTS[] = {0.153543437f,  -0.0757557662f, 0.0541368763f,   -0.040615334f,   0.0295280072f,
-                                      -0.0190192501f, 0.0109491075f, -0.00784956254f, 0.00561934002f, -0.0018412028f};
+    constexpr float COEFFICIENTS[] = {0.153543437f,   -0.0757557662f, 0.0541368763f,   -0.040615334f,  0.0295280072f,
+                                      -0.0190192501f, 0.0109491075f,  -0.00784956254f, 0.00561934002f, -0.0018412028f};
     return times_sigmoid(x, 4.6f, COEFFICIENTS);
 }
 
 // GELU with its approximation by tanh; the largest error is 9e-6.
 NM_INLINE Floats gelu_tanh(Floats x) {
-    constexpr float COEFFICIENTS[] = {0.160444912f,  -0.0787240318f, 0.0552085652f,   -0.039811286f,  0.0272457065f,
+    constexpr float COEFFICIENTS[] = {0.160444912f,   -0.0787240318f, 0.0552085652f,   -0.039811286f,  0.0272457065f,
                                       -0.0163976485f, 0.00891888584f, -0.00625242662f, 0.00443951347f, -0.00143582625f};
     return times_sigmoid(x, 4.4f, COEFFICIENTS);
 }

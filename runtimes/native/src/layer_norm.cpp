@@ -29,9 +29,8 @@ void normalise(const LayerNorm& n, const float* x, uint8_t* y, int64_t tokens) {
     const Floats inverse = all(n.inverse_scale), zero = all(n.zero);
     for (int64_t t = 0; t < tokens; t++, x += n.columns, y += n.columns) {
         Floats sum = all(0);
-        each_vector(n.columns, [&](int64_t i, int count) __attribute__((always_inline)) {
-            sum = sum + load_some(x + i, count, 0);
-        });
+        each_vector(n.columns, [&](int64_t i, int count)
+                                   __attribute__((always_inline)) { sum = sum + load_some(x + i, count, 0); });
         const float mean = sum_of(sum) * share;
         Floats squares = all(0);
         each_vector(n.columns, [&](int64_t i, int count) __attribute__((always_inline)) {
@@ -41,7 +40,8 @@ void normalise(const LayerNorm& n, const float* x, uint8_t* y, int64_t tokens) {
         const Floats factor = all(1 / __builtin_sqrtf(sum_of(squares) * share + n.epsilon));
         each_vector(n.columns, [&](int64_t i, int count) __attribute__((always_inline)) {
             const Floats normal = (load_some(x + i, count, 0) - all(mean)) * factor;
-            const Floats value = multiply_add(normal, load_some(n.gamma + i, count, 0), load_some(n.beta + i, count, 0));
+            const Floats value =
+                multiply_add(normal, load_some(n.gamma + i, count, 0), load_some(n.beta + i, count, 0));
             if (count == LANES) return store_quantised(y + i, value, inverse, zero);
             uint8_t bytes[LANES];
             store_quantised(bytes, value, inverse, zero);

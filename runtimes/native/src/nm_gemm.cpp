@@ -10,6 +10,7 @@
 // Each sum runs over the nonzeros of block 0, block 1, ... in the order of the streams. The division among threads
 // changes neither tiles nor that order, so results are bit-identical for any number of threads.
 #include "nm_gemm.h"
+
 #include "simd.h"
 
 namespace {
@@ -46,8 +47,8 @@ struct Sums {
     }
 };
 
-// One nonzero of every row, all on the input channel at `from`, with one weight in a register rather than all. HELD: the
-// vectors of the channel stay in registers too; otherwise each row loads them again.
+// One nonzero of every row, all on the input channel at `from`, with one weight in a register rather than all. HELD:
+// the vectors of the channel stay in registers too; otherwise each row loads them again.
 template <typename V, int VECTORS, bool HELD, typename Row, int ROWS>
 NM_INLINE void add_products_by_weight(const float* from, const float* values, Row (&into)[ROWS]) {
     constexpr int LANES = Row::LANES;

@@ -8,6 +8,7 @@
 //
 // Each sum runs over the blocks in order, whichever thread computes it.
 #include "nm_gemm_skinny.h"
+
 #include "simd.h"
 
 #ifdef __AVX2__
@@ -65,8 +66,8 @@ template <int TOKENS, int TABLE_REGISTERS>
 void multiply(const RowPanels& p, int64_t panel, const float* packed, float* sums) {
     constexpr int BITS = log2_of(NM_LANES * TABLE_REGISTERS), WORD = 32 / BITS, WIDTH = NM_LANES * TABLE_REGISTERS;
     constexpr int CHAINS = TOKENS >= 8 ? 1 : TOKENS >= 3 ? 2 : TOKENS == 2 ? 4 : 8;
-    // If sums, tables and 5 other vectors exceed the registers, permutes read the tables from memory. Otherwise GCC would
-    // keep the tables, and sums in memory.
+    // If sums, tables and 5 other vectors exceed the registers, permutes read the tables from memory. Otherwise GCC
+    // would keep the tables, and sums in memory.
     constexpr bool LOAD_TABLES = CHAINS * TOKENS + TOKENS * TABLE_REGISTERS + 5 > NM_REGISTERS;
     V acc[CHAINS][TOKENS] = {};
     const float* at = p.stream + p.starts[panel] * NM_LANES;

@@ -145,12 +145,9 @@ OrtStatus* create_attention(const OrtCustomOp* self, Api api, const OrtKernelInf
     const struct {
         const char* name;
         int64_t* value;
-    } attributes[] = {{"heads", &made->heads},
-                      {"dim", &made->dim},
-                      {"q_offset", &made->offset[0]},
-                      {"k_offset", &made->offset[1]},
-                      {"v_offset", &made->offset[2]},
-                      {"first_query", &made->first_query},
+    } attributes[] = {{"heads", &made->heads},        {"dim", &made->dim},
+                      {"q_offset", &made->offset[0]}, {"k_offset", &made->offset[1]},
+                      {"v_offset", &made->offset[2]}, {"first_query", &made->first_query},
                       {"queries", &made->queries}};
     for (const auto& attribute : attributes) {
         if (OrtStatus* failed = ort::GetAttributeInt::call(api, info, attribute.name, attribute.value)) return failed;
@@ -212,7 +209,8 @@ OrtStatus* compute_attention(void* kernel, OrtKernelContext* context) {
         if (OrtStatus* failed = data_of(api, value, heads.values)) return failed;
         if (OrtStatus* failed = shape_of(api, value, shapes[i])) return failed;
         if (shapes[i].count != 3 || shapes[i].sizes[0] != shapes[0].sizes[0] ||
-            shapes[i].sizes[2] < made.offset[i] + made.heads * made.dim || (i == 2 && shapes[2].sizes[1] != shapes[1].sizes[1]))
+            shapes[i].sizes[2] < made.offset[i] + made.heads * made.dim ||
+            (i == 2 && shapes[2].sizes[1] != shapes[1].sizes[1]))
             return refuse(api, "Attention: q, k and v must be (images, tokens, channels), and hold all heads");
         heads.values += made.offset[i];
         heads.token_stride = shapes[i].sizes[2];
@@ -237,8 +235,8 @@ OrtStatus* compute_attention(void* kernel, OrtKernelContext* context) {
     a.inverse_scale = 1 / made.y.scale;
     a.zero = float(made.y.zero);
     Shape shape{{a.images, a.queries, a.heads * a.dim}, 3};
-    if (OrtStatus* failed = made.op->quantises ? output_of(api, context, shape, a.bytes)
-                                               : output_of(api, context, shape, a.floats))
+    if (OrtStatus* failed =
+            made.op->quantises ? output_of(api, context, shape, a.bytes) : output_of(api, context, shape, a.floats))
         return failed;
     if (!a.images || !a.queries) return nullptr;
     if (!a.keys) return refuse(api, "Attention: there are no keys");

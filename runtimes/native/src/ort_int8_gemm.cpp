@@ -1,4 +1,5 @@
-// The custom operators mpcompile::NMGemmInt8…: y = x W + bias with 8-bit activations and weights, as int8_gemm.h defines.
+// The custom operators mpcompile::NMGemmInt8…: y = x W + bias with 8-bit activations and weights, as int8_gemm.h
+// defines.
 //
 // Inputs: x u8 (..., columns), and the constants weight s8 (columns, rows), scale and bias float32 (rows). Attributes:
 // x_scale, x_zero. The weight is the plain matrix; zeros are found and skipped, whatever the pattern.
@@ -186,7 +187,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 
 GemmOp op(const char* name, Activation activation, bool adds, bool quantises) {
     GemmOp made{};
-    static_cast<OrtCustomOp&>(made) = custom_op(create, compute, [](void* kernel) { delete static_cast<Operator*>(kernel); });
+    static_cast<OrtCustomOp&>(made) =
+        custom_op(create, compute, [](void* kernel) { delete static_cast<Operator*>(kernel); });
     made.GetName = [](const OrtCustomOp* self) { return static_cast<const GemmOp*>(self)->name; };
     made.GetInputType = [](const OrtCustomOp*, size_t input) -> int {
         return input == 0 ? ort::UINT8 : input == 1 ? ort::INT8 : ort::FLOAT;
