@@ -28,9 +28,13 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/tensorrt/11 tensorrt-cu13-bindings==11.4.0.106
 	touch $@
 
+# The example at 2:4 in fp32 and in int8, on one thread, then one table of both. Some four minutes on an idle core.
 demo: $(READY)
-	$(BIN)/mpcompile examples/fashion_vit/model.safetensors --pattern 2:4 --target ort \
+	$(BIN)/mpcompile examples/fashion_vit/model.safetensors --pattern 2:4 --target ort --threads 1 \
 	    --data examples/fashion_vit/images.npz --output build/demo --force
+	$(BIN)/mpcompile examples/fashion_vit/model.safetensors --pattern 2:4 --precision int8 --target ort --threads 1 \
+	    --data examples/fashion_vit/images.npz --output build/demo-int8 --force
+	$(BIN)/python benchmarks/demo.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

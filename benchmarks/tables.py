@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpu_vit import cells as vit_cells
+from demo import COLUMNS as DEMO_COLUMNS
 from fashion_vit import COLUMNS, cells
 from lib.common import RESULTS, ROOT, markdown, rows_of
 from lib.cpu_timing import by_processor
@@ -215,19 +216,31 @@ def accuracy() -> str:
     )
 
 
+def demo() -> str:
+    """Returns the table that `make demo` prints, with the processor and the versions of that run."""
+    content = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    [row] = content["rows"]
+    table = markdown(DEMO_COLUMNS, [tuple(cells) for cells in row["table"]])
+    return f"Measured on {machine_of(content)}:\n\n{table}"
+
+
+def machine_of(content: dict[str, Any]) -> str:
+    """Returns the processor, its cores and the versions that a results file was measured with."""
+    machine = content["environment"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, ONNX Runtime {machine['onnxruntime']}, "
+        f"torch {machine['torch']}"
+    )
+
+
 def blocks() -> dict[str, str]:
     """Returns the text of each block by its name in the pages."""
     capture = json.loads((RESULTS / "capture.json").read_text(encoding="utf-8"))
     fashion = json.loads((RESULTS / "fashion_vit.json").read_text(encoding="utf-8"))
-    rows, machine = fashion["rows"], fashion["environment"]
-    device = (
-        f"{machine['processor']}, {machine['cores']} cores, ONNX Runtime {machine['onnxruntime']}, "
-        f"torch {machine['torch']}"
-    )
+    rows, device = fashion["rows"], machine_of(fashion)
     captured = sum(row["captured"] for row in capture["rows"])
     return {
-        "demo": f"Measured on {device}:\n\n"
-        + markdown(("", "dense", "compressed", "difference"), [tuple(row) for row in rows[0]["summary"]]),
+        "demo": demo(),
         "capture": f"{captured} of the {len(capture['rows'])} timm and torchvision architectures tried can be traced "
         "([list, with the reason for each failure](benchmarks/results/capture.md)).\n",
         "accuracy": accuracy(),

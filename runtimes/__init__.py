@@ -27,7 +27,14 @@ from mpcompile.runtimes.protocol import (
     ShipsFile,
     TimesDevice,
 )
-from mpcompile.runtimes.quantized import RunsQuantized, has_sparse_kernel
+from mpcompile.runtimes.quantized import (
+    MeasuresQuantized,
+    QuantizedGemm,
+    QuantizedSpeed,
+    RunsQuantized,
+    fast_patterns,
+    has_sparse_kernel,
+)
 from mpcompile.runtimes.tensorrt.rtx import TensorRTForRTX
 from mpcompile.runtimes.tensorrt.target import TensorRT
 from mpcompile.system.moved_modules import renamed_names
@@ -44,11 +51,14 @@ __all__ = [
     "GemmShape",
     "HasQuantizedBaselines",
     "LoadsFile",
+    "MeasuresQuantized",
     "OnnxRuntime",
     "OnnxRuntimeCuda",
     "PredictsSpeed",
     "Prepared",
     "QuantizedBaseline",
+    "QuantizedGemm",
+    "QuantizedSpeed",
     "ReportsKernels",
     "ReportsQuantizedLayers",
     "ReportsReference",
@@ -59,6 +69,7 @@ __all__ = [
     "TensorRT",
     "TensorRTForRTX",
     "TimesDevice",
+    "fast_patterns",
     "has_sparse_kernel",
 ]
 

@@ -7,6 +7,7 @@ import typer
 
 import mpcompile.cli.parse as parse
 from mpcompile.cli.app import Command, app
+from mpcompile.cli.choices import PRECISIONS, completion
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.options import (
     AllowPickleOption,
@@ -54,6 +55,14 @@ def analyze_command(
     macs: MacsOption = None,
     budget: BudgetOption = None,
     target: TargetOption = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Precision of the speed forecast and of --pattern auto: fp32, or int8, beside dense fp32 and dense "
+            "int8. [default: fp32]",
+            autocompletion=completion({name: PRECISIONS[name] for name in ("fp32", "int8")}),
+        ),
+    ] = None,
     data: DataOption = None,
     head: HeadOption = None,
     include: IncludeOption = None,
@@ -93,7 +102,7 @@ def analyze_command(
     from mpcompile.recipe.schema import Recipe
 
     params = {
-        "patterns": parse.patterns(pattern, target or "ort", macs, share_rows),
+        "patterns": parse.patterns(pattern, target or "ort", macs, share_rows, precision or "fp32"),
         "macs": macs,
         "signal": budget,
         "include": include,
@@ -126,6 +135,7 @@ def analyze_command(
             choice=Recipe.checked({"data": {k: v for k, v in choice.items() if v is not None}}, "options").data,
             head=parse.head(head),
             plots=plots,
+            precision=parse.precision_named(precision or "fp32"),
             observe=observe,
         )
     if as_json:

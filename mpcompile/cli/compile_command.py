@@ -184,7 +184,9 @@ def compile_command(
     recipe = overridden(
         given,
         budget={
-            "patterns": parse.patterns(pattern, target or given.target, budget_macs, share_rows),
+            "patterns": parse.patterns(
+                pattern, target or given.target, budget_macs, share_rows, precision or given.precision
+            ),
             "macs": budget_macs,
             "signal": budget,
             "include": include,

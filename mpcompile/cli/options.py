@@ -138,7 +138,8 @@ PatternOption = Annotated[
         "--pattern",
         help="N:M keeps N of every M weights, such as 2:4. With 2:4x4, four neighbouring rows share one pattern. "
         "With 2:4,8:16, the budget chooses one for each layer. "
-        "With auto, it chooses from the patterns that are fast on the target; with auto:16, from all N:16.",
+        "With auto, it chooses from the patterns that are fast on the target in this precision; with auto:16, from all "
+        "N:16.",
     ),
 ]
 

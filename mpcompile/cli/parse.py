@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpcompile.errors import UsageError
+from mpcompile.errors import UsageError, did_you_mean
 from mpcompile.ir.pattern import NM
 
 if TYPE_CHECKING:
     from mpcompile.frontend.load_model import Request
+    from mpcompile.ir.precision import Precision
 
 
 def request_of(
@@ -161,11 +162,13 @@ def macs_by_pass(macs: float | None, tome: str | None, pattern: str | None) -> t
     return None, macs
 
 
-def patterns(text: str | None, target: str, macs: float | None, rows: int | None = None) -> tuple[NM, ...]:
+def patterns(
+    text: str | None, target: str, macs: float | None, rows: int | None = None, precision: str = "fp32"
+) -> tuple[NM, ...]:
     """The patterns in `2:4`, `2:4,8:16`, `auto` or `auto:16`; empty if none are given.
 
-    `auto` stands for the patterns that are fast on the target. With `rows` (--share-rows), that many output channels
-    share each pattern. Raises UsageError.
+    `auto` stands for the patterns that are fast on the target in this precision. With `rows` (--share-rows), that many
+    output channels share each pattern. Raises UsageError.
     """
     if text is None:
         return ()
@@ -178,7 +181,18 @@ def patterns(text: str | None, target: str, macs: float | None, rows: int | None
         raise UsageError(f"--pattern {text} chooses the patterns so that --macs is reached; give --macs too")
     from mpcompile.driver.run_plan import auto_patterns
 
-    return tuple(_with_rows(pattern, rows) for pattern in auto_patterns(target, int(group) if group else None))
+    found = auto_patterns(target, int(group) if group else None, precision_named(precision), rows or 1)
+    return tuple(_with_rows(pattern, rows) for pattern in found)
+
+
+def precision_named(text: str) -> "Precision":
+    """The precision of this name. Raises UsageError."""
+    from mpcompile.ir.precision import PRECISIONS
+
+    for precision in PRECISIONS:
+        if precision == text:
+            return precision
+    raise UsageError(f"--precision {text!r} is unknown; give {', '.join(PRECISIONS)}{did_you_mean(text, PRECISIONS)}")
 
 
 def _with_rows(pattern: NM, rows: int | None) -> NM:

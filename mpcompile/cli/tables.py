@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mpcompile.driver.analyze import Forecast, ModelAnalysis
+from mpcompile.driver.analyze import ModelAnalysis
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
+from mpcompile.driver.forecast import Forecast, OverFp32
 from mpcompile.driver.preprocessing_trials import PreprocessingTrials
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.recipe.schema import Recipe
@@ -93,7 +94,9 @@ def show_analysis(found: ModelAnalysis) -> None:
     for note in found.notes:
         console.print(f"Note: {note}.")
     for forecast in found.forecasts:
-        console.print(f"Target {forecast.target} {_forecast_text(forecast)}.")
+        if forecast.over_fp32:
+            console.print(forecast_table(forecast, forecast.over_fp32, found.precision))
+        console.print(f"Target {forecast.target} {_forecast_text(forecast, found.precision)}.")
 
 
 def _int8_text(found: ModelAnalysis) -> str:
@@ -107,20 +110,45 @@ def _int8_text(found: ModelAnalysis) -> str:
     return f"{text}; {'; '.join(others)}." if reasons else f"{text}."
 
 
-def _forecast_text(forecast: Forecast) -> str:
+def forecast_table(forecast: Forecast, over_fp32: OverFp32, precision: str) -> Table:
+    """The measured speedups of the layers in 8 bits, beside the same layers dense in fp32 and dense in 8 bits."""
+    table = Table(title=f"{forecast.target}, times as fast, measured on this machine", title_justify="left")
+    names = (f"dense {precision}, over dense fp32", f"masked, over dense {precision}", "expected, over dense fp32")
+    for name in ("layer", *names):
+        table.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
+    for name, planned in over_fp32.layers.items():
+        masked = forecast.measured.get(name)
+        dense = over_fp32.dense[name].with_interval()
+        table.add_row(name, dense, masked.with_interval() if masked else "–", f"{planned:.2f}")
+    return table
+
+
+def _forecast_text(forecast: Forecast, precision: str) -> str:
     """The speedup forecast for one target, as the end of a sentence."""
-    if not forecast.accelerated:
-        return "has kernels for none of these patterns and would run every layer as dense: no speedup"
-    patterns = ", ".join(map(str, forecast.accelerated))
-    text = f"has kernels for {patterns}: at most {forecast.speedup_bound:.2f} times as fast, from the count of MACs"
+    if forecast.refused:
+        return f"does not run {precision}: {forecast.refused}"
+    over_fp32 = forecast.over_fp32
+    baseline, kind = ("", "") if precision == "fp32" else (f" as dense {precision}", f"{precision} ")
+    text = f"has {kind}kernels for none of these patterns and would run every layer as dense: no speedup"
+    text += f" beside dense {precision}" if baseline else ""
+    if forecast.accelerated:
+        patterns = ", ".join(map(str, forecast.accelerated))
+        bound = f"at most {forecast.speedup_bound:.2f} times as fast{baseline}, from the count of MACs"
+        text = f"has {kind}kernels for {patterns}: {bound}"
     if forecast.speedup is not None:
         ratios = forecast.layers.values()
         text += (
-            f"; matrix products of the shapes of its {len(ratios)} Linear layers, measured on this machine, are "
-            f"{min(ratios):.2f} to {max(ratios):.2f} times as fast: {forecast.speedup:.2f} for the whole model"
+            f"; matrix products of the shapes of its {len(ratios)} {'masked ' if baseline else ''}Linear layers, "
+            f"measured on this machine, are {min(ratios):.2f} to {max(ratios):.2f} times as fast{baseline}: "
+            f"{forecast.speedup:.2f} for the whole model"
         )
         slower = sum(not measured.faster for measured in forecast.measured.values())
         text += f"; {slower} of them are not significantly faster and count as dense" if slower else ""
+    if over_fp32 is not None:
+        text += (
+            f". Beside dense fp32 the whole model is {over_fp32.speedup:.2f} times as fast, and dense {precision} "
+            f"{over_fp32.dense_speedup:.2f}, by the products of {len(over_fp32.layers)} quantised Linear layers"
+        )
     return text
 
 

@@ -13,23 +13,26 @@ from torch import nn
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.analysis.spectrum import Fit, SpectrumFit
 from mpcompile.data.images import Data
+from mpcompile.driver.forecast import Forecast, forecast
 from mpcompile.driver.inputs import data_for, headed, loaded_from
 from mpcompile.driver.run_plan import build_pass
+from mpcompile.errors import UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.pattern import NM
-from mpcompile.measure.timing import Speedup
+from mpcompile.ir.precision import Precision
 from mpcompile.passes.mp_budget.mp_budget import MPBudget, fit_spectra
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.pass_manager import Observer
 from mpcompile.recipe.schema import DataChoice, Step
 from mpcompile.report.schema import Value
 from mpcompile.report.spectrum_plots import make_folder, write_plots
-from mpcompile.runtimes import RUNTIMES, GemmShape, PredictsSpeed
+from mpcompile.runtimes import RUNTIMES
 from mpcompile.system.hardware import environment
 from mpcompile.system.progress import Progress, stage_progress
 
+FORECAST: tuple[Precision, ...] = ("fp32", "int8")
 STAGES = ("load", "capture", "spectra", "budget")
 
 
@@ -52,30 +55,6 @@ class LayerAnalysis(Value):
     unquantized: str | None = None  # why the layer stays in floating point with --precision int8; None: it is quantised
 
 
-class Forecast(Value):
-    """The plan as one target would execute it.
-
-    Attributes:
-        accelerated: the planned patterns that the target has kernels for. Layers with other patterns run as dense.
-        macs: multiply-accumulates per image that the target executes.
-        weight_bytes: size of the weights as the target stores them.
-        speedup_bound: dense MACs over executed MACs; from counting, not measured.
-        layers: expected speedup over dense of each planned layer whose matrix product can be timed on this machine.
-            It is 1 if the interval of `measured` is not wholly above 1, because such a layer runs as dense.
-        measured: the measured speedup of each of those products.
-        speedup: speedup of the whole model by `layers`, if time is proportional to MACs; None if no layer was timed.
-    """
-
-    target: str
-    accelerated: tuple[NM, ...]
-    macs: float
-    weight_bytes: float
-    speedup_bound: float
-    layers: dict[str, float]
-    measured: dict[str, Speedup]
-    speedup: float | None
-
-
 class ModelAnalysis(Value):
     """The spectra of a model's layers, the plan of a budget, and a forecast of that plan for each target."""
 
@@ -91,6 +70,7 @@ class ModelAnalysis(Value):
     layers: tuple[LayerAnalysis, ...]
     forecasts: tuple[Forecast, ...]
     notes: tuple[str, ...] = ()  # about the images
+    precision: Precision = "fp32"  # of the compiled file that is forecast
 
 
 def analyze(
@@ -101,6 +81,7 @@ def analyze(
     choice: DataChoice | None = None,
     head: str = "auto",
     plots: str | Path | None = None,
+    precision: Precision = "fp32",
     observe: Callable[[Progress], None] | None = None,
 ) -> ModelAnalysis:
     """The analysis of a model, which is not changed. Raises a MpcompileError.
@@ -112,12 +93,15 @@ def analyze(
         choice: how `data` is divided into splits.
         head: how outputs become a decision (`HeadChoice.parse`); it says which labels the images have.
         plots: a folder, where one SVG per layer and an overview are written.
+        precision: of the compiled file that is forecast, fp32 or int8.
         observe: called as each stage and each step of a stage begins.
     """
+    if precision not in FORECAST:
+        raise UsageError(f"analyze forecasts fp32 and int8, and the precision is {precision}; give int8 or fp32")
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
     with stage_progress(observe, STAGES) as begin_stage:
-        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), head, plots, begin_stage)
+        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), head, plots, precision, begin_stage)
 
 
 def _analysis(
@@ -127,6 +111,7 @@ def _analysis(
     choice: DataChoice,
     head: str,
     plots: str | Path | None,
+    precision: Precision,
     observe: Observer,
 ) -> ModelAnalysis:
     """The result of `analyze`, with all defaults resolved."""
@@ -144,6 +129,7 @@ def _analysis(
         write_plots({name: fit for name, fit in fits.items() if isinstance(fit, SpectrumFit)}, Path(plots))
     patterns = {name: plan.pattern for name, plan in planned.plan.items() if plan.pattern is not None}
     in_float = quantizable(planned)
+    quantized = [name for name, reason in in_float.items() if reason is None]
     return ModelAnalysis(
         version=version("mpcompile"),
         model=loaded.source,
@@ -155,7 +141,8 @@ def _analysis(
         planned_macs=counted.executed_macs(patterns),
         planned_weight_bytes=counted.weight_bytes(patterns),
         layers=tuple(_rows(planned, counted, fits, in_float)),
-        forecasts=tuple(_forecast(target, planned, counted, patterns) for target in RUNTIMES),
+        forecasts=tuple(forecast(target, planned, counted, patterns, precision, quantized) for target in RUNTIMES),
+        precision=precision,
     )
 
 
@@ -186,38 +173,3 @@ def _rows(
             reason=plan.skipped,
             unquantized=in_float[name],
         )
-
-
-def _forecast(target: str, model: Model, counted: Cost, patterns: Mapping[str, NM]) -> Forecast:
-    """The forecast for one target. Layers whose pattern has no kernel count as dense."""
-    runtime = RUNTIMES[target]
-    with_kernel = {name: pattern for name, pattern in patterns.items() if runtime.has_kernel(pattern)}
-    macs = counted.executed_macs(with_kernel)
-    products = _products(model, counted, with_kernel)
-    measured = runtime.predicted(products) if isinstance(runtime, PredictsSpeed) else {}
-    layers = {name: speedup.ratio if speedup.faster else 1.0 for name, speedup in measured.items()}
-    executed = counted.macs - sum(counted.layers[name] * (1 - 1 / ratio) for name, ratio in layers.items())
-    return Forecast(
-        target=target,
-        accelerated=tuple(sorted(set(with_kernel.values()), key=str)),
-        macs=macs,
-        weight_bytes=counted.weight_bytes(with_kernel),
-        speedup_bound=counted.macs / macs,
-        layers=layers,
-        measured=dict(measured),
-        speedup=counted.macs / executed if layers else None,
-    )
-
-
-def _products(model: Model, counted: Cost, patterns: Mapping[str, NM]) -> dict[str, GemmShape]:
-    """The GEMM shape of each Linear layer with a pattern.
-
-    Convolutions are left out: their cost depends on the layers around them.
-    """
-    shapes = {}
-    for name, pattern in patterns.items():
-        layer = model.layer(name)
-        if isinstance(layer, nn.Linear):
-            out, in_ = layer.weight.shape
-            shapes[name] = GemmShape(out, in_, max(1, round(counted.layers[name] / (out * in_))), pattern)
-    return shapes

@@ -30,7 +30,7 @@ from mpcompile.passes import PASSES
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.recipe.schema import Recipe, Step, explained
 from mpcompile.recipe.truth_values import described, truth_as_number
-from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime
+from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime, fast_patterns
 from mpcompile.runtimes.ort.session import cpu_engine
 
 __all__ = [
@@ -245,11 +245,14 @@ def recipe_schema(known: Known) -> dict[str, Any]:
     return schema
 
 
-def auto_patterns(target: str, of: int | None = None) -> tuple[NM, ...]:
-    """The patterns that `auto` stands for. Raises UsageError if the target is unknown.
+def auto_patterns(target: str, of: int | None = None, precision: Precision = "fp32", rows: int = 1) -> tuple[NM, ...]:
+    """The patterns that `auto` stands for. Raises UsageError if the target is unknown or cannot run the precision.
 
-    With `of`, all N:M with M = `of`. Otherwise the patterns that the target has fast kernels for, or all N:4 if it has
-    none.
+    With `of`, all N:M with M = `of`. Otherwise the patterns that the target has fast kernels for in this precision, if
+    `rows` output channels share each; or all N:4 if it has none.
     """
-    patterns = runtime_named(target).auto_patterns() if of is None else ()
+    runtime = runtime_named(target)
+    if refused := runtime.refuses(precision, None):
+        raise UsageError(f"target {target}: {refused}")
+    patterns = fast_patterns(runtime, precision, rows) if of is None else ()
     return patterns or tuple(NM(keep, of or 4) for keep in range(1, of or 4))

@@ -45,8 +45,8 @@ def measured(library: Path) -> dict[NM, Speedup]:
     return {p: speedup_of(p, CHANNELS, CHANNELS, TOKENS, library) for p in (NM(kept, GROUP) for kept in KEPT)}
 
 
-def significantly_faster(speedups: Mapping[NM, Speedup]) -> tuple[NM, ...]:
-    """Returns the patterns that are significantly faster than dense. Raises UsageError if there is none.
+def significantly_faster(speedups: Mapping[NM, Speedup], dense: str = "dense") -> tuple[NM, ...]:
+    """Returns the patterns that are significantly faster than `dense`. Raises UsageError if there is none.
 
     The speedups are logged: as a warning if an interval includes 1, because the next run may then choose otherwise.
     """
@@ -55,13 +55,15 @@ def significantly_faster(speedups: Mapping[NM, Speedup]) -> tuple[NM, ...]:
     table = ", ".join(f"{pattern} {speedup.with_interval()}" for pattern, speedup in speedups.items())
     if not faster:
         raise UsageError(
-            f"--pattern auto: no pattern is significantly faster than dense on this machine now ({table}); try again "
+            f"--pattern auto: no pattern is significantly faster than {dense} on this machine now ({table}); try again "
             "when the machine is idle, name the patterns (--pattern 1:4,2:4), or choose by accuracy alone "
             "(--pattern auto:4)"
         )
     if undecided:
         names = ", ".join(map(str, undecided))
-        log.warning("--pattern auto leaves out %s: the speedup over dense may be 1 on this machine: %s", names, table)
+        log.warning(
+            "--pattern auto leaves out %s: the speedup over %s may be 1 on this machine: %s", names, dense, table
+        )
     else:
-        log.info("--pattern auto, measured here against dense: %s", table)
+        log.info("--pattern auto, measured here against %s: %s", dense, table)
     return faster

@@ -215,14 +215,14 @@ def measure_product(
     rng = np.random.default_rng(0)
     activations = rng.integers(0, 256, x, dtype=np.uint8)
     runs = []
-    for model, used in ((_standard_node(product), None), (_native_node(product), library)):
+    for model, used in ((standard_node(product), None), (native_node(product), library)):
         node = OneNode(model, used, threads)
         node.bind(activations, np.empty((*x[:-1], len(product.scale)), np.float32))
         runs.append(node)
     return compared(runs[0], runs[1], x[0], seconds)
 
 
-def _standard_node(product: Int8Product) -> onnx.ModelProto:
+def standard_node(product: Int8Product) -> onnx.ModelProto:
     """Returns the product in standard operators, as a model x u8 -> y float32 that ONNX Runtime runs in 8 bits."""
     node = helper.make_node
     nodes = [
@@ -240,7 +240,7 @@ def _standard_node(product: Int8Product) -> onnx.ModelProto:
     return _model(nodes, product, stored)
 
 
-def _native_node(product: Int8Product) -> onnx.ModelProto:
+def native_node(product: Int8Product) -> onnx.ModelProto:
     """Returns the product as the native operator, as a model x u8 -> y float32."""
     quantization = product.x_quantization
     native = helper.make_node(

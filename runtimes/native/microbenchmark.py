@@ -57,8 +57,8 @@ def compared(dense: Call, native: Call, batch: int, seconds: float) -> tuple[Tim
     are added once more, so that a short load of the machine does not decide.
     """
     runs = {"dense": dense, "native": native}
-    repeats = _calls_per_block(runs["dense"])
-    turns = {name: partial(_repeated, run, repeats) for name, run in runs.items()}
+    repeats = calls_per_block(runs["dense"])
+    turns = {name: partial(repeated, run, repeats) for name, run in runs.items()}
     samples = sample(turns, seconds)
     ratio = speedup(samples["dense"], samples["native"], BASELINE)
     if ratio.undecided:
@@ -69,7 +69,7 @@ def compared(dense: Call, native: Call, batch: int, seconds: float) -> tuple[Tim
     return first, second, ratio
 
 
-def _calls_per_block(run: Call) -> int:
+def calls_per_block(run: Call) -> int:
     """Returns how many calls take BLOCK_MS. A single call of microseconds would be dominated by other load."""
     run()
     calls_ns = []
@@ -80,7 +80,8 @@ def _calls_per_block(run: Call) -> int:
     return max(1, math.ceil(BLOCK_MS * 1e6 / max(min(calls_ns), 1)))
 
 
-def _repeated(run: Call, count: int) -> None:
+def repeated(run: Call, count: int) -> None:
+    """Runs a call `count` times."""
     for _ in range(count):
         run()
 

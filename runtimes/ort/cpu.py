@@ -21,6 +21,7 @@ from mpcompile.measure.timing import Speedup
 from mpcompile.runtimes import native
 from mpcompile.runtimes.ort.session import OrtEngine, fast_engine, missing_reason, native_file, session_on
 from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
+from mpcompile.runtimes.quantized import QuantizedGemm, QuantizedSpeed
 
 BLOCK = 16  # input channels from which one shuffle of the int8 kernel selects
 NO_INT8_KERNEL = "the native int8 kernel cannot be used ({}): it runs on ONNX Runtime's dense kernels"
@@ -69,6 +70,33 @@ class OnnxRuntime:
             for product in dict.fromkeys(products.values())
         }
         return {name: speedups[product] for name, product in products.items()}
+
+    def auto_quantized_patterns(self, precision: Precision, rows: int) -> tuple[NM, ...]:
+        """Returns those of 8:16 and 4:16 that are measured to be significantly faster than dense int8 on this machine.
+
+        Raises UsageError if none is.
+        """
+        from mpcompile.runtimes.native import int8_speeds
+        from mpcompile.runtimes.native.auto_patterns import significantly_faster
+
+        library = native.library()
+        if library is None:
+            return ()
+        measured = int8_speeds.measured_patterns(library, rows)
+        speedups = {pattern: speed.masked for pattern, speed in measured.items() if speed.masked}
+        return significantly_faster(speedups, f"dense {precision}")
+
+    def predicted_quantized(
+        self, products: Mapping[str, QuantizedGemm], precision: Precision
+    ) -> Mapping[str, QuantizedSpeed]:
+        """Returns the measured speed of each product, on random weights; equal ones are measured once."""
+        from mpcompile.runtimes.native import int8_speeds
+
+        library = native.library()
+        if library is None:
+            return {}
+        speeds = {product: int8_speeds.speed_of(product, library) for product in dict.fromkeys(products.values())}
+        return {name: speeds[product] for name, product in products.items()}
 
     def references(
         self, exported: Exported, build: Build, images: NDArray[np.float32], folder: Path
