@@ -41,7 +41,10 @@ BLOCKED_LAYOUT = "ONNX Runtime runs neighbouring convolutions in a blocked layou
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The kernel selected for one masked weight, the reason as a sentence, and both times if it was measured."""
+    """The kernel selected for one masked weight, the reason as a sentence, and both times if it was measured.
+
+    `skips_zeros` is False for an int8 weight whose zeros the native kernel multiplies like other numbers.
+    """
 
     layers: tuple[str, ...]
     name: str
@@ -54,6 +57,7 @@ class Choice:
     dense: Timing | None = None
     sparse: Timing | None = None
     speedup: Speedup | None = None
+    skips_zeros: bool = True
 
 
 @dataclass(frozen=True, slots=True)
