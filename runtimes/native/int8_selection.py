@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPSET = 21
+MOST_COLUMNS = 1 << 16  # input channels that the operator takes; its 32-bit sums cannot overflow
 BLOCK, MOST_KEPT = 16, 8  # the kernel skips the zeros of a weight that keeps at most 8 of each 16 input channels
 FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's"
 NOT_FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's; it runs there because the whole file gains"
 SLOWER = "the native int8 kernel is slower: {} times as fast as ONNX Runtime's, which runs it"
 NOT_A_PRODUCT = (
-    "the native int8 kernel takes a MatMul or Gemm of u8 activations by s8 weights with one scale per output channel; "
-    "this is another {}, and runs on ONNX Runtime's kernels"
+    "the native int8 kernel takes a MatMul or Gemm of u8 activations by s8 weights with one scale per output channel "
+    "and at most 65,536 input channels; this is another {}, and runs on ONNX Runtime's kernels"
 )
 MULTIPLIES_ZEROS = (
     "; it multiplies the zeros too, because it skips them only where at most 8 of 16 neighbouring input channels "
@@ -167,7 +168,7 @@ def _gains(
 
 def inspected(file: onnx.ModelProto, images: NDArray[np.float32]) -> _File:
     """Returns what the native operators could replace in a file. Raises BuildError if it does not run on the images."""
-    products = tuple(int8_products.find(file))
+    products = tuple(product for product in int8_products.find(file) if len(product.weight) <= MOST_COLUMNS)
     run = runner(file, images)
     computed = {name for node in file.graph.node for name in node.output}
     sums = {name for node in file.graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}

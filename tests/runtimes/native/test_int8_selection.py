@@ -71,7 +71,7 @@ def hand_in(
 
     monkeypatch.setattr(int8_selection, "measure_product", product)
     monkeypatch.setattr(int8_selection, "compare_whole", file)
-    monkeypatch.setattr(int8_selection.int8_rewrite, "replace", marked)
+    monkeypatch.setattr(int8_rewrite, "replace", marked)
     return compared
 
 
@@ -211,7 +211,7 @@ def test_zeros_are_skipped_at_most_8_kept_of_16(kept: int, columns: int, skips: 
 def test_threads_and_equal_products_are_passed_on(monkeypatch: pytest.MonkeyPatch, library: Path, vit: Lowered) -> None:
     hand_in(monkeypatch)
     measured, opened = [], []
-    product, open_session = int8_selection.measure_product, int8_selection.session
+    product = int8_selection.measure_product
 
     def counted(product_: object, x: tuple[int, ...], library: Path, threads: int, seconds: float) -> object:
         measured.append((x, threads))
@@ -219,7 +219,7 @@ def test_threads_and_equal_products_are_passed_on(monkeypatch: pytest.MonkeyPatc
 
     def recorded(file: onnx.ModelProto, used: Path | None, threads: int | None) -> onnxruntime.InferenceSession:
         opened.append(threads)
-        return open_session(file, used, threads)
+        return session(file, used, threads)
 
     monkeypatch.setattr(int8_selection, "measure_product", counted)
     monkeypatch.setattr(int8_selection, "session", recorded)
@@ -227,6 +227,18 @@ def test_threads_and_equal_products_are_passed_on(monkeypatch: pytest.MonkeyPatc
     accelerate(onnx.load(vit.onnx), vit.masks, library, images, threads=2, seconds=0.0)
     assert measured == [((2, 17, width), 2) for width in (32, 32, 32, 128)]  # of both blocks, each shape once
     assert set(opened) == {2, None}  # None: runs that only read values
+
+
+def test_a_product_with_more_channels_than_the_operator_takes_is_left(
+    monkeypatch: pytest.MonkeyPatch, library: Path, vit: Lowered
+) -> None:
+    """As if the operator took at most 32 input channels: fc2 of both blocks has 128."""
+    monkeypatch.setattr(int8_selection, "MOST_COLUMNS", 32)
+    hand_in(monkeypatch)
+    found = selected(vit, library, 2)
+    left = {choice.layers[0] for choice in found.choices if not choice.native}
+    assert left == {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}
+    assert natives(found.file, GEMM) == LAYERS - 2
 
 
 def test_a_file_that_does_not_run_is_an_error_in_words(library: Path, vit: Lowered) -> None:
