@@ -13,6 +13,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.export.quantized_weights import quantized_weights
 from mpcompile.runtimes.ort.int8 import saturates
 
+MOST_NAMES = 4  # in the sentence
 LIMIT = 128  # 255 · 128 fits into 16 bits, and 255 · 129 does not
 NOTE = (
     "ONNX Runtime's own int8 kernels add products in 16 bits on this processor, which can saturate in {count} masked "
@@ -22,7 +23,7 @@ NOTE = (
 
 
 def note(exported: Exported) -> tuple[str, ...]:
-    """Returns a sentence that names the layers which can saturate in the plain file; nothing if none can."""
+    """Returns a sentence on the layers that can saturate in the plain file; nothing if none can."""
     if exported.precision != "int8" or not exported.masks or not saturates():
         return ()
     masked = {mask.initializer for mask in exported.masks}
@@ -38,13 +39,13 @@ def note(exported: Exported) -> tuple[str, ...]:
     ]
     if not names:
         return ()
-    onnx_file = exported.onnx
+    onnx_file, more = exported.onnx, len(names) - MOST_NAMES
     return (
         NOTE.format(
             count=len(names),
             layers="layer" if len(names) == 1 else "layers",
             file=onnx_file.name,
-            names=", ".join(names),
+            names=", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else ""),
             native=f"{onnx_file.stem}.native.onnx",
         ),
     )
