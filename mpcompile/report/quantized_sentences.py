@@ -26,10 +26,9 @@ def without_kernel(quantized: Quantized) -> list[str]:
     kind = quantized.precision
     if not quantized.over_fastest:
         return []
-    ran = f"no {kind} kernel that skips zeros ran"
     if any(speed.conclusion == "faster" for speed in quantized.over_fastest):
-        return [f"{ran[0].upper()}{ran[1:]}, so the masks do not cause the gain beside dense {kind}."]
-    return [f"The masks bring no speed beside dense {kind} on this target: {ran}."]
+        return [f"No {kind} kernel that skips zeros ran, so the masks do not cause the gain beside dense {kind}."]
+    return [f"The masks bring no speed beside dense {kind} on this target: no {kind} kernel that skips zeros ran."]
 
 
 def on_8_bit_kernels(quantized: Quantized) -> list[str]:
