@@ -247,6 +247,16 @@ def test_lines_quoted_are_those_of_the_source() -> None:
         assert any(re.search(pattern, literal) for literal in source), text
 
 
+def test_messages_quoted_are_those_of_the_native_operators() -> None:
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "runtimes" / "native" / "src").glob("ort_*.cpp"))
+    quoted = [
+        row["message"].strip("`") for table in tables(PAGES["troubleshooting"]) for row in table if "message" in row
+    ]
+    assert len(quoted) > 5
+    for text in quoted:
+        assert f'"{text}"' in source, text
+
+
 def test_errors_in_python_are_told_with_their_exit_codes() -> None:
     [told] = [table for table in tables(PAGES["python"]) if "class" in table[0]]
     kinds = {name: kind for name, kind in vars(errors).items() if hasattr(kind, "exit_code")}

@@ -4,7 +4,9 @@ Three engines are timed in interleaved rounds: A, the dense file; B, the compres
 compressed file with sparse kernels. B/A is the speedup from the graph (merged tokens), C/B the speedup from sparse
 kernels, and C/A the total. C selects its kernels anew on this machine. If the folder holds a file with kernels selected
 at compile time, that file is timed as a fourth engine. Precision, runtime and settings are the same for all; but in
-int8 and fp8 the dense file is in fp32, and the dense model in 8 bits, if the folder has it, is timed too.
+int8 and fp8 the dense file is in fp32. The dense model in 8 bits, if the folder has it, is then timed too, with all
+kernels allowed. On the target `ort`, C/B of an int8 file is the speedup from native kernels in all layers, and C over
+the dense model in 8 bits is what the other passes add.
 """
 
 import shutil
@@ -164,7 +166,9 @@ def compared(
     compressed = engines[COMPRESSED]
     if isinstance(compressed, ReportsKernels):
         verdicts = compressed.judged(verdicts, after.masks, _images(after, build.batches[-1]), engines.get(KERNELS_OFF))
-    return Compared(arms, _meanings(engines), parity, tuple(rows), verdicts, engines[DENSE].device)
+    return Compared(
+        arms, _meanings(engines, _replaces_dense(runtime, after)), parity, tuple(rows), verdicts, engines[DENSE].device
+    )
 
 
 def stages(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
@@ -205,33 +209,40 @@ def _built(
 
     If the dense model in 8 bits has a file, there is one more.
     """
+    native = _replaces_dense(runtime, after)
     without_kernels = Build(build.threads, sparse=False, batches=build.batches, folder=build.folder)
     engines: dict[str, Engine] = {DENSE: runtime.build(before, without_kernels)}
     arms = [TimedEngine(name=DENSE, what=f"the dense model in {before.precision}", file=before.onnx.name)]
     if quantized is not None:
-        engines[DENSE_QUANTIZED] = runtime.build(quantized, without_kernels)
-        what = f"the dense model in {quantized.precision}"
+        engines[DENSE_QUANTIZED] = runtime.build(quantized, build)  # the strongest baseline
+        what = f"the dense model in {quantized.precision}{', native kernels allowed' if native else ''}"
         arms.append(TimedEngine(name=DENSE_QUANTIZED, what=what, file=quantized.onnx.name))
     if any(mask.nm is not None and has_sparse_kernel(runtime, mask.nm, after.precision) for mask in after.masks):
         engines[KERNELS_OFF] = runtime.build(after, without_kernels)
-        arms.append(
-            TimedEngine(name=KERNELS_OFF, what="the compressed model, sparse kernels not allowed", file=after.onnx.name)
-        )
+        what = f"the compressed model, {'native' if native else 'sparse'} kernels not allowed"
+        arms.append(TimedEngine(name=KERNELS_OFF, what=what, file=after.onnx.name))
     engines[COMPRESSED] = runtime.build(after, build)
     what = "the compressed model"
     if after.masks:
-        what += (
-            ", sparse kernels allowed" if KERNELS_OFF in engines else ", whose masked layers this target runs as dense"
-        )
+        allowed = f", {'native' if native else 'sparse'} kernels allowed"
+        what += allowed if KERNELS_OFF in engines else ", whose masked layers this target runs as dense"
     arms.append(TimedEngine(name=COMPRESSED, what=what, file=after.onnx.name))
     return tuple(arms), engines
 
 
-def _meanings(builds: Collection[str]) -> dict[str, str]:
-    """The description of each comparison between these engines, by its key "engine/baseline"."""
+def _replaces_dense(runtime: Runtime, exported: Exported) -> bool:
+    """Whether the runtime's own kernels also run dense layers of this file: in int8, if it writes a file for them."""
+    return exported.precision == "int8" and isinstance(runtime, ShipsFile)
+
+
+def _meanings(builds: Collection[str], native: bool = False) -> dict[str, str]:
+    """The description of each comparison between these engines, by its key "engine/baseline".
+
+    With `native`, the runtime's own kernels also run dense layers.
+    """
     descriptions = {
         f"{KERNELS_OFF}/{DENSE}": "the graph alone",
-        f"{COMPRESSED}/{KERNELS_OFF}": "sparse kernels alone",
+        f"{COMPRESSED}/{KERNELS_OFF}": "native kernels in all layers" if native else "sparse kernels alone",
         f"{COMPRESSED}/{DENSE}": "the total gain",
         f"{SHIPPED}/{DENSE}": "the gain of the file in the folder",
         f"{DENSE_QUANTIZED}/{DENSE}": "8 bits alone",

@@ -25,7 +25,7 @@ from mpcompile.measure.timing import Speedup, speedup, timing
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.report.quantized_schema import Variant
 from mpcompile.runtimes import Build, Engine, HasQuantizedBaselines
-from mpcompile.runtimes.ort.session import cpu_engine
+from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine
 
 QUANTISATION_IMAGES = 64  # of the calibration set, for the target's own tools
 Outputs = Sequence[NDArray[np.float32]]  # of a split, batch by batch
@@ -83,6 +83,8 @@ def dense_baselines(
     if ours is None:
         return found
     method = "the pass quantize of the recipe, without masks"
+    if isinstance(ours, OrtEngine) and ours.native:
+        method += f", on the native kernels where a measurement selected them ({ours.file.name})"
     own = Variant(f"{precision}, mpcompile", method=method, file=dense_quantized_file(plan.recipe))
     return (Baseline(own, ours), *found)
 

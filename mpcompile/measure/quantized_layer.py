@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+NATIVE = "NMGemmInt8"  # with which the names of mpcompile's own 8-bit products begin
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
@@ -25,6 +27,11 @@ class QuantizedLayer:
     kernel: str | None = None
     reason: str | None = None
     ms: float | None = None
+
+    @property
+    def native(self) -> bool:
+        """Whether it ran on a kernel of mpcompile."""
+        return self.in_8_bits and self.kernel is not None and self.kernel.startswith(NATIVE)
 
 
 def tally_8_bit(rows: Sequence[QuantizedLayer]) -> str:

@@ -27,8 +27,8 @@ def without_kernel(quantized: Quantized) -> list[str]:
     if not quantized.over_fastest:
         return []
     if any(speed.conclusion == "faster" for speed in quantized.over_fastest):
-        return [f"No {kind} N:M kernel ran, so the masks do not cause the gain beside dense {kind}."]
-    return [f"The masks bring no speed beside dense {kind} on this target: no {kind} N:M kernel ran."]
+        return [f"No {kind} kernel that skips zeros ran, so the masks do not cause the gain beside dense {kind}."]
+    return [f"The masks bring no speed beside dense {kind} on this target: no {kind} kernel that skips zeros ran."]
 
 
 def on_8_bit_kernels(quantized: Quantized) -> list[str]:
@@ -36,8 +36,10 @@ def on_8_bit_kernels(quantized: Quantized) -> list[str]:
     ran, count = sum(row.in_8_bits for row in quantized.kernels), len(quantized.kernels)
     if not count:
         return []
+    native = sum(row.native for row in quantized.kernels)
+    ours = f", {native} of them on the native kernels of mpcompile" if native else ""
     others = "" if ran == count else " The table of layers gives the reason for each other one."
-    return [f"{ran} of {count} quantised layers ran on 8-bit kernels.{others}"]
+    return [f"{ran} of {count} quantised layers ran on 8-bit kernels{ours}.{others}"]
 
 
 def loss_split(quantized: Quantized, comparison: Comparison | None) -> list[str]:

@@ -42,7 +42,7 @@ def quantised_weight(
         scale = float32_above(row_scales(best, least) * (TOP / LARGEST_FP8))
         stored = (best / scale[:, None]).float().to(torch.float8_e4m3fn)
     else:
-        found = rounded(fitted, mask, best, least=least, rule=_lane_rule(lanes, mask, plan))
+        found = rounded(fitted, mask, best, least=least, rule=_lane_rule(lanes, mask, plan, step.layer.weight.ndim > 2))
         stored, scale = found.integers, found.scale
     weight = stored.double() * scale.double()[:, None]
     power, shape, dtype = problem.power.sum(), step.layer.weight.shape, step.layer.weight.dtype
@@ -69,11 +69,14 @@ def _smallest_scale(model: Model, step: LayerStep) -> Tensor | float:
     return torch.stack([bias.detach().double().abs() for bias in biases]).amax(0) / (min(inputs) * LARGEST_BIAS)
 
 
-def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan) -> LaneRule | None:
-    """The lanes of a layer that must not saturate; None for none."""
+def _lane_rule(lanes: Lanes, mask: Tensor, plan: LayerPlan, convolution: bool) -> LaneRule | None:
+    """The lanes of a layer that must not saturate; None for none.
+
+    The kernel that skips zeros multiplies matrices only, so that convolutions need the lanes of ONNX Runtime.
+    """
     if lanes == "none":
         return None
     of = plan.pattern.of if plan.pattern is not None else 0
-    if lanes == "blocks" and of and BLOCK % of == 0 and most_kept(mask) <= 8:
+    if lanes == "blocks" and not convolution and of and BLOCK % of == 0 and most_kept(mask) <= 8:
         return block_rule(mask, plan.pattern.rows if plan.pattern is not None else 1)
     return PAIRS

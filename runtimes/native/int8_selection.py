@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from jaxtyping import Bool
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -34,14 +33,18 @@ if TYPE_CHECKING:
     import onnxruntime
 
 OPSET = 21
-BLOCK, MOST_KEPT = 16, 8  # columns of a block; the most kept weights of a row in it with which zeros are skipped
+MOST_COLUMNS = 1 << 16  # input channels that the operator takes; its 32-bit sums cannot overflow
+BLOCK, MOST_KEPT = 16, 8  # the kernel skips the zeros of a weight that keeps at most 8 of each 16 input channels
 FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's"
 NOT_FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's; it runs there because the whole file gains"
-ZEROS = "; it multiplies zeros too, because a block of 16 input channels keeps more than 8"
 SLOWER = "the native int8 kernel is slower: {} times as fast as ONNX Runtime's, which runs it"
 NOT_A_PRODUCT = (
-    "the native int8 kernel takes a MatMul or Gemm of u8 activations by s8 weights with one scale per output channel; "
-    "this is another {}, and runs on ONNX Runtime's kernels"
+    "the native int8 kernel takes a MatMul or Gemm of u8 activations by s8 weights with one scale per output channel "
+    "and at most 65,536 input channels; this is another {}, and runs on ONNX Runtime's kernels"
+)
+MULTIPLIES_ZEROS = (
+    "; it multiplies the zeros too, because it skips them only where at most 8 of 16 neighbouring input channels "
+    "are kept: give a --pattern of 2:4, 4:8, 8:16 or sparser"
 )
 THEIRS = OtherKernels("ONNX Runtime's", "the file on ONNX Runtime's int8 kernels", "on ONNX Runtime's")
 WITHOUT_ATTENTION = "the file without the native attention"
@@ -105,13 +108,15 @@ def accelerate(
         dense, sparse, ratio = measured[key]
         slower = ratio.conclusion == "slower"
         reason = (FASTER if ratio.faster else SLOWER if slower else NOT_FASTER).format(ratio.with_interval())
-        skips = most_kept(product.weight.T != 0) <= MOST_KEPT
+        skips = skips_zeros(product.weight)
+        if pattern and not skips and not slower:
+            reason += MULTIPLIES_ZEROS
         choices.append(
             Choice(
                 layers=layers.get(product.name, ()),
                 name=product.name,
                 native=not slower,
-                reason=reason if skips or pattern is None else reason + ZEROS,
+                reason=reason,
                 pattern=pattern,
                 shape=(rows, columns),
                 rows_per_pattern=1 if mask is None or mask.nm is None else mask.nm.rows,
@@ -151,10 +156,11 @@ def accelerate(
     )
 
 
-def most_kept(kept: Bool[np.ndarray, "rows columns"]) -> int:
-    """Returns the most weights that a row keeps in a block of BLOCK columns."""
-    padded = np.pad(kept, ((0, 0), (0, -kept.shape[1] % BLOCK)))
-    return int(padded.reshape(len(kept), -1, BLOCK).sum(-1).max())
+def skips_zeros(weight: NDArray[np.int8]) -> bool:
+    """Whether the native kernel skips the zeros of a weight (columns, rows)."""
+    padded = np.pad(weight != 0, ((0, -len(weight) % BLOCK), (0, 0)))
+    kept = padded.reshape(-1, BLOCK, weight.shape[1]).sum(1)
+    return bool((kept <= MOST_KEPT).all())
 
 
 def _gains(
@@ -171,7 +177,7 @@ def _gains(
 
 def inspected(file: onnx.ModelProto, images: NDArray[np.float32]) -> _File:
     """Returns what the native operators could replace in a file. Raises BuildError if it does not run on the images."""
-    products = tuple(int8_products.find(file))
+    products = tuple(product for product in int8_products.find(file) if len(product.weight) <= MOST_COLUMNS)
     run = runner(file, images)
     computed = {name for node in file.graph.node for name in node.output}
     sums = {name for node in file.graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}

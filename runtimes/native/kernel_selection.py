@@ -43,7 +43,7 @@ BLOCKED_LAYOUT = "ONNX Runtime runs neighbouring convolutions in a blocked layou
 class Choice:
     """The kernel selected for one masked weight, the reason as a sentence, and both times if it was measured.
 
-    `skips_zeros` is False for a product that the native kernel computes as a dense one.
+    `skips_zeros` is False for an int8 weight whose zeros the native kernel multiplies like other numbers.
     """
 
     layers: tuple[str, ...]

@@ -4,8 +4,9 @@ ONNX Runtime itself has no N:M kernels and runs masked weights as dense. native/
 build() uses it for the products that are measured to be faster with it.
 """
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,9 @@ from mpcompile.runtimes.ort.session import OrtEngine, fast_engine, missing_reaso
 from mpcompile.runtimes.protocol import Build, GemmShape, Prepared, QuantizedBaseline
 from mpcompile.runtimes.quantized import QuantizedGemm, QuantizedSpeed
 
+log = logging.getLogger(__name__)
 BLOCK = 16  # input channels from which one shuffle of the int8 kernel selects
+WITHOUT_LIBRARY = "%s needs the native N:M kernel, which cannot be used here: %s. %s runs instead, without it"
 NO_INT8_KERNEL = "the native int8 kernel cannot be used ({}): it runs on ONNX Runtime's dense kernels"
 
 
@@ -109,12 +112,20 @@ class OnnxRuntime:
     def shipped(self, exported: Exported, threads: int | None) -> "tuple[Path, OrtEngine] | None":
         """Returns `….native.onnx`, whose native layers were selected at compile time, and its engine, if both exist."""
         file, library = native_file(exported.onnx), native.library()
-        return (file, session_on(file, threads, library)) if library and file.is_file() else None
+        if library is None or not file.is_file():
+            return None
+        return file, replace(session_on(file, threads, library), exact=exported.precision != "int8")
 
     def load_file(self, exported: Exported, threads: int | None) -> OrtEngine:
-        """An engine on `….native.onnx` if that file and our kernel are there, else on the ONNX file itself."""
-        shipped = self.shipped(exported, threads)
-        return shipped[1] if shipped else fast_engine(exported, threads)
+        """An engine on `….native.onnx` if that file and our kernel are there, else on the ONNX file itself.
+
+        If only the kernel is absent, a warning gives the reason.
+        """
+        if shipped := self.shipped(exported, threads):
+            return shipped[1]
+        if (file := native_file(exported.onnx)).is_file():
+            log.warning(WITHOUT_LIBRARY, file.name, native.missing(), exported.onnx.name)
+        return fast_engine(exported, threads)
 
     def missing(self) -> str | None:
         """Returns what to install, or None."""
@@ -153,11 +164,18 @@ class OnnxRuntime:
         return {"onnxruntime": onnxruntime.__version__, **kernel}
 
     def prepare(self, exported: Exported, folder: Path, build: Build) -> Prepared:
-        """Returns, for a file in 8 bits without our kernel, why each masked layer runs as dense; otherwise nothing."""
+        """Returns, for a file in 8 bits without our kernel, why each masked layer runs as dense.
+
+        For an int8 file with our kernel, a note tells if ONNX Runtime's own kernels can saturate in masked layers.
+        """
         missing = native.missing()
-        if exported.precision not in QUANTIZED or missing is None:
+        if exported.precision not in QUANTIZED:
             return Prepared()
-        return Prepared(tuple(dense_in_8_bits(mask, missing) for mask in exported.masks))
+        if missing is not None:
+            return Prepared(tuple(dense_in_8_bits(mask, missing) for mask in exported.masks))
+        from mpcompile.runtimes.ort.saturation import note
+
+        return Prepared(notes=note(exported))
 
     def build(self, exported: Exported, build: Build) -> OrtEngine:
         """Returns a session on the CPU, with `build.threads` threads or ONNX Runtime's default number.

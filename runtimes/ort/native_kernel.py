@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -26,24 +25,12 @@ from mpcompile.runtimes.native.kernel_selection import Choice, accelerate
 from mpcompile.runtimes.ort.session import OrtEngine, native_file, session_on
 from mpcompile.runtimes.protocol import Build
 
-if TYPE_CHECKING:
-    from mpcompile.measure.quantized_layer import QuantizedLayer
-
 
 @dataclass(frozen=True)
 class NMEngine(OrtEngine):
     """A session, and the kernel selected for each masked product; in a file in 8 bits, for each 8-bit product."""
 
     choices: tuple[Choice, ...]
-
-    def quantised_layers(self, images: NDArray[np.float32]) -> "tuple[QuantizedLayer, ...]":
-        """As OrtEngine's; layers on the native operators run in 8 bits."""
-        if self.exact:
-            return ()
-        from mpcompile.runtimes.ort.int8_coverage import int8_coverage
-
-        threads = int(self.session.get_session_options().intra_op_num_threads)
-        return int8_coverage(self.file, images, threads or None, native.library())
 
     def judged(
         self,
@@ -61,17 +48,19 @@ class NMEngine(OrtEngine):
                 mask = by_layer.get(layer)
                 if mask is None:  # a dense layer in 8 bits
                     continue
+                eligible = choice.dense is not None and choice.skips_zeros
+                chosen = choice.native and choice.skips_zeros
                 rows.append(
                     LayerVerdict(
                         layer=layer,
                         initializer=mask.initializer,
                         op=mask.op,
                         pattern=mask.pattern,
-                        eligible=choice.dense is not None,
-                        rule="measured" if choice.dense is not None else "kernel",
+                        eligible=eligible,
+                        rule="measured" if eligible else "kernel",
                         reason=choice.reason,
-                        chosen=choice.native and choice.skips_zeros,
-                        kernel=kernel if choice.native else None,
+                        chosen=chosen,
+                        kernel=kernel if chosen else None,
                         dense_ms=choice.dense.p50_ms if choice.dense else None,
                         sparse_ms=choice.sparse.p50_ms if choice.sparse else None,
                     )

@@ -14,6 +14,7 @@ from mpcompile.errors import BuildError, RuntimeMissing, cause_of
 from mpcompile.export.half_precision import to_float32
 from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.ir.precision import QUANTIZED
+from mpcompile.runtimes import native
 from mpcompile.runtimes.batching import in_pieces
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mpcompile.measure.quantized_layer import QuantizedLayer
 
 PROVIDER = "CPUExecutionProvider"
+NATIVE = ".native"  # in the names of files with native operators
 # Of a session. It keeps QuantizeLinear and DequantizeLinear as they are, and fuses no product with them.
 WITHOUT_8_BIT_KERNELS = ("session.disable_quant_qdq", "1")
 
@@ -55,7 +57,12 @@ class OrtEngine:
     @property
     def is_reference(self) -> bool:
         """False for subclasses, which use other kernels or another device, native operators, and 8-bit kernels."""
-        return type(self) is OrtEngine and self.exact and ".native" not in self.file.suffixes
+        return type(self) is OrtEngine and self.exact and not self.native
+
+    @property
+    def native(self) -> bool:
+        """Whether the file has native operators."""
+        return NATIVE in self.file.suffixes
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
@@ -78,7 +85,8 @@ class OrtEngine:
         from mpcompile.runtimes.ort.int8_coverage import int8_coverage
 
         threads = int(self.session.get_session_options().intra_op_num_threads)
-        return int8_coverage(self.file, images, threads or None)
+        library = native.library() if self.native else None
+        return int8_coverage(self.file, images, threads or None, library)
 
     @property
     def device(self) -> str:
@@ -87,7 +95,7 @@ class OrtEngine:
 
 def native_file(onnx: Path) -> Path:
     """Returns the path of the variant of an ONNX file with the native operator: `….native.onnx` beside it."""
-    return onnx.with_name(f"{onnx.stem}.native.onnx")
+    return onnx.with_name(f"{onnx.stem}{NATIVE}.onnx")
 
 
 def cpu_engine(exported: Exported, threads: int | None = None) -> OrtEngine:

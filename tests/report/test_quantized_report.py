@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
-from quantized_runs import quantized
+import pytest
+from quantized_runs import MASK, compiled, native_kernel, quantized
 from report_page import PageTables, jq, markdown_tables, read_number
 
 from mpcompile.driver.artifact import Artifact
@@ -39,15 +41,38 @@ def test_numbers_of_the_tables_equal_the_values_at_their_keys(int8_masked: Artif
         assert page.texts("quantized-table") in markdown_tables(render.markdown(artifact.report))
 
 
-def test_masks_that_no_kernel_skips_are_not_sold_as_speed(int8_masked: Artifact) -> None:
-    report = int8_masked.report
+def test_masks_that_no_kernel_skips_are_not_sold_as_speed(
+    tiny_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcompile.runtimes.native.missing", lambda: "it was not built")
+    artifact = compiled(tiny_files, tmp_path / "out", MASK)
+    report = artifact.report
     assert not report.accelerated
-    assert {row.reason for row in report.verdicts} == {NO_INT8_KERNEL}
-    assert not list(int8_masked.folder.glob("*.native.onnx"))
+    assert {row.reason for row in report.verdicts} == {NO_INT8_KERNEL.format("it was not built")}
+    assert not list(artifact.folder.glob("*.native.onnx"))
+    assert not any(row.native for row in quantized(artifact).kernels)
     text = " ".join(report.verdict)
     assert "the dense model in fp32 on the same target" in text
     assert "the fastest dense int8 model (int8, " in text
-    assert "no int8 N:M kernel ran." in text or "No int8 N:M kernel ran, so the masks do not cause the gain" in text
+    assert "o int8 kernel that skips zeros ran" in text
+    assert "on the native kernels" not in render.markdown(report)
+
+
+@native_kernel
+def test_masks_that_the_native_kernel_skips_are_told_with_their_baseline(int8_masked: Artifact) -> None:
+    report, found = int8_masked.report, quantized(int8_masked)
+    assert report.accelerated
+    assert all(row.chosen and str(row.kernel).startswith("NMGemmInt8, ") for row in report.verdicts)
+    assert {path.name for path in int8_masked.folder.glob("*.native.onnx")} == {
+        "model.native.onnx",
+        "dense_int8.native.onnx",
+    }
+    assert all(row.native for row in found.kernels)
+    text = " ".join(report.verdict)
+    count = len(found.kernels)
+    assert f"{count} of {count} quantised layers ran on 8-bit kernels, {count} of them on the native kernels" in text
+    assert "kernel that skips zeros ran" not in text
+    assert str(found.baselines[0].method).endswith("selected them (dense_int8.native.onnx)")
 
 
 def test_the_loss_is_split_into_masks_int8_and_both(int8_masked: Artifact) -> None:
@@ -91,7 +116,7 @@ def test_a_layer_that_the_target_runs_in_float_has_its_reason(int8_masked: Artif
     assert on_8_bit_kernels(replace(found, kernels=())) == []
     [sentence] = on_8_bit_kernels(found)
     assert sentence in report.verdict
-    first, *others = (replace(row, in_8_bits=True, reason=None) for row in found.kernels)
+    first, *others = (replace(row, in_8_bits=True, reason=None, kernel="QGemm") for row in found.kernels)
     whole = replace(found, kernels=(first, *others))
     assert on_8_bit_kernels(whole) == [f"{len(names)} of {len(names)} quantised layers ran on 8-bit kernels."]
     left = replace(first, in_8_bits=False, reason="the input is not quantised")
@@ -112,10 +137,12 @@ def test_what_masks_bring_beside_dense_int8_follows_from_the_numbers(int8_masked
     found, latency = quantized(int8_masked), int8_masked.report.latency
     slower = replace(found, over_fastest=speeds(0.9, 1.0))
     assert without_kernel(slower) == [
-        "The masks bring no speed beside dense int8 on this target: no int8 N:M kernel ran."
+        "The masks bring no speed beside dense int8 on this target: no int8 kernel that skips zeros ran."
     ]
     faster = replace(found, over_fastest=speeds(1.0, 1.2))
-    assert without_kernel(faster) == ["No int8 N:M kernel ran, so the masks do not cause the gain beside dense int8."]
+    assert without_kernel(faster) == [
+        "No int8 kernel that skips zeros ran, so the masks do not cause the gain beside dense int8."
+    ]
     assert without_kernel(replace(found, over_fastest=())) == []
     assert beside_dense(faster, latency) == [
         "At batch 1 no significant difference from the fastest dense int8 model (int8, static) was measured "

@@ -1,6 +1,7 @@
 """Lane rules: no lane can leave int16 for any activation, against an emulation of vpmaddubsw and brute force."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,3 +218,45 @@ def test_rows_of_zeros_have_no_reach(rule: LaneRule) -> None:
     assert reach(torch.zeros(2, 20), rule).tolist() == [0, 0]
     assert safe_scale(torch.zeros(2, 20), rule).tolist() == [0, 0]
     assert safe_scale(torch.zeros(2, 20), rule, 0.5).tolist() == [0.5, 0.5]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([EIGHT_OF_16, FOUR_OF_16]), st.sampled_from([2, 4]), st.integers(0, 2**16), st.floats(0, 4))
+def test_rows_that_share_a_pattern_share_their_lanes(rule: LaneRule, rows: int, seed: int, tail: float) -> None:
+    """The kernel shuffles the activations once for these rows, so one division must keep all of them exact."""
+    shared = replace(rule, rows=rows)
+    pattern = replace(PATTERNS[rule], rows=rows)
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 64, generator=rng, dtype=torch.float64)
+    weight = weight.sign() * weight.abs() ** tail
+    mask = nm_mask(weight.square(), pattern)
+    weight = torch.where(mask, weight, 0)
+    assert block_rule(mask, rows) == shared
+    scale, lanes = safe_lanes(weight, mask, shared)
+    integers = (weight / scale[:, None]).round()
+    for first in range(0, len(weight), rows):
+        group = slice(first, first + rows)
+        assert (mask[group] == mask[first]).all()
+        assert (lanes[group] == lanes[first]).all()
+    positive, negative = lane_sums(integers, lanes)
+    assert (torch.maximum(positive, negative) <= LIMIT).all()
+    assert (integers.abs() <= 127).all()
+
+
+def test_the_division_of_sharing_rows_has_the_least_common_reach() -> None:
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (2, 8), generator=rng)
+    weight = torch.zeros(2, 16, dtype=torch.int64)
+    weight[:, torch.randperm(16, generator=rng)[:8].sort().values] = values
+    shared = replace(EIGHT_OF_16, rows=2)
+    lanes = lanes_of(weight, (weight != 0).any(0).expand(2, 16), shared)
+    found = max(float(sums.max()) for sums in lane_sums(weight, lanes))
+    best = min(
+        max(
+            lane_reach([float(row[i]) for i in side])
+            for row in values
+            for side in (half, [i for i in range(8) if i not in half])
+        )
+        for half in itertools.combinations(range(8), 4)
+    )
+    assert found == best
