@@ -22,14 +22,22 @@ SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "
 # The rows of README's table of speeds: threads, model, tokens merged after each attention, batch size. All rows are in
 # docs/results-speed.md.
 README_ROWS = (
-    (1, "vit_small_patch16_224", 0, 8),
     (1, "vit_base_patch16_224", 0, 1),
     (1, "vit_base_patch16_224", 0, 8),
-    (1, "vit_base_patch16_224", 8, 8),
     (2, "vit_small_patch16_224", 0, 1),
 )
 OURS, LARGEST = "joint, permutation, refit, repair, residual (ours)", "largest weights, no refit"
 SPEED_COLUMNS = ("hardware", "model", "batch", "dense fp32", "2:4 fp32", "1:4 fp32", "dense int8", "fastest")
+# Columns of the README's table in int8, and the names in cpu_vit_int8; None stands for the row's best dense int8 file.
+INT8_COLUMNS: dict[str, str | None] = {
+    "best of ONNX Runtime, dense": None,
+    "OpenVINO, dense": "OpenVINO, int8",
+    "ours, dense": "ours, int8, dense",
+    "2:4": "ours, int8, 2:4",
+    "2:4x4": "ours, int8, 2:4x4",
+    "4:16": "ours, int8, 4:16",
+    "2:4x4, `--tome 8`": "ours, int8, 2:4x4, r = 8",
+}
 MEASURED = {"2:4": "2:4", "1:4": "1:4", "int8": "dynamic int8"}
 VITS = {"vit_small_patch16_224": "ViT-S/16", "vit_base_patch16_224": "ViT-B/16"}
 SMALL = {"fashion_vit": "ViT of 1.2 M parameters", "efficientnet_lite0": "EfficientNet-Lite0, 96 px"}
@@ -45,6 +53,12 @@ def body(name: str) -> str:
     """Returns the Markdown of a results file from its first table on, without the title and the question."""
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     return text[text.index("\n|") + 1 :]
+
+
+def sections(name: str) -> str:
+    """Returns the Markdown of a results file from its first section on, with smaller headings, without the question."""
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    return text[text.index("\n## ") + 1 :].replace("## ", "### ")
 
 
 def channel_orders() -> str:
@@ -142,6 +156,18 @@ def readme_speeds() -> str:
         cells = (speed_cell(speeds[name]) for name in MEASURED)
         table.append((hardware(row), model, batch, dense, *cells, fastest(speeds)))
     return markdown(SPEED_COLUMNS, [*table, *small_models(), GPU])
+
+
+def readme_int8_speeds() -> str:
+    """Returns the speeds of whole ViTs in int8, relative to dense fp32, by processor, model and batch."""
+    table = []
+    for row in rows_of("cpu_vit_int8"):
+        over = row["over_fp32"]
+        found = [over.get(name or row["best_int8"]) for name in INT8_COLUMNS.values()]
+        cells = ("–" if speed is None else f"{speed[0]:.2f}×" for speed in found)
+        dense = f"{row['ms']['ONNX Runtime, fp32']:.0f} ms"
+        table.append((hardware(row), VITS[row["model"]], str(row["batch"]), dense, *cells))
+    return markdown(("hardware", "model", "batch", "dense fp32", *INT8_COLUMNS), table)
 
 
 def row_key(row: dict[str, Any]) -> tuple[int, str, int, int]:
@@ -245,6 +271,9 @@ def blocks() -> dict[str, str]:
         "([list, with the reason for each failure](benchmarks/results/capture.md)).\n",
         "accuracy": accuracy(),
         "faster": readme_speeds(),
+        "faster_int8": readme_int8_speeds(),
+        "cpu_vit_int8": sections("cpu_vit_int8"),
+        "cpu_int8_gemm": first_table("cpu_int8_gemm"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
         "spectra": first_table("spectra"),
         "budget": budget(),

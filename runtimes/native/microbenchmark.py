@@ -19,6 +19,7 @@ from mpcompile.measure.timing import Call, Speedup, Timing, sample, speedup, tim
 from mpcompile.runtimes.native.custom_op import CONV, OLDEST_OPSET
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, replace
 from mpcompile.runtimes.native.packing import Packed
+from mpcompile.runtimes.session_settings import STOP_SPINNING
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -125,6 +126,7 @@ def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*STOP_SPINNING)
     if threads:
         options.intra_op_num_threads = threads
     if library is not None:

@@ -16,6 +16,7 @@ from mpcompile.export.onnx_export import INPUT, Exported
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.runtimes import native
 from mpcompile.runtimes.batching import in_pieces
+from mpcompile.runtimes.session_settings import STOP_SPINNING
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -150,6 +151,7 @@ def session_on(
         raise RuntimeMissing(missing_reason() or f"onnxruntime does not import: {error}") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings, such as of unused initializers, do not concern users
+    options.add_session_config_entry(*STOP_SPINNING)
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not kernels_8_bit:
