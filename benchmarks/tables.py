@@ -24,7 +24,6 @@ SHOWN = ("2:4", "16:32", "12:32", "1:4", "2:4x4", "merged, dense", "OpenVINO", "
 README_ROWS = (
     (1, "vit_base_patch16_224", 0, 1),
     (1, "vit_base_patch16_224", 0, 8),
-    (2, "vit_small_patch16_224", 0, 1),
 )
 OURS, LARGEST = "joint, permutation, refit, repair, residual (ours)", "largest weights, no refit"
 SPEED_COLUMNS = ("hardware", "model", "batch", "dense fp32", "2:4 fp32", "1:4 fp32", "dense int8", "fastest")
