@@ -7,7 +7,6 @@ The native kernel skips zeros for at most 8 and for at most 4 kept of 16. Of the
 8:16 and 4:16 keep the most saliency, so these are the candidates of `--pattern auto`.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.ir.pattern import NM
-from mpcompile.measure.timing import Call, sample, speedup
+from mpcompile.measure.timing import Call, speedup
 from mpcompile.runtimes.native.auto_patterns import CHANNELS, TOKENS
 from mpcompile.runtimes.native.custom_op import GEMM
 from mpcompile.runtimes.native.int8_ops import U8Quantization
 from mpcompile.runtimes.native.int8_products import Int8Product
 from mpcompile.runtimes.native.int8_selection import native_node, standard_node
-from mpcompile.runtimes.native.microbenchmark import OneNode, calls_per_block, dense_node, one_node, repeated
+from mpcompile.runtimes.native.microbenchmark import (
+    OneNode,
+    Samples,
+    calls_per_block,
+    dense_node,
+    judged,
+    one_node,
+    repeated,
+)
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm
 from mpcompile.runtimes.quantized import QuantizedGemm, QuantizedSpeed
 
@@ -30,8 +37,6 @@ KEPT, GROUP = (4, 8), 16
 LARGEST = 31
 FLOAT, THEIRS, OURS = "dense fp32", "ONNX Runtime's dense int8 kernel", "the native dense int8 kernel"
 MASKED = "masked"
-
-Samples = Mapping[str, NDArray[np.float64]]  # milliseconds of each kernel (rounds,)
 
 
 def measured_patterns(library: Path, rows: int = 1) -> dict[NM, QuantizedSpeed]:
@@ -53,12 +58,7 @@ def speed_of(gemm: QuantizedGemm, library: Path, threads: int | None = None, sec
     runs = kernels(gemm, library, threads)
     repeats = calls_per_block(runs[OURS])
     turns = {name: partial(repeated, run, repeats) for name, run in runs.items()}
-    samples = sample(turns, seconds)
-    speed = compared(samples)
-    if speed.masked is None or not speed.masked.undecided:
-        return speed
-    more = sample(turns, seconds)
-    return compared({name: np.concatenate([first, more[name]]) for name, first in samples.items()})
+    return judged(turns, seconds, compared, lambda speed: speed.masked is None or not speed.masked.undecided)[1]
 
 
 def compared(samples: Samples) -> QuantizedSpeed:

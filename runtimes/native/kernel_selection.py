@@ -22,9 +22,9 @@ import onnx
 from numpy.typing import NDArray
 
 from mpcompile.export.mask_check import ProvenMask
-from mpcompile.measure.timing import Speedup, Timing, sample, speedup
+from mpcompile.measure.timing import Speedup, Timing, speedup
 from mpcompile.runtimes.native.custom_op import CONV
-from mpcompile.runtimes.native.microbenchmark import input_shapes, measure, session
+from mpcompile.runtimes.native.microbenchmark import input_shapes, judged, measure, session
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, Refused, find, packed, replace
 from mpcompile.runtimes.native.packing import Packed
 from mpcompile.runtimes.native.whole_file import Compare, Loss, Names, accept
@@ -179,13 +179,13 @@ def compare_whole(
     """
     given = {dense.get_inputs()[0].name: images}
     turns = {"dense": partial(dense.run, None, given), "native": partial(native.run, None, given)}
-    samples = sample(turns, seconds)
-    ratio = speedup(samples["dense"], samples["native"], baseline)
-    if ratio.significant:
-        return ratio
-    more = sample(turns, seconds)
-    samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
-    return speedup(samples["dense"], samples["native"], baseline)
+    _, ratio = judged(
+        turns,
+        seconds,
+        lambda found: speedup(found["dense"], found["native"], baseline),
+        lambda found: found.significant,
+    )
+    return ratio
 
 
 def dropped(choice: Choice, loss: Loss, baseline: OtherKernels = DENSE, convolution: bool = False) -> Choice:

@@ -3,10 +3,10 @@
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx
@@ -23,6 +23,9 @@ from mpcompile.runtimes.session_settings import STOP_SPINNING
 
 if TYPE_CHECKING:
     import onnxruntime
+
+Samples = Mapping[str, NDArray[np.float64]]  # milliseconds per turn of each call (rounds,)
+Judgement = TypeVar("Judgement")
 
 PROVIDER = "CPUExecutionProvider"
 DEVICE = "cpu"
@@ -60,14 +63,33 @@ def compared(dense: Call, native: Call, batch: int, seconds: float) -> tuple[Tim
     runs = {"dense": dense, "native": native}
     repeats = calls_per_block(runs["dense"])
     turns = {name: partial(repeated, run, repeats) for name, run in runs.items()}
-    samples = sample(turns, seconds)
-    ratio = speedup(samples["dense"], samples["native"], BASELINE)
-    if ratio.undecided:
-        more = sample(turns, seconds)
-        samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
-        ratio = speedup(samples["dense"], samples["native"], BASELINE)
+    samples, ratio = judged(
+        turns,
+        seconds,
+        lambda found: speedup(found["dense"], found["native"], BASELINE),
+        lambda found: not found.undecided,
+    )
     first, second = (timing(samples[name] / repeats, batch, DEVICE) for name in runs)
     return first, second, ratio
+
+
+def judged(
+    turns: Mapping[str, Call],
+    seconds: float,
+    judge: Callable[[Samples], Judgement],
+    decided: Callable[[Judgement], bool],
+) -> tuple[Samples, Judgement]:
+    """Returns the samples of the calls, timed in turns, and what `judge` makes of them.
+
+    If that is not decided, as many rounds are added once more, so that a short load of the machine does not decide.
+    """
+    samples: Samples = sample(turns, seconds)
+    judgement = judge(samples)
+    if not decided(judgement):
+        more = sample(turns, seconds)
+        samples = {name: np.concatenate([first, more[name]]) for name, first in samples.items()}
+        judgement = judge(samples)
+    return samples, judgement
 
 
 def calls_per_block(run: Call) -> int:

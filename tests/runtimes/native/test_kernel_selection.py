@@ -204,7 +204,7 @@ def test_whole_files_are_timed_again_if_the_difference_is_not_significant(
     monkeypatch: pytest.MonkeyPatch, vit: Lowered, first: float, rounds: int
 ) -> None:
     runs = iter([np.full(20, first), np.full(20, 1.2)])
-    monkeypatch.setattr(kernel_selection, "sample", lambda calls, seconds: {"dense": next(runs), "native": np.ones(20)})
+    monkeypatch.setattr(microbenchmark, "sample", lambda calls, seconds: {"dense": next(runs), "native": np.ones(20)})
     whole = microbenchmark.session(onnx.load(vit.onnx), None, 1)
     assert compare_whole(whole, whole, vit.model.example[:1].numpy(), 0.0).count == rounds
 
