@@ -18,6 +18,10 @@ inline bool right_quantisation(float scale, int64_t zero) {
     return scale >= 1e-38f && scale < 1e38f && zero >= 0 && zero <= 255;
 }
 
+inline OrtStatus* refuse(const void* const* api, const char* what) {
+    return ort::CreateStatus::call(api, ort::INVALID_GRAPH, what);
+}
+
 // Memory of the calling thread, aligned to 64 bytes, that is kept for later calls; null if there is none left.
 uint8_t* scratch_bytes(size_t wanted);
 

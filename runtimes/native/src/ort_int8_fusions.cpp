@@ -41,12 +41,14 @@ uint8_t* scratch_bytes(size_t wanted) {
 
 namespace {
 
-OrtStatus* refuse(Api api, const char* what) { return ort::CreateStatus::call(api, ort::INVALID_GRAPH, what); }
-
+// Found once: threads ask for them in every item of work.
 const Int8Kernels& kernels() {
-    const Int8Kernels* found[4];
-    supported_int8_kernels(found);
-    return *found[0];
+    static const Int8Kernels& fastest = []() -> const Int8Kernels& {
+        const Int8Kernels* found[4];
+        supported_int8_kernels(found);
+        return *found[0];
+    }();
+    return fastest;
 }
 
 struct Quantisation {

@@ -36,8 +36,6 @@ struct Operator {
     int64_t y_zero = 0;
 };
 
-OrtStatus* refuse(Api api, const char* what) { return ort::CreateStatus::call(api, ort::INVALID_GRAPH, what); }
-
 // A constant input of the wanted shape; a size of -1 is free, and is set to the size found.
 template <typename T>
 OrtStatus* constant(Api api, const OrtKernelInfo* info, size_t index, int64_t (&sizes)[2], size_t dimensions,
