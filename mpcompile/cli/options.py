@@ -128,7 +128,28 @@ ChannelOrderOption = Annotated[
 
 LeafOption = Annotated[
     list[str] | None,
-    typer.Option("--leaf", metavar="NAME", help="Do not trace into this module. Can be repeated."),
+    typer.Option("--leaf", metavar="NAME", help="Record this module as one call. Can be repeated."),
+]
+
+
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=SHAPE",
+        help="Input of the model beside the images: its shape without the batch axis, such as mask=224x224, and its "
+        "type if that is not float32, such as ids=16:int64. Can be repeated.",
+    ),
+]
+
+
+OutputNameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output-name",
+        metavar="NAME",
+        help="Output that accuracy, agreement and certificates compare, if the model has several, such as logits.",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import build_architecture, call_factory, classes_in, create_timm, is_factory
+from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.checkpoint_weights import chosen_weights
 from mpcompile.frontend.claimed_accuracy import claimed_accuracy
 from mpcompile.frontend.label_names import labels_beside
@@ -72,6 +73,8 @@ class Request:
     interpolation: str | None = None
     channel_order: str | None = None
     weights_key: str | None = None  # which weights of a checkpoint that holds several; None: chosen
+    inputs: Mapping[str, InputSpec] = field(default_factory=dict)  # inputs beside the images, by forward's names
+    output_name: str | None = None  # path of the primary output, such as "logits"; None: the one with a usual name
 
     @property
     def preprocessing(self) -> Preprocessing:
