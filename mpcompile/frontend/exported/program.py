@@ -1,0 +1,111 @@
+"""A program of torch.export as a torch.fx graph of its operators, with its parameters and buffers by name."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from mpcompile.frontend.exported.refusal import Refused
+
+PERSISTENT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramInput:
+    """One input tensor, or a constant that the program was exported with.
+
+    Attributes:
+        name: its name in the graph.
+        shape: the sizes that it was exported with; None for a constant.
+        dtype: its type; None for a constant.
+        free: the axes whose size may differ from the exported one.
+        constant: the value of an argument that is no tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    free: tuple[int, ...] = ()
+    constant: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """An exported program.
+
+    Attributes:
+        graph: a placeholder for each input, `get_attr` for parameters and buffers, calls of operators, and an output
+            that is a flat tuple.
+        tensors: parameters and buffers by qualified name; names of one tied parameter hold one object.
+        transient: names that are not in the state dict: buffers that are not persistent, and constants.
+        inputs: in the order of the flat arguments.
+        in_spec: the structure of the arguments, ((positional, …), {keyword: …}).
+        out_spec: the structure of the result.
+        arguments: names of the top-level arguments, where known.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, Tensor]
+    transient: frozenset[str]
+    inputs: tuple[ProgramInput, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    arguments: tuple[str, ...] = ()
+
+
+def program_of(exported: ExportedProgram) -> Program:
+    """The Program of an ExportedProgram in memory. Raises Refused if it writes to its buffers or its inputs."""
+    signature = exported.graph_signature
+    stateful = [spec for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    if stateful:
+        raise Refused(f"writes {stateful[0].target or stateful[0].arg} in each call; a model must keep no state")
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    specs = dict(zip(exported.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
+    inputs, transient = [], set()
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node]
+            if spec.kind is InputKind.USER_INPUT:
+                values[node] = graph.placeholder(node.name)
+                inputs.append(_input_of(node.name, node.meta.get("val")))
+            elif spec.kind in (*PERSISTENT_KINDS, InputKind.CONSTANT_TENSOR) and spec.target is not None:
+                values[node] = graph.create_node("get_attr", spec.target)
+                if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False:
+                    transient.add(spec.target)
+            else:
+                raise Refused(f"has an input of the kind {spec.kind.name}, which is no tensor")
+        elif node.op == "output":
+            outputs: Sequence[object] = node.args[0]
+            graph.output(tuple(values[part] if isinstance(part, fx.Node) else part for part in outputs))
+        elif node.op == "get_attr":
+            raise Refused(f"calls a part of itself ({node.target}), such as torch.cond or an autocast block")
+        else:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    named = {**exported.state_dict, **exported.constants}
+    call = exported.module_call_graph[0].signature
+    if call is None:
+        raise Refused("has no call signature")
+    return Program(
+        graph=graph,
+        tensors={name: value for name, value in named.items() if isinstance(value, Tensor)},
+        transient=frozenset(transient),
+        inputs=tuple(inputs),
+        in_spec=call.in_spec,
+        out_spec=call.out_spec,
+        arguments=tuple(call.forward_arg_names or ()),
+    )
+
+
+def _input_of(name: str, value: object) -> ProgramInput:
+    """The description of an input by the example value that export recorded."""
+    if not isinstance(value, Tensor):
+        return ProgramInput(name, constant=value)
+    sizes = [(size, None) if type(size) is int else (size.node.hint, axis) for axis, size in enumerate(value.shape)]
+    if any(size is None for size, _ in sizes):
+        raise Refused(f"has the input {name} with a size that was not recorded")
+    free = tuple(axis for _, axis in sizes if axis is not None)
+    return ProgramInput(name, tuple(int(size) for size, _ in sizes), value.dtype, free)
