@@ -1,8 +1,8 @@
 """The members of a .pt2 archive, from a file that is read once; archives that torch.export.save would not write are
 refused.
 
-A .pt2 archive is a zip file without compression: one JSON file of the program, two of the tensors' places, the raw bytes
-of the tensors, and example inputs. Anything else in it is either code (pickle, a compiled library) or unknown.
+A .pt2 archive is a zip file without compression: a JSON file of the program, two of the tensors' places, the raw
+bytes of the tensors, and example inputs. Anything else in it is either code (pickle, a compiled library) or unknown.
 """
 
 import io
@@ -10,7 +10,6 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,7 +113,9 @@ def _require_format(members: Mapping[str, bytes]) -> None:
         try:
             torch.load(io.BytesIO(members[EXAMPLES]), map_location="cpu", weights_only=True)
         except Exception as error:
-            raise Refused(f"holds {EXAMPLES!r}, which is more than tensors, so that loading would run its pickle") from error
+            raise Refused(
+                f"holds {EXAMPLES!r}, which is more than tensors, so that loading would run its pickle"
+            ) from error
 
 
 def parsed_json(content: bytes, what: str) -> Any:
@@ -136,8 +137,3 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file, read once, so that what is checked is what is used."""
-    return path.read_bytes()

@@ -50,8 +50,8 @@ def require_size_expression(value: object, where: str) -> str:
 def _allowed(node: ast.expr) -> bool:
     """Whether a node of the syntax tree, with all nodes in it, follows the grammar."""
     match node:
-        case ast.Constant(value=bool()) | ast.Constant(value=int()) | ast.Constant(value=float()):
-            return abs(node.value) < 2**64
+        case ast.Constant(value=bool() | int() | float() as value):
+            return abs(value) < 2**64
         case ast.Name():
             return bool(SYMBOL.fullmatch(node.id))
         case ast.UnaryOp(op=ast.USub() | ast.UAdd()):
@@ -74,7 +74,7 @@ def _allowed(node: ast.expr) -> bool:
                 for word in node.keywords
             )
         case ast.Call(func=ast.Name(id=function), keywords=[]) if function in FUNCTIONS:
-            return 0 < len(node.args) and all(map(_allowed, node.args))
+            return len(node.args) > 0 and all(map(_allowed, node.args))
     return False
 
 

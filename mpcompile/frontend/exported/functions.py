@@ -99,7 +99,9 @@ def _batch_norm(node: fx.Node, found: Mapping[str, Any]) -> Call:
 
 def _attention(node: fx.Node, found: Mapping[str, Any]) -> Call:
     options = {
-        key: found[key] for key in ("attn_mask", "is_causal", "scale", "enable_gqa") if found.get(key) not in (None, False)
+        key: found[key]
+        for key in ("attn_mask", "is_causal", "scale", "enable_gqa")
+        if found.get(key) not in (None, False)
     }
     return Call(
         "call_function", F.scaled_dot_product_attention, (found["query"], found["key"], found["value"]), options

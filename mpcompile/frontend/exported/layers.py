@@ -1,6 +1,6 @@
 """Layers of torch.nn for operators that read a parameter "path.weight", under the layer's own name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from mpcompile.frontend.exported.simplify import base_name, named_arguments
 
-CONVOLUTIONS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+CONVOLUTIONS: Mapping[str, Callable[..., nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 LAYERS = frozenset([*CONVOLUTIONS, "linear", "layer_norm", "group_norm", "batch_norm"])
 TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -25,12 +25,19 @@ def layer_of(node: fx.Node, tensors: Mapping[str, Tensor]) -> tuple[str, nn.Modu
     owner = _owner(found.get("weight"), "weight")
     if not owner:
         return None
+    tied = _owner(found.get("bias"), "bias")  # export keeps one name of a weight that two layers share
+    if (
+        tied
+        and tied != owner
+        and tensors.get(f"{tied}.weight", tensors[f"{owner}.weight"]) is tensors[f"{owner}.weight"]
+    ):
+        owner = tied
     own: dict[str, Tensor] = {}
     for name in TENSORS:
         value = found.get(name)
         if value is None:
             continue
-        if _owner(value, name) != owner:
+        if _owner(value, name) != owner and name != "weight":
             return None
         own[name] = tensors[str(value.target)]
     layer = _empty_layer(node, found, own)
@@ -38,8 +45,9 @@ def layer_of(node: fx.Node, tensors: Mapping[str, Tensor]) -> tuple[str, nn.Modu
         return None
     for name, tensor in own.items():
         if name in layer._parameters:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            layer._parameters[name] = tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)
+            layer._parameters[name] = (
+                tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            )
         else:
             layer._buffers[name] = tensor
     if "num_batches_tracked" in layer._buffers:
@@ -75,9 +83,9 @@ def _empty_layer(node: fx.Node, found: Mapping[str, Any], own: Mapping[str, Tens
         return nn.LayerNorm(shape, found["eps"], bias=has_bias, device="meta") if weight.shape == shape else None
     if name == "group_norm" and has_bias:
         return nn.GroupNorm(found["num_groups"], len(weight), found["eps"], device="meta")
-    shape = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
-    if name == "batch_norm" and has_bias and "running_mean" in own and "running_var" in own and shape:
-        return BATCH_NORMS[len(shape)](len(weight), found["eps"], found["momentum"], device="meta")
+    of_input = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
+    if name == "batch_norm" and has_bias and "running_mean" in own and "running_var" in own and of_input:
+        return BATCH_NORMS[len(of_input)](len(weight), found["eps"], found["momentum"], device="meta")
     return None
 
 
@@ -88,6 +96,9 @@ def _repeated(sizes: Any, count: int) -> tuple[Any, ...]:
 
 def same_layer(one: nn.Module, other: nn.Module) -> bool:
     """Whether two layers compute the same: their type, settings and tensors are equal."""
-    return type(one) is type(other) and one.extra_repr() == other.extra_repr() and all(
-        getattr(one, name, None) is getattr(other, name, None) for name in TENSORS if name != "weight"
-    ) and one.weight is other.weight
+    return (
+        type(one) is type(other)
+        and one.extra_repr() == other.extra_repr()
+        and all(getattr(one, name, None) is getattr(other, name, None) for name in TENSORS if name != "weight")
+        and one.weight is other.weight
+    )

@@ -17,6 +17,7 @@ from mpcompile.frontend.exported.layers import layer_of, same_layer
 from mpcompile.frontend.exported.program import Program
 from mpcompile.frontend.exported.refusal import Refused
 from mpcompile.frontend.exported.simplify import simplify
+from mpcompile.frontend.exported.tree_specs import children_of
 from mpcompile.ir.parity import relative_difference
 
 
@@ -111,16 +112,16 @@ def _require_same(module: fx.GraphModule, program: Program) -> None:
 
 def _restore_structure(module: fx.GraphModule, program: Program) -> None:
     """Gives the module the arguments and the result of the exported model."""
-    positional, keywords = program.in_spec.children()
-    leaves = [*positional.children(), *keywords.children()]
+    positional, keywords = children_of(program.in_spec)
+    leaves = [*children_of(positional), *children_of(keywords)]
     if all(leaf.is_leaf() for leaf in leaves) and _is_plain(program.out_spec):
         _name_arguments(module, program, list(keywords.context))
         output = module.graph.output_node()
         results: Any = output.args[0]
         output.args = (pytree.tree_unflatten(list(results), program.out_spec),)
     else:
-        names = [*program.arguments[: positional.num_children]]
-        names += [f"arg{index}" for index in range(len(names), positional.num_children)]
+        names = [*program.arguments[: len(children_of(positional))]]
+        names += [f"arg{index}" for index in range(len(names), len(children_of(positional)))]
         names += [key for key in keywords.context if key not in names]
         module.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, program.in_spec, program.out_spec))
     module.graph.lint()
@@ -129,7 +130,7 @@ def _restore_structure(module: fx.GraphModule, program: Program) -> None:
 
 def _is_plain(spec: pytree.TreeSpec) -> bool:
     """Whether a structure has only containers that torch.fx can return: tuples, lists and dicts."""
-    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(map(_is_plain, spec.children())))
+    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(map(_is_plain, children_of(spec))))
 
 
 def _name_arguments(module: fx.GraphModule, program: Program, keywords: list[str]) -> None:

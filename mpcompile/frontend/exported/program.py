@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -60,6 +61,8 @@ class Program:
 def program_of(exported: ExportedProgram) -> Program:
     """The Program of an ExportedProgram in memory. Raises Refused if it writes to its buffers or its inputs."""
     signature = exported.graph_signature
+    if exported.module_call_graph[0].signature is None:
+        raise Refused("has no call signature")
     stateful = [spec for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if stateful:
         raise Refused(f"writes {stateful[0].target or stateful[0].arg} in each call; a model must keep no state")
@@ -79,7 +82,7 @@ def program_of(exported: ExportedProgram) -> Program:
             else:
                 raise Refused(f"has an input of the kind {spec.kind.name}, which is no tensor")
         elif node.op == "output":
-            outputs: Sequence[object] = node.args[0]
+            outputs: Sequence[Any] = node.args[0]
             graph.output(tuple(values[part] if isinstance(part, fx.Node) else part for part in outputs))
         elif node.op == "get_attr":
             raise Refused(f"calls a part of itself ({node.target}), such as torch.cond or an autocast block")
@@ -87,8 +90,6 @@ def program_of(exported: ExportedProgram) -> Program:
             values[node] = graph.node_copy(node, values.__getitem__)
     named = {**exported.state_dict, **exported.constants}
     call = exported.module_call_graph[0].signature
-    if call is None:
-        raise Refused("has no call signature")
     return Program(
         graph=graph,
         tensors={name: value for name, value in named.items() if isinstance(value, Tensor)},
@@ -104,7 +105,8 @@ def _input_of(name: str, value: object) -> ProgramInput:
     """The description of an input by the example value that export recorded."""
     if not isinstance(value, Tensor):
         return ProgramInput(name, constant=value)
-    sizes = [(size, None) if type(size) is int else (size.node.hint, axis) for axis, size in enumerate(value.shape)]
+    symbolic: Sequence[Any] = value.shape
+    sizes = [(size, None) if type(size) is int else (size.node.hint, axis) for axis, size in enumerate(symbolic)]
     if any(size is None for size, _ in sizes):
         raise Refused(f"has the input {name} with a size that was not recorded")
     free = tuple(axis for _, axis in sizes if axis is not None)

@@ -17,7 +17,7 @@ from mpcompile.frontend.exported.guards import is_size_guard
 from mpcompile.frontend.exported.program import Program
 from mpcompile.frontend.exported.raw_tensors import tensors_of
 from mpcompile.frontend.exported.refusal import Refused, integer, mapping, name, sequence, shown
-from mpcompile.frontend.exported.tree_specs import tree_spec
+from mpcompile.frontend.exported.tree_specs import children_of, tree_spec
 
 SCHEMA = 8  # the major version of torch's schema that this reader follows
 PROGRAM_FIELDS = (
@@ -84,22 +84,22 @@ def _require_plain_symbols(root: Mapping[str, Any]) -> None:
 
 def _call_signature(calls: object) -> tuple[pytree.TreeSpec, pytree.TreeSpec, tuple[str, ...]]:
     """The structures of arguments and result, and the names of the arguments, of the whole program."""
-    found = None
+    found: tuple[pytree.TreeSpec, pytree.TreeSpec, tuple[str, ...]] | None = None
     for call in sequence(calls, "module_call_graph"):
         entry = mapping(call, "module_call_graph", ("fqn", "signature"))
         if entry.get("signature") is None:
             continue
         signature = mapping(entry["signature"], "module_call_graph", CALL_FIELDS)
-        specs = tuple(tree_spec(signature.get(key), key) for key in ("in_spec", "out_spec"))  # of parts too: no code
+        in_spec, out_spec = (tree_spec(signature.get(key), key) for key in ("in_spec", "out_spec"))
         if entry.get("fqn") == "" and found is None:
             names = signature.get("forward_arg_names") or []
-            found = (*specs, tuple(name(part, "forward_arg_names") for part in sequence(names, "forward_arg_names")))
+            given = tuple(name(part, "forward_arg_names") for part in sequence(names, "forward_arg_names"))
+            found = (in_spec, out_spec, given)
     if found is None:
         raise Refused("has no call signature")
     in_spec, out_spec, arguments = found
-    if in_spec.type is not tuple or [child.type for child in in_spec.children()] != [tuple, dict]:
+    if in_spec.type is not tuple or [child.type for child in children_of(in_spec)] != [tuple, dict]:
         raise Refused("has arguments that are no pair of positional ones and keywords")
-    keywords = in_spec.child(1)
-    for keyword in keywords.context:
+    for keyword in children_of(in_spec)[1].context:
         name(keyword, "the keywords of the program")
     return in_spec, out_spec, arguments

@@ -1,5 +1,6 @@
 """Simplifies the graph of an exported program: without assertions and identities, and without in-place writes where
-nothing else can see them."""
+nothing else can see them.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -11,16 +12,22 @@ from torch import fx
 from mpcompile.frontend.exported.refusal import Refused
 
 ASSERTIONS = frozenset(
-    ["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"]
+    [
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    ]
 )
 DROPOUTS = frozenset(["dropout", "dropout_", "feature_dropout", "feature_alpha_dropout"])
 IDENTITIES = frozenset(["alias", "alias_", "detach", "detach_", "resolve_conj", "resolve_neg", *DROPOUTS])
 VIEWS = frozenset(  # results that share their memory with the first argument, or may share it
     """
-    alias atleast_1d atleast_2d atleast_3d broadcast_to chunk contiguous detach diagonal expand expand_as flatten getitem
-    imag movedim moveaxis mT narrow numpy_T permute ravel real reshape reshape_as select slice split split_with_sizes
-    squeeze swapaxes swapdims t tensor_split to transpose type_as unbind unflatten unfold unsqueeze view view_as
-    view_as_complex view_as_real unsafe_chunk unsafe_split _unsafe_view hsplit vsplit dsplit
+    alias atleast_1d atleast_2d atleast_3d broadcast_to chunk contiguous detach diagonal expand expand_as flatten
+    getitem imag movedim moveaxis mT narrow numpy_T permute ravel real reshape reshape_as select slice split
+    split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose type_as unbind unflatten unfold unsqueeze
+    view view_as view_as_complex view_as_real unsafe_chunk unsafe_split _unsafe_view hsplit vsplit dsplit
     """.split()  # noqa: SIM905
 )
 
@@ -53,7 +60,7 @@ def simplify(graph: fx.Graph) -> None:
         if name in ASSERTIONS:
             graph.erase_node(node)
         elif name in IDENTITIES or (name == "slice" and _takes_all(node)):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in list(graph.nodes):
         functional = _functional(node) if node.op == "call_function" else None
@@ -79,9 +86,7 @@ def _require_evaluation(node: fx.Node, name: str) -> None:
     if (name in DROPOUTS and arguments.get("train") and arguments.get("p")) or (
         name == "batch_norm" and arguments.get("training")
     ):
-        raise Refused(
-            f"was exported in training mode ({name} is active); call model.eval() before torch.export.export"
-        )
+        raise Refused(f"was exported in training mode ({name} is active); call model.eval() before torch.export.export")
 
 
 def _takes_all(node: fx.Node) -> bool:

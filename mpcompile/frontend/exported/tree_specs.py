@@ -85,6 +85,11 @@ def _keys(context: Any, count: int) -> list[Any] | None:
     return context if plain else None
 
 
+def children_of(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
+    """The specs inside a container. (torch 2.9 has them as an attribute, later ones as a method.)"""
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
 def _leaf() -> pytree.TreeSpec:
     return pytree.tree_structure(0)
 
