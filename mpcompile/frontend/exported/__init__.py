@@ -4,6 +4,6 @@
 """
 
 from mpcompile.frontend.exported.export_module import exported
-from mpcompile.frontend.exported.load import Exported, exported_weights, is_exported_file, load_exported
+from mpcompile.frontend.exported.load import ExportedModel, exported_weights, is_exported_file, load_exported
 
-__all__ = ["Exported", "exported", "exported_weights", "is_exported_file", "load_exported"]
+__all__ = ["ExportedModel", "exported", "exported_weights", "is_exported_file", "load_exported"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpcompile.frontend.exported.refusal import Refused, shown
+from mpcompile.frontend.exported.refusal import ProgramRefused, shown
 
 MOST_MEMBERS = 100_000
 LARGEST_JSON = 2**27  # bytes; the program of a ViT-B has 1 MB
@@ -52,7 +52,7 @@ def is_exported(names: list[str]) -> bool:
 
 
 def read_members(content: bytes) -> Mapping[str, bytes]:
-    """The members by their names without the root folder. Raises Refused if one is not known to be harmless."""
+    """The members by their names without the root folder. Raises ProgramRefused if one is not known to be harmless."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             _require_plain_entries(archive.infolist(), len(content))
@@ -60,7 +60,7 @@ def read_members(content: bytes) -> Mapping[str, bytes]:
             _require_known(list(names), archive.namelist())
             members = {inner: archive.read(entry) for inner, entry in names.items()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise Refused(f"is damaged ({error})") from error
+        raise ProgramRefused(f"is damaged ({error})") from error
     _require_format(members)
     return members
 
@@ -68,23 +68,23 @@ def read_members(content: bytes) -> Mapping[str, bytes]:
 def _require_plain_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
     """Refuses compression, encryption, repeated or absolute names, and entries that overlap."""
     if len(entries) > MOST_MEMBERS:
-        raise Refused(f"has {len(entries):,} members; {MOST_MEMBERS:,} are allowed")
+        raise ProgramRefused(f"has {len(entries):,} members; {MOST_MEMBERS:,} are allowed")
     seen: set[str] = set()
     for entry in entries:
         parts = entry.filename.split("/")
         if entry.filename in seen:
-            raise Refused(f"has the member {shown(entry.filename)} twice, so that two readers could see two files")
+            raise ProgramRefused(f"has the member {shown(entry.filename)} twice; two readers could see two files")
         if "\\" in entry.orig_filename or "\0" in entry.orig_filename or {"", ".", ".."} & set(parts):
-            raise Refused(f"has a member named {shown(entry.orig_filename)}, which is no name inside an archive")
+            raise ProgramRefused(f"has a member named {shown(entry.orig_filename)}, which is no name inside an archive")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise Refused(f"has the compressed member {shown(entry.filename)}; torch never compresses")
+            raise ProgramRefused(f"has the compressed member {shown(entry.filename)}; torch never compresses")
         if entry.flag_bits & 0x1:
-            raise Refused(f"has the encrypted member {shown(entry.filename)}")
+            raise ProgramRefused(f"has the encrypted member {shown(entry.filename)}")
         seen.add(entry.filename)
     if len({entry.filename.partition("/")[0] for entry in entries}) > 1:
-        raise Refused("has members outside its root folder")
+        raise ProgramRefused("has members outside its root folder")
     if sum(entry.file_size for entry in entries) > size:
-        raise Refused("claims more bytes than it has, so that its members overlap")
+        raise ProgramRefused("claims more bytes than it has, so that its members overlap")
 
 
 def _require_known(inner: list[str], names: list[str]) -> None:
@@ -92,28 +92,28 @@ def _require_known(inner: list[str], names: list[str]) -> None:
     for entry in [*inner, *(full for full in names if "/" not in full)]:
         for pattern, what in CODE:
             if re.fullmatch(pattern, entry) and not KNOWN.fullmatch(entry):
-                raise Refused(f"holds {shown(entry)}, {what}")
+                raise ProgramRefused(f"holds {shown(entry)}, {what}")
         if not KNOWN.fullmatch(entry):
-            raise Refused(f"holds {shown(entry)}, a member that mpcompile does not know")
+            raise ProgramRefused(f"holds {shown(entry)}, a member that mpcompile does not know")
     missing = [entry for entry in NEEDED if entry not in inner]
     if missing:
-        raise Refused(f"lacks its member {missing[0]!r}; it is no whole archive of torch.export.save")
+        raise ProgramRefused(f"lacks its member {missing[0]!r}; it is no whole archive of torch.export.save")
 
 
 def _require_format(members: Mapping[str, bytes]) -> None:
     """Refuses other versions and byte orders, and example inputs that need pickled code."""
     if members["archive_format"] != b"pt2" or members.get("archive_version", b"0") != b"0":
-        raise Refused(
+        raise ProgramRefused(
             f"has the format {shown(members['archive_format'])} and the version "
             f"{shown(members.get('archive_version', b'0'))}; pt2 and 0 are read"
         )
     if members.get("byteorder", b"little") != b"little":
-        raise Refused("was written on a machine of another byte order")
+        raise ProgramRefused("was written on a machine of another byte order")
     if members.get(EXAMPLES):
         try:
             torch.load(io.BytesIO(members[EXAMPLES]), map_location="cpu", weights_only=True)
         except Exception as error:
-            raise Refused(
+            raise ProgramRefused(
                 f"holds {EXAMPLES!r}, which is more than tensors, so that loading would run its pickle"
             ) from error
 
@@ -121,11 +121,11 @@ def _require_format(members: Mapping[str, bytes]) -> None:
 def parsed_json(content: bytes, what: str) -> Any:
     """The value of a JSON member. Refuses repeated keys, constants that JSON lacks, deep nesting and large files."""
     if len(content) > LARGEST_JSON:
-        raise Refused(f"has {len(content):,} bytes of JSON in {what}; {LARGEST_JSON:,} are allowed")
+        raise ProgramRefused(f"has {len(content):,} bytes of JSON in {what}; {LARGEST_JSON:,} are allowed")
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(f"has no readable JSON in {what} ({str(error)[:200]})") from error
+        raise ProgramRefused(f"has no readable JSON in {what} ({str(error)[:200]})") from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

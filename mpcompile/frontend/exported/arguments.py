@@ -8,7 +8,7 @@ from torch import fx
 
 from mpcompile.frontend.exported.raw_tensors import STRIDED, dtype_of
 from mpcompile.frontend.exported.refusal import (
-    Refused,
+    ProgramRefused,
     boolean,
     integer,
     mapping,
@@ -40,7 +40,7 @@ def node_named(value: object, nodes: Nodes, where: str) -> fx.Node:
     """The node that a name stands for."""
     found = nodes.get(name(value, where))
     if found is None:
-        raise Refused(f"uses {shown(value)} in {where}, which no earlier call gives")
+        raise ProgramRefused(f"uses {shown(value)} in {where}, which no earlier call gives")
     return found
 
 
@@ -53,7 +53,7 @@ def _optional_tensor(value: object, nodes: Nodes, where: str) -> fx.Node | None:
     if kind == "as_none":
         return None
     if kind != "as_tensor":
-        raise Refused(f"has {shown(value)} in {where}; a tensor or none is needed")
+        raise ProgramRefused(f"has {shown(value)} in {where}; a tensor or none is needed")
     return _tensor(content, nodes, where)
 
 
@@ -65,7 +65,7 @@ def _symbolic(literal: Callable[[object, str], Any], key: str) -> Callable[[obje
         if kind == "as_name":
             return node_named(content, nodes, where)
         if kind != key:
-            raise Refused(f"has {shown(value)} in {where}; {key} or as_name is needed")
+            raise ProgramRefused(f"has {shown(value)} in {where}; {key} or as_name is needed")
         return literal(content, where)
 
     return read
@@ -81,13 +81,13 @@ def _listed(read: Callable[[object, Nodes, str], Any]) -> Callable[[object, Node
 
 def _memory_format(value: object, where: str) -> torch.memory_format:
     if integer(value, where) not in MEMORY_FORMATS:
-        raise Refused(f"has the memory format {value} in {where}, which mpcompile does not know")
+        raise ProgramRefused(f"has the memory format {value} in {where}, which mpcompile does not know")
     return MEMORY_FORMATS[integer(value, where)]
 
 
 def _layout(value: object, where: str) -> torch.layout:
     if integer(value, where) != STRIDED:
-        raise Refused(f"has the layout {value} in {where}; dense tensors are needed")
+        raise ProgramRefused(f"has the layout {value} in {where}; dense tensors are needed")
     return torch.strided
 
 
@@ -124,12 +124,12 @@ READERS: Mapping[str, Callable[[object, Nodes, str], Any]] = {
 
 
 def value_of(argument: object, nodes: Nodes, where: str) -> Any:
-    """The value of an argument: a node, a number, a text, a type, or a list of these. Raises Refused for others."""
+    """The value of an argument: a node, a number, a text, a type, or a list. Raises ProgramRefused for others."""
     kind, content = union(argument, where)
     if kind in REFUSED_KINDS:
-        raise Refused(f"passes {REFUSED_KINDS[kind]} in {where}, which is not read")
+        raise ProgramRefused(f"passes {REFUSED_KINDS[kind]} in {where}, which is not read")
     if kind not in READERS:
-        raise Refused(f"has an argument of the kind {shown(kind)} in {where}, which mpcompile does not know")
+        raise ProgramRefused(f"has an argument of the kind {shown(kind)} in {where}, which mpcompile does not know")
     return READERS[kind](content, nodes, where)
 
 
@@ -137,5 +137,5 @@ def constant_of(value: object, where: str) -> object:
     """The value of an input that is no tensor: None, a number, a bool or a text."""
     kind, content = union(value, where)
     if kind not in ("as_none", "as_int", "as_float", "as_string", "as_bool"):
-        raise Refused(f"has {shown(value)} as {where}; a number, a text or none is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; a number, a text or none is needed")
     return READERS[kind](content, {}, where)

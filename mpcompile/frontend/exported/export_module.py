@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from mpcompile.errors import CaptureError, first_line
 from mpcompile.frontend.exported.lift import lift
 from mpcompile.frontend.exported.program import program_of
-from mpcompile.frontend.exported.refusal import Refused
+from mpcompile.frontend.exported.refusal import ProgramRefused
 
 LARGEST_BATCH = 2**16
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -41,7 +41,7 @@ def exported(module: nn.Module, example: Inputs) -> nn.Module:
                 warnings.simplefilter("ignore")
                 program = program_of(_export(own, args, kwargs, free))
             return lift(program, kind)
-        except Refused as reason:
+        except ProgramRefused as reason:
             reasons.append(f"its program {reason}")
         except Exception as error:  # torch.export raises errors of many types
             reasons.append(f"{type(error).__name__}: {first_line(error)[:300]}")

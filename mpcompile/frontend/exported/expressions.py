@@ -12,9 +12,10 @@ Exponents are small numbers, so that no expression stands for a number that fill
 """
 
 import ast
+import contextlib
 import re
 
-from mpcompile.frontend.exported.refusal import Refused, boolean, integer, mapping, number, shown, union
+from mpcompile.frontend.exported.refusal import ProgramRefused, boolean, integer, mapping, number, shown, union
 
 SYMBOL = re.compile(r"[su]\d{1,6}|z[u]?f\d{1,6}", re.ASCII)
 CHARACTERS = re.compile(r"[\w\s+\-*/%()',=<>!.]*", re.ASCII)
@@ -34,16 +35,20 @@ COMPARISONS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
 
 
 def require_size_expression(value: object, where: str) -> str:
-    """The text of an expression. Raises Refused if it does not follow the grammar."""
+    """The text of an expression. Raises ProgramRefused if it does not follow the grammar."""
     if not isinstance(value, str) or len(value) > LONGEST or not CHARACTERS.fullmatch(value):
-        raise Refused(f"has {shown(value)} as an expression in {where}; it is not a size, and loading would run it")
+        raise ProgramRefused(
+            f"has {shown(value)} as an expression in {where}; it is not a size, and loading would run it"
+        )
     try:
         tree = ast.parse(value.strip(), mode="eval")
         allowed = _allowed(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         allowed = False
     if not allowed:
-        raise Refused(f"has {shown(value)} as an expression in {where}; it is not a size, and loading would run it")
+        raise ProgramRefused(
+            f"has {shown(value)} as an expression in {where}; it is not a size, and loading would run it"
+        )
     return value
 
 
@@ -103,14 +108,14 @@ def size_of(value: object, where: str) -> tuple[int | None, bool]:
     if kind == "as_int":
         return integer(content, where), False
     if kind in ("as_bool", "as_float"):
-        raise Refused(f"has {shown(value)} as {where}; an integer is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; an integer is needed")
     return symbolic_value(kind, content, where), True
 
 
 def symbolic_value(kind: str, content: object, where: str) -> int | None:
-    """The hint of a symbolic value; None without an integer hint. Raises Refused for an expression of other forms."""
+    """The hint of a symbolic value; None without an integer hint. Raises ProgramRefused for another expression."""
     if kind != "as_expr":
-        raise Refused(f"has a value of the kind {shown(kind)} as {where}, which mpcompile does not know")
+        raise ProgramRefused(f"has a value of the kind {shown(kind)} as {where}, which mpcompile does not know")
     found = mapping(content, where, ("expr_str", "hint"))
     require_size_expression(found.get("expr_str"), where)
     if found.get("hint") is None:
@@ -123,5 +128,5 @@ def symbolic_value(kind: str, content: object, where: str) -> int | None:
     elif hint == "as_float":
         number(value, where)
     else:
-        raise Refused(f"has a hint of the kind {shown(hint)} in {where}, which mpcompile does not know")
+        raise ProgramRefused(f"has a hint of the kind {shown(hint)} in {where}, which mpcompile does not know")
     return None

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.frontend.exported.program import Program
-from mpcompile.frontend.exported.refusal import Refused
-from mpcompile.frontend.exported.size_rewriting import LARGER, Reading, SizeRewriter
+from mpcompile.frontend.exported.refusal import ProgramRefused
+from mpcompile.frontend.exported.size_rewriting import LARGER, BatchReading, SizeRewriter
 from mpcompile.ir.parity import relative_difference
 
 # Largest relative difference between rows of two batch sizes: kernels sum in another order for another batch.
@@ -31,11 +31,11 @@ EXPORT_AGAIN = (
 )
 
 
-READINGS = (Reading(True, False), Reading(True, True), Reading(False, False))
+READINGS = (BatchReading(True, False), BatchReading(True, True), BatchReading(False, False))
 
 
 def with_free_batch(program: Program) -> fx.Graph:
-    """The program's graph for any batch size; the shapes of its values stand in `meta["shape"]`. Raises Refused."""
+    """The program's graph for any batch size, with the shapes of values in `meta["shape"]`. Raises ProgramRefused."""
     batch = batch_of(program)
     program = replace(program, tensors=_without_zeros(program))
     inputs = example_inputs(program, batch)
@@ -56,7 +56,7 @@ def with_free_batch(program: Program) -> fx.Graph:
         if max(differences, default=0.0) <= ROW_DRIFT:
             return graph
         reasons.append(f"outputs differ by {max(differences):.1e} of their size")
-    raise Refused(
+    raise ProgramRefused(
         f"was exported for batches of {batch}, and cannot be made free of it ({reasons[0][:300]}); {EXPORT_AGAIN}"
     )
 
@@ -73,13 +73,13 @@ def _without_zeros(program: Program) -> dict[str, Tensor]:
 
 
 def batch_of(program: Program) -> int:
-    """The batch size that the program was exported with. Raises Refused if its inputs have none in common."""
+    """The batch size that the program was exported with. Raises ProgramRefused if its inputs have none in common."""
     tensors = [given for given in program.inputs if given.shape is not None]
     if not tensors:
-        raise Refused("has no tensor as input")
+        raise ProgramRefused("has no tensor as input")
     sizes = [given.shape[0] if given.shape else 0 for given in tensors]
     if min(sizes) < 1:
-        raise Refused(f"has the input {tensors[sizes.index(min(sizes))].name} without a batch axis")
+        raise ProgramRefused(f"has the input {tensors[sizes.index(min(sizes))].name} without a batch axis")
     return sizes[0]
 
 

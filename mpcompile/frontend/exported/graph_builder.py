@@ -13,7 +13,7 @@ from mpcompile.frontend.exported.expressions import size_of, symbolic_value
 from mpcompile.frontend.exported.operators import allowed_operator
 from mpcompile.frontend.exported.program import ProgramInput
 from mpcompile.frontend.exported.raw_tensors import META_FIELDS, dtype_of
-from mpcompile.frontend.exported.refusal import Refused, mapping, name, path, sequence, shown, text, union
+from mpcompile.frontend.exported.refusal import ProgramRefused, mapping, name, path, sequence, shown, text, union
 
 GRAPH_FIELDS = (
     "inputs", "outputs", "nodes", "tensor_values", "sym_int_values", "sym_bool_values", "is_single_tensor_return",
@@ -49,7 +49,7 @@ class GraphBuilder:
         """A builder of this JSON graph, after all sizes and symbolic values in it were checked."""
         source = mapping(value, "graph", GRAPH_FIELDS)
         if source.get("custom_obj_values"):
-            raise Refused(f"holds {shown(source['custom_obj_values'])}, objects of custom classes")
+            raise ProgramRefused(f"holds {shown(source['custom_obj_values'])}, objects of custom classes")
         for key in ("sym_int_values", "sym_float_values", "sym_bool_values"):
             for symbol, content in mapping(source.get(key, {}), key).items():
                 kind, inner = union(content, name(symbol, key))
@@ -65,21 +65,21 @@ class GraphBuilder:
         values = sequence(self.source.get("inputs"), "inputs")
         kinds = [union(spec, "input_specs") for spec in sequence(specs, "input_specs")]
         if len(kinds) != len(values):
-            raise Refused(f"has {len(values)} inputs in its graph and {len(kinds)} in its signature")
+            raise ProgramRefused(f"has {len(values)} inputs in its graph and {len(kinds)} in its signature")
         inputs, transient = [], set()
         for (kind, spec), value in zip(kinds, values, strict=True):
             if kind in STORED:
                 found = mapping(spec, kind, ("arg", STORED[kind], "persistent"))
                 target = path(found.get(STORED[kind]), kind)
                 if target not in tensors:
-                    raise Refused(f"reads {target}, of which it holds no values")
+                    raise ProgramRefused(f"reads {target}, of which it holds no values")
                 self._define(_input_name(value), self.graph.create_node("get_attr", target))
                 if kind == "tensor_constant" or found.get("persistent") is False:
                     transient.add(target)
             elif kind in ("user_input", "constant_input"):
                 inputs.append(self._user_input(value, spec, kind))
             else:
-                raise Refused(f"has an input of the kind {shown(kind)}, which is no tensor")
+                raise ProgramRefused(f"has an input of the kind {shown(kind)}, which is no tensor")
         return tuple(inputs), frozenset(transient)
 
     def _user_input(self, value: object, spec: object, kind: str) -> ProgramInput:
@@ -92,11 +92,11 @@ class GraphBuilder:
             return ProgramInput(given, constant=constant_of(value, "inputs"))
         key = _input_name(value)
         if key not in self.metas:
-            raise Refused(f"does not state the shape of its input {key}")
+            raise ProgramRefused(f"does not state the shape of its input {key}")
         sizes, free, dtype = self.metas[key]
         known = tuple(size for size in sizes if size is not None)
         if len(known) != len(sizes):
-            raise Refused(f"has the input {key} with a size that was not recorded; export it again with an example")
+            raise ProgramRefused(f"has the input {key} with a size that was not recorded; export it again")
         self._define(key, self.graph.placeholder(key))
         return ProgramInput(key, known, dtype, free)
 
@@ -123,7 +123,7 @@ class GraphBuilder:
         node = self.graph.call_function(target, args, kwargs)
         if not several:
             if len(outputs) > 1:
-                raise Refused(f"states {len(outputs)} results of {where}, which has one")
+                raise ProgramRefused(f"states {len(outputs)} results of {where}, which has one")
             for output in outputs:
                 self._define(_result_name(*union(output, where), where), node)
             return
@@ -141,7 +141,7 @@ class GraphBuilder:
         kinds = [union(spec, "output_specs") for spec in sequence(specs, "output_specs")]
         for kind, spec in kinds:
             if kind != "user_output":
-                raise Refused(f"has a result of the kind {shown(kind)} ({shown(spec)}); a model must keep no state")
+                raise ProgramRefused(f"has the result {shown(kind)}: {shown(spec)}; a model must keep no state")
         values = sequence(self.source.get("outputs"), "outputs")
         results = [
             None if union(value, "outputs")[0] == "as_none" else value_of(value, self.nodes, "outputs")
@@ -153,7 +153,7 @@ class GraphBuilder:
 
     def _define(self, key: str, node: fx.Node) -> None:
         if key in self.nodes:
-            raise Refused(f"gives {shown(key)} twice")
+            raise ProgramRefused(f"gives {shown(key)} twice")
         self.nodes[key] = node
 
 
@@ -176,13 +176,13 @@ def _meta(meta: object, where: str) -> tuple[tuple[int | None, ...], tuple[int, 
 def _input_name(value: object) -> str:
     kind, content = union(value, "inputs")
     if kind != "as_tensor":
-        raise Refused(f"has an input of the kind {shown(kind)}; a tensor is needed")
+        raise ProgramRefused(f"has an input of the kind {shown(kind)}; a tensor is needed")
     return name(mapping(content, "inputs", ("name",)).get("name"), "inputs")
 
 
 def _result_name(kind: str, content: object, where: str) -> str:
     if kind not in RESULTS:
-        raise Refused(f"has a result of the kind {shown(kind)} in {where}, which mpcompile does not know")
+        raise ProgramRefused(f"has a result of the kind {shown(kind)} in {where}, which mpcompile does not know")
     field_name = "name" if kind == "as_tensor" else "as_name"
     return name(mapping(content, where, (field_name,)).get(field_name), where)
 
@@ -201,9 +201,9 @@ def _by_schema(
             else:
                 args.append(value)
         elif not argument.has_default_value():
-            raise Refused(f"lacks the argument {argument.name} in {where}")
+            raise ProgramRefused(f"lacks the argument {argument.name} in {where}")
     if given:
-        raise Refused(f"has the argument {shown(next(iter(given)))} in {where}, which the operator does not take")
+        raise ProgramRefused(f"has the unknown argument {shown(next(iter(given)))} in {where}")
     return tuple(args), kwargs
 
 

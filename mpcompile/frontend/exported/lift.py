@@ -15,14 +15,14 @@ from mpcompile.frontend.exported.free_batch import ROW_DRIFT, example_inputs, ru
 from mpcompile.frontend.exported.functions import torch_call
 from mpcompile.frontend.exported.layers import layer_of, same_layer
 from mpcompile.frontend.exported.program import Program
-from mpcompile.frontend.exported.refusal import Refused
+from mpcompile.frontend.exported.refusal import ProgramRefused
 from mpcompile.frontend.exported.simplify import simplify
 from mpcompile.frontend.exported.tree_specs import children_of
 from mpcompile.ir.parity import relative_difference
 
 
 def lift(program: Program, name: str = "Exported") -> nn.Module:
-    """The program as an nn.Module in evaluation mode, for any batch size. Raises Refused with a reason.
+    """The program as an nn.Module in evaluation mode, for any batch size. Raises ProgramRefused with a reason.
 
     It takes and returns the structures that the exported model took and returned.
     """
@@ -70,7 +70,7 @@ def _root(program: Program, layers: dict[str, nn.Module]) -> nn.Module:
         if name in owner._parameters or name in owner._buffers:
             continue
         if hasattr(owner, name):
-            raise Refused(f"has a tensor named {path}, which is no possible name of a tensor in a module")
+            raise ProgramRefused(f"has a tensor named {path}, which is no possible name of a tensor in a module")
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(name, tensor)
         else:
@@ -92,7 +92,7 @@ def _container(root: nn.Module, path: str) -> nn.Module:
 
 def _add(owner: nn.Module, path: str, name: str, child: nn.Module) -> None:
     if hasattr(owner, name):
-        raise Refused(f"has a tensor in {path}, which is no possible name of a module")
+        raise ProgramRefused(f"has a tensor in {path}, which is no possible name of a module")
     owner.add_module(name, child)
 
 
@@ -107,7 +107,7 @@ def _require_same(module: fx.GraphModule, program: Program) -> None:
             one.shape != other.shape
             or relative_difference(other.double().numpy(force=True), one.double().numpy(force=True)) > ROW_DRIFT
         ):
-            raise Refused("computes something else after its operators were replaced by layers; report this model")
+            raise ProgramRefused("computes something else once its operators are layers; report this model")
 
 
 def _restore_structure(module: fx.GraphModule, program: Program) -> None:

@@ -15,13 +15,13 @@ from mpcompile.frontend.exported.archive import is_exported
 from mpcompile.frontend.exported.lift import lift
 from mpcompile.frontend.exported.program import Program, program_of
 from mpcompile.frontend.exported.read_program import read_program
-from mpcompile.frontend.exported.refusal import Refused
+from mpcompile.frontend.exported.refusal import ProgramRefused
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class ExportedModel:
     """The model of a .pt2 file.
 
     Attributes:
@@ -42,7 +42,7 @@ def is_exported_file(path: Path) -> bool:
         return False
 
 
-def load_exported(path: Path, allow_pickle: bool = False) -> Exported:
+def load_exported(path: Path, allow_pickle: bool = False) -> ExportedModel:
     """The model of a .pt2 file, read without running what the file holds.
 
     With `allow_pickle`, a file that the reader refuses is loaded by torch.export.load, which may run code of the file.
@@ -51,7 +51,7 @@ def load_exported(path: Path, allow_pickle: bool = False) -> Exported:
     program = _program(path, allow_pickle)
     try:
         module = lift(program)
-    except Refused as reason:
+    except ProgramRefused as reason:
         raise LoadError(f"{path} {reason}") from reason
     except Exception as error:  # operators fail in many ways on arguments that a damaged file states
         raise LoadError(
@@ -60,7 +60,7 @@ def load_exported(path: Path, allow_pickle: bool = False) -> Exported:
         ) from error
     shape = program.inputs[0].shape if program.inputs else None
     size = (shape[1], shape[2], shape[3]) if shape is not None and len(shape) == 4 else None
-    return Exported(module, size)
+    return ExportedModel(module, size)
 
 
 def exported_weights(path: Path, allow_pickle: bool = False) -> Mapping[str, Tensor]:
@@ -77,7 +77,7 @@ def _program(path: Path, allow_pickle: bool) -> Program:
         raise LoadError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return read_program(content)
-    except Refused as reason:
+    except ProgramRefused as reason:
         if not allow_pickle:
             raise LoadError(
                 f"{path} {reason}. It was not loaded; export the model again, or pass --allow-pickle if you trust the "
@@ -86,7 +86,7 @@ def _program(path: Path, allow_pickle: bool) -> Program:
         log.warning("%s %s; it is loaded by torch.export.load, as --allow-pickle says", path, reason)
     try:
         return program_of(torch.export.load(io.BytesIO(content)))
-    except Refused as reason:
+    except ProgramRefused as reason:
         raise LoadError(f"{path} {reason}") from reason
     except Exception as error:
         raise LoadError(

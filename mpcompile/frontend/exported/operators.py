@@ -1,6 +1,6 @@
 """The operators that a .pt2 program may call.
 
-The list is explicit. `torch.ops.aten` alone is no limit: `aten.save` and `aten.from_file` write files. Operators with
+The list is explicit. `torch.ops.aten` alone is no limit: `aten.from_file` creates a file of any name. Operators with
 random results, with memory that nothing wrote, and with addresses of their own (as_strided, empty, set_) are left out.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpcompile.frontend.exported.refusal import Refused, shown
+from mpcompile.frontend.exported.refusal import ProgramRefused, shown
 
 ATEN = frozenset(
     """
@@ -27,7 +27,7 @@ ATEN = frozenset(
     clip clone col2im complex concat concatenate conj constant_pad_nd contiguous conv1d conv2d conv3d
     conv_transpose1d conv_transpose2d conv_transpose3d convolution copy copysign cos cosh cosine_similarity
     count_nonzero cross cummax cummin cumprod cumsum deg2rad detach detach_copy diag diag_embed diagonal diff div
-    divide dot dropout dsplit einsum elu embedding empty_like eq erf erfc erfinv exp exp2 expand expand_as expm1 eye
+    divide dot dropout dsplit einsum elu embedding  eq erf erfc erfinv exp exp2 expand expand_as expm1 eye
     feature_alpha_dropout feature_dropout fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_ifft fft_ifft2
     fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn fill flatten
     flip fliplr flipud floor floor_divide fmax fmin fmod frac full full_like gather ge gelu glu greater
@@ -87,16 +87,16 @@ ATEN_TARGET = re.compile(r"torch\.ops\.aten\.([a-zA-Z_]\w{0,60})\.([a-zA-Z_]\w{0
 
 
 def allowed_operator(target: object) -> Callable[..., Any]:
-    """The operator of a call target. Raises Refused if it is not on the list; nothing is looked up before that."""
+    """The operator of a call target. Raises ProgramRefused, before anything is looked up, if it is not on the list."""
     if not isinstance(target, str):
-        raise Refused(f"calls {shown(target)}; the name of an operator is needed")
+        raise ProgramRefused(f"calls {shown(target)}; the name of an operator is needed")
     if target in ON_SIZES:
         return ON_SIZES[target]
     found = ATEN_TARGET.fullmatch(target)
     if found is None or found[1] not in ATEN | WRITING or found[2] == "out" or found[2].endswith("_out"):
-        raise Refused(f"calls {shown(target)}, which is not on the list of operators that a program may call")
+        raise ProgramRefused(f"calls {shown(target)}, which is not on the list of operators that a program may call")
     packet = getattr(torch.ops.aten, found[1], None)
     overload = getattr(packet, found[2], None) if packet is not None and found[2] in packet.overloads() else None
     if not isinstance(overload, torch._ops.OpOverload):
-        raise Refused(f"calls {shown(target)}, which torch {torch.__version__} does not have")
+        raise ProgramRefused(f"calls {shown(target)}, which torch {torch.__version__} does not have")
     return overload

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from mpcompile.frontend.exported.refusal import Refused
+from mpcompile.frontend.exported.refusal import ProgramRefused
 
 PERSISTENT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
 
@@ -59,13 +59,13 @@ class Program:
 
 
 def program_of(exported: ExportedProgram) -> Program:
-    """The Program of an ExportedProgram in memory. Raises Refused if it writes to its buffers or its inputs."""
+    """The Program of an ExportedProgram in memory. Raises ProgramRefused if it writes to its buffers or its inputs."""
     signature = exported.graph_signature
     if exported.module_call_graph[0].signature is None:
-        raise Refused("has no call signature")
+        raise ProgramRefused("has no call signature")
     stateful = [spec for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if stateful:
-        raise Refused(f"writes {stateful[0].target or stateful[0].arg} in each call; a model must keep no state")
+        raise ProgramRefused(f"writes {stateful[0].target or stateful[0].arg} in each call; a model must keep no state")
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
     specs = dict(zip(exported.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
     inputs, transient = [], set()
@@ -80,12 +80,12 @@ def program_of(exported: ExportedProgram) -> Program:
                 if spec.kind is InputKind.CONSTANT_TENSOR or spec.persistent is False:
                     transient.add(spec.target)
             else:
-                raise Refused(f"has an input of the kind {spec.kind.name}, which is no tensor")
+                raise ProgramRefused(f"has an input of the kind {spec.kind.name}, which is no tensor")
         elif node.op == "output":
             outputs: Sequence[Any] = node.args[0]
             graph.output(tuple(values[part] if isinstance(part, fx.Node) else part for part in outputs))
         elif node.op == "get_attr":
-            raise Refused(f"calls a part of itself ({node.target}), such as torch.cond or an autocast block")
+            raise ProgramRefused(f"calls a part of itself ({node.target}), such as torch.cond or an autocast block")
         else:
             values[node] = graph.node_copy(node, values.__getitem__)
     named = {**exported.state_dict, **exported.constants}
@@ -108,6 +108,6 @@ def _input_of(name: str, value: object) -> ProgramInput:
     symbolic: Sequence[Any] = value.shape
     sizes = [(size, None) if type(size) is int else (size.node.hint, axis) for axis, size in enumerate(symbolic)]
     if any(size is None for size, _ in sizes):
-        raise Refused(f"has the input {name} with a size that was not recorded")
+        raise ProgramRefused(f"has the input {name} with a size that was not recorded")
     free = tuple(axis for _, axis in sizes if axis is not None)
     return ProgramInput(name, tuple(int(size) for size, _ in sizes), value.dtype, free)

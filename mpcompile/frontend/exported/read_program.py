@@ -16,7 +16,7 @@ from mpcompile.frontend.exported.graph_builder import GraphBuilder
 from mpcompile.frontend.exported.guards import is_size_guard
 from mpcompile.frontend.exported.program import Program
 from mpcompile.frontend.exported.raw_tensors import tensors_of
-from mpcompile.frontend.exported.refusal import Refused, integer, mapping, name, sequence, shown
+from mpcompile.frontend.exported.refusal import ProgramRefused, integer, mapping, name, sequence, shown
 from mpcompile.frontend.exported.tree_specs import children_of, tree_spec
 
 SCHEMA = 8  # the major version of torch's schema that this reader follows
@@ -28,7 +28,7 @@ CALL_FIELDS = ("inputs", "outputs", "in_spec", "out_spec", "forward_arg_names")
 
 
 def read_program(content: bytes) -> Program:
-    """The program in the bytes of a .pt2 archive. Raises Refused with the reason not to read it."""
+    """The program in the bytes of a .pt2 archive. Raises ProgramRefused with the reason not to read it."""
     members = read_members(content)
     root = mapping(parsed_json(members[PROGRAM], PROGRAM), PROGRAM, PROGRAM_FIELDS)
     _require_version(root)
@@ -46,7 +46,7 @@ def read_program(content: bytes) -> Program:
     outputs = builder.add_outputs(signature.get("output_specs"))
     in_spec, out_spec, arguments = _call_signature(module.get("module_call_graph"))
     if in_spec.num_leaves != len(inputs) or out_spec.num_leaves != outputs:
-        raise Refused("has other numbers of inputs or outputs in its graph than in its signature")
+        raise ProgramRefused("has other numbers of inputs or outputs in its graph than in its signature")
     return Program(
         graph=builder.graph,
         tensors=tensors,
@@ -62,7 +62,7 @@ def _require_version(root: Mapping[str, Any]) -> None:
     """Refuses programs of another major version of the schema, and other dialects than those of torch.export."""
     version = mapping(root.get("schema_version"), "schema_version", ("major", "minor"))
     if integer(version.get("major"), "schema_version") != SCHEMA:
-        raise Refused(
+        raise ProgramRefused(
             f"has version {version['major']} of torch.export's schema, and version {SCHEMA} is read; load it with the "
             f"torch that wrote it ({shown(root.get('torch_version'))}) and export it again with a current one"
         )
@@ -77,7 +77,7 @@ def _require_plain_symbols(root: Mapping[str, Any]) -> None:
                 integer(value, "range_constraints")
     for guard in sequence(root.get("guards_code", []), "guards_code"):
         if not is_size_guard(guard):
-            raise Refused(
+            raise ProgramRefused(
                 f"has the guard {shown(guard)}, which is more than a comparison of sizes; loading would run it"
             )
 
@@ -96,10 +96,10 @@ def _call_signature(calls: object) -> tuple[pytree.TreeSpec, pytree.TreeSpec, tu
             given = tuple(name(part, "forward_arg_names") for part in sequence(names, "forward_arg_names"))
             found = (in_spec, out_spec, given)
     if found is None:
-        raise Refused("has no call signature")
+        raise ProgramRefused("has no call signature")
     in_spec, out_spec, arguments = found
     if in_spec.type is not tuple or [child.type for child in children_of(in_spec)] != [tuple, dict]:
-        raise Refused("has arguments that are no pair of positional ones and keywords")
+        raise ProgramRefused("has arguments that are no pair of positional ones and keywords")
     for keyword in children_of(in_spec)[1].context:
         name(keyword, "the keywords of the program")
     return in_spec, out_spec, arguments

@@ -14,7 +14,7 @@ NAME = re.compile(r"[A-Za-z_]\w{0,500}", re.ASCII)
 PATH = re.compile(r"\w{1,500}(\.\w{1,500}){0,100}", re.ASCII)
 
 
-class Refused(Exception):
+class ProgramRefused(Exception):
     """A reason not to read an archive, as the predicate of a sentence whose subject is the file."""
 
 
@@ -27,10 +27,10 @@ def shown(value: object) -> str:
 def mapping(value: object, where: str, known: Sequence[str] | None = None) -> Mapping[str, Any]:
     """A JSON object. Refuses other values and, if the known fields are given, objects with another field."""
     if not isinstance(value, dict):
-        raise Refused(f"has {shown(value)} as {where}; an object is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; an object is needed")
     unknown = [] if known is None else [key for key in value if key not in known]
     if unknown:
-        raise Refused(
+        raise ProgramRefused(
             f"has the field {shown(unknown[0])} in {where}, which mpcompile does not know; a newer torch may have "
             "written it"
         )
@@ -41,21 +41,21 @@ def union(value: object, where: str) -> tuple[str, Any]:
     """Kind and content of a JSON object with one field, torch's form of a value that can have one of several types."""
     found = mapping(value, where)
     if len(found) != 1:
-        raise Refused(f"has {shown(value)} as {where}; an object with one field is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; an object with one field is needed")
     return next(iter(found.items()))
 
 
 def sequence(value: object, where: str) -> Sequence[Any]:
     """A JSON array."""
     if not isinstance(value, list):
-        raise Refused(f"has {shown(value)} as {where}; a list is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; a list is needed")
     return value
 
 
 def integer(value: object, where: str) -> int:
     """An integer of at most 64 bits."""
     if type(value) is not int or not -LARGEST_INT <= value < LARGEST_INT:
-        raise Refused(f"has {shown(value)} as {where}; an integer of 64 bits is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; an integer of 64 bits is needed")
     return value
 
 
@@ -64,33 +64,33 @@ def number(value: object, where: str) -> float:
     if value in ("Infinity", "-Infinity", "NaN"):
         return float(str(value))
     if type(value) not in (int, float):
-        raise Refused(f"has {shown(value)} as {where}; a number is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; a number is needed")
     return float(value)  # type: ignore[arg-type]
 
 
 def boolean(value: object, where: str) -> bool:
     """True or False."""
     if type(value) is not bool:
-        raise Refused(f"has {shown(value)} as {where}; true or false is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; true or false is needed")
     return value
 
 
 def text(value: object, where: str) -> str:
     """A printable text of moderate length."""
     if not isinstance(value, str) or len(value) > 10_000 or not (value.isprintable() or not value):
-        raise Refused(f"has {shown(value)} as {where}; a short printable text is needed")
+        raise ProgramRefused(f"has {shown(value)} as {where}; a short printable text is needed")
     return value
 
 
 def name(value: object, where: str) -> str:
     """A name of a value in the graph: a Python identifier, as torch.fx writes these names into code."""
     if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise Refused(f"has {shown(value)} as {where}; letters, digits and _ are allowed, as names become code")
+        raise ProgramRefused(f"has {shown(value)} as {where}; letters, digits and _ are allowed, as names become code")
     return value
 
 
 def path(value: object, where: str) -> str:
     """A qualified name of a parameter or buffer, such as `blocks.0.norm.weight`."""
     if not isinstance(value, str) or not PATH.fullmatch(value) or any(part[:2] == "__" for part in value.split(".")):
-        raise Refused(f"has {shown(value)} as {where}; names of tensors have letters, digits, _ and dots")
+        raise ProgramRefused(f"has {shown(value)} as {where}; names of tensors have letters, digits, _ and dots")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpcompile.frontend.exported.refusal import Refused
+from mpcompile.frontend.exported.refusal import ProgramRefused
 
 ASSERTIONS = frozenset(
     [
@@ -51,7 +51,7 @@ def named_arguments(node: fx.Node) -> Mapping[str, Any]:
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Simplifies a graph in place. Raises Refused for a program that was exported in training mode."""
+    """Simplifies a graph in place. Raises ProgramRefused for a program that was exported in training mode."""
     for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
@@ -86,7 +86,7 @@ def _require_evaluation(node: fx.Node, name: str) -> None:
     if (name in DROPOUTS and arguments.get("train") and arguments.get("p")) or (
         name == "batch_norm" and arguments.get("training")
     ):
-        raise Refused(f"was exported in training mode ({name} is active); call model.eval() before torch.export.export")
+        raise ProgramRefused(f"was exported in training mode ({name} is active); call model.eval() before the export")
 
 
 def _takes_all(node: fx.Node) -> bool:
@@ -130,4 +130,4 @@ def _require_own_memory(node: fx.Node) -> None:
     while isinstance(written, fx.Node) and _shares_memory(written):
         written = written.args[0]
     if isinstance(written, fx.Node) and written.op != "call_function":
-        raise Refused(f"writes into {written.target} ({base_name(node)}); a model must keep no state")
+        raise ProgramRefused(f"writes into {written.target} ({base_name(node)}); a model must keep no state")

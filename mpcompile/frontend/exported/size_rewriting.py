@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.frontend.exported.program import Program
-from mpcompile.frontend.exported.refusal import Refused
+from mpcompile.frontend.exported.refusal import ProgramRefused
 from mpcompile.frontend.exported.reshape_groups import batch_axis, reshape_groups
 from mpcompile.frontend.exported.simplify import base_name
 
@@ -21,7 +21,7 @@ SIZE = torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class BatchReading:
     """Which constants count as the batch, besides those of reshapes: sizes of `expand` and `repeat`, of new tensors."""
 
     expanded: bool
@@ -40,7 +40,7 @@ class SizeRewriter:
     graph: fx.Graph
     program: Program
     batch: int
-    reading: Reading | None
+    reading: BatchReading | None
     _values: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
     _outer: dict[fx.Node, int] = field(default_factory=dict)  # BatchAxis.outer of values; 1 where none is noted
     _batch_node: fx.Node | None = None
@@ -74,7 +74,7 @@ class SizeRewriter:
                         readers[earlier] -= 1
                         if not readers[earlier]:
                             self._release(earlier)
-        raise Refused("has no outputs")
+        raise ProgramRefused("has no outputs")
 
     def _release(self, node: fx.Node) -> None:
         """Frees a value that is not read again; its shapes stay."""

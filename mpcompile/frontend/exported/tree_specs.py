@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from mpcompile.frontend.exported.archive import parsed_json
-from mpcompile.frontend.exported.refusal import Refused, mapping, sequence, shown, text
+from mpcompile.frontend.exported.refusal import ProgramRefused, mapping, sequence, shown, text
 
 log = logging.getLogger(__name__)
 
@@ -26,50 +26,44 @@ FIELDS = ("type", "context", "children_spec")
 
 
 def tree_spec(serialized: object, where: str) -> pytree.TreeSpec:
-    """The TreeSpec of a serialised spec. Raises Refused for a container that is not known."""
+    """The TreeSpec of a serialised spec. Raises ProgramRefused for a container that is not known."""
     if not isinstance(serialized, str):
-        raise Refused(f"has {shown(serialized)} as {where}; a text is needed")
+        raise ProgramRefused(f"has {shown(serialized)} as {where}; a text is needed")
     found = sequence(parsed_json(serialized.encode(), where), where)
     if len(found) != 2 or found[0] != 1:
-        raise Refused(f"has a tree spec of the protocol {shown(found[:1])} as {where}; protocol 1 is read")
+        raise ProgramRefused(f"has a tree spec of the protocol {shown(found[:1])} as {where}; protocol 1 is read")
     return _spec(found[1], where, DEEPEST)
 
 
 def _spec(value: object, where: str, depth: int) -> pytree.TreeSpec:
     """The spec of one container and of those inside it."""
     if not depth:
-        raise Refused(f"has more than {DEEPEST} levels in {where}")
+        raise ProgramRefused(f"has more than {DEEPEST} levels in {where}")
     found = mapping(value, where, FIELDS)
     kind, context = found.get("type"), found.get("context")
     children = [_spec(child, where, depth - 1) for child in sequence(found.get("children_spec"), where)]
     if kind is None:
         if context is not None or children:
-            raise Refused(f"has a leaf with contents in {where}")
+            raise ProgramRefused(f"has a leaf with contents in {where}")
         return _leaf()
     name = text(kind, where)
     if name == "collections.namedtuple":
         text(context, where)
         return _container(tuple, None, children)
-    inner = None if context is None else parsed_json(_context(context, where), where)
+    inner = parsed_json(context.encode(), where) if isinstance(context, str) else context
     if name in SEQUENCES:
         if inner is not None:
-            raise Refused(f"has {shown(inner)} as the context of {name} in {where}; none is needed")
+            raise ProgramRefused(f"has {shown(inner)} as the context of {name} in {where}; none is needed")
         return _container(SEQUENCES[name], None, children)
     keys = _keys(inner, len(children))
     if keys is None:
-        raise Refused(
+        raise ProgramRefused(
             f"has the container {shown(name)} in {where}, which is not tuple, list or dict and has no list of field "
             "names; loading would look it up or import it. Export a model that returns a dict or a tuple"
         )
     if name not in DICTS:
         log.warning("%s of the program is %s; it is read as a dict of %s", where, name, ", ".join(map(str, keys)))
     return _container(dict, keys, children)
-
-
-def _context(context: object, where: str) -> bytes:
-    if not isinstance(context, str):
-        raise Refused(f"has {shown(context)} as a context in {where}; a text is needed")
-    return context.encode()
 
 
 def _keys(context: Any, count: int) -> list[Any] | None:
