@@ -69,6 +69,8 @@ def _require_plain_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
     """Refuses compression, encryption, repeated or absolute names, and entries that overlap."""
     if len(entries) > MOST_MEMBERS:
         raise ProgramRefused(f"has {len(entries):,} members; {MOST_MEMBERS:,} are allowed")
+    if not entries or min(entry.header_offset for entry in entries):
+        raise ProgramRefused("is cut short or damaged (it does not begin with its first member)")
     seen: set[str] = set()
     for entry in entries:
         parts = entry.filename.split("/")

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from mpcompile.frontend.exported.free_batch import ROW_DRIFT, example_inputs, run, with_free_batch
 from mpcompile.frontend.exported.functions import torch_call
 from mpcompile.frontend.exported.layers import layer_of, same_layer
+from mpcompile.frontend.exported.memory import require_moderate_sizes
 from mpcompile.frontend.exported.program import Program
 from mpcompile.frontend.exported.refusal import ProgramRefused
 from mpcompile.frontend.exported.simplify import simplify
@@ -27,6 +28,7 @@ def lift(program: Program, name: str = "Exported") -> nn.Module:
     It takes and returns the structures that the exported model took and returned.
     """
     simplify(program.graph)
+    require_moderate_sizes(program)
     graph = with_free_batch(program)
     layers = _call_layers(graph, program)
     for node in list(graph.nodes):

@@ -148,7 +148,7 @@ def _with_tree(child: Callable[[Path], dict[str, Any]]) -> Callable[[Path], byte
     return build
 
 
-LEAF = {"type": None, "context": None, "children_spec": []}
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 def _enumeration(marker: Path) -> dict[str, Any]:
