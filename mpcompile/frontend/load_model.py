@@ -45,7 +45,7 @@ class Request:
     """Which model to load, and how it may be built.
 
     Attributes:
-        model: a weights file, `timm:NAME`, or `pkg.mod:factory`.
+        model: a weights file, a `.pt2` file, `timm:NAME`, or `pkg.mod:factory`.
         arch: architecture of a weights file: a timm name or `pkg.mod:factory`; None if the file names it.
         arch_args: arguments of the architecture.
         pretrained: download the hub's weights of `timm:NAME`.

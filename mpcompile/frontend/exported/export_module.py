@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mpcompile.errors import CaptureError, first_line
@@ -18,7 +18,7 @@ LARGEST_BATCH = 2**16
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
-def exported(module: nn.Module, example: Inputs) -> nn.Module:
+def exported(module: nn.Module, example: Inputs) -> fx.GraphModule:
     """The module's operators as torch.export traces them, with its layers under their own names, for any batch size.
 
     Args:

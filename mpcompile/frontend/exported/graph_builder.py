@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mpcompile.frontend.exported.arguments import constant_of, value_of
 from mpcompile.frontend.exported.expressions import size_of, symbolic_value
-from mpcompile.frontend.exported.operators import allowed_operator
+from mpcompile.frontend.exported.operators import GROUPS, allowed_operator
 from mpcompile.frontend.exported.program import ProgramInput
 from mpcompile.frontend.exported.raw_tensors import META_FIELDS, dtype_of
 from mpcompile.frontend.exported.refusal import ProgramRefused, mapping, name, path, sequence, shown, text, union
@@ -104,7 +104,36 @@ class GraphBuilder:
         """Adds the calls."""
         for value in sequence(self.source.get("nodes"), "nodes"):
             node = mapping(value, "nodes", NODE_FIELDS)
-            self._add_call(node, allowed_operator(node.get("target")))
+            target = node.get("target")
+            if isinstance(target, str) and target in GROUPS:
+                self._add_group(node, *GROUPS[target])
+            else:
+                self._add_call(node, allowed_operator(target))
+
+    def _add_group(self, source: Mapping[str, Any], position: int, off: int | None) -> None:
+        """Adds the calls of a part that runs without gradients or with autocast switched off."""
+        where = f"a call of {source['target']}"
+        given: list[Any] = [mapping(part, where).get("arg") for part in sequence(source.get("inputs"), where)]
+        if len(given) <= position or union(given[position], where)[0] != "as_graph":
+            raise ProgramRefused(f"lacks the part of the graph in {where}")
+        if off is not None and value_of(given[off], self.nodes, where) is not False:
+            raise ProgramRefused("computes a part of itself in autocast; export the model without torch.autocast")
+        inner = GraphBuilder.of(mapping(given[position]["as_graph"], where, ("name", "graph")).get("graph"))
+        names = [_input_name(value) for value in sequence(inner.source.get("inputs"), where)]
+        values = [value_of(value, self.nodes, where) for value in given[position + 1 :]]
+        if len(names) != len(values) or not all(isinstance(value, fx.Node) for value in values):
+            raise ProgramRefused(f"passes {len(values)} arguments for {len(names)} inputs in {where}")
+        inner.graph, inner.nodes = self.graph, dict(zip(names, values, strict=True))
+        inner.add_nodes()
+        results = [value_of(value, inner.nodes, where) for value in sequence(inner.source.get("outputs"), where)]
+        outputs = sequence(source.get("outputs"), where)
+        if len(outputs) == 1 and union(outputs[0], where)[0] == "as_tensors":
+            outputs = [{"as_tensor": part} for part in sequence(outputs[0]["as_tensors"], where)]
+        if len(outputs) != len(results):
+            raise ProgramRefused(f"states {len(outputs)} results of {where}, which has {len(results)}")
+        for output, result in zip(outputs, results, strict=True):
+            if union(output, where)[0] != "as_none" and isinstance(result, fx.Node):
+                self._define(_result_name(*union(output, where), where), result)
 
     def _add_call(self, source: Mapping[str, Any], target: Callable[..., Any]) -> None:
         where = f"a call of {source['target']}"

@@ -22,7 +22,7 @@ from mpcompile.frontend.exported.tree_specs import children_of
 from mpcompile.ir.parity import relative_difference
 
 
-def lift(program: Program, name: str = "Exported") -> nn.Module:
+def lift(program: Program, name: str = "Exported") -> fx.GraphModule:
     """The program as an nn.Module in evaluation mode, for any batch size. Raises ProgramRefused with a reason.
 
     It takes and returns the structures that the exported model took and returned.
@@ -38,7 +38,8 @@ def lift(program: Program, name: str = "Exported") -> nn.Module:
     module = fx.GraphModule(_root(program, layers), graph, name)
     _require_same(module, program)
     _restore_structure(module, program)
-    return module.eval()
+    module.eval()
+    return module
 
 
 def _writes(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from mpcompile.errors import LoadError, first_line
 from mpcompile.frontend.exported.archive import is_exported
@@ -29,7 +29,7 @@ class ExportedModel:
         image_size: (channels, height, width) that it was exported for; None if its first input is no batch of images.
     """
 
-    module: nn.Module
+    module: fx.GraphModule
     image_size: tuple[int, int, int] | None
 
 

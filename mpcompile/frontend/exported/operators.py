@@ -79,9 +79,11 @@ ON_SIZES: Mapping[str, Callable[..., Any]] = {
         if hasattr(torch, name)
     },
 }  # fmt: skip
-GROUPS = {  # higher-order operators that only run a part of the graph in another mode
-    "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,
-    "torch.ops.higher_order.wrap_with_autocast": 4,
+# Operators that run a part of the graph in another mode, with the position of that part among their arguments, and that
+# of the argument that must be False: autocast computes in another type.
+GROUPS: Mapping[str, tuple[int, int | None]] = {
+    "torch.ops.higher_order.wrap_with_set_grad_enabled": (1, None),
+    "torch.ops.higher_order.wrap_with_autocast": (4, 2),
 }
 ATEN_TARGET = re.compile(r"torch\.ops\.aten\.([a-zA-Z_]\w{0,60})\.([a-zA-Z_]\w{0,60})", re.ASCII)
 

@@ -1,5 +1,6 @@
 """A program of torch.export as a torch.fx graph of its operators, with its parameters and buffers by name."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from mpcompile.frontend.exported.operators import GROUPS
 from mpcompile.frontend.exported.refusal import ProgramRefused
 
 PERSISTENT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER)
@@ -66,7 +68,7 @@ def program_of(exported: ExportedProgram) -> Program:
     stateful = [spec for spec in signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if stateful:
         raise ProgramRefused(f"writes {stateful[0].target or stateful[0].arg} in each call; a model must keep no state")
-    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph, values, parts = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, tuple[fx.Node, ...]]()
     specs = dict(zip(exported.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
     inputs, transient = [], set()
     for node in exported.graph.nodes:
@@ -84,10 +86,8 @@ def program_of(exported: ExportedProgram) -> Program:
         elif node.op == "output":
             outputs: Sequence[Any] = node.args[0]
             graph.output(tuple(values[part] if isinstance(part, fx.Node) else part for part in outputs))
-        elif node.op == "get_attr":
-            raise ProgramRefused(f"calls a part of itself ({node.target}), such as torch.cond or an autocast block")
-        else:
-            values[node] = graph.node_copy(node, values.__getitem__)
+        elif node.op == "call_function":
+            _copy_call(node, graph, values, parts, exported.graph_module)
     named = {**exported.state_dict, **exported.constants}
     call = exported.module_call_graph[0].signature
     return Program(
@@ -99,6 +99,40 @@ def program_of(exported: ExportedProgram) -> Program:
         out_spec=call.out_spec,
         arguments=tuple(call.forward_arg_names or ()),
     )
+
+
+def _copy_call(
+    node: fx.Node,
+    graph: fx.Graph,
+    values: dict[fx.Node, fx.Node],
+    parts: dict[fx.Node, tuple[fx.Node, ...]],
+    owner: torch.nn.Module,
+) -> None:
+    """Copies a call. A part that runs without gradients or with autocast switched off is copied call by call.
+
+    `values` and `parts` get the copies: of calls, and of the results of such parts.
+    """
+    target = f"torch.ops.higher_order.{getattr(node.target, '__name__', '')}"
+    if node.target is operator.getitem and node.args[0] in parts:
+        values[node] = parts[node.args[0]][node.args[1]]  # type: ignore[index]
+        return
+    if target not in GROUPS:
+        if any(earlier.op == "get_attr" for earlier in node.all_input_nodes):
+            raise ProgramRefused(f"calls a part of itself in {node.target}, such as torch.cond")
+        values[node] = graph.node_copy(node, values.__getitem__)
+        return
+    position, off = GROUPS[target]
+    if off is not None and node.args[off] is not False:
+        raise ProgramRefused("computes a part of itself in autocast; export the model without torch.autocast")
+    inner: Any = owner.get_submodule(str(node.args[position].target))  # type: ignore[union-attr]
+    given = iter(node.args[position + 1 :])
+    for step in inner.graph.nodes:
+        if step.op == "placeholder":
+            values[step] = values[next(given)]  # type: ignore[index]
+        elif step.op == "output":
+            parts[node] = tuple(values[result] for result in step.args[0])
+        elif step.op == "call_function":
+            _copy_call(step, graph, values, parts, inner)
 
 
 def _input_of(name: str, value: object) -> ProgramInput:
