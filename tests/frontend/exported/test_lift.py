@@ -203,9 +203,8 @@ class Modes(nn.Module):
         with torch.no_grad():
             y = x.mean((2, 3)) * 2
         with torch.autocast("cpu", enabled=self.autocast):
-            z = self.head(F.pad(y, (0, 1))).relu()
-        y = z.float() + 1
-        return y
+            z: Tensor = self.head(F.pad(y, (0, 1)))
+        return z.relu().float() + 1
 
 
 def test_parts_in_another_mode_are_taken_in() -> None:
