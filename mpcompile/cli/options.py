@@ -18,7 +18,9 @@ from mpcompile.cli.choices import (
     listed,
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A weights file, timm:NAME, or pkg.mod:factory.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A weights file, a .pt2 file, timm:NAME, or pkg.mod:factory.")
+]
 
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `mpcompile compile`.")]

@@ -7,6 +7,7 @@ A file's content, not its suffix, decides its format. Accepted:
   the file;
 - `timm:NAME`, with the hub's weights only if `pretrained` is set;
 - `pkg.mod:factory`, a callable that returns the module;
+- a `.pt2` file of torch.export.save, read without running what it holds; with `arch`, only its weights are taken;
 - a pickled module, only with `allow_pickle`: loading it runs the code that it names.
 """
 
@@ -25,6 +26,7 @@ from mpcompile.frontend.architectures import build_architecture, call_factory, c
 from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.checkpoint_weights import chosen_weights
 from mpcompile.frontend.claimed_accuracy import claimed_accuracy
+from mpcompile.frontend.exported import exported_weights, is_exported_file, load_exported
 from mpcompile.frontend.label_names import labels_beside
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import ASSUMABLE, Preprocessing, check_asked, source_of, with_preprocessing
@@ -44,7 +46,7 @@ class Request:
     """Which model to load, and how it may be built.
 
     Attributes:
-        model: a weights file, `timm:NAME`, or `pkg.mod:factory`.
+        model: a weights file, a `.pt2` file, `timm:NAME`, or `pkg.mod:factory`.
         arch: architecture of a weights file: a timm name or `pkg.mod:factory`; None if the file names it.
         arch_args: arguments of the architecture.
         pretrained: download the hub's weights of `timm:NAME`.
@@ -139,8 +141,11 @@ def _require_no_weights_key(request: Request) -> None:
 
 def _load_file(path: Path, request: Request) -> Loaded:
     """A model from a file: a pickled module, or weights for an architecture."""
-    content, config = read(path, request.allow_pickle), _timm_config(path)
-    sha256 = file_sha256(path)
+    is_program = is_exported_file(path)
+    if is_program and request.arch is None:
+        return _load_program(path, request)
+    content: Any = exported_weights(path, request.allow_pickle) if is_program else read(path, request.allow_pickle)
+    config, sha256 = _timm_config(path), file_sha256(path)
     if isinstance(content, Mapping) and (module := module_in(content, path, request.weights_key)) is not None:
         content = module
     if isinstance(content, nn.Module):
@@ -179,6 +184,22 @@ def _load_file(path: Path, request: Request) -> Loaded:
         module, request, arch=arch, sha256=sha256, arch_args=arch_args, record=record, published=pretrained_cfg is None
     )
     return replace(loaded, claimed=claimed_accuracy(content))
+
+
+def _load_program(path: Path, request: Request) -> Loaded:
+    """The model of a .pt2 file, for images of the size that it was exported for."""
+    _require_no_weights_key(request)
+    found = load_exported(path, request.allow_pickle)
+    module = plain_module(found.module, request.model)
+    size = found.image_size
+    loaded = _finish(
+        module,
+        request,
+        arch="torch.export",
+        sha256=file_sha256(path),
+        arch_args=None if size is None else {"in_chans": size[0], "img_size": size[1:]},
+    )
+    return replace(loaded, source=replace(loaded.source, arch_args=None))  # no name to build it from
 
 
 def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -> None:
