@@ -42,7 +42,7 @@ class Preprocessing:
             other = replace(other, crop_mode=None) if self.resize is not None else other
         if other.resize and self.size and other.size and self.size[1:] != other.size[1:]:
             raise UsageError(
-                f"--preprocess resizes to {'x'.join(map(str, other.resize))} for an input of "
+                f"the preprocessing resizes to {'x'.join(map(str, other.resize))} for an input of "
                 f"{other.size[1]}x{other.size[2]}, but --input-size is {'x'.join(map(str, self.size))}; give --resize "
                 "or --crop-pct too"
             )
