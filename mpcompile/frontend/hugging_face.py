@@ -170,7 +170,7 @@ def names_of(arch: str, values: Mapping[str, Any]) -> tuple[frozenset[str], froz
 def with_weights(
     arch: str, values: Mapping[str, Any], state: Mapping[str, Tensor], name: str
 ) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
-    """The model with its weights in float32, the values that build it anew, and sentences on what was not used.
+    """The model with its weights in float32, the config that builds it anew, and sentences on what was not used.
 
     transformers' own rules rename the weights of older versions. Raises LoadError for weights that are missing, which
     transformers would fill with random numbers, or that have other shapes.
@@ -194,7 +194,7 @@ def with_weights(
         )
     if unused := sorted(info["unexpected_keys"]):
         notes.append(f"{name}: {arch} does not use {_listed('weights', unused)}")
-    return module.eval(), dict(values), tuple(notes)
+    return module.eval(), without_foreign_names(values, arch), tuple(notes)
 
 
 def _loaded(

@@ -96,10 +96,16 @@ def _is_size(value: object) -> bool:
 def recorded_preprocessing(weights: Path, sized: bool) -> Preprocessing | None:
     """The preprocessing in the folder's `preprocessor_config.json` or `processor_config.json`; None without them.
 
-    Raises UsageError if it cannot be used.
+    `sized`: whether the size of the images is known otherwise. Raises LoadError if the file cannot be used.
     """
     for name in PROCESSORS:
         path = weights.with_name(name)
-        if path.is_file():
+        if not path.is_file() or (name == PROCESSORS[1] and '"image_processor"' not in path.read_text("utf-8")):
+            continue
+        try:
             return read_preset(path, sized, asked="")
+        except UsageError as error:
+            raise LoadError(
+                f"{error}. --preprocess gives another preprocessing, such as --preprocess imagenet"
+            ) from error
     return None

@@ -19,7 +19,7 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 # Keys of Hugging Face files that begin with do_ and change pixels in a way that is understood, or not at all.
 UNDERSTOOD = {
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_flip_channel_order", "do_convert_rgb",
-    "do_reduce_labels",
+    "do_reduce_labels", "do_convert_annotations",
 }  # fmt: skip
 # Image processors that read a size of one number as the shorter side; the others in SQUARE resize both sides to it.
 SHORTER_SIDE = ("CLIP", "ChineseCLIP", "ConvNext", "MobileNetV1", "MobileNetV2", "PoolFormer", "Bit")
@@ -102,7 +102,7 @@ def _of_hugging_face(content: Mapping[str, Any], sized: bool) -> Preprocessing:
     if content.get("do_resize", True) and _keeps_ratio(content.get("size")):
         return _of_ratio(content, sized)
     others = [key for key, value in content.items() if key.startswith("do_") and value and key not in UNDERSTOOD]
-    others += [key for key in ("rescale_offset", "include_top") if content.get(key)]  # EfficientNet's second scaling
+    others += [key for key in ("rescale_offset",) if content.get(key)]  # EfficientNet's other range of pixels
     if others:
         raise UsageError(f"{', '.join(others)} is not supported; give the values by --mean, --std, --resize")
     mean, std = _statistics(content)
@@ -137,6 +137,8 @@ def _statistics(content: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[fl
         mean, std = (0.0,) * 3, (1.0,) * 3
     if mean is None or std is None:
         raise UsageError("image_mean and image_std are missing; give them, or do_normalize: false")
+    again = _numbers(content.get("image_std")) if content.get("include_top") else None  # EfficientNet divides twice
+    std = std if again is None else tuple(one * other for one, other in zip(std, again, strict=True))
     return tuple(value / factor for value in mean), tuple(value / factor for value in std)
 
 
@@ -167,9 +169,10 @@ def _resized(content: Mapping[str, Any]) -> tuple[int, ...] | None:
     if size is None:
         return None
     if isinstance(size, Mapping) and "shortest_edge" in size and "longest_edge" not in size:
-        return (int(size["shortest_edge"]),)
+        # LeViT's image processor enlarges the side, as for a crop of 224 from 256 pixels.
+        return (int(size["shortest_edge"] * (256 / 224 if _kind(content).startswith("Levit") else 1)),)
     if isinstance(size, int):
-        kind = str(content.get("image_processor_type") or content.get("feature_extractor_type") or "")
+        kind = _kind(content)
         if kind.startswith(SHORTER_SIDE):
             return (size,)
         if not kind.startswith(SQUARE):
@@ -178,6 +181,11 @@ def _resized(content: Mapping[str, Any]) -> tuple[int, ...] | None:
                 f'say which; write {{"shortest_edge": {size}}} or {{"height": {size}, "width": {size}}}'
             )
     return _sides(size)
+
+
+def _kind(content: Mapping[str, Any]) -> str:
+    """The class of the image processor; empty if the file does not say."""
+    return str(content.get("image_processor_type") or content.get("feature_extractor_type") or "")
 
 
 def _sides(size: Any) -> tuple[int, int]:
