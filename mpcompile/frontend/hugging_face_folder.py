@@ -66,7 +66,7 @@ def architecture_of(config: Mapping[str, Any], asked: str | None, folder: Path) 
     named = config.get("architectures")
     if asked is None and not (isinstance(named, list) and named and isinstance(named[0], str)):
         raise UsageError(
-            f"{folder / 'config.json'} names no class in `architectures`; name it, such as --arch "
+            f"{folder / 'config.json'} names no class in its architectures; name it, such as --arch "
             "hf:ViTForImageClassification"
         )
     arch = asked or PREFIX + named[0]  # type: ignore[index]

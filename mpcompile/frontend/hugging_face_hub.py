@@ -43,15 +43,15 @@ def _snapshot(name: str, revision: str, patterns: list[str], model: str) -> Path
     except HFValidationError as error:
         raise UsageError(f"{model} is no name of a hub model; give hf:ORG/NAME, or the path of a folder") from error
     except GatedRepoError as error:
-        raise LoadError(f"{model} needs the consent of its owner: ask on its page, then `hf auth login`") from error
+        raise LoadError(f"{model} needs the consent of its owner: ask on its page, then hf auth login") from error
     except RevisionNotFoundError as error:
         raise LoadError(f"{model}: the hub has no revision {revision!r} of it") from error
     except RepositoryNotFoundError as error:
-        raise LoadError(f"{model} is not on the hub, or is private; check the name, or `hf auth login`") from error
+        raise LoadError(f"{model} is not on the hub, or is private; check the name, or hf auth login") from error
     except LocalEntryNotFoundError as error:
         raise LoadError(
             f"{model} is not in the cache, and the hub cannot be reached; where there is a network, run "
-            f"`hf download {name} --local-dir FOLDER`, and give the folder"
+            f"hf download {name} --local-dir FOLDER, and give the folder"
         ) from error
     except Exception as error:  # of the network or the disk
         raise LoadError(f"{model} could not be fetched: {type(error).__name__}: {first_line(error)}") from error

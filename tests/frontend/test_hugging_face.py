@@ -186,7 +186,7 @@ def test_code_in_a_folder_is_not_run(tmp_path: Path, caplog: pytest.LogCaptureFi
         ({"architectures": ["BertForMaskedLM"]}, LoadError, "takes text, and mpcompile compresses models of images"),
         ({"architectures": ["ViTForImageClasification"]}, UsageError, "did you mean 'ViTForImageClassification'"),
         ({"architectures": ["AutoModel"]}, UsageError, "has no model class 'AutoModel'"),
-        ({"architectures": None}, UsageError, "names no class in `architectures`; name it, such as --arch hf:ViT"),
+        ({"architectures": None}, UsageError, "names no class in its architectures; name it, such as --arch hf:ViT"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
             LoadError,
