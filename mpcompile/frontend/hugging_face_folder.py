@@ -93,8 +93,8 @@ def _is_size(value: object) -> bool:
     return pair or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def recorded_preprocessing(weights: Path, sized: bool) -> Preprocessing | None:
-    """The preprocessing in the folder's `preprocessor_config.json` or `processor_config.json`; None without them.
+def recorded_preprocessing(weights: Path, sized: bool) -> tuple[Preprocessing, Path] | None:
+    """The preprocessing in the folder's `preprocessor_config.json` or `processor_config.json`, and that file; or None.
 
     `sized`: whether the size of the images is known otherwise. Raises LoadError if the file cannot be used.
     """
@@ -103,7 +103,7 @@ def recorded_preprocessing(weights: Path, sized: bool) -> Preprocessing | None:
         if not path.is_file() or (name == PROCESSORS[1] and '"image_processor"' not in path.read_text("utf-8")):
             continue
         try:
-            return read_preset(path, sized, asked="")
+            return read_preset(path, sized, asked=""), path
         except UsageError as error:
             raise LoadError(
                 f"{error}. --preprocess gives another preprocessing, such as --preprocess imagenet"

@@ -94,11 +94,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A module with its weights, in evaluation mode, its Source, and the accuracy in [0, 1] that its file records."""
+    """A module with its weights, in evaluation mode, its Source, and the accuracy in [0, 1] that its file records.
+
+    `processor` is the file of a Hugging Face image processor if the Source follows it in everything.
+    """
 
     module: nn.Module
     source: Source
     claimed: float | None = None
+    processor: Path | None = None
 
 
 def load(request: Request) -> Loaded:
@@ -184,15 +188,14 @@ def _load_hugging_face(
     require_plain(weights.state, path)
     module, arch_args, unused = with_weights(named.arch, named.arch_args, weights.state, str(path))
     _tell(path, weights.name, notes + unused)
-    recorded = (
-        recorded_preprocessing(path, request.input_size is not None or "img_size" in named.size)
-        if (named.beside and request.preprocess is None)
-        else None
-    )
+    sized = request.input_size is not None or "img_size" in named.size
+    read_file = named.beside and request.preprocess is None
+    recorded, file = (recorded_preprocessing(path, sized) if read_file else None) or (None, None)
     loaded = _finish(
         module, request, arch=named.arch, sha256=sha256, arch_args=arch_args, size=named.size, recorded=recorded
     )
-    return replace(loaded, claimed=claimed_accuracy(content))
+    unchanged = request.preprocessing == Preprocessing()
+    return replace(loaded, claimed=claimed_accuracy(content), processor=file if unchanged else None)
 
 
 def _tell(path: Path, taken: str, notes: tuple[str, ...]) -> None:

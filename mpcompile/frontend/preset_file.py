@@ -23,6 +23,8 @@ UNDERSTOOD = {
 }  # fmt: skip
 # Image processors that read a size of one number as the shorter side; the others in SQUARE resize both sides to it.
 SHORTER_SIDE = ("CLIP", "ChineseCLIP", "ConvNext", "MobileNetV1", "MobileNetV2", "PoolFormer", "Bit")
+# Image processors that normalise only if the file says so, although they write a mean.
+NOT_NORMALIZED = ("MobileViT",)
 SQUARE = ("ViT", "DeiT", "Beit", "Siglip", "Swin2SR", "EfficientNet", "Blip")
 
 
@@ -133,7 +135,7 @@ def _statistics(content: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[fl
     factor = 255 * float(content.get("rescale_factor", 1 / 255)) if content.get("do_rescale", True) else 255.0
     factor = 1.0 if abs(factor - 1) < 1e-6 else factor
     mean, std = _numbers(content.get("image_mean")), _numbers(content.get("image_std"))
-    if not content.get("do_normalize", mean is not None):
+    if not content.get("do_normalize", mean is not None and not _kind(content).startswith(NOT_NORMALIZED)):
         mean, std = (0.0,) * 3, (1.0,) * 3
     if mean is None or std is None:
         raise UsageError("image_mean and image_std are missing; give them, or do_normalize: false")
