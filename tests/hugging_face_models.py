@@ -10,7 +10,7 @@ from mpcompile.frontend.hugging_face import missing
 
 needs_transformers = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-LABELS = {0: "boat", 1: "cat", 2: "dog", 3: "tree"}
+LABELS = {0: "tree", 1: "cat", 2: "dog", 3: "boat"}  # not in sorted order
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE = {"image_size": 32, "patch_size": 8}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -59,8 +59,9 @@ def _pixels(name: str, content: dict[str, Any], picture: Any) -> torch.Tensor:
     """What a class of transformers makes of a picture. Raises any error."""
     import transformers
 
-    kind = getattr(transformers, name)
-    if not (inspect.isclass(kind) and issubclass(kind, transformers.ImageProcessingMixin)):
+    kind: Any = getattr(transformers, name)
+    is_processor = inspect.isclass(kind) and issubclass(kind, transformers.ImageProcessingMixin)
+    if not is_processor:
         raise TypeError(f"{name} is no image processor")
     pixels: torch.Tensor = kind.from_dict(dict(content))(picture, return_tensors="pt")["pixel_values"][0]
     return pixels

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError, RuntimeMissing, UsageError, did_you_mean, first_line
+from mpcompile.frontend.hugging_face_config import without_foreign_names
 
 log = logging.getLogger(__name__)
 
 PREFIX = "hf:"
 INSTALL = "transformers is not installed: pip install 'mpcompile[hf]'"
-# Keys of a config that say where its code, its files or its kernels come from, at any depth. None of them is followed.
-IGNORED = {
-    "auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "transformers_weights", "fusion_config",
-    "use_pretrained_backbone", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "_attn_implementation_autoset", "experts_implementation", "_experts_implementation",
-    "_experts_implementation_internal", "dtype", "torch_dtype", "device_map", "distributed_config", "tp_plan",
-}  # fmt: skip
-NAMES_FILES = {"checkpoint_path", "cache_dir"}  # of timm.create_model, which some classes call
-NAMES_TIMM = {"architecture", "backbone"}  # keys whose text such classes give to timm.create_model
 FEW = 3  # names that an error lists
 
 
@@ -106,37 +98,6 @@ def _instead(kind: Any) -> str:
     if not parts:
         return "give a model of images, such as a ViTForImageClassification"
     return f"give its vision part: --arch {' or '.join(PREFIX + part for part in parts[:FEW])}"
-
-
-def without_foreign_names(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A config without the keys in IGNORED, at any depth. Raises LoadError if it names files or quantised weights."""
-    if values.get("quantization_config"):
-        method = values["quantization_config"]
-        kind = method.get("quant_method", "unknown") if isinstance(method, Mapping) else "unknown"
-        raise LoadError(
-            f"{name} holds quantised weights (quantization_config: {kind}), and masks are chosen on floating-point "
-            "ones; give the checkpoint that was quantised"
-        )
-    kept: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in NAMES_FILES or (key in NAMES_TIMM and isinstance(value, str) and ":" in value):
-            raise LoadError(f"{name}: its config gives {key} {value!r}, which names other files; it was not opened")
-        if key not in IGNORED:
-            kept[key] = without_foreign_names(value, name) if isinstance(value, Mapping) else value
-    return kept
-
-
-def part_of_config(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that is for this class: `vision_config` of a CLIP config for CLIPVisionModel."""
-    config_class = kind.config_class
-    inside = values.get(config_class.base_config_key) if config_class.base_config_key else None
-    if isinstance(inside, Mapping):
-        return dict(inside)
-    if values.get("model_type") != config_class.model_type:
-        for value in values.values():
-            if isinstance(value, Mapping) and value.get("model_type") == config_class.model_type:
-                return dict(value)
-    return dict(values)
 
 
 def build(arch: str, values: Mapping[str, Any]) -> nn.Module:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.frontend.hugging_face import PREFIX, part_of_config, vision_class
+from mpcompile.frontend.hugging_face import PREFIX, vision_class
+from mpcompile.frontend.hugging_face_config import part_of_config
 from mpcompile.frontend.preprocessing import Preprocessing
 from mpcompile.frontend.preset_file import read_preset
 
@@ -77,20 +78,6 @@ def architecture_of(config: Mapping[str, Any], asked: str | None, folder: Path) 
     if custom:
         log.warning("%s brings code of its own (auto_map), which was not run; %s is that of transformers", folder, arch)
     return arch, part_of_config(kind, config)
-
-
-def size_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`in_chans` and `img_size` as the config gives them, without those that it does not give."""
-    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
-    channels = next((one["num_channels"] for one in parts if isinstance(one.get("num_channels"), int)), None)
-    side = next((one["image_size"] for one in parts if _is_size(one.get("image_size"))), None)
-    given = {"in_chans": channels, "img_size": tuple(side) if isinstance(side, list) else side}
-    return {key: value for key, value in given.items() if value}
-
-
-def _is_size(value: object) -> bool:
-    pair = isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) for side in value)
-    return pair or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def recorded_preprocessing(weights: Path, sized: bool) -> tuple[Preprocessing, Path] | None:

@@ -10,7 +10,8 @@ from typing import Any
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import is_factory
 from mpcompile.frontend.hugging_face import is_hugging_face
-from mpcompile.frontend.hugging_face_folder import architecture_of, read_config, size_in
+from mpcompile.frontend.hugging_face_config import size_in
+from mpcompile.frontend.hugging_face_folder import architecture_of, read_config
 from mpcompile.frontend.preprocessing import ASSUMABLE
 
 NAMING_FILES = {"checkpoint_path", "cache_dir"}  # arguments of timm.create_model that name files

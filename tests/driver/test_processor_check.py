@@ -54,7 +54,7 @@ def test_other_pixels_stop_the_run(tmp_path: Path) -> None:
     file, source = read(tmp_path, "LevitImageProcessor", **size)
     for change in ({"resize": (56,)}, {"std": (0.1,) * 3}, {"channel_order": "bgr"}):
         with pytest.raises(LoadError, match=r"was read otherwise than transformers' Levit.*they differ by \d+%"):
-            require_same_pixels(file, dataclasses.replace(source, **change))  # type: ignore[arg-type]
+            require_same_pixels(file, dataclasses.replace(source, **change))
     with pytest.raises(LoadError, match=r"on one picture, \(3, 48, 48\) against \(3, 56, 56\)"):
         require_same_pixels(file, dataclasses.replace(source, size=(3, 48, 48)))
 

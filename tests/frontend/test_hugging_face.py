@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mpcompile.errors import LoadError, RuntimeMissing, UsageError
 from mpcompile.frontend import hugging_face as hf
 from mpcompile.frontend.load_model import Request, load
+from mpcompile.frontend.preprocessing import source_of
 
 pytestmark = needs_transformers
 VIT = "ViTForImageClassification"
@@ -248,3 +249,9 @@ def test_transformers_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: 
 
 def test_a_folder_of_timm(example: Path) -> None:
     assert load(Request(str(example))).source.labels[0] == "t-shirt"
+
+
+def test_a_module_given_in_python_has_its_own_size() -> None:
+    source = source_of(hugging_face(VIT, num_channels=1, image_size=[16, 32]), name="x", arch="x", sha256="")
+    assert (source.size, source.labels) == ((1, 16, 32), tuple(LABELS.values()))
+    assert source_of(nn.Linear(2, 2), name="x", arch="x", sha256="").size == (3, 224, 224)
