@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from commandline import mpcompile as command
 from hugging_face_models import LABELS, hugging_face, needs_transformers, saved
 from PIL import Image
 
+import mpcompile
 from mpcompile.driver.artifact import Artifact
 from mpcompile.recipe.schema import Recipe
 
@@ -17,7 +19,7 @@ QUICK = Recipe.checked(
     {
         "target": "ort",
         "bench": {"batches": [1], "seconds": 0.05, "threads": 1},
-        "passes": [{"name": "permute"}, {"name": "nm-mask", "pattern": "2:4"}, {"name": "certify"}],
+        "passes": ["permute", {"nm-mask": {"pattern": "2:4"}}, "certify"],
     }
 )
 
