@@ -12,6 +12,7 @@ import typer
 from mpcompile.cli.app import Command, app
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.options import (
+    MODELS,
     AllowPickleOption,
     ArchArgOption,
     ArchOption,
@@ -68,7 +69,7 @@ def verify(
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="With --data: a weights file, timm:NAME, or pkg.mod:factory."),
+        typer.Argument(metavar="[MODEL]", help=f"With --data: {MODELS[0].lower()}{MODELS[1:]}"),
     ] = None,
     data: Annotated[
         Path | None,

@@ -18,16 +18,18 @@ from mpcompile.cli.choices import (
     listed,
 )
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A weights file, a .pt2 file, timm:NAME, or pkg.mod:factory.")
-]
+MODELS = (
+    "A weights file, a .pt2 file, a Hugging Face folder, hf:ORG/NAME (downloaded from the hub), timm:NAME, or "
+    "pkg.mod:factory."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)]
 
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `mpcompile compile`.")]
 
 
 ArchOption = Annotated[
-    str | None, typer.Option("--arch", help="Architecture of a weights file: a timm name or pkg.mod:factory.")
+    str | None, typer.Option("--arch", help="Architecture of a weights file: a timm name, hf:CLASS or pkg.mod:factory.")
 ]
 
 

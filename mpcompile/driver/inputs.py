@@ -9,6 +9,7 @@ from mpcompile.analysis.output_head import with_head
 from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
+from mpcompile.driver.processor_check import require_same_pixels
 from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
@@ -29,7 +30,10 @@ def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, Reques
         name = type(model).__name__
         return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), Request(name)
     request = model if isinstance(model, Request) else Request(str(model))
-    return load(request), request
+    loaded = load(request)
+    if loaded.processor is not None:
+        require_same_pixels(loaded.processor, loaded.source)
+    return loaded, request
 
 
 def captured(loaded: Loaded, request: Request) -> Model:

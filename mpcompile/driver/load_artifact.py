@@ -16,7 +16,8 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
 from mpcompile.frontend.call_inputs import call_inputs
 from mpcompile.frontend.capture import noise
-from mpcompile.frontend.load_model import NAMING_FILES, Request, load
+from mpcompile.frontend.load_model import Request, load
+from mpcompile.frontend.named_architecture import NAMING_FILES
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read

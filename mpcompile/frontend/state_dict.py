@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError
-from mpcompile.frontend.weights_file import ONE_FILE, shard_of
+from mpcompile.frontend.weights_file import ALL_SHARDS, shard_of
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
@@ -23,7 +23,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch:
     state = _without_unsaved_buffers(module, state)
     listed = mismatch(module, state)
     if listed and (shard := shard_of(path)):
-        raise LoadError(f"{path} is {shard}, and holds only a part of the weights ({listed}); {ONE_FILE}")
+        raise LoadError(f"{path} is {shard}, and holds only a part of the weights ({listed}); {ALL_SHARDS}")
     if listed:
         raise LoadError(f"{path} does not fit {arch}: {listed}. Check --arch and --arch-arg")
     module.load_state_dict(state)
