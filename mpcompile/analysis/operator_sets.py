@@ -46,7 +46,7 @@ DATA_MOVEMENT_NAMES = frozenset(  # copy or reorder elements and compute nothing
     """
     reshape view flatten unflatten permute transpose movedim swapaxes t roll flip chunk split
     split_with_sizes unbind tensor_split select narrow getitem squeeze unsqueeze expand repeat
-    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90
+    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 split_packed_heads join_heads
     """.split()  # noqa: SIM905
 )
 RESHAPE_AS_NAMES = frozenset(["reshape_as", "view_as"])  # data movement whose second tensor only lends its shape

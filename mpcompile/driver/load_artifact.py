@@ -4,7 +4,6 @@ Weights are read from safetensors, so no pickled code is run. Code that a report
 it, because anyone can write a report.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
 from mpcompile.frontend.capture import noise
 from mpcompile.frontend.load_model import NAMING_FILES, Request, load
+from mpcompile.frontend.plain_copy import copied, plain_copy
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
 from mpcompile.ir.model import Model, Source
@@ -58,7 +58,9 @@ def module_of(
         module = load(_rebuild_request(weights, source, allow_factory)).module
     else:
         state = read(weights, allow_pickle=False)
-        module = copy.deepcopy(given).eval()
+        module = copied(given).eval()
+        if mismatch(module, state):  # the file has plain weights, also where the class computes them
+            module, _ = plain_copy(given)
         if differences := mismatch(module, state):
             raise LoadError(
                 f"{weights} does not fit the given {type(given).__name__}: {differences}. Pass one that is built with "
@@ -126,7 +128,7 @@ def _require_parity(module: nn.Module, source: Source, exported: Exported) -> No
     tolerance = max(TOLERANCE[exported.precision], TOLERANCE[PRECISION.get(own, "fp32")])
     images = noise(source.size)
     with torch.no_grad():
-        outputs = copy.deepcopy(module).cpu().float()(images).numpy()
+        outputs = copied(module).cpu().float()(images).numpy()
     expected = cpu_engine(exported)(images.numpy())
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")
     if difference > tolerance:

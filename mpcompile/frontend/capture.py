@@ -6,7 +6,6 @@ and a second trace of the same instance would bake them in. The image is the onl
 CaptureError names the line of model code that cannot be traced.
 """
 
-import copy
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import CaptureError
+from mpcompile.frontend.conv1d import as_two_dimensional
 from mpcompile.frontend.multihead_attention import decompose_attention
+from mpcompile.frontend.plain_copy import copied, plain_copy, wrapped
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.frontend.trace_errors import copy_refusal, trace_refusal
 from mpcompile.ir.model import Model, Source
@@ -122,18 +123,20 @@ def capture(
 
 def _captured(module: nn.Module, source: Source | None, example: Tensor | None, leaves: Sequence[str]) -> Model:
     """`capture`, while TRACING is held."""
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        raise CaptureError("the module was made by torch.compile; pass the original, module._orig_mod")
+    while (inner := wrapped(module)) is not None:
+        module = inner
     kind = type(module).__name__
     source = source or source_of(module, name=kind, arch=kind, sha256="")
     dtype = _computing_type(module)
     example = (noise(source.size) if example is None else example).to(dtype)
-    _require_modules(module, leaves)
     try:
-        reference = copy.deepcopy(module).eval().to(dtype)
-        traced = copy.deepcopy(module).eval().to(dtype)
+        reference = copied(module).eval().to(dtype)
+        traced, notes = plain_copy(reference)
     except Exception as error:
         raise CaptureError(copy_refusal(module, error)) from error
+    _require_modules(traced, leaves)
+    for note in notes:
+        log.warning("%s: %s", kind, note)
     expected = _run_original(reference, example)
     _require_repeatable(reference, example, expected)
     tracer = ImageTracer(leaves)
@@ -145,6 +148,7 @@ def _captured(module: nn.Module, source: Source | None, example: Tensor | None, 
         raise CaptureError(trace_refusal(traced, graph_so_far, tracer.decided_by, error)) from error
     _keep_layer_modules(graph_module, traced)
     decompose_attention(graph_module)
+    as_two_dimensional(graph_module)
     model = Model(graph=graph_module.eval(), example=example, source=source)
     _check_same(model, reference, expected)
     return model
