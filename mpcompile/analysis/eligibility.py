@@ -11,14 +11,14 @@ Conditions 1 and 3 always hold. Condition 2 is a default that `include` override
 graph edges, never from the name of a layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
+from mpcompile.analysis.operator_sets import SHAPE_QUERY_NAMES, WEIGHT_FUNCTIONS
 from mpcompile.errors import UsageError
 from mpcompile.frontend.leaf_modules import PLAIN_CLASSES, class_name
 from mpcompile.frontend.multihead_attention import reasons_whole
@@ -62,7 +62,7 @@ def graph_positions(model: Model) -> dict[str, GraphPosition]:
     layers_before: set[fx.Node] = set()
     for node in nodes:
         inputs = node.all_input_nodes
-        if node.op == "placeholder" or any(i in sees_image for i in inputs):
+        if _depends_on(node, sees_image):
             sees_image.add(node)
         if any(i in layers_before or (i in applies and i in sees_image) for i in inputs):
             layers_before.add(node)
@@ -112,7 +112,7 @@ def _nodes_of_other_weights(graph: fx.GraphModule) -> set[fx.Node]:
     from_weights: set[fx.Node] = set()
     for node in graph.graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "placeholder" or not from_image.isdisjoint(inputs):
+        if _depends_on(node, from_image):
             from_image.add(node)
         elif _is_parameter(graph, node) or not from_weights.isdisjoint(inputs):
             from_weights.add(node)
@@ -124,6 +124,12 @@ def _nodes_of_other_weights(graph: fx.GraphModule) -> set[fx.Node]:
         if applies and node in from_image:
             nodes.add(node)
     return nodes
+
+
+def _depends_on(node: fx.Node, images: Set[fx.Node]) -> bool:
+    """Whether a node is an input, or computes with one of these nodes; a question about their shape does not count."""
+    asks_shape = node.target in SHAPE_QUERY_NAMES or (node.target is getattr and node.args[1] in SHAPE_QUERY_NAMES)
+    return node.op == "placeholder" or (not asks_shape and not images.isdisjoint(node.all_input_nodes))
 
 
 def _is_parameter(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -50,7 +50,7 @@ DATA_MOVEMENT_NAMES = frozenset(  # copy or reorder elements and compute nothing
     """.split()  # noqa: SIM905
 )
 RESHAPE_AS_NAMES = frozenset(["reshape_as", "view_as"])  # data movement whose second tensor only lends its shape
-SHAPE_QUERY_NAMES = frozenset(["size", "dim", "numel", "stride"])
+SHAPE_QUERY_NAMES = frozenset(["size", "shape", "dim", "numel", "stride"])
 CONCATENATION_NAMES = frozenset(["cat", "concat", "stack"])
 MATRIX_PRODUCT_NAMES = frozenset(["matmul", "bmm"])  # not `__matmul__`: channel tracing has no rule for that method
 REDUCTION_NAMES = frozenset(["mean", "sum", "norm", "amax", "amin", "vector_norm", "var", "std"])

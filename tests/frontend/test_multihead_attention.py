@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.analysis.eligibility import unsupported_modules
+from mpcompile.analysis.eligibility import eligible, unsupported_modules
+from mpcompile.frontend.capture import capture
 from mpcompile.frontend.multihead_attention import decompose_attention, reasons_whole
 from mpcompile.frontend.stored_weights import layer_weight, stored_tensor
 from mpcompile.ir.model import Model
+from mpcompile.ir.pattern import TWO_OF_FOUR
 from mpcompile.testing import tiny_source
 
 # What a call gives as query, key and value, and the layers that its projections become.
@@ -114,3 +116,50 @@ def test_what_stays_whole_names_its_reason() -> None:
     assert len(graph.graph.nodes) == nodes
     found = unsupported_modules(Model(graph=graph, example=torch.zeros(1), source=tiny_source()))
     assert found["attentions.masked"].endswith("belongs to no Linear, and this one is called with attn_mask")
+
+
+class Transformer(nn.Module):
+    """torch's own encoder and decoder, on patches of an image."""
+
+    def __init__(self, batch_first: bool, masked: bool = False) -> None:
+        super().__init__()
+        self.batch_first, self.masked = batch_first, masked
+        self.stem = nn.Conv2d(1, 16, 2, 2)
+        self.queries = nn.Parameter(torch.randn(3, 16))
+        self.body = nn.Transformer(16, 2, 1, 1, 32, batch_first=batch_first)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, queries = self.stem(x).flatten(2).transpose(1, 2), self.queries.expand(x.shape[0], 3, 16)
+        if not self.batch_first:
+            tokens, queries = tokens.transpose(0, 1), queries.transpose(0, 1)
+        mask = torch.zeros(16, 16) if self.masked else None
+        out: Tensor = self.body(tokens, queries, src_mask=mask)
+        return self.head(out.mean(1 if self.batch_first else 0))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # torch on batch_first=False
+def test_transformers_of_torch_are_masked_layer_by_layer(batch_first: bool) -> None:
+    reasons = eligible(capture(Transformer(batch_first), tiny_source()), TWO_OF_FOUR)
+    attentions = {
+        "encoder.layers.0.self_attn": ["in_proj", "out_proj"],
+        "decoder.layers.0.self_attn": ["in_proj", "out_proj"],
+        "decoder.layers.0.multihead_attn": ["in_proj_q", "in_proj_kv", "out_proj"],
+    }
+    for name, layers in attentions.items():
+        for layer in layers:
+            assert f"body.{name}.{layer}" in reasons
+    # Without image: what the decoder's first attention computes from its queries alone.
+    constant = {name for name, reason in reasons.items() if reason and "does not depend on the image" in reason}
+    assert constant == {
+        *(f"body.decoder.layers.0.self_attn.{layer}" for layer in ("in_proj", "out_proj")),
+        "body.decoder.layers.0.multihead_attn.in_proj_q",
+    }
+    assert [name for name, reason in reasons.items() if reason and name not in constant] == ["stem", "head"]
+
+
+def test_a_mask_of_an_encoder_is_the_reason() -> None:
+    reasons = eligible(capture(Transformer(True, masked=True), tiny_source()), TWO_OF_FOUR)
+    assert str(reasons["body.encoder.layers.0.self_attn"]).endswith("and this one is called with attn_mask")
+    assert reasons["body.encoder.layers.0.self_attn.out_proj"] is None
