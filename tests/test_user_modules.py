@@ -59,10 +59,11 @@ def test_the_files_have_the_names_and_shapes_of_the_original_class(artifact: Art
     assert {row.layer for row in artifact.verify()} == set(MASKED)
 
 
-def test_the_report_counts_a_tied_weight_once(artifact: Artifact) -> None:
+def test_the_report_counts_a_tied_weight_once_and_names_computed_weights(artifact: Artifact) -> None:
     rows = {row.name: row for row in artifact.report.layers}
     assert [name for name, row in rows.items() if row.pattern] == MASKED
     assert rows["second"].shares_weight_with == "first"
+    assert "weight_norm computes 1 tensor before each use (conv.weight)" in " ".join(artifact.report.notes)
     assert "7 of 9 layers are masked (7 at 2:4)" in " ".join(artifact.report.verdict)
 
 

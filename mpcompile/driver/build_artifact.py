@@ -160,7 +160,7 @@ def build_artifact(
         latency=latency,
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
-        notes=built.notes,
+        notes=(*dense.notes, *built.notes),
         commands=built.commands,
         verdicts=verdicts,
         files=file_rows(folder),

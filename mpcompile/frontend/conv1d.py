@@ -3,8 +3,8 @@
     conv1d(x, w) = squeeze(conv2d(unsqueeze(x, -2), unsqueeze(w, 2)), -2)
 
 torch computes a Conv1d in this way too. The layer keeps its name; its weight (out, in, k) becomes (out, in, 1, k).
-Batch normalization and elementwise operations between two of them are done at height 1 as well, so that a
-normalization still directly follows its convolution, and exporters fold it.
+Batch normalization, pooling and elementwise operations between two of them are done at height 1 as well, so that a
+normalization still directly follows its convolution and exporters fold it, and passes know the pooling.
 """
 
 from typing import Any
@@ -94,7 +94,7 @@ def _at_height_one(node: fx.Node) -> fx.Node:
 
 
 def _move_down(graph: fx.GraphModule, squeeze: fx.Node) -> None:
-    """Moves the removal of the height after operations that do not mix positions, until it meets an unsqueeze."""
+    """Moves the removal of the height after operations that have a form for height 1, until it meets an unsqueeze."""
     while len(squeeze.users) == 1:
         [user] = squeeze.users
         if user.op == "call_method" and user.target == "unsqueeze" and user.args[1:] == (HEIGHT,):
@@ -104,16 +104,38 @@ def _move_down(graph: fx.GraphModule, squeeze: fx.Node) -> None:
             return
         module = graph.get_submodule(str(user.target)) if user.op == "call_module" else None
         calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == user.target]
-        if type(module) is nn.BatchNorm1d and len(calls) == 1 and not module._forward_hooks:
-            graph.set_submodule(str(user.target), _two_dimensional_norm(module))
-        elif not (isinstance(module, ELEMENTWISE_MODULES) or user.target in ELEMENTWISE_FUNCTIONS):
-            return
         if not user.args or user.args[0] is not squeeze:
+            return
+        if module is not None and len(calls) == 1 and (high := _at_height(module)) is not None:
+            graph.set_submodule(str(user.target), high)
+        elif not (isinstance(module, ELEMENTWISE_MODULES) or user.target in ELEMENTWISE_FUNCTIONS):
             return
         user.replace_all_uses_with(squeeze)
         user.replace_input_with(squeeze, squeeze.args[0])  # type: ignore[arg-type]
         squeeze.args = (user, HEIGHT)
         user.append(squeeze)
+
+
+def _at_height(module: nn.Module) -> nn.Module | None:
+    """The module that computes the same at height 1; None if it is of no kind that has one."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if type(module) is nn.BatchNorm1d:
+        return _two_dimensional_norm(module)
+    if type(module) is nn.MaxPool1d and not module.return_indices:
+        sizes = ((1, _number(module.kernel_size)), (1, _number(module.stride)), (0, _number(module.padding)))
+        return nn.MaxPool2d(*sizes, dilation=(1, _number(module.dilation)), ceil_mode=module.ceil_mode)
+    if type(module) is nn.AvgPool1d:
+        sizes = ((1, _number(module.kernel_size)), (1, _number(module.stride)), (0, _number(module.padding)))
+        return nn.AvgPool2d(*sizes, module.ceil_mode, module.count_include_pad)
+    if type(module) is nn.AdaptiveAvgPool1d:
+        return nn.AdaptiveAvgPool2d((1, _number(module.output_size)))
+    return None
+
+
+def _number(size: int | tuple[int, ...]) -> int:
+    """A size along the one axis, which torch keeps as a number or as a tuple of one."""
+    return size if isinstance(size, int) else size[0]
 
 
 def _two_dimensional_norm(module: nn.BatchNorm1d) -> nn.BatchNorm2d:

@@ -63,3 +63,18 @@ def test_norms_and_activations_between_two_are_at_height_one() -> None:
     assert isinstance(graph.read, nn.Conv1d)  # its weight is read besides
     assert graph.get_parameter("b.weight") is graph.get_parameter("c.weight")
     assert graph.state_dict().keys() == module.state_dict().keys()
+
+
+def test_pools_between_two_are_at_height_one() -> None:
+    module = nn.Sequential(
+        nn.Conv1d(8, 8, 3, bias=False), nn.MaxPool1d(3, 2, 1, ceil_mode=True), nn.Conv1d(8, 8, 1),
+        nn.AvgPool1d(2, padding=1, count_include_pad=False), nn.Conv1d(8, 8, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+    )  # fmt: skip
+    graph = fx.symbolic_trace(module.eval())
+    as_two_dimensional(graph)
+    x = torch.randn(2, 8, 21)
+    assert torch.equal(graph(x), module(x))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_method"] == ["unsqueeze", "squeeze"]
+    shared = fx.symbolic_trace(nn.Sequential(module[0], module[1], module[1]).eval())
+    as_two_dimensional(shared)
+    assert torch.equal(shared(x), module[1](module[1](module[0](x))))
