@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from mpcompile.errors import CaptureError
 from mpcompile.frontend.call_inputs import CallInputs, call_inputs
@@ -121,11 +122,11 @@ def _require_modules(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def _keep_layer_modules(graph_module: fx.GraphModule, root: nn.Module) -> None:
-    """Restores a Linear or Conv2d whose parameters the graph reads without calling it, such as BEiT's qkv.
+    """Restores a Linear or convolution whose parameters the graph reads without calling it, such as BEiT's qkv.
 
     torch.fx keeps an empty module in its place, so the weight would no longer belong to a layer.
     """
     for node in graph_module.graph.nodes:
         owner = str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
-        if owner and isinstance(root.get_submodule(owner), nn.Linear | nn.Conv2d):
+        if owner and isinstance(root.get_submodule(owner), nn.Linear | _ConvNd):
             graph_module.set_submodule(owner, root.get_submodule(owner))

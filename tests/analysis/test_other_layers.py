@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpcompile.analysis.eligibility import eligible
@@ -81,6 +82,16 @@ def test_a_fixed_matrix_before_the_stem_is_no_layer() -> None:
             self.register_buffer("basis", torch.randn(8, 8))
 
     assert str(eligible(capture(Fixed(), tiny_source()), TWO_OF_FOUR)["hidden"]).startswith("stem")
+
+
+def test_a_conv1d_whose_weight_is_read_is_listed() -> None:
+    class Read(BehindConv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv1d(self.hidden(self.stem(x.flatten(1, 2))), self.last.weight * 2).flatten(1)
+
+    reasons = eligible(capture(Read(), tiny_source()), TWO_OF_FOUR)
+    assert str(reasons["last"]).startswith("Conv1d: it is not run as a Conv2d")
+    assert reasons["hidden"] is None
 
 
 def test_other_convolutions_are_named() -> None:
