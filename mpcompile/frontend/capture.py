@@ -1,8 +1,9 @@
 """Captures an nn.Module as a Model: one recorded run, checked to compute the same outputs.
 
 A copy of the module is run once under the recorder (mpcompile/frontend/recorder.py). The graph is then compared with
-the original on other images and on another batch size. If a run cannot be recorded, torch.export is tried. nn.MultiheadAttention is decomposed
-(mpcompile/frontend/multihead_attention.py). A CaptureError names the line of model code that cannot be captured.
+the original on other images and on another batch size. If a run cannot be recorded, torch.export is tried
+(mpcompile/frontend/exported/). nn.MultiheadAttention is decomposed (mpcompile/frontend/multihead_attention.py). A
+CaptureError names the line of model code that cannot be captured.
 """
 
 import logging
