@@ -15,7 +15,7 @@ from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
-from mpcompile.driver.compare_engines import parity_of
+from mpcompile.driver.compare_engines import Arrays, arrays, parity_of
 from mpcompile.driver.quantized_baselines import (
     dense_baselines,
     lower_dense,
@@ -91,7 +91,7 @@ def build_artifact(
     Raises a MpcompileError.
     """
     recipe = plan.recipe
-    check = _check_images(data, dense)
+    check = _check_inputs(data, dense)
     metadata = _onnx_metadata(loaded.source.sha256, recipe)
     observe("export dense")
     before = plan.lower(dense, folder / DENSE, metadata)
@@ -250,25 +250,26 @@ def _data_used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
     )
 
 
-def _check_images(data: Data, model: Model) -> NDArray[np.float32]:
-    """The images for parity checks: up to 32 calibration images, or the example if there are none."""
-    images = data.calibration.first(PARITY_IMAGES) if len(data.calibration) else model.example
-    return np.ascontiguousarray(images.numpy())
+def _check_inputs(data: Data, model: Model) -> Arrays:
+    """The inputs for parity checks: of up to 32 calibration images, or the example if there are none."""
+    split = data.calibration
+    return arrays(split.first_inputs(PARITY_IMAGES) if len(split) else model.example_inputs)
 
 
-def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    """All calibration images in batches, or the example if there are none."""
+def _calibration(data: Data, check: Arrays) -> Iterator[Arrays]:
+    """The inputs of all calibration images in batches, or the example if there are none."""
     if not len(data.calibration):
         yield check
-    for images, _ in data.calibration.batches():
-        yield images.numpy()
+    for inputs, _ in data.calibration.inputs():
+        yield arrays(inputs)
 
 
-def _parity(exported: Lowered, images: NDArray[np.float32], what: str) -> Parity:
+def _parity(exported: Lowered, inputs: Arrays, what: str) -> Parity:
     """The parity of an ONNX file with the graph that it was exported from. Raises ParityError."""
     if exported.precision in QUANTIZED:
-        require_unrounded_parity(exported, images)
-    expected, outputs = exported.model(torch.from_numpy(images)).numpy(), cpu_engine(exported)(images)
+        require_unrounded_parity(exported, inputs[0])
+    expected = exported.model(tuple(map(torch.from_numpy, inputs))).numpy()
+    outputs = cpu_engine(exported)(*inputs)
     if exported.precision == "bf16":
         what += ", in float32 on the rounded weights"
     return parity_of(expected, outputs, exported, what)

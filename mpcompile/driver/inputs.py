@@ -62,7 +62,7 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
     if isinstance(data, Data):
         return data
     dense, _ = with_head(dense, head, None)
-    logits = dense(dense.example)
+    logits = dense(dense.example_inputs)
     # Outputs with more axes have no classes.
     decides = head_for(dense.head, logits)
     classes = decides.classes(logits.shape[1]) if logits.ndim == 2 else 0
@@ -87,8 +87,8 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
 
 def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
     """The model with its head, and the data with notes on what the outputs are. Raises UsageError."""
-    images = data.calibration.first(min(EXAMINED_IMAGES, len(data.calibration))) if len(data.calibration) else None
-    dense, notes = with_head(dense, head, images)
+    count = min(EXAMINED_IMAGES, len(data.calibration))
+    dense, notes = with_head(dense, head, data.calibration.first_inputs(count) if count else None)
     data = replace(data, notes=(*data.notes, *dense.notes, *notes))
     return dense, with_fitting_labels(data, dense.head)
 
