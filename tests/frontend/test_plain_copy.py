@@ -106,7 +106,7 @@ class Counted(TinyMLP):
         parametrizations.weight_norm(self.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(1) + self.offset.expand(len(x), 64))
+        return super().forward(x.flatten(1) + self.offset.expand(len(x), 64))  # type: ignore[no-any-return]
 
 
 def test_a_model_that_torch_export_captures_has_plain_weights() -> None:
