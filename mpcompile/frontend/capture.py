@@ -97,7 +97,7 @@ def _exported(
         raise refused
     kind = type(reference).__name__
     try:
-        traced = exported(reference, positional or by_keyword)
+        traced = exported(plain_copy(reference)[0], positional or by_keyword)
         model = _recorded(traced, reference, called, source, (), primary)
     except CaptureError as other:
         log.info("%s: torch.export does not take it either: %s", kind, other)

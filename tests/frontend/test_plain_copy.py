@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from mpcompile.analysis.eligibility import eligible
 from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.plain_copy import copied, plain_copy
+from mpcompile.ir.pattern import TWO_OF_FOUR
 from mpcompile.testing import TinyMLP, tiny_source
 
 Wrap = Callable[[nn.Module], object]
@@ -93,3 +95,21 @@ def test_a_compiled_forward_is_not_copied() -> None:
     plain, _ = plain_copy(module)
     assert "forward" not in vars(plain.hidden)
     assert "forward" in vars(module.hidden)
+
+
+class Counted(TinyMLP):
+    """Asks for the number of images with `len`, which a recorded run cannot keep; torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.ones(1, 64))
+        parametrizations.weight_norm(self.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1) + self.offset.expand(len(x), 64))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_torch_export_captures_has_plain_weights() -> None:
+    model = capture(Counted(), tiny_source())
+    assert model.captured_by == "export"
+    assert eligible(model, TWO_OF_FOUR)["hidden"] is None
