@@ -109,7 +109,7 @@ def _rebuild_request(weights: Path, source: Source, allow_factory: bool) -> Requ
     """The request that builds the architecture of a report anew and loads the weights. Raises UsageError."""
     if source.arch_args is None:
         raise UsageError(
-            f"the model was a {source.arch} given in Python, which no report can build; pass an instance with model="
+            f"the model was a {source.arch}, which no report can build by name; pass an instance with model="
         )
     if is_factory(source.arch) and not allow_factory:
         raise UsageError(

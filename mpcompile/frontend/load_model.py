@@ -197,7 +197,7 @@ def _load_program(path: Path, request: Request) -> Loaded:
     loaded = _finish(
         module,
         request,
-        arch="torch.export",
+        arch="torch.export program",
         sha256=file_sha256(path),
         size={} if size is None else {"in_chans": size[0], "img_size": size[1:]},
     )

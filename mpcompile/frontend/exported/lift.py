@@ -21,6 +21,8 @@ from mpcompile.frontend.exported.simplify import simplify
 from mpcompile.frontend.exported.tree_specs import children_of
 from mpcompile.ir.parity import relative_difference
 
+OWN_NAMES = frozenset(["meta", "graph", "code"])  # attributes of every fx.GraphModule
+
 
 def lift(program: Program, name: str = "Exported") -> fx.GraphModule:
     """The program as an nn.Module in evaluation mode, for any batch size. Raises ProgramRefused with a reason.
@@ -78,6 +80,9 @@ def _root(program: Program, layers: dict[str, nn.Module]) -> nn.Module:
             owner.register_parameter(name, tensor)
         else:
             owner.register_buffer(name, tensor, persistent=path not in program.transient)
+    for name in (*root._modules, *root._parameters, *root._buffers):
+        if name in OWN_NAMES:
+            raise ProgramRefused(f"has a part named {name}, which torch.fx uses itself; rename it in the model")
     return root
 
 

@@ -77,12 +77,14 @@ def _program(path: Path, allow_pickle: bool) -> Program:
         raise LoadError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return read_program(content)
-    except ProgramRefused as reason:
+    except Exception as error:  # damaged files fail in many ways
+        is_reason = isinstance(error, ProgramRefused)
+        reason = str(error) if is_reason else f"is damaged ({type(error).__name__}: {first_line(error)[:300]})"
         if not allow_pickle:
             raise LoadError(
                 f"{path} {reason}. It was not loaded; export the model again, or pass --allow-pickle if you trust the "
                 "file with running code on this machine"
-            ) from reason
+            ) from error
         log.warning("%s %s; it is loaded by torch.export.load, as --allow-pickle says", path, reason)
     try:
         return program_of(torch.export.load(io.BytesIO(content)))

@@ -63,11 +63,11 @@ def batch_axis(
     inputs, outputs = groups[index]
     begins = outer * math.prod(before[axis] for axis in inputs if axis < grows)
     candidates = list(_candidates(after, outputs, begins, batch))
-    if batch == 1 and index + 1 < len(groups) and begins * batch == math.prod(after[axis] for axis in outputs):
+    if batch == 1 < begins and index + 1 < len(groups) and begins * batch == math.prod(after[axis] for axis in outputs):
         following = groups[index + 1][1]
         if after[following[0]] == 1:  # as in (tokens · 1, c) -> (tokens, 1, c)
             candidates.insert(0, BatchAxis(following[0], 1))
-    if batch == 1 and index and before[grows] == 1 and inputs[0] == grows and outputs[0] == len(after) - 1:
+    if batch == 1 and index and inputs[0] == grows and outputs[0] == len(after) - 1:
         earlier_in, earlier_out = groups[index - 1]  # as in (tokens, 1, heads, d) -> (tokens · 1, c)
         size = math.prod(after[axis] for axis in earlier_out)
         return BatchAxis(earlier_out[-1], size), ([*earlier_in, grows], earlier_out)

@@ -6,6 +6,7 @@ becomes a dict with its field names, and a named tuple becomes a tuple.
 """
 
 import logging
+import re
 from typing import Any
 
 from torch.utils import _pytree as pytree
@@ -16,6 +17,7 @@ from mpcompile.frontend.exported.refusal import ProgramRefused, mapping, sequenc
 log = logging.getLogger(__name__)
 
 DEEPEST = 50  # levels
+KEY = re.compile(r"[\w .:/-]{1,200}")  # no quotes: torch.fx writes keys into code
 SEQUENCES = {
     "builtins.tuple": tuple,
     "builtins.list": list,
@@ -75,7 +77,7 @@ def _keys(context: Any, count: int) -> list[Any] | None:
         context = context[0]
     if not isinstance(context, list) or len(context) != count or len(set(map(str, context))) != count:
         return None
-    plain = all(type(key) is int or (isinstance(key, str) and key.isprintable()) for key in context)
+    plain = all(type(key) is int or (isinstance(key, str) and KEY.fullmatch(key)) for key in context)
     return context if plain else None
 
 

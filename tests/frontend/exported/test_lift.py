@@ -218,6 +218,13 @@ def test_parts_in_another_mode_are_taken_in() -> None:
         exported(Modes(autocast=True), x)
 
 
+def test_a_name_that_torch_fx_uses_is_refused() -> None:
+    module = nn.Sequential()
+    module.add_module("meta", nn.Linear(4, 4))
+    with pytest.raises(ProgramRefused, match="a part named meta, which torch.fx uses itself; rename it"):
+        lift(read_program(saved(module.eval(), (torch.zeros(2, 4),))))
+
+
 class BatchStatistics(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - x.mean(0, keepdim=True)).flatten(1)
