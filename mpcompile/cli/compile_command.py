@@ -24,6 +24,7 @@ from mpcompile.cli.options import (
     ExifOption,
     HeadOption,
     IncludeOption,
+    InputOption,
     InputSizeOption,
     InterpolationOption,
     JsonOption,
@@ -31,6 +32,7 @@ from mpcompile.cli.options import (
     MacsOption,
     MeanOption,
     ModelArgument,
+    OutputNameOption,
     PatternOption,
     PermuteOption,
     PreprocessOption,
@@ -148,6 +150,8 @@ def compile_command(
     interpolation: InterpolationOption = None,
     channel_order: ChannelOrderOption = None,
     leaf: LeafOption = None,
+    model_input: InputOption = None,
+    output_name: OutputNameOption = None,
     config: Annotated[Path | None, typer.Option(help="Recipe file (YAML). Options override it.")] = None,
     start: Annotated[
         str | None,
@@ -229,6 +233,8 @@ def compile_command(
         interpolation,
         channel_order,
         weights_key,
+        model_input,
+        output_name,
     )
     if save_config:
         _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides

@@ -21,6 +21,7 @@ from mpcompile.cli.options import (
     InputSizeOption,
     JsonOption,
     LeafOption,
+    OutputNameOption,
     PreprocessOption,
     PretrainedOption,
     QuietOption,
@@ -82,6 +83,7 @@ def doctor(
     input_size: InputSizeOption = None,
     preprocess: PreprocessOption = None,
     leaf: LeafOption = None,
+    output_name: OutputNameOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -93,7 +95,10 @@ def doctor(
         from mpcompile.cli.tables import show_trials
         from mpcompile.driver.preprocessing_trials import try_preprocessings
 
-        request = request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, None, None, leaf, preprocess)
+        request = request_of(
+            model, arch, arch_arg, pretrained, allow_pickle, input_size, None, None, leaf, preprocess,
+            output_name=output_name,
+        )  # fmt: skip
         with progress(quiet or as_json) as observe:
             trials = try_preprocessings(request, data, observe, head=parsed_head(head))
         if as_json:

@@ -18,7 +18,10 @@ from mpcompile.cli.choices import (
     listed,
 )
 
-MODELS = "A weights file, a Hugging Face folder, hf:ORG/NAME (downloaded from the hub), timm:NAME, or pkg.mod:factory."
+MODELS = (
+    "A weights file, a .pt2 file, a Hugging Face folder, hf:ORG/NAME (downloaded from the hub), timm:NAME, or "
+    "pkg.mod:factory."
+)
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)]
 
 
@@ -129,7 +132,28 @@ ChannelOrderOption = Annotated[
 
 LeafOption = Annotated[
     list[str] | None,
-    typer.Option("--leaf", metavar="NAME", help="Do not trace into this module. Can be repeated."),
+    typer.Option("--leaf", metavar="NAME", help="Record this module as one call. Can be repeated."),
+]
+
+
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="NAME=SHAPE",
+        help="Input of the model beside the images: its shape without the batch axis, such as mask=224x224, and its "
+        "type if that is not float32, such as ids=16:int64. Can be repeated.",
+    ),
+]
+
+
+OutputNameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output-name",
+        metavar="NAME",
+        help="Output that accuracy, agreement and certificates compare, if the model has several, such as logits.",
+    ),
 ]
 
 

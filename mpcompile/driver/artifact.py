@@ -113,6 +113,11 @@ class Artifact:
         """An ONNX file of the folder with the facts that a runtime needs; `masks` are those that `verify` returned."""
         recipe, source = self.report.recipe, self.report.model
         in_float = recipe.precision in QUANTIZED and file == self.dense_onnx
+        captured = self.report.captured
+        names: dict[str, tuple[str, ...]] = {}
+        if captured is not None:
+            names["input_names"] = tuple(row.name for row in captured.inputs)
+            names["output_names"] = tuple(row.name for row in captured.outputs)
         return Exported(
             onnx=file,
             arch=source.arch,
@@ -121,6 +126,7 @@ class Artifact:
             batch=recipe.batch,
             masks=masks,
             merges=file == self.onnx and self.report.merges_tokens(),
+            **names,
         )
 
     @overload
@@ -191,7 +197,7 @@ class Artifact:
         captured = None
         if isinstance(runtime, RunsGraph):
             module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
-            captured = capture(module, self.report.model)
+            captured = capture(module, self.report.model, primary=exported.output_names[0])
         else:
             exported = self.exported(self.onnx, self.verify())
         return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)

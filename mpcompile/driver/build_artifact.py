@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +32,14 @@ from mpcompile.driver.run_engines import (
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
+from mpcompile.measure.output_errors import output_error
 from mpcompile.passes import Quantize
 from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
@@ -47,7 +50,7 @@ from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
-from mpcompile.report.schema import DataUsed, Gate, LayerRow, Parity, Report
+from mpcompile.report.schema import Captured, DataUsed, Gate, InputRow, LayerRow, OutputRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
 from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Runtime, has_sparse_kernel
@@ -142,6 +145,7 @@ def build_artifact(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=loaded.source,
+        captured=_captured(dense, model, data),
         recipe=recipe,
         recipe_sha256=recipe.sha256,
         environment=environment({**_versions(plan.runtime), **plan.origins}, built.dense.device),
@@ -206,6 +210,23 @@ def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:
         "mpcompile.source_sha256": source_sha256,
         "mpcompile.recipe_sha256": recipe.sha256,
     }
+
+
+def _captured(dense: Model, compressed: Model, data: Data) -> Captured:
+    """What the model takes and returns, and how far each output moved on held-out images, or on the example."""
+    split = data.held_out if len(data.held_out) else data.calibration
+    inputs = arguments(split.first_inputs(PARITY_IMAGES) if len(split) else dense.example_inputs, dense.example.dtype)
+    outputs = []
+    for name, before, after in zip(dense.output_names, dense.outputs(inputs), compressed.outputs(inputs), strict=True):
+        error = output_error(before, after) if before.ndim and len(before) == len(inputs[0]) else None
+        relative, cosine = (error.relative, error.cosine) if error else (None, None)
+        outputs.append(OutputRow(**_signature(name, before), relative_error=relative, cosine=cosine))
+    rows = tuple(InputRow(**_signature(name, one)) for name, one in zip(dense.input_names, inputs, strict=True))
+    return Captured(by=dense.captured_by, inputs=rows, outputs=tuple(outputs), images=len(inputs[0]))
+
+
+def _signature(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    return {"name": name, "shape": tuple(tensor.shape[1:]), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def _accelerated(plan: RunPlan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:

@@ -14,9 +14,11 @@ from torch import nn
 from mpcompile.errors import LoadError, ParityError, RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
+from mpcompile.frontend.call_inputs import call_inputs
 from mpcompile.frontend.capture import noise
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.named_architecture import NAMING_FILES
+from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
 from mpcompile.ir.model import Model, Source
@@ -127,7 +129,9 @@ def _require_parity(module: nn.Module, source: Source, exported: Exported) -> No
     tolerance = max(TOLERANCE[exported.precision], TOLERANCE[PRECISION.get(own, "fp32")])
     images = noise(source.size)
     with torch.no_grad():
-        outputs = copy.deepcopy(module).cpu().float()(images).numpy()
+        called = call_inputs(module, images)
+        result = called.run(copy.deepcopy(module).cpu().float())
+    outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
     expected = cpu_engine(exported)(images.numpy())
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")
     if difference > tolerance:

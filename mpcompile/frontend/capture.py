@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import CaptureError
-from mpcompile.frontend.call_inputs import CallInputs, call_inputs
+from mpcompile.frontend.call_inputs import call_inputs
 from mpcompile.frontend.capture_checks import checked_outputs, require_repeatable, require_same
 from mpcompile.frontend.capture_refusals import copy_refusal, record_refusal
 from mpcompile.frontend.multihead_attention import decompose_attention
@@ -33,9 +33,10 @@ def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
 def capture(
     module: nn.Module,
     source: Source | None = None,
-    example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    example: Tensor | tuple[Tensor, ...] | None = None,
     leaves: Sequence[str] = (),
     *,
+    inputs: Mapping[str, Tensor] | None = None,
     primary: str | None = None,
 ) -> Model:
     """Captures a module as a Model. The graph must give the module's outputs on the example and on another batch size.
@@ -44,9 +45,10 @@ def capture(
         module: the model; it is not changed. A half-precision module is captured in float32.
         source: its name and preprocessing; by default its class name and the preprocessing of its `pretrained_cfg`,
             or ImageNet's.
-        example: a batch (b, c, h, w); by default noise of the source's size. For a model with several inputs a tuple
-            of tensors, or tensors by the names of forward's arguments. The first one holds the images.
+        example: a batch (b, c, h, w), or a tuple of inputs in the order of forward's arguments, the images first; by
+            default noise of the source's size.
         leaves: qualified names of modules to keep whole.
+        inputs: examples of the inputs beside the images, by the names of forward's arguments.
         primary: the path of the output that agreement, certificates and distillation compare, such as `logits`; by
             default the one with a usual name (mpcompile/frontend/primary_output.py).
 
@@ -60,19 +62,19 @@ def capture(
     kind = type(module).__name__
     source = source or source_of(module, name=kind, arch=kind, sha256="")
     dtype = _computing_type(module)
-    given = call_inputs(module, noise(source.size) if example is None else example)
-    inputs = CallInputs({name: _as(one, dtype) for name, one in given.tensors.items()}, given.keywords)
+    called = call_inputs(module, noise(source.size) if example is None else example, inputs)
+    called = called.with_tensors({name: _as(one, dtype) for name, one in called.tensors.items()})
     _require_modules(module, leaves)
     try:
         reference = copy.deepcopy(module).eval().to(dtype)
         root = copy.deepcopy(module).eval().to(dtype)
     except Exception as error:
         raise CaptureError(copy_refusal(module, error)) from error
-    expected = checked_outputs(reference, inputs)
-    require_repeatable(reference, inputs, expected)
-    copies = {name: one.clone() for name, one in inputs.tensors.items()}  # forward may write into its inputs
+    expected = checked_outputs(reference, called)
+    require_repeatable(reference, called, expected)
+    copies = {name: one.clone() for name, one in called.tensors.items()}  # forward may write into its inputs
     try:
-        recorder, result = record(root, copies, lambda: inputs.run(root, copies), leaves)
+        recorder, result = record(root, copies, lambda: called.run(root, copies), leaves)
         outputs = outputs_in_order(result, kind, primary)
         graph = recorder.finished([tensor for _, tensor in outputs.tensors])
     except CaptureError:
@@ -81,18 +83,18 @@ def capture(
         raise CaptureError(record_refusal(root, error)) from error
     _keep_layer_modules(graph, root)
     decompose_attention(graph)
-    images, *others = inputs.tensors.values()
+    images, *others = called.tensors.values()
     model = Model(
         graph=graph.eval(),
         example=images,
         source=source,
         others=tuple(others),
-        input_names=tuple(inputs.tensors),
+        input_names=tuple(called.tensors),
         output_names=tuple(name for name, _ in outputs.tensors),
         output_tree=outputs.tree,
         notes=outputs.notes,
     )
-    require_same(model, reference, inputs, outputs.order)
+    require_same(model, reference, called, outputs.order)
     return model
 
 

@@ -9,6 +9,7 @@ A file's content, not its suffix, decides its format. Accepted:
 - `hf:ORG/NAME`, such a folder of the Hugging Face hub, which is downloaded unless it is in the cache;
 - `timm:NAME`, with the hub's weights only if `pretrained` is set;
 - `pkg.mod:factory`, a callable that returns the module;
+- a `.pt2` file of torch.export.save, read without running what it holds; with `arch`, only its weights are taken;
 - a pickled module, only with `allow_pickle`: loading it runs the code that it names.
 """
 
@@ -22,8 +23,10 @@ from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import build_architecture, call_factory, classes_in, create_timm, is_factory
+from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.checkpoint_weights import chosen_weights
 from mpcompile.frontend.claimed_accuracy import claimed_accuracy
+from mpcompile.frontend.exported import exported_weights, is_exported_file, load_exported
 from mpcompile.frontend.hugging_face import is_hugging_face, names_of, with_weights
 from mpcompile.frontend.hugging_face_folder import recorded_preprocessing, weights_in
 from mpcompile.frontend.hugging_face_hub import fetched
@@ -53,7 +56,7 @@ class Request:
     """Which model to load, and how it may be built.
 
     Attributes:
-        model: a weights file, a folder, `hf:ORG/NAME`, `timm:NAME`, or `pkg.mod:factory`.
+        model: a weights file, a `.pt2` file, a folder, `hf:ORG/NAME`, `timm:NAME`, or `pkg.mod:factory`.
         arch: architecture of a weights file: a timm name, `hf:CLASS` or `pkg.mod:factory`; None if the file names it.
         arch_args: arguments of the architecture.
         pretrained: download the hub's weights of `timm:NAME`.
@@ -82,6 +85,8 @@ class Request:
     interpolation: str | None = None
     channel_order: str | None = None
     weights_key: str | None = None  # which weights of a checkpoint that holds several; None: chosen
+    inputs: Mapping[str, InputSpec] = field(default_factory=dict)  # inputs beside the images, by forward's names
+    output_name: str | None = None  # path of the primary output, such as "logits"; None: the one with a usual name
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -150,7 +155,10 @@ def _require_no_weights_key(request: Request) -> None:
 
 def _load_file(path: Path, request: Request) -> Loaded:
     """A model from a file: a pickled module, or weights for an architecture."""
-    content = read(path, request.allow_pickle)
+    is_program = is_exported_file(path)
+    if is_program and request.arch is None:
+        return _load_program(path, request)
+    content: Any = exported_weights(path, request.allow_pickle) if is_program else read(path, request.allow_pickle)
     sha256 = weights_sha256(path)
     if isinstance(content, Mapping) and (module := module_in(content, path, request.weights_key)) is not None:
         content = module
@@ -177,6 +185,22 @@ def _load_file(path: Path, request: Request) -> Loaded:
         module, request, arch=arch, sha256=sha256, arch_args=arch_args, record=record, published=pretrained_cfg is None
     )
     return replace(loaded, claimed=claimed_accuracy(content))
+
+
+def _load_program(path: Path, request: Request) -> Loaded:
+    """The model of a .pt2 file, for images of the size that it was exported for."""
+    _require_no_weights_key(request)
+    found = load_exported(path, request.allow_pickle)
+    module = plain_module(found.module, request.model)
+    size = found.image_size
+    loaded = _finish(
+        module,
+        request,
+        arch="torch.export",
+        sha256=weights_sha256(path),
+        arch_args=None if size is None else {"in_chans": size[0], "img_size": size[1:]},
+    )
+    return replace(loaded, source=replace(loaded.source, arch_args=None))  # no name to build it from
 
 
 def _load_hugging_face(

@@ -91,13 +91,9 @@ def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
         raise LoadError(f"{path} is a torch archive that is cut short or damaged ({first_line(error)})") from error
     if any("/code/" in name for name in names):
         raise LoadError(
-            f"{path} is a TorchScript archive, which torch.fx cannot trace; save its weights with "
-            f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt'), and name the --arch"
-        )
-    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        raise LoadError(
-            f"{path} is a torch.export archive, which has no modules left to plan for; save its weights with "
-            f"torch.save(torch.export.load({path.name!r}).state_dict, 'weights.pt'), and name the --arch"
+            f"{path} is a TorchScript archive, whose compiled graph is not read; export the original module with "
+            f"torch.export.save, or save its weights with torch.save(torch.jit.load({path.name!r}).state_dict(), "
+            "'weights.pt') and name the module with --arch pkg.mod:factory"
         )
     size = path.stat().st_size
     if unpacked > size:  # torch never compresses tensors; a small file must not fill the memory
