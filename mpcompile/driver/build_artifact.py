@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
-from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
+from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
 from mpcompile.driver.compare_engines import parity_of
 from mpcompile.driver.quantized_baselines import (
     dense_baselines,
@@ -30,6 +30,7 @@ from mpcompile.driver.run_engines import (
     quantized_rows,
 )
 from mpcompile.driver.run_plan import RunPlan
+from mpcompile.driver.weight_files import write_weights
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
 from mpcompile.ir.batch import arguments
@@ -163,7 +164,7 @@ def build_artifact(
         latency=latency,
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
-        notes=built.notes,
+        notes=(*dense.notes, *built.notes),
         commands=built.commands,
         verdicts=verdicts,
         files=file_rows(folder),

@@ -4,7 +4,6 @@ Weights are read from safetensors, so no pickled code is run. Code that a report
 it, because anyone can write a report.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mpcompile.frontend.call_inputs import call_inputs
 from mpcompile.frontend.capture import noise
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.named_architecture import NAMING_FILES
+from mpcompile.frontend.plain_copy import copied, plain_copy
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
@@ -61,7 +61,9 @@ def module_of(
         module = load(_rebuild_request(weights, source, allow_factory)).module
     else:
         state = read(weights, allow_pickle=False)
-        module = copy.deepcopy(given).eval()
+        module = copied(given).eval()
+        if mismatch(module, state):  # the file has plain weights, also where the class computes them
+            module, _ = plain_copy(given)
         if differences := mismatch(module, state):
             raise LoadError(
                 f"{weights} does not fit the given {type(given).__name__}: {differences}. Pass one that is built with "
@@ -130,7 +132,7 @@ def _require_parity(module: nn.Module, source: Source, exported: Exported) -> No
     images = noise(source.size)
     with torch.no_grad():
         called = call_inputs(module, images)
-        result = called.run(copy.deepcopy(module).cpu().float())
+        result = called.run(copied(module).cpu().float())
     outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
     expected = cpu_engine(exported)(images.numpy())
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")

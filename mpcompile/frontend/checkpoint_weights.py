@@ -20,6 +20,7 @@ from mpcompile.frontend.plain_weights import adapter_entry, plain_weights, quant
 # Usual keys of weights, in the order in which the differences of a file that fits nowhere are listed.
 USUAL_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "net")
 AVERAGED = frozenset({"ema", "swa", "avg", "averaged"})  # words in the name of averaged weights
+COMPILED = "_orig_mod."  # in the names of a module that torch.compile wrapped
 DEPTH = 3  # levels of mappings that are searched
 # Names that torch's load_state_dict may do without: torch before 0.4.1 did not save the first one.
 OPTIONAL = ("num_batches_tracked", "_extra_state")
@@ -132,7 +133,7 @@ def _joined(*parts: str) -> str:
 
 def _fitting_sets(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> Iterator[WeightSet]:
     """For each prefix under which a mapping holds all needed names: the set without the prefix."""
-    for plain, notes in ((entries, ()), plain_weights(entries)):
+    for plain, notes in _forms(entries):
         tensors = {str(key): value for key, value in plain.items() if isinstance(value, Tensor)}
         prefixes = _prefixes(tensors, needed)
         for prefix in prefixes:
@@ -144,6 +145,15 @@ def _fitting_sets(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> It
             yield WeightSet(_joined(name, prefix.rstrip(".")), state, unused, notes)
         if prefixes:
             return
+
+
+def _forms(entries: Mapping[Any, Any]) -> Iterator[tuple[Mapping[Any, Any], tuple[str, ...]]]:
+    """The entries as they are, with plain weights, and without the `_orig_mod` of parts that torch.compile wrapped."""
+    yield entries, ()
+    yield plain_weights(entries)
+    inside = {key.replace(COMPILED, "") if isinstance(key, str) else key: value for key, value in entries.items()}
+    if inside.keys() != entries.keys():
+        yield plain_weights(inside)
 
 
 class _Versioned(dict[str, Tensor]):
@@ -272,7 +282,7 @@ def _with_second_prefix(name: str, entries: Mapping[Any, Any], needed: Set[str])
     return None
 
 
-PREFIXES = ("module.", "model.", "_orig_mod.")
+PREFIXES = ("module.", "model.", COMPILED)
 LONGEST_NAME = 500  # characters
 
 

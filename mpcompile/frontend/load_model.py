@@ -24,7 +24,7 @@ from torch import nn
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import build_architecture, call_factory, classes_in, create_timm, is_factory
 from mpcompile.frontend.call_inputs import InputSpec
-from mpcompile.frontend.checkpoint_weights import chosen_weights
+from mpcompile.frontend.checkpoint_weights import WeightSet, chosen_weights
 from mpcompile.frontend.claimed_accuracy import claimed_accuracy
 from mpcompile.frontend.exported import exported_weights, is_exported_file, load_exported
 from mpcompile.frontend.hugging_face import is_hugging_face, names_of, with_weights
@@ -38,13 +38,14 @@ from mpcompile.frontend.named_architecture import (
     timm_config,
     timm_training_preprocessing,
 )
+from mpcompile.frontend.plain_copy import computed_weights, plain_copy
 from mpcompile.frontend.preprocessing import Preprocessing, check_asked, source_of, with_preprocessing
 from mpcompile.frontend.presets import preset_named
 from mpcompile.frontend.sharded_weights import weights_sha256
-from mpcompile.frontend.state_dict import load_state
+from mpcompile.frontend.state_dict import load_state, mismatch
 from mpcompile.frontend.weights_file import module_in, read, require_plain
 from mpcompile.ir.model import Source
-from mpcompile.system.hashing import state_sha256
+from mpcompile.system.hashing import file_sha256, state_sha256
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def _load_file(path: Path, request: Request) -> Loaded:
         return _load_hugging_face(path, content, named, request, sha256)
     arch, arch_args, pretrained_cfg = named.arch, named.arch_args, named.pretrained_cfg
     module = plain_module(build_architecture(arch, arch_args, pretrained_cfg), arch)
-    weights, notes = chosen_weights(content, module.state_dict().keys(), path, request.weights_key)
+    module, weights, notes = _with_its_weights(module, content, path, request.weights_key)
     require_plain(weights.state, path)
     if "num_classes" not in arch_args and (classes := classes_in(arch, module, weights.state)) is not None:
         module = build_architecture(arch, {**arch_args, "num_classes": classes}, pretrained_cfg)  # a timm module
@@ -197,10 +198,26 @@ def _load_program(path: Path, request: Request) -> Loaded:
         module,
         request,
         arch="torch.export",
-        sha256=weights_sha256(path),
-        arch_args=None if size is None else {"in_chans": size[0], "img_size": size[1:]},
+        sha256=file_sha256(path),
+        size={} if size is None else {"in_chans": size[0], "img_size": size[1:]},
     )
     return replace(loaded, source=replace(loaded.source, arch_args=None))  # no name to build it from
+
+
+def _with_its_weights(
+    module: nn.Module, content: Mapping[Any, Any], path: Path, key: str | None
+) -> tuple[nn.Module, WeightSet, tuple[str, ...]]:
+    """The module, and the weights of a checkpoint for it, with sentences about the choice.
+
+    If the module computes weights (weight_norm and others) and the file holds plain ones, as model.safetensors of an
+    output folder does, the module is returned with plain weights.
+    """
+    weights, notes = chosen_weights(content, module.state_dict().keys(), path, key)
+    if not any(True for _ in computed_weights(module)) or mismatch(module, weights.state) is None:
+        return module, weights, notes
+    plain, folded = plain_copy(module)
+    found, said = chosen_weights(content, plain.state_dict().keys(), path, key)
+    return (module, weights, notes) if mismatch(plain, found.state) else (plain, found, (*said, *folded))
 
 
 def _load_hugging_face(

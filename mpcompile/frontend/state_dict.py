@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError
+from mpcompile.frontend.plain_copy import copied
 from mpcompile.frontend.weights_file import ALL_SHARDS, shard_of
 
 
@@ -85,7 +86,7 @@ def _unmatched(module: nn.Module, own: Mapping[str, Any], state: Mapping[str, Te
     if not missing and not unexpected:
         return missing, unexpected
     try:
-        trial = copy.deepcopy(module)  # loading with strict=False changes what fits
+        trial = copied(module)  # loading with strict=False changes what fits
         found = trial.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError):  # also for shapes, which are listed anyway
         return missing, unexpected

@@ -149,7 +149,7 @@ class Report(Value):
     accelerated: bool  # whether masked layers run on sparse kernels; if no engine ran: whether the target has them
     parity: tuple[Parity, ...]
     idle: str | None  # why no engine of the target ran on this machine
-    notes: tuple[str, ...]  # notes of the target about the ONNX file
+    notes: tuple[str, ...]  # what capture says about the model, and the target about the ONNX file
     commands: tuple[str, ...]  # commands that build and time the engine on a machine that has the target
     verdicts: tuple[LayerVerdict, ...]  # kernel choice for each masked layer, if the target reports it
     comparison: Comparison | None

@@ -133,6 +133,37 @@ def test_a_backbone_and_a_head_under_two_prefixes(tmp_path: Path, caplog: pytest
         loaded(tmp_path, {"state_dict": twice})
 
 
+def test_a_part_that_torch_compile_wrapped(tmp_path: Path) -> None:
+    module = seeded(1)
+    state = {key.replace("conv.", "conv._orig_mod."): value for key, value in module.state_dict().items()}
+    assert "conv._orig_mod.weight" in state
+    assert same(loaded(tmp_path, {"state_dict": state}), module)
+
+
+class Computes(Normed):
+    """A class whose layers compute their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.conv)
+        nn.utils.parametrizations.spectral_norm(self.head)
+
+
+def test_plain_weights_for_a_class_that_computes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(1)
+    plain, computing = Normed(), Computes()
+    for module in (plain, computing):
+        torch.save(module.state_dict(), tmp_path / "model.pt")
+        request = Request(
+            str(tmp_path / "model.pt"), arch="norm_model:Computes", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)
+        )
+        found = load(request).module
+        assert type(found) is Computes
+        assert same(dict(found.state_dict()), module)
+        assert ("weight_norm computes 1 tensor before each use (conv.weight)" in caplog.text) == (module is plain)
+        caplog.clear()
+
+
 def test_two_networks_that_both_fit_are_a_question(tmp_path: Path) -> None:
     student, teacher = seeded(1), seeded(2)
     content = {"student": student.state_dict(), "teacher": teacher.state_dict()}
