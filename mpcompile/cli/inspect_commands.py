@@ -11,21 +11,18 @@ import typer
 
 from mpcompile.cli.app import Command, app
 from mpcompile.cli.console import configure_logging, progress
-from mpcompile.cli.options import (
+from mpcompile.cli.model_options import (
     MODELS,
     AllowPickleOption,
     ArchArgOption,
     ArchOption,
-    FolderArgument,
-    HeadOption,
     InputSizeOption,
-    JsonOption,
     LeafOption,
     OutputNameOption,
     PreprocessOption,
     PretrainedOption,
-    QuietOption,
 )
+from mpcompile.cli.options import FolderArgument, HeadOption, JsonOption, QuietOption
 from mpcompile.cli.parse import head as parsed_head
 from mpcompile.cli.parse import request_of
 from mpcompile.errors import UsageError

@@ -1,8 +1,6 @@
 """Kinds of checkpoints: the right weights are loaded and named, or the cause of the refusal is."""
 
 import argparse
-import json
-import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -10,49 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from norm_model import ARCH, Computes, Normed, loaded, same, seeded
+from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.load_model import Request, load
-
-ARCH = "norm_model:Normed"
-
-
-class Normed(nn.Module):
-    """A convolution, a batch norm and a head, with a table that the state dict leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 4)
-        self.register_buffer("index", torch.arange(8), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.conv(x)).mean((2, 3)))
-        return out
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "norm_model", sys.modules[__name__])
-
-
-def seeded(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return Normed()
-
-
-def loaded(path: Path, content: Any, key: str | None = None) -> dict[str, Tensor]:
-    torch.save(content, path / "model.pt")
-    request = Request(str(path / "model.pt"), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), weights_key=key)
-    return dict(load(request).module.state_dict())
-
-
-def same(found: dict[str, Tensor], module: nn.Module) -> bool:
-    return all(torch.equal(value, found[name]) for name, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "params", "teacher", "net_g", "weights"])
@@ -138,15 +100,6 @@ def test_a_part_that_torch_compile_wrapped(tmp_path: Path) -> None:
     state = {key.replace("conv.", "conv._orig_mod."): value for key, value in module.state_dict().items()}
     assert "conv._orig_mod.weight" in state
     assert same(loaded(tmp_path, {"state_dict": state}), module)
-
-
-class Computes(Normed):
-    """A class whose layers compute their weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        nn.utils.parametrizations.weight_norm(self.conv)
-        nn.utils.parametrizations.spectral_norm(self.head)
 
 
 def test_plain_weights_for_a_class_that_computes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -262,51 +215,6 @@ def test_torchscript_names_the_way_out(tmp_path: Path) -> None:
         torch.jit.save(torch.jit.trace(seeded(1).eval(), torch.zeros(2, 1, 8, 8)), tmp_path / "script.pt")
     with pytest.raises(LoadError, match=r"is a TorchScript archive.*torch.jit.load\('script.pt'\).state_dict\(\)"):
         load(Request(str(tmp_path / "script.pt"), arch=ARCH))
-
-
-def test_shards_name_the_cause(tmp_path: Path) -> None:
-    state = seeded(1).state_dict()
-    part = dict(list(state.items())[:2])
-    path = tmp_path / "pytorch_model-00001-of-00003.bin"
-    torch.save(part, path)
-    with pytest.raises(
-        LoadError,
-        match=r"is shard 1 of 3, and holds only a part of the weights \(.*missing: .*give the index beside it",
-    ):
-        load(Request(str(path), arch=ARCH))
-    torch.save(dict(state), tmp_path / "model-00001-of-00001.bin")
-    request = Request(
-        str(tmp_path / "model-00001-of-00001.bin"), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)
-    )
-    load(request)  # the only one
-
-
-def test_shards_by_their_index(tmp_path: Path) -> None:
-    """An index was refused."""
-    module = seeded(1)
-    state = module.state_dict()
-    names = [f"pytorch_model-0000{1 + count % 2}-of-00002.bin" for count in range(len(state))]
-    for file in set(names):
-        torch.save({key: state[key] for key, name in zip(state, names, strict=True) if name == file}, tmp_path / file)
-    index = tmp_path / "pytorch_model.bin.index.json"
-    request = Request(str(index), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,))
-
-    def write(files: dict[str, str]) -> None:
-        index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
-
-    files = dict(zip(state, names, strict=True))
-    write(files)
-    assert same(dict(load(request).module.state_dict()), module)
-    for wrong, text in (
-        ({}, "has no weight_map, which gives the file of each weight"),
-        (files | {"x": "../secret.bin"}, r"lists '../secret.bin', which is not a file beside it; it was not opened"),
-        (files | {"x": "pytorch_model-00003-of-00002.bin"}, "which is not beside it; copy all 3 files"),
-        (files | {"x": names[0]}, f"has no x, which {index.name} lists there"),
-        ({key: name for key, name in files.items() if key != "head.bias"}, "holds head.bias, which .* does not list"),
-    ):
-        write(wrong)
-        with pytest.raises(LoadError, match=text):
-            load(request)
 
 
 def test_a_renamed_layer_is_named_under_any_prefix(tmp_path: Path) -> None:
