@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.passes.dense_comparison import outputs_of
 from mpcompile.pipeline.pass_manager import Effect
@@ -73,7 +74,7 @@ def distance(logits: Tensor, dense: Tensor) -> float:
 
 def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split) -> None:
     """Corrects the batch-norm statistics of `graph` in place to match `dense`; both run all images as one batch."""
-    pixels = images.first(len(images))
+    inputs = images.first_inputs(len(images))
     before: dict[str, tuple[Tensor, Tensor]] = {}
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split
     for side, make_hook in ((dense, record), (graph, correct)):
         handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in _batch_norms(side)]  # type: ignore[arg-type]
         try:
-            side(pixels.to(next(side.parameters()).dtype))
+            side(*arguments(inputs, next(side.parameters()).dtype))
         finally:
             for handle in handles:
                 handle.remove()

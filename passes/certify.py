@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.ir.results import Certificate, LayerCertificate
@@ -162,9 +163,9 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
         of_batch[name] = torch.maximum(of_batch[name], error) if name in of_batch else error
 
     interpreter = LayerInterpreter(model.graph, measure)
-    for pixels, _ in images.announced(BATCH):
+    for inputs, _ in images.announced(BATCH):
         of_batch.clear()
-        interpreter.run(pixels.to(model.example.dtype))
+        interpreter.run(*arguments(inputs, model.example.dtype))
         for name, error in of_batch.items():
             errors[name].append(error)
     return {name: torch.cat(parts) for name, parts in errors.items() if parts}

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError
+from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.tied_weight import tied_weights
@@ -18,7 +19,7 @@ BATCH = 32
 def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
     """The graph's outputs for all images, (images, outputs). The caller disables gradients."""
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
-    return torch.cat([graph(pixels.to(dtype)) for pixels, _ in images.batches(BATCH)])
+    return torch.cat([primary(graph(*arguments(inputs, dtype))) for inputs, _ in images.inputs(BATCH)])
 
 
 def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
@@ -114,12 +115,12 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
         return {}
     leaves = {name: middle.get(name, old[name]).requires_grad_(True) for name in changes}
     totals, power = dict.fromkeys(changes, 0.0), 0.0
-    for pixels, _ in images.batches(BATCH):
-        pixels = pixels.to(model.example.dtype)
+    for given, _ in images.inputs(BATCH):
+        inputs = arguments(given, model.example.dtype)
         with torch.no_grad():
-            shift = model.graph(pixels) - model.dense(pixels)
+            shift = primary(model.graph(*inputs)) - primary(model.dense(*inputs))
         with torch.enable_grad():
-            logits = torch.func.functional_call(model.dense, {**old, **middle, **leaves}, (pixels,))
+            logits = primary(torch.func.functional_call(model.dense, {**old, **middle, **leaves}, inputs))
             gradients = torch.autograd.grad((logits * shift).sum(), list(leaves.values()), allow_unused=True)
         for (name, delta), gradient in zip(changes.items(), gradients, strict=True):
             totals[name] += 0.0 if gradient is None else float((gradient.double() * delta.double()).sum())

@@ -10,7 +10,6 @@ import onnx
 import pytest
 import timm
 import torch
-from torch import fx
 
 import mpcompile
 from mpcompile.analysis.block_macs import Charged, charged
@@ -18,9 +17,10 @@ from mpcompile.data.images import Data, Split
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.run_plan import plan_of
 from mpcompile.export.mask_check import METADATA_KEY
-from mpcompile.frontend.capture import ImageTracer, noise
+from mpcompile.frontend.capture import noise
 from mpcompile.frontend.load_model import Request
 from mpcompile.frontend.preprocessing import source_of
+from mpcompile.frontend.recorder import record
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import ROUNDS
@@ -111,7 +111,9 @@ def traced(name: str, device: str) -> Model:
     with torch.device(device):
         module = timm.create_model(arch, **ROWS[name].args).eval()
     source = source_of(module, name=arch, arch=arch, sha256="")
-    return Model(fx.GraphModule(module, ImageTracer().trace(module)), noise(source.size, 1).to(device), source)
+    images = noise(source.size, 1).to(device)
+    recorder, outputs = record(module, {"images": images}, lambda: module(images))
+    return Model(recorder.finished([outputs]), images, source)
 
 
 def counted(name: str) -> tuple[Model, Model]:

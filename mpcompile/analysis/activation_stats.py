@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpcompile.analysis.layer_interpreter import LayerHook, LayerInterpreter
 from mpcompile.data.images import Split
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 
 BATCH = 32  # images
@@ -85,8 +86,8 @@ def _run_with_hook(model: Model, images: Split, hook: LayerHook) -> None:
     """Runs the model on the images in batches, and calls `hook` for each application of each layer."""
     interpreter = LayerInterpreter(model.graph, hook)
     with torch.no_grad():
-        for pixels, _ in images.announced(BATCH):
-            interpreter.run(pixels.to(model.example.dtype))
+        for inputs, _ in images.announced(BATCH):
+            interpreter.run(*arguments(inputs, model.example.dtype))
 
 
 def per_weight(layer: nn.Linear | nn.Conv2d, scales: Float[Tensor, " channels"]) -> Float[Tensor, "out in_ *taps"]:

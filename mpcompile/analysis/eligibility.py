@@ -20,20 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
 from mpcompile.errors import UsageError
+from mpcompile.frontend.leaf_modules import PLAIN_CLASSES, class_name
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM, TWO_OF_FOUR
 
 # Classes that at most pad or cast. Any other subclass may change its weight before use: weight standardization turns a
 # zero into another number. Listed by full name, so that timm need not be imported.
-PLAIN_CLASSES = frozenset(
-    {
-        "torch.nn.modules.linear.Linear",
-        "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
-        "torch.nn.modules.conv.Conv2d",
-        "timm.layers.linear.Linear",
-        "timm.layers.conv2d_same.Conv2dSame",
-    }
-)
 EXCLUDED = "excluded by"  # prefix of the reason of a layer that `exclude` matches
 
 
@@ -153,7 +145,7 @@ def reason_uneditable(layer: nn.Linear | nn.Conv2d, position: GraphPosition | No
     `position` is None for a layer that the graph does not use.
     """
     kind = type(layer)
-    if f"{kind.__module__}.{kind.__qualname__}" not in PLAIN_CLASSES:
+    if class_name(layer) not in PLAIN_CLASSES:
         return f"{kind.__name__} may rewrite its weight before use, so zeros in it might not stay zeros"
     if layer._forward_pre_hooks or not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return "its weight is computed before each use (a hook or parametrization), so zeros in it might not stay zeros"

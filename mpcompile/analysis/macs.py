@@ -95,7 +95,7 @@ def cost(model: Model) -> Cost:
     batch = len(model.example)
     # The counter does not know the fused attention kernels of every device; the MATH backend runs two plain products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _unfused_attention():
-        counter.run(model.example)
+        counter.run(*model.example_inputs)
     weights = {name: layer.weight.numel() for name, layer in model.layers()}
     for _, *others in tied_layers(model, list(weights)):
         weights |= dict.fromkeys(others, 0)

@@ -66,6 +66,7 @@ def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, 
 def gives_probabilities(graph: fx.GraphModule) -> bool | None:
     """Whether the last operation of a graph is a sigmoid or a softmax; None if values in [0, 1] are not ruled out."""
     node = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    node = node[0] if isinstance(node, tuple | list) else node  # the primary output of several
     while isinstance(node, fx.Node):
         if node.op == "call_module":
             module = graph.get_submodule(str(node.target))

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from mpcompile.ir.batch import arguments, stacked
 from mpcompile.system.hashing import sha256, sha256_of
 from mpcompile.system.progress import tracked
 
@@ -19,6 +20,7 @@ Label = int | tuple[int, ...]  # a class index, or 0 or 1 for each output of a m
 class Images(Protocol):
     """Preprocessed images by index: float tensors (c, h, w), each with its class index, or -1 if it has no label.
 
+    For a model with several inputs, an item has a tuple of all inputs in place of the image, the image first.
     Images with several labels have 0 or 1 for each output of the model instead of a class index.
 
     `classes` is the number of classes, 0 if the images have no labels.
@@ -29,7 +31,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Label]: ...
+    def __getitem__(self, index: int) -> tuple[Any, Label]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class DecodedImages:
     """
 
     images: Images
-    pixels: Mapping[int, tuple[Tensor, Label]]
+    pixels: Mapping[int, tuple[Any, Label]]
     hashes: Mapping[int, str]
 
 
@@ -62,19 +64,28 @@ class Split:
 
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (b, c, h, w) and labels (b,), -1 where unknown, or (b, outputs); the caller may change the tensors."""
+        for inputs, labels in self.inputs(size):
+            yield inputs[0], labels
+
+    def inputs(self, size: int = BATCH) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """All inputs of a model, the images first, and labels; as `batches` for models with one input."""
         for start in range(0, len(self.order), size):
             pairs = [self._image(index) for index in self.order[start : start + size]]
-            yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+            yield stacked([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
-    def announced(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same as `batches`; reports each batch as a step of progress before it is read."""
+    def announced(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """The same as `inputs`; reports each batch as a step of progress before it is read."""
         starts = range(0, len(self), size)
-        for _, batch in zip(tracked(starts, "image {}".format), self.batches(size), strict=True):
+        for _, batch in zip(tracked(starts, "image {}".format), self.inputs(size), strict=True):
             yield batch
 
     def first(self, count: int) -> Tensor:
         """The first `count` images as one batch (count, c, h, w)."""
-        return torch.stack([self._image(index)[0] for index in self.order[:count]])
+        return self.first_inputs(count)[0]
+
+    def first_inputs(self, count: int) -> tuple[Tensor, ...]:
+        """All inputs of a model for the first `count` images, the images first."""
+        return stacked([self._image(index)[0] for index in self.order[:count]])
 
     def hashes(self) -> Iterator[str]:
         """The `image_hash` of each image in order; an image that was hashed when it was decoded is not read again."""
@@ -83,7 +94,7 @@ class Split:
         for index in self.order:
             yield known[index] if index in known else image_hash(*self.images[index])
 
-    def _image(self, index: int) -> tuple[Tensor, Label]:
+    def _image(self, index: int) -> tuple[Any, Label]:
         """An image (c, h, w) and its label. The tensor may be the one that is kept: callers copy it."""
         decoded = self._decoded_here()
         if decoded is not None and index in decoded.pixels:
@@ -95,9 +106,9 @@ class Split:
         return self.decoded if self.decoded is not None and self.decoded.images is self.images else None
 
 
-def image_hash(pixels: Tensor, label: Label) -> str:
-    """The hash of an image's type, shape, pixels and label."""
-    return sha256(sha256_of(pixels), str(label))
+def image_hash(pixels: Tensor | tuple[Tensor, ...], label: Label) -> str:
+    """The hash of an image's type, shape, pixels and label, and of the inputs beside it."""
+    return sha256(*map(sha256_of, arguments(pixels)), str(label))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Exported:
     batch: int | None
     masks: tuple[ProvenMask, ...] = ()
     merges: bool = False  # whether it merges tokens
+    input_names: tuple[str, ...] = (INPUT,)  # the images first
+    output_names: tuple[str, ...] = (OUTPUT,)  # the primary output first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,8 @@ def lower(
         batch=batch,
         masks=masks,
         merges=merges_tokens(model.graph.graph),
+        input_names=model.input_names,
+        output_names=model.output_names,
         model=model,
         opset=opset,
     )
@@ -150,8 +154,11 @@ def _require_quantised_to(model: Model, precision: Precision) -> None:
 
 def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
     """The graph as ONNX in float32, from torch's exporter. Raises BuildError."""
-    example = model.example if batch is None else model.example[:1].expand(batch, -1, -1, -1).contiguous()
-    shapes = ({0: torch.export.Dim("batch", min=1, max=65536)},) if batch is None else None
+    inputs = model.example_inputs
+    if batch is not None:
+        inputs = tuple(one[:1].expand(batch, *one.shape[1:]).contiguous() for one in inputs)
+    free = {0: torch.export.Dim("batch", min=1, max=65536)}
+    shapes = tuple(free for _ in inputs) if batch is None else None
     batch_name = "dynamic batch" if batch is None else f"batch of {batch}"
     try:
         # The unfused attention: the fused CPU kernel declares strides that its decomposition does not keep, and the
@@ -160,9 +167,9 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
                 model.graph,
-                (example,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                inputs,
+                input_names=list(model.input_names),
+                output_names=list(model.output_names),
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=shapes,

@@ -1,96 +1,28 @@
-"""Captures an nn.Module as a Model: a torch.fx trace, checked to compute the same outputs.
+"""Captures an nn.Module as a Model: one recorded run, checked to compute the same outputs.
 
-A deep copy is traced once: tracing can leave proxies in a model's caches (timm's LeViT caches its attention biases),
-and a second trace of the same instance would bake them in. The image is the only placeholder; optional arguments of
-`forward` take their defaults. nn.MultiheadAttention is decomposed (mpcompile/frontend/multihead_attention.py). A
-CaptureError names the line of model code that cannot be traced.
+A copy of the module is run once under the recorder (mpcompile/frontend/recorder.py). The graph is then compared with
+the original on other images and on another batch size. nn.MultiheadAttention is decomposed
+(mpcompile/frontend/multihead_attention.py). A CaptureError names the line of model code that cannot be captured.
 """
 
 import copy
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import CaptureError
+from mpcompile.frontend.call_inputs import CallInputs, call_inputs
+from mpcompile.frontend.capture_checks import checked_outputs, require_repeatable, require_same
+from mpcompile.frontend.capture_refusals import copy_refusal, record_refusal
 from mpcompile.frontend.multihead_attention import decompose_attention
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.frontend.trace_errors import copy_refusal, trace_refusal
+from mpcompile.frontend.primary_output import outputs_in_order
+from mpcompile.frontend.recorder import record
 from mpcompile.ir.model import Model, Source
-from mpcompile.ir.parity import relative_difference
-from mpcompile.ir.shapes import run_example
 
 log = logging.getLogger(__name__)
-
-# While it traces, torch.fx replaces nn.Module.__call__ in the whole process. ImageTracer lets modules of other threads
-# through, but a second trace would restore the first one's replacement at its end.
-TRACING = threading.Lock()
-# Largest relative difference: the graph runs the same operators on the same values; only a fused kernel that tracing
-# decomposed can round differently.
-CAPTURE_DRIFT = 1e-5
-
-
-class ImageTracer(fx.Tracer):
-    """Traces forward(image) with the leaf modules and wrapped functions that timm registers."""
-
-    def __init__(self, leaves: Sequence[str] = ()) -> None:
-        from timm.models import get_notrace_functions, get_notrace_modules
-
-        functions = [function for function in get_notrace_functions() if callable(function)]
-        super().__init__(autowrap_functions=tuple(functions))
-        self._leaf_types: tuple[type[nn.Module], ...] = tuple(get_notrace_modules())
-        self._leaf_names = frozenset(leaves)
-        self._thread = threading.get_ident()
-        self.decided_by: fx.Node | None = None  # the node whose truth, length or items Python code asked for
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """Refuses the truth of a traced value, as torch.fx does, and notes its node."""
-        self.decided_by = obj.node
-        return super().to_bool(obj)
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterates over a traced value where torch.fx can, and notes its node."""
-        self.decided_by = obj.node
-        found: Iterator[Any] = super().iter(obj)
-        self.decided_by = None
-        return found
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Records a call of the traced module as a node; runs a module of another thread directly."""
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Records a parameter that the traced module reads; returns one of another thread directly."""
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays whole: torch's own, timm's untraceable ones, and those that the user named."""
-        return (
-            isinstance(m, self._leaf_types)
-            or module_qualified_name in self._leaf_names
-            or super().is_leaf_module(m, module_qualified_name)
-        )
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        """The module and one placeholder, the image; other arguments keep their defaults."""
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
-
-
-def _computing_type(module: nn.Module) -> torch.dtype:
-    """The type to capture in: float64 for a float64 module, else float32 (half precision is too coarse to compare)."""
-    own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
-    return torch.float64 if own == torch.float64 else torch.float32
 
 
 def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
@@ -99,7 +31,12 @@ def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
 
 
 def capture(
-    module: nn.Module, source: Source | None = None, example: Tensor | None = None, leaves: Sequence[str] = ()
+    module: nn.Module,
+    source: Source | None = None,
+    example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    leaves: Sequence[str] = (),
+    *,
+    primary: str | None = None,
 ) -> Model:
     """Captures a module as a Model. The graph must give the module's outputs on the example and on another batch size.
 
@@ -107,47 +44,66 @@ def capture(
         module: the model; it is not changed. A half-precision module is captured in float32.
         source: its name and preprocessing; by default its class name and the preprocessing of its `pretrained_cfg`,
             or ImageNet's.
-        example: a batch (b, c, h, w); by default noise of the source's size.
+        example: a batch (b, c, h, w); by default noise of the source's size. For a model with several inputs a tuple
+            of tensors, or tensors by the names of forward's arguments. The first one holds the images.
         leaves: qualified names of modules to keep whole.
+        primary: the path of the output that agreement, certificates and distillation compare, such as `logits`; by
+            default the one with a usual name (mpcompile/frontend/primary_output.py).
 
-    Raises CaptureError if the module cannot be traced, does not return one finite tensor (b, …), or its graph computes
-    something else.
+    Raises CaptureError if the run cannot be recorded, an output is no finite tensor, or the graph computes something
+    else.
 
-    Other threads may run modules meanwhile, except modules made by torch.compile, which refuse to run during a trace.
-    Concurrent captures run one after the other.
+    Other threads may run modules meanwhile.
     """
-    with TRACING:
-        return _captured(module, source, example, leaves)
-
-
-def _captured(module: nn.Module, source: Source | None, example: Tensor | None, leaves: Sequence[str]) -> Model:
-    """`capture`, while TRACING is held."""
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        raise CaptureError("the module was made by torch.compile; pass the original, module._orig_mod")
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):  # made by torch.compile
+        module = inner
     kind = type(module).__name__
     source = source or source_of(module, name=kind, arch=kind, sha256="")
     dtype = _computing_type(module)
-    example = (noise(source.size) if example is None else example).to(dtype)
+    given = call_inputs(module, noise(source.size) if example is None else example)
+    inputs = CallInputs({name: _as(one, dtype) for name, one in given.tensors.items()}, given.keywords)
     _require_modules(module, leaves)
     try:
         reference = copy.deepcopy(module).eval().to(dtype)
-        traced = copy.deepcopy(module).eval().to(dtype)
+        root = copy.deepcopy(module).eval().to(dtype)
     except Exception as error:
         raise CaptureError(copy_refusal(module, error)) from error
-    expected = _run_original(reference, example)
-    _require_repeatable(reference, example, expected)
-    tracer = ImageTracer(leaves)
+    expected = checked_outputs(reference, inputs)
+    require_repeatable(reference, inputs, expected)
+    copies = {name: one.clone() for name, one in inputs.tensors.items()}  # forward may write into its inputs
     try:
-        graph = tracer.trace(traced)
-        graph_module = fx.GraphModule(traced, graph, type(module).__name__)
+        recorder, result = record(root, copies, lambda: inputs.run(root, copies), leaves)
+        outputs = outputs_in_order(result, kind, primary)
+        graph = recorder.finished([tensor for _, tensor in outputs.tensors])
+    except CaptureError:
+        raise
     except Exception as error:
-        graph_so_far = getattr(tracer, "graph", None)
-        raise CaptureError(trace_refusal(traced, graph_so_far, tracer.decided_by, error)) from error
-    _keep_layer_modules(graph_module, traced)
-    decompose_attention(graph_module)
-    model = Model(graph=graph_module.eval(), example=example, source=source)
-    _check_same(model, reference, expected)
+        raise CaptureError(record_refusal(root, error)) from error
+    _keep_layer_modules(graph, root)
+    decompose_attention(graph)
+    images, *others = inputs.tensors.values()
+    model = Model(
+        graph=graph.eval(),
+        example=images,
+        source=source,
+        others=tuple(others),
+        input_names=tuple(inputs.tensors),
+        output_names=tuple(name for name, _ in outputs.tensors),
+        output_tree=outputs.tree,
+        notes=outputs.notes,
+    )
+    require_same(model, reference, inputs, outputs.order)
     return model
+
+
+def _computing_type(module: nn.Module) -> torch.dtype:
+    """The type to capture in: float64 for a float64 module, else float32 (half precision is too coarse to compare)."""
+    own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+    return torch.float64 if own == torch.float64 else torch.float32
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _require_modules(module: nn.Module, names: Sequence[str]) -> None:
@@ -158,85 +114,6 @@ def _require_modules(module: nn.Module, names: Sequence[str]) -> None:
             listed = [child for child, _ in module.named_children()]
             shown = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
             raise CaptureError(f"--leaf {name!r} is not a module of {type(module).__name__}; it has {shown or 'none'}")
-
-
-def _run_original(module: nn.Module, example: Tensor) -> Tensor:
-    """The module's outputs (b, …). Raises CaptureError unless they are one finite tensor."""
-    try:
-        with torch.no_grad():
-            outputs = module(example)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(module).__name__} does not run on a batch of shape {tuple(example.shape)} alone: {error}. "
-            "If it was trained on another shape, give that with --input-size"
-        ) from error
-    if not isinstance(outputs, Tensor):
-        raise CaptureError(
-            f"{type(module).__name__} returns {type(outputs).__name__}; it must return one tensor of logits or "
-            "features. Wrap it in a module whose forward(x) returns that tensor"
-        )
-    if outputs.ndim < 2:
-        raise CaptureError(
-            f"{type(module).__name__} returns a tensor of shape {tuple(outputs.shape)} for a batch of {len(example)}; "
-            "it must return one row of outputs for each image"
-        )
-    if torch.equal(outputs, outputs[:1].expand_as(outputs)):
-        log.warning(
-            "%s returns the same outputs for every image, so a comparison of outputs proves little",
-            type(module).__name__,
-        )
-    if not outputs.isfinite().all():
-        raise CaptureError(
-            f"{type(module).__name__} returns numbers that are not finite; check its weights for NaN and infinity"
-        )
-    return outputs
-
-
-def _require_repeatable(module: nn.Module, example: Tensor, outputs: Tensor) -> None:
-    """Raises CaptureError if a second run on the same images gives other outputs.
-
-    Every later check compares outputs, so that a pass would be blamed for the model's noise.
-    """
-    state = torch.get_rng_state()
-    again = _run_original(module, example)
-    if again.shape == outputs.shape and torch.equal(again, outputs):
-        if not torch.equal(state, torch.get_rng_state()):
-            log.warning("%s draws random numbers in evaluation mode; its outputs did not change", type(module).__name__)
-        return
-    moved = (
-        relative_difference(outputs.numpy(force=True), again.numpy(force=True))
-        if again.shape == outputs.shape
-        else float("inf")
-    )
-    raise CaptureError(
-        f"{type(module).__name__} gives other outputs when the same images are run again: they differ by {moved:.1e} "
-        "of their size. It probably draws random numbers in evaluation mode, or keeps state between calls; make "
-        "forward the same for the same images when module.training is False"
-    )
-
-
-def _check_same(model: Model, reference: nn.Module, expected: Tensor) -> None:
-    """Raises CaptureError if graph and module differ on the example or on another batch size."""
-    other = noise(model.example.shape[1:], batch=3, seed=1).to(model.example.dtype)
-    for images, wanted in ((model.example, expected), (other, _run_original(reference, other))):
-        try:
-            found = run_example(model) if images is model.example else model(images)
-        except Exception as error:
-            raise CaptureError(
-                f"the traced graph does not run on a batch of {len(images)}: {error}. Its forward probably fixes a "
-                "shape, or keeps state from an earlier trace"
-            ) from error
-        difference = (
-            relative_difference(wanted.numpy(force=True), found.numpy(force=True))
-            if found.shape == wanted.shape
-            else float("inf")
-        )
-        if difference > CAPTURE_DRIFT:
-            raise CaptureError(
-                f"the traced graph computes something else: outputs on a batch of {len(images)} differ by "
-                f"{difference:.1e} of the largest output; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably "
-                "branches on values or draws random numbers"
-            )
 
 
 def _keep_layer_modules(graph_module: fx.GraphModule, root: nn.Module) -> None:

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, fx, nn
 
+from mpcompile.ir.batch import Tensors, all_outputs, arguments, primary
 from mpcompile.ir.head import Head
+from mpcompile.ir.output_tree import ONE, rebuilt
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.results import Certificate, Epoch, Spectrum
 
@@ -69,8 +71,10 @@ class Source:
 class Model:
     """A captured model and the plan for its layers, keyed by qualified module name.
 
-    `example` is a batch (b, c, h, w) on which passes and checks run the graph. The plan is not stored in `node.meta`,
-    which is lost on re-trace, export and pickling. Only the graph is mutable; the pass manager works on a copy of it.
+    `example` is a batch (b, c, h, w) on which passes and checks run the graph. The graph takes the images and then the
+    other inputs, and returns one tensor, or a tuple that begins with the primary output (mpcompile/ir/batch.py). The
+    plan is not stored in `node.meta`, which is lost on re-trace, export and pickling. Only the graph is mutable; the
+    pass manager works on a copy of it.
     """
 
     graph: fx.GraphModule
@@ -82,6 +86,10 @@ class Model:
     epochs: tuple[Epoch, ...] = ()  # every distillation epoch so far
     notes: tuple[str, ...] = ()  # of the pass that returned this model, for its row in the report
     head: Head | None = None  # how outputs become decisions; None: by the number of outputs (`head_for`)
+    others: tuple[Tensor, ...] = ()  # examples of the inputs after the images
+    input_names: tuple[str, ...] = ("images",)
+    output_names: tuple[str, ...] = ("logits",)  # in the order of the graph, the primary output first
+    output_tree: Any = ONE  # what the module returns, with a Slot in place of each tensor
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
         """Each Linear and Conv2d with its qualified name, in the order of module definition."""
@@ -116,8 +124,21 @@ class Model:
         """A model with the same graph and the plans of these layers replaced."""
         return replace(self, plan=MappingProxyType({**self.plan, **plans}))
 
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """The example of every input, the images first."""
+        return (self.example, *self.others)
+
     @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """The outputs (b, …), usually logits, for a batch of images (b, c, h, w). Computes no gradients."""
-        result: Tensor = self.graph(x)
-        return result
+    def __call__(self, x: Tensors) -> Tensor:
+        """The primary output (b, …), usually logits, for images (b, c, h, w) or all inputs. Computes no gradients."""
+        return primary(self.graph(*arguments(x)))
+
+    @torch.no_grad()
+    def outputs(self, x: Tensors) -> tuple[Tensor, ...]:
+        """All outputs in the order of `output_names`, the primary one first. Computes no gradients."""
+        return all_outputs(self.graph(*arguments(x)))
+
+    def as_returned(self, x: Tensors) -> Any:
+        """The outputs in the form that the original module returns them: a tensor, a dict, a ModelOutput, …"""
+        return rebuilt(self.output_tree, self.outputs(x))

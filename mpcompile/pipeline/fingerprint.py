@@ -42,7 +42,8 @@ def tensors_of(model: Model) -> dict[str, Tensor]:
 def structure_of(model: Model) -> str:
     """The hash of a model without its values: nodes, modules, tied weights, dtypes, shapes, source, example, head."""
     # Without the names of files, which have several paths: weights are hashed elsewhere, preprocessing by its values.
-    lines = [f"{sha256_of(model.example)} {replace(model.source, name='', preprocessing='')!r} {model.head!r}"]
+    examples = " ".join(map(sha256_of, model.example_inputs))
+    lines = [f"{examples} {replace(model.source, name='', preprocessing='')!r} {model.head!r}"]
     for node in model.graph.graph.nodes:
         target = node.target
         if callable(target):

@@ -78,7 +78,7 @@ class Distributed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """The manager's record of one pass. `drift` is max |Δ output| / max |output| on the example."""
+    """The manager's record of one pass. `drift` is the largest max |Δ output| / max |output| of the outputs."""
 
     name: str
     effect: Effect
@@ -107,6 +107,7 @@ class CheckpointStore(Protocol):
 
 
 Observer = Callable[[str], None]
+Outputs = tuple[Tensor, ...]  # all outputs of a model, the primary one first
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _run(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Model:
     return result
 
 
-def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Sequence[str]) -> tuple[Tensor, float]:
+def _verify(step: Pass, model: Model, result: Model, before: Outputs, earlier: Sequence[str]) -> tuple[Outputs, float]:
     """The outputs on the example after a pass, and their drift.
 
     Raises PassError if the outputs are not what the pass's effect allows, MaskError if a mask does not hold.
@@ -222,14 +223,18 @@ def _verify(step: Pass, model: Model, result: Model, before: Tensor, earlier: Se
         after = run_example(result)
     except Exception as error:
         raise PassError(f"{step.name}{context} left a graph that does not run: {error}") from error
-    if after.shape != before.shape:
+    shapes = [[tuple(one.shape) for one in outputs] for outputs in (before, after)]
+    if shapes[0] != shapes[1]:
+        old, new = (side[0] if len(side) == 1 else side for side in shapes)
         raise PassError(
-            f"{step.name}{context} changed the output from {tuple(before.shape)} to {tuple(after.shape)}; "
-            "a pass must keep the output shape"
+            f"{step.name}{context} changed the output from {old} to {new}; a pass must keep the output shape"
         )
-    if not after.isfinite().all():
+    if not all(one.isfinite().all() for one in after):
         raise PassError(f"{step.name}{context} left a model whose outputs are not finite")
-    drift = relative_difference(before.numpy(force=True), after.numpy(force=True))
+    drift = max(
+        relative_difference(old.double().numpy(force=True), new.double().numpy(force=True))
+        for old, new in zip(before, after, strict=True)
+    )
     allowed = {Effect.ANALYSIS: 0.0, Effect.EXACT: EXACT_DRIFT, Effect.LOSSY: float("inf")}[step.effect]
     if drift > allowed:
         raise PassError(

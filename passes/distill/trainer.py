@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpcompile.analysis.spectrum import NoFitError, analyse
 from mpcompile.data.images import Split
 from mpcompile.errors import PassError
+from mpcompile.ir.batch import primary
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Source
 from mpcompile.ir.results import Epoch
@@ -161,9 +162,9 @@ class Training:
         """The loss, the loss on labels (0 without labels) and the distillation loss, as a tensor of 3 values."""
         objective, dtype = self._objective, DTYPES[self._schedule.precision]
         with torch.autocast(self._device.type, dtype, enabled=dtype is not torch.float32):
-            logits = model(pixels)
+            logits = primary(model(pixels))
             with torch.no_grad():
-                dense = self._teacher(pixels)
+                dense = primary(self._teacher(pixels))
         head = head_for(objective.head, dense)
         teacher = teacher_loss(logits, dense, objective.temperature, head)
         answered = teacher.new_zeros(()) if labels is None else labels_loss(logits, labels, objective.smoothing, head)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from mpcompile.data.images import Split
+from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.model import Model
 
 BATCH = 32
@@ -31,9 +32,9 @@ def amplification(model: Model, images: Split, names: Sequence[str], seed: int =
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for pixels, _ in images.announced(BATCH):
+        for inputs, _ in images.announced(BATCH):
             with torch.enable_grad():
-                logits = model.graph(pixels.to(model.example.dtype))
+                logits = primary(model.graph(*arguments(inputs, model.example.dtype)))
                 signs = torch.randint(0, 2, logits.shape, generator=rng).to(logits.dtype) * 2 - 1
                 slopes = torch.autograd.grad((logits * signs).sum(), weights, allow_unused=True)
             for index, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):

@@ -88,7 +88,7 @@ def couple(model: Model) -> Coupling:
     """The coupling of a model's channels, found by tracing them through its graph on the first example image."""
     tracer = ChannelTracer(model.graph)
     with torch.no_grad():
-        tracer.run(model.example[:1])
+        tracer.run(*(one[:1] for one in model.example_inputs))
     constraints = tracer.constraints
     channel_of_id = _components(constraints.count, constraints.equal)
     axes = {axis: channel_of_id[ids] for axis, ids in constraints.axes.items()}

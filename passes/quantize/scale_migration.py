@@ -29,6 +29,7 @@ from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.analysis.operator_sets import SHAPE_QUERY_NAMES
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import ActivationType, Quantizer, fake_quantize, quantizers
 from mpcompile.passes.dense_comparison import BATCH
@@ -203,8 +204,8 @@ def _rows(graph: fx.GraphModule, norms: Sequence[ScaledNorm], images: Split) -> 
 
     if norms:
         dtype = norms[0].weight.dtype
-        for pixels, _ in images.batches(BATCH):
-            Observed(graph).run(pixels.to(dtype))
+        for inputs, _ in images.inputs(BATCH):
+            Observed(graph).run(*arguments(inputs, dtype))
     return [torch.cat(found[norm.node]) for norm in norms]
 
 

@@ -7,25 +7,26 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from mpcompile.data.images import Split
 from mpcompile.errors import LoadError, PassError
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.system.resource_errors import available_bytes
 
 BATCH = 16
 
 
-def calibration_batches(model: Model, images: Split, graphs: int) -> list[Tensor]:
+def calibration_batches(model: Model, images: Split, graphs: int) -> list[tuple[Tensor, ...]]:
     """All images in batches of 16, for running `graphs` copies of the model node by node over all of them.
 
     Raises PassError if the activations of all images do not fit into free memory, and LoadError if an image contains
     NaN or infinity.
     """
     _require_memory(model, len(images), graphs)
-    batches = []
-    for index, (pixels, _) in enumerate(images.batches(BATCH)):
-        bad = [i for i, image in enumerate(pixels) if not image.isfinite().all()]
+    batches: list[tuple[Tensor, ...]] = []
+    for index, (inputs, _) in enumerate(images.inputs(BATCH)):
+        bad = [i for i, image in enumerate(inputs[0]) if not image.isfinite().all()]
         if bad:
             raise LoadError(f"calibration image {index * BATCH + bad[0]} holds numbers that are not finite")
-        batches.append(pixels.to(model.example.dtype))
+        batches.append(arguments(inputs, model.example.dtype))
     return batches
 
 

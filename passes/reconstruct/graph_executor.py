@@ -23,11 +23,13 @@ class GraphExecutor:
     `execute` and `peek` must be called inside `with executor.interpreter.forward_hooks()`, and without gradients.
     """
 
-    def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor]) -> None:
+    def __init__(self, graph: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
         self._calls: list[LayerCall] = []
         self.interpreter = LayerInterpreter(graph, lambda name, layer, x, y: self._calls.append(LayerCall(name, x, y)))
-        [image] = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self.values: list[dict[fx.Node, Any]] = [{image: pixels.clone()} for pixels in batches]
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        self.values: list[dict[fx.Node, Any]] = [
+            {node: one.clone() for node, one in zip(inputs, batch, strict=True)} for batch in batches
+        ]
 
     @torch.no_grad()
     def execute(self, node: fx.Node, batch: int) -> list[LayerCall]:

@@ -142,7 +142,7 @@ def _step(
 
 @torch.no_grad()
 def _collect_from_dense(
-    dense: fx.GraphModule, batches: Sequence[Tensor], reused: dict[TiedWeight, SecondMoments]
+    dense: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], reused: dict[TiedWeight, SecondMoments]
 ) -> None:
     """Adds the inputs and outputs of weights that several nodes apply, from a run of the dense graph."""
     moments_of = {name: moments for weight, moments in reused.items() for name in weight.names}
@@ -152,8 +152,8 @@ def _collect_from_dense(
             moments_of[name].add(layer, x, product(layer, x))
 
     interpreter = LayerInterpreter(dense, add)
-    for pixels in batches:
-        interpreter.run(pixels.clone())
+    for batch in batches:
+        interpreter.run(*(one.clone() for one in batch))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from mpcompile.analysis.attention import Attention, attentions, shape_of
 from mpcompile.analysis.operator_sets import MEANS
 from mpcompile.errors import PassError
+from mpcompile.ir.batch import primary
 from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.token_merging import log_size, mean_by_size, merge_tokens, merges_tokens, unit_sizes
@@ -114,8 +115,8 @@ def require_weighted_set(model: Model, mergeable: Sequence[Attention], protected
         schedule = [1] + [0] * (len(mergeable) - 1)
         with torch.no_grad():
             # Not called directly: a GraphModule prints a traceback if its call fails.
-            result: Tensor = fx.Interpreter(with_merging(model.graph, schedule, protected, merge)).run(model.example)
-        return result
+            result = fx.Interpreter(with_merging(model.graph, schedule, protected, merge)).run(*model.example_inputs)
+        return primary(result)
 
     laws = (
         (as_is, reordered, "the outputs depend on the order of tokens (positions inside attention, windows, a grid)"),

@@ -25,6 +25,7 @@ from mpcompile.analysis.attention import Attention
 from mpcompile.analysis.block_macs import macs_of_parts
 from mpcompile.data.images import Split
 from mpcompile.errors import PassError
+from mpcompile.ir.batch import primary
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.token_merging import most_merged
@@ -148,7 +149,7 @@ class _Logits:
 
     def _outputs(self, graph: fx.GraphModule) -> Tensor:
         with torch.no_grad():
-            return torch.cat([graph(batch) for batch in self._pixels.split(BATCH)])
+            return torch.cat([primary(graph(batch)) for batch in self._pixels.split(BATCH)])
 
 
 def _first_that_fits(

@@ -125,12 +125,12 @@ def _constant(entry: object) -> object:
     """The entry with each traced size, such as `x.shape[1]`, replaced by its value. The batch size stays."""
     if isinstance(entry, slice):
         return slice(*map(_constant, (entry.start, entry.stop, entry.step)))
-    if not isinstance(entry, fx.Node) or entry.target is not operator.getitem:
+    if not isinstance(entry, fx.Node):
         return entry
-    shape = entry.args[0]
-    asked = sizes_asked(shape) if isinstance(shape, fx.Node) else None
+    query = entry.args[0] if entry.target is operator.getitem else entry  # x.shape[1], or x.size(1)
+    asked = sizes_asked(query) if isinstance(query, fx.Node) else None
     at = dict(asked or ()).get(entry)
-    return shape_of(shape.args[0])[at] if at and isinstance(shape, fx.Node) else entry
+    return shape_of(query.args[0])[at] if at and isinstance(query, fx.Node) else entry
 
 
 def _is_constant(entry: object) -> bool:

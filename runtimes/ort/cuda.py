@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, RuntimeMissing
-from mpcompile.export.onnx_export import INPUT, OUTPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.runtimes.nvidia import Gpu, first_gpu
 from mpcompile.runtimes.ort.session import OrtEngine
@@ -47,8 +47,11 @@ class OrtCudaEngine(OrtEngine):
         import onnxruntime
 
         binding = self.session.io_binding()
-        binding.bind_ortvalue_input(INPUT, onnxruntime.OrtValue.ortvalue_from_numpy(images, "cuda", 0))
-        binding.bind_output(OUTPUT, "cuda", 0)
+        binding.bind_ortvalue_input(
+            self.session.get_inputs()[0].name, onnxruntime.OrtValue.ortvalue_from_numpy(images, "cuda", 0)
+        )
+        for output in self.session.get_outputs():
+            binding.bind_output(output.name, "cuda", 0)
 
         def run_bound() -> None:
             self.session.run_with_iobinding(binding)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.errors import cause_of
-from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine, session_on
 from mpcompile.runtimes.protocol import Engine, QuantizedBaseline
 
@@ -179,7 +179,7 @@ def quantise_static(
         def get_next(self) -> dict[str, NDArray[np.float32]] | None:
             """Returns the next batch, or None after the last."""
             batch = next(self._batches, None)
-            return None if batch is None else {INPUT: batch}
+            return None if batch is None else {exported.input_names[0]: batch}
 
     quantize_static(
         exported.onnx,

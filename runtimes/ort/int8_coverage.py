@@ -19,7 +19,6 @@ from onnx import TensorProto
 
 from mpcompile.errors import BuildError, cause_of
 from mpcompile.export.eight_bit_ends import Ends, ends_of
-from mpcompile.export.onnx_export import INPUT
 from mpcompile.export.quantized_weights import QuantizedWeight, quantized_weights
 from mpcompile.measure.quantized_layer import QuantizedLayer
 from mpcompile.runtimes.native.int8_ops import GEMM
@@ -87,11 +86,12 @@ def _profiled(
         if library is not None:
             options.register_custom_ops_library(str(library))
         session = onnxruntime.InferenceSession(file, options, providers=[PROVIDER])
-        fixed = session.get_inputs()[0].shape[0]
+        given = session.get_inputs()[0]
+        fixed = given.shape[0]
         if isinstance(fixed, int):
             images = np.resize(images, (fixed, *images.shape[1:]))
         for _ in range(2):
-            session.run(None, {INPUT: np.ascontiguousarray(images)})
+            session.run(None, {given.name: np.ascontiguousarray(images)})
         events: Sequence[Mapping[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         optimised = onnx.load(Path(folder) / "optimised.onnx", load_external_data=False)
     suffix = "_kernel_time"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.errors import ParityError
-from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.runtimes.ort.session import PROVIDER, cpu_engine
 
 CONSTANT_OPS = ("Constant", "ConstantOfShape")
@@ -54,7 +54,8 @@ class OverflowScan:
             path = Path(folder) / "scan.onnx"
             onnx.save_model(model, path, save_as_external_data=True)
             self._session = onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
-        self._batch = self._session.get_inputs()[0].shape[0]
+        given = self._session.get_inputs()[0]
+        self._input, self._batch = given.name, given.shape[0]
 
     def __call__(self, images: NDArray[np.float32]) -> str | None:
         """Returns the first operator in execution order with finite inputs and a result that is not finite, or None.
@@ -65,7 +66,7 @@ class OverflowScan:
         names = [output.name for output in self._session.get_outputs()]
         for start in range(0, len(images), step):
             batch = np.resize(images[start : start + step], (step, *images.shape[1:]))
-            results = dict(zip(names, self._session.run(names, {INPUT: batch}), strict=True))
+            results = dict(zip(names, self._session.run(names, {self._input: batch}), strict=True))
             infinite = set(self._infinite)
             for name, node in self._nodes:
                 if results[name].dtype.kind != "f" or np.isfinite(results[name]).all():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError, RuntimeMissing, cause_of
 from mpcompile.export.half_precision import to_float32
-from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.runtimes import native
 from mpcompile.runtimes.batching import in_pieces
@@ -66,7 +66,7 @@ class OrtEngine:
         return NATIVE in self.file.suffixes
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self.session.run(None, {INPUT: images})[0]
+        logits: NDArray[np.float32] = self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
         return logits
 
     def layers(self) -> Sequence[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mpcompile.errors import BuildError
-from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.runtimes.nvidia import Gpu
 from mpcompile.runtimes.protocol import Build
 from mpcompile.runtimes.tensorrt.engine import TensorRTEngine
@@ -59,7 +59,7 @@ def build_serialized(
     for shape in shapes:
         profile = builder.create_optimization_profile()
         exact = trt.Dims(shape)
-        profile.set_shape(INPUT, exact, exact, exact)
+        profile.set_shape(network.get_input(0).name, exact, exact, exact)
         config.add_optimization_profile(profile)
     if cache is not None:
         timings = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpcompile.errors import BuildError
 from mpcompile.export.mask_check import ProvenMask, file_weights
-from mpcompile.export.onnx_export import INPUT, OUTPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.runtimes.batching import in_pieces
 from mpcompile.runtimes.nvidia import Gpu
@@ -43,6 +43,7 @@ class TensorRTEngine:
     gpu: Gpu
     engine_layers: tuple[EngineLayer, ...]
     sparsity: SparsityLog
+    output: str  # the name of the primary output
 
     @classmethod
     def loaded(cls, data: bytes, log: str, exported: Exported, batches: tuple[int, ...], gpu: Gpu) -> "TensorRTEngine":
@@ -66,7 +67,7 @@ class TensorRTEngine:
                 context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
                 torch.cuda.current_stream().synchronize()
             # The inspector reports tensor types only once shapes are set.
-            context.set_input_shape(INPUT, (batch, *exported.image_shape))
+            context.set_input_shape(exported.input_names[0], (batch, *exported.image_shape))
             contexts[batch] = context
         inspector = engine.create_engine_inspector()
         inspector.execution_context = contexts[max(contexts)]
@@ -76,7 +77,7 @@ class TensorRTEngine:
                 f"TensorRT built {len(widened)} products in float32 (the first is {widened[0]}), although the file is "
                 f"{exported.precision}; {exported.precision} was asked for"
             )
-        return cls(contexts, engine, runtime, gpu, layers, sparsity_in(log))
+        return cls(contexts, engine, runtime, gpu, layers, sparsity_in(log), exported.output_names[0])
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the logits of a batch. A batch without a profile runs in pieces of the largest tuned batch."""
@@ -86,7 +87,7 @@ class TensorRTEngine:
         return in_pieces(self._run, images, largest, largest)
 
     def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        call = DeviceCall(self.contexts[len(images)], torch.from_numpy(images))
+        call = DeviceCall(self.contexts[len(images)], torch.from_numpy(images), self.output)
         call.copy_in()
         call.execute()
         logits: NDArray[np.float32] = call.copy_out().numpy()
@@ -102,7 +103,7 @@ class TensorRTEngine:
                 f"the engine is not tuned for a batch of {len(images)}, only for {', '.join(map(str, self.contexts))}; "
                 f"give --batch {len(images)}"
             )
-        call = DeviceCall(self.contexts[len(images)], torch.from_numpy(images))
+        call = DeviceCall(self.contexts[len(images)], torch.from_numpy(images), self.output)
         call.copy_in()
         run = call.captured() if graph else call.execute
 
@@ -135,7 +136,7 @@ class TensorRTEngine:
             context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
             torch.cuda.current_stream().synchronize()
         times = LayerTimes()
-        call = DeviceCall(context, torch.from_numpy(images))
+        call = DeviceCall(context, torch.from_numpy(images), self.output)
         call.copy_in()
         call.execute()  # the first call also allocates, and is not counted
         call.stream.synchronize()
@@ -171,18 +172,37 @@ class TensorRTEngine:
 
 
 class DeviceCall:
-    """Input and output buffers of one image shape, in pinned host memory and on the GPU, and a stream."""
+    """Input and output buffers of one image shape, in pinned host memory and on the GPU, and a stream.
 
-    def __init__(self, context: "trt.IExecutionContext", images: torch.Tensor) -> None:
+    `output` is the name of the primary output, which is copied back; other outputs stay on the GPU.
+    """
+
+    def __init__(self, context: "trt.IExecutionContext", images: torch.Tensor, output: str) -> None:
+        import tensorrt as trt
+
         self.context, self.stream = context, torch.cuda.Stream()
+        engine = context.engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.input, self.output = inputs[0], output
         self.source = images.pin_memory()
         self.images = torch.empty(images.shape, dtype=images.dtype, device="cuda")
-        if not context.set_input_shape(INPUT, tuple(images.shape)):
+        if not context.set_input_shape(self.input, tuple(images.shape)):
             raise BuildError(f"this TensorRT engine does not accept images of shape {tuple(images.shape)}")
-        dims = context.get_tensor_shape(OUTPUT)
-        shape = tuple(dims[axis] for axis in range(len(dims)))
-        self.logits = torch.empty(shape, dtype=torch.float32, device="cuda")
-        self.result = torch.empty(shape, dtype=torch.float32).pin_memory()
+        types = {
+            trt.DataType.FLOAT: torch.float32,
+            trt.DataType.INT32: torch.int32,
+            trt.DataType.INT64: torch.int64,
+            trt.DataType.BOOL: torch.bool,
+        }
+        self.buffers: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in inputs:
+                dims = context.get_tensor_shape(name)
+                shape = tuple(dims[axis] for axis in range(len(dims)))
+                dtype = types[engine.get_tensor_dtype(name)]
+                self.buffers[name] = torch.empty(shape, dtype=dtype, device="cuda")
+        self.result = torch.empty_like(self.buffers[output], device="cpu").pin_memory()
         torch.cuda.current_stream().synchronize()  # the buffers were allocated on it and are used on another
 
     def copy_in(self) -> None:
@@ -196,9 +216,9 @@ class DeviceCall:
         Binds shapes and addresses each time, because another call may have used the context in between.
         """
         bound = (
-            self.context.set_input_shape(INPUT, tuple(self.images.shape))
-            and self.context.set_tensor_address(INPUT, self.images.data_ptr())
-            and self.context.set_tensor_address(OUTPUT, self.logits.data_ptr())
+            self.context.set_input_shape(self.input, tuple(self.images.shape))
+            and self.context.set_tensor_address(self.input, self.images.data_ptr())
+            and all(self.context.set_tensor_address(name, one.data_ptr()) for name, one in self.buffers.items())
         )
         if not bound or not self.context.execute_async_v3(self.stream.cuda_stream):
             raise BuildError("TensorRT could not start the engine; see its .log file in the output folder")
@@ -225,7 +245,7 @@ class DeviceCall:
     def copy_out(self) -> torch.Tensor:
         """Returns the logits in host memory, after the GPU is done."""
         with torch.cuda.stream(self.stream):
-            self.result.copy_(self.logits, non_blocking=True)
+            self.result.copy_(self.buffers[self.output], non_blocking=True)
         self.stream.synchronize()
         return self.result
 

@@ -23,7 +23,7 @@ from onnx import numpy_helper
 
 from mpcompile.errors import BuildError, RuntimeMissing
 from mpcompile.export.mask_check import file_weights
-from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import Precision
 from mpcompile.runtimes.protocol import Build, Engine, Prepared, WithoutKernels
@@ -176,7 +176,7 @@ def compiled(
         config.set_compute_capability(capability, index)
     if profile is not None:
         shapes = builder.create_optimization_profile()
-        shapes.set_shape(INPUT, *profile)
+        shapes.set_shape(network.get_input(0).name, *profile)
         config.add_optimization_profile(shapes)
     # No timing cache: creating one looks for a GPU.
     plan = builder.build_serialized_network(network, config)

@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from mpcompile.errors import RuntimeMissing
-from mpcompile.export.onnx_export import INPUT, Exported
+from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import Precision
 from mpcompile.runtimes.nvidia import Gpu, first_gpu, import_failure
@@ -123,7 +123,7 @@ def trtexec(exported: Exported, build: Build) -> tuple[str, ...]:
     shapes = ""
     if profile:
         shapes = "".join(
-            f" --{kind}Shapes={INPUT}:{'x'.join(map(str, shape))}"
+            f" --{kind}Shapes={exported.input_names[0]}:{'x'.join(map(str, shape))}"
             for kind, shape in zip(("min", "opt", "max"), profile, strict=True)
         )
     sparsity = "enable" if exported.masks else "disable"

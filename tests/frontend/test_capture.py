@@ -134,7 +134,7 @@ class Outer(nn.Module):
 
 def test_a_branch_on_values_is_refused_with_its_line() -> None:
     with pytest.raises(
-        CaptureError, match=r"cannot be traced.*test_capture.py:\d+: `if x.sum\(\) > 0:`.*--leaf"
+        CaptureError, match=r"reads a value.*\(bool\).*test_capture.py:\d+: `if x.sum\(\) > 0:`.*--leaf inner"
     ) as error:
         capture(Outer(), tiny_source())
     assert error.value.exit_code == 3
@@ -168,13 +168,8 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("inner", [PadsByShape, CutsByShape])
-def test_a_line_that_depends_on_the_shape_is_said_to(inner: type[nn.Module]) -> None:
-    with pytest.raises(CaptureError, match="It is the shape of the image that decides there.*--leaf inner$"):
-        capture(Around(inner()), tiny_source())
-    with pytest.raises(CaptureError, match="move it into a module of its own"):
-        capture(inner(), tiny_source())
-    with pytest.raises(CaptureError, match="independent of the values of the image"):
-        capture(Around(Branches()), tiny_source())
+def test_a_shape_may_decide(inner: type[nn.Module]) -> None:
+    capture(Around(inner()), tiny_source())  # compares the graph with the module in two batch sizes
 
 
 def test_hooks_that_compute_a_weight_are_named_with_the_remedy() -> None:
@@ -269,8 +264,6 @@ def test_constant_outputs_are_told(caplog: pytest.LogCaptureFixture) -> None:
     ("module", "text"),
     [
         (OneNumber(), r"returns a tensor of shape \(2,\) for a batch of 2"),
-        (torch.compile(TinyMLP()), "was made by torch.compile"),
-        (TwoOutputs(), "returns tuple; it must return one tensor"),
         (Random(), "gives other outputs when the same images are run again.*draws random numbers"),
         (FixedBatch(), "does not run on a batch of shape \\(3, 1, 8, 8\\) alone"),
         (Infinite(), "not finite"),

@@ -1,0 +1,169 @@
+"""Checks of a capture: the module's outputs are finite and repeatable, and the graph gives the same ones."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpcompile.errors import CaptureError
+from mpcompile.frontend.call_inputs import CallInputs
+from mpcompile.frontend.recorder import SOURCE_LINE
+from mpcompile.frontend.source_lines import with_code
+from mpcompile.ir.batch import all_outputs
+from mpcompile.ir.model import Model
+from mpcompile.ir.output_tree import flattened, other_values
+from mpcompile.ir.parity import relative_difference
+from mpcompile.ir.shapes import run_example
+
+log = logging.getLogger(__name__)
+
+# Largest relative difference: the graph runs the same operators on the same values; only a fused kernel that is
+# decomposed in the graph can round differently.
+CAPTURE_DRIFT = 1e-5
+OTHER_BATCH = 3  # the example has 2 images
+
+
+def checked_outputs(module: nn.Module, inputs: CallInputs) -> tuple[Tensor, ...]:
+    """The module's output tensors in the order of its own tree. Raises CaptureError unless they are usable."""
+    kind = type(module).__name__
+    shapes = " and ".join(str(tuple(one.shape)) for one in inputs.tensors.values())
+    try:
+        with torch.no_grad():
+            outputs = inputs.run(module)
+    except Exception as error:
+        raise CaptureError(
+            f"{kind} does not run on a batch of shape {shapes} alone: {error}. "
+            "If it was trained on another shape, give that with --input-size"
+        ) from error
+    tree, tensors = flattened(outputs)
+    strange = [value for value in other_values(tree) if not isinstance(value, bool | int | float | str)]
+    if strange or not tensors:
+        raise CaptureError(
+            f"{kind} returns {type(strange[0] if strange else outputs).__name__}; outputs are tensors, and tuples, "
+            "lists, dicts and dataclasses of them. Wrap it in a module whose forward returns these"
+        )
+    images = len(next(iter(inputs.tensors.values())))
+    for name, one in tensors:
+        if one.is_floating_point() and not one.isfinite().all():
+            raise CaptureError(
+                f"{kind} returns numbers that are not finite{f' in {name}' if name else ''}; check its weights for "
+                "NaN and infinity"
+            )
+    if len(tensors) == 1 and (tensors[0][1].ndim < 2 or len(tensors[0][1]) != images):
+        raise CaptureError(
+            f"{kind} returns a tensor of shape {tuple(tensors[0][1].shape)} for a batch of {images}; "
+            "it must return one row of outputs for each image"
+        )
+    first = tensors[0][1]
+    if first.ndim and torch.equal(first, first[:1].expand_as(first)):
+        log.warning("%s returns the same outputs for every image, so a comparison of outputs proves little", kind)
+    return tuple(one for _, one in tensors)
+
+
+def require_repeatable(module: nn.Module, inputs: CallInputs, outputs: Sequence[Tensor]) -> None:
+    """Raises CaptureError if a second run on the same images gives other outputs.
+
+    Every later check compares outputs, so that a pass would be blamed for the model's noise.
+    """
+    state = torch.get_rng_state()
+    again = checked_outputs(module, inputs)
+    moved = _difference(outputs, again)
+    if moved == 0:
+        if not torch.equal(state, torch.get_rng_state()):
+            log.warning("%s draws random numbers in evaluation mode; its outputs did not change", type(module).__name__)
+        return
+    raise CaptureError(
+        f"{type(module).__name__} gives other outputs when the same images are run again: they differ by {moved:.1e} "
+        "of their size. It probably draws random numbers in evaluation mode, or keeps state between calls; make "
+        "forward the same for the same images when module.training is False"
+    )
+
+
+def require_same(model: Model, reference: nn.Module, inputs: CallInputs, order: Sequence[int]) -> None:
+    """Raises CaptureError if graph and module differ on the example, or on other images in another batch size.
+
+    `order` has, for each output of the graph, its number among the module's outputs.
+    """
+    expected = checked_outputs(reference, inputs)
+    _compare([expected[index] for index in order], lambda: run_example(model), len(model.example), model.graph)
+    other = other_inputs(inputs)
+    wanted = checked_outputs(reference, other)
+    if len(wanted) != len(order):
+        raise CaptureError(
+            f"{type(reference).__name__} returns {len(order)} tensors for {len(model.example)} images and "
+            f"{len(wanted)} for {OTHER_BATCH}; a graph has one number of outputs. Compress the part of it that has "
+            "one, such as its backbone: --submodule backbone"
+        )
+    found = tuple(other.tensors.values())
+    _compare([wanted[index] for index in order], lambda: model.outputs(found), OTHER_BATCH, model.graph, found)
+
+
+def other_inputs(inputs: CallInputs) -> CallInputs:
+    """Inputs of another batch size with other values; tensors that are not floating-point repeat their rows."""
+    generator = torch.Generator().manual_seed(1)
+
+    def another(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        if tensor.is_floating_point():
+            return torch.randn(OTHER_BATCH, *tensor.shape[1:], generator=generator).to(tensor.dtype)
+        return tensor[torch.arange(OTHER_BATCH) % len(tensor)]
+
+    return CallInputs({name: another(tensor) for name, tensor in inputs.tensors.items()}, inputs.keywords)
+
+
+def _compare(
+    wanted: Sequence[Tensor], run: Any, images: int, graph: fx.GraphModule, inputs: tuple[Tensor, ...] = ()
+) -> None:
+    """Raises CaptureError unless the graph's outputs are the wanted ones."""
+    try:
+        found = all_outputs(run())
+    except Exception as error:
+        line = _failing_line(graph, inputs) if inputs else ""
+        raise CaptureError(
+            f"the captured graph does not run on a batch of {images}: {str(error).splitlines()[0]}.{line} Its forward "
+            "probably computes a size from the batch size in floating point, loops over images, or keeps state from "
+            "an earlier run; write that line with integer sizes of the tensor"
+        ) from error
+    difference = _difference(wanted, found)
+    if difference > CAPTURE_DRIFT:
+        raise CaptureError(
+            f"the captured graph computes something else: outputs on a batch of {images} differ by "
+            f"{difference:.1e} of the largest output; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably uses "
+            "values that left torch (a compiled extension, a cached tensor), or branches on the batch size"
+        )
+
+
+def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest relative difference of two rows of outputs; infinite if their shapes differ."""
+    if [one.shape for one in wanted] != [one.shape for one in found]:
+        return float("inf")
+    pairs = zip(wanted, found, strict=True)
+    return max(
+        relative_difference(one.double().numpy(force=True), two.double().numpy(force=True)) for one, two in pairs
+    )
+
+
+def _failing_line(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> str:
+    """A sentence with the line of model code whose node fails; empty if it is not known."""
+    failing: list[fx.Node] = []
+
+    class Watching(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            try:
+                return super().run_node(n)
+            except Exception:
+                failing.append(n)
+                raise
+
+    interpreter = Watching(graph)
+    interpreter.extra_traceback = False
+    try:
+        with torch.no_grad():
+            interpreter.run(*(one.clone() for one in inputs))
+    except Exception:
+        line = failing[0].meta.get(SOURCE_LINE) if failing else None
+        return f" At {with_code(line)}." if line else ""
+    return ""
