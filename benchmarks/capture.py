@@ -1,6 +1,6 @@
 """Which architectures can be captured, masked at 2:4 and exported -> results/capture.{json,md}.
 
-    python benchmarks/capture.py [--names PATTERN …] [--jobs N]
+    python benchmarks/capture.py [--names PATTERN …] [--jobs N] [--no-onnx]
 
 Weights are random, and sizes are reduced where the constructor allows it, since capture depends on neither. Each model
 is captured twice from one instance, masked by magnitude without images, and exported to ONNX. A model counts as
@@ -8,10 +8,10 @@ captured if capturing leaves it unchanged and the graph gives all of its outputs
 size. The ONNX file is compared with the masked graph on two batch sizes. Each model runs in a process of its own.
 
 `--names` takes shell patterns, such as 'timm/*' or '*Swin*', and keeps the rows of the other architectures.
+`--no-onnx` leaves the export out, which takes most of the time. The files are written after each model.
 """
 
 import argparse
-import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from lib.zoo import zoo
 SCRIPT = "benchmarks/capture.py"
 QUESTION = "Which architectures can be captured, how many of their layers can be masked at 2:4, and is the ONNX equal?"
 LIBRARIES = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime")
-LIMIT_S = 240.0
+LIMIT_S = 300.0
 COLUMNS = (
     "architecture",
     "captured by",
@@ -40,8 +40,8 @@ COLUMNS = (
 )
 
 
-def attempt(name: str) -> dict[str, Any]:
-    """The row of one architecture, in this process."""
+def attempt(task: tuple[str, bool]) -> dict[str, Any]:
+    """The row of one architecture, in this process; `task` is its name, and whether it is exported."""
     import logging
 
     import torch
@@ -50,14 +50,13 @@ def attempt(name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")  # the libraries' own deprecations
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    return trial(name, zoo()[name])
+    name, onnx = task
+    return trial(name, zoo()[name], onnx=onnx)
 
 
-def row_of(name: str) -> dict[str, Any]:
+def row_of(name: str, onnx: bool) -> dict[str, Any]:
     """The row of one architecture, from a process of its own."""
-    row = {"name": name, "captured": False} | isolated(attempt, name, LIMIT_S)
-    print(f"{row['name']}: {'captured' if row['captured'] else 'NOT CAPTURED'} {row['reason'] or ''}", flush=True)
-    return row
+    return {"name": name, "captured": False} | isolated(attempt, (name, onnx), LIMIT_S)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -104,16 +103,24 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--names", nargs="+", metavar="PATTERN", help="architectures to run (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="models that run at the same time (default: 1)")
+    parser.add_argument("--no-onnx", action="store_true", help="leave the export to ONNX out")
     options = parser.parse_args(words)
     names = list(zoo())
     chosen = [n for n in names if options.names is None or any(fnmatchcase(n, one) for one in options.names)]
     if not chosen:
         raise SystemExit(f"no architecture matches {' '.join(options.names)}; one of them is {names[0]}")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    rows = {row["name"]: row for row in rows_of("capture")}
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = {row["name"]: row for row in pool.map(row_of, chosen)}
-    kept = {row["name"]: row for row in rows_of("capture")}
-    rows = [found.get(name) or kept[name] for name in names if name in found or name in kept]
+        for row in pool.map(lambda name: row_of(name, not options.no_onnx), chosen):
+            print(
+                f"{row['name']}: {'captured' if row['captured'] else 'NOT CAPTURED'} {row['reason'] or ''}", flush=True
+            )
+            rows[row["name"]] = row
+            write_both([rows[name] for name in names if name in rows])
+
+
+def write_both(rows: list[dict[str, Any]]) -> None:
+    """Writes results/capture.json and results/capture.md."""
     write("capture", QUESTION, "cpu", LIBRARIES, rows)
     text = f"# Capture\n\n{summary(rows)} Source: `{SCRIPT}`.\n\n{table(rows)}"
     (RESULTS / "capture.md").write_text(text, encoding="utf-8")

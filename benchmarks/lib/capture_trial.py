@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mpcompile.ir.output_tree import flattened
 from torch import Tensor, nn
 
 from lib.zoo_model import ZooModel, call
@@ -19,6 +18,7 @@ from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
+from mpcompile.ir.output_tree import flattened
 from mpcompile.ir.parity import TOLERANCE, is_constant, relative_difference
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.nm_mask import NMMask
@@ -33,7 +33,7 @@ def trial(name: str, entry: ZooModel, *, onnx: bool = True) -> dict[str, Any]:
     """The row of one architecture; without the export if `onnx` is False.
 
     `captured` is true if two captures of one instance leave it unchanged, and the graph gives the module's outputs on
-    other images and on another batch size. `reason` is the error that ended the trial, or None.
+    other images and on another batch size. `reason` says what failed, or is None.
     """
     started = time.perf_counter()
     row: dict[str, Any] = {"name": name, "captured": False, "reason": None}
@@ -43,6 +43,8 @@ def trial(name: str, entry: ZooModel, *, onnx: bool = True) -> dict[str, Any]:
             row["onnx"] = False
             row["onnx_difference"] = _onnx_difference(model, (entry.batch(2, seed=3), entry.batch(3, seed=4)))
             row["onnx"] = row["onnx_difference"] <= TOLERANCE["fp32"]
+            if not row["onnx"]:
+                row["reason"] = f"the outputs of the ONNX file differ by {row['onnx_difference']:.0e}"
     except (MpcompileError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         row["reason"] = f"{'' if isinstance(error, MpcompileError) else type(error).__name__ + ': '}{_line(error)}"
     return row | {"seconds": round(time.perf_counter() - started, 1)}

@@ -51,6 +51,7 @@ retinanet_resnet50_fpn fcos_resnet50_fpn fasterrcnn_resnet50_fpn fasterrcnn_mobi
 maskrcnn_resnet50_fpn keypointrcnn_resnet50_fpn ssdlite320_mobilenet_v3_large ssd300_vgg16
 """
 DETECTORS = "ssdlite320_mobilenet_v3_large retinanet_resnet50_fpn fasterrcnn_mobilenet_v3_large_320_fpn"
+WIDE_CLASSIFIERS = ("alexnet", "vgg11_bn")  # two hidden layers of 4096
 SIDES = {"inception_v3": 96, "ssdlite320_mobilenet_v3_large": 320, "ssd300_vgg16": 300}
 
 
@@ -73,12 +74,29 @@ def _constructed(path: str, arguments: dict[str, Any]) -> nn.Module:
 
 def _classifier(name: str) -> nn.Module:
     auxiliary = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return _named(name, num_classes=10, **auxiliary)
+    module = _named(name, num_classes=10, **auxiliary)
+    if name in WIDE_CLASSIFIERS:
+        _narrow(module.get_submodule("classifier"))
+    return module
+
+
+def _narrow(classifier: nn.Module) -> None:
+    """Makes the hidden layers of a classifier 64 wide."""
+    linear = [name for name, part in classifier.named_children() if isinstance(part, nn.Linear)]
+    widths = [classifier.get_submodule(linear[0]).in_features, *[64] * (len(linear) - 1), 10]
+    for name, inputs, outputs in zip(linear, widths, widths[1:], strict=True):
+        classifier.set_submodule(name, nn.Linear(inputs, outputs))
 
 
 def _dense(name: str) -> nn.Module:
-    """A segmentation or detection model; these would download weights for their backbone."""
+    """A segmentation or detection model without the weights that it would download for its backbone."""
     return _named(name, weights_backbone=None, num_classes=5)
+
+
+def _detector(name: str) -> nn.Module:
+    """A whole detector; most resize the image themselves, by default to 800 pixels."""
+    sizes = {} if name.startswith("ssd") else {"min_size": 128, "max_size": 128}
+    return _named(name, weights_backbone=None, num_classes=5, **sizes)
 
 
 def _backbone(name: str) -> nn.Module:
@@ -103,5 +121,5 @@ def models() -> dict[str, ZooModel]:
         found[f"detection.{name}:backbone"] = ZooModel(partial(_backbone, name), (3, side, side))
     for name in DETECTORS.split():
         side = SIDES.get(name, 128)
-        found[f"detection.{name}"] = ZooModel(partial(_dense, name), (3, side, side))
+        found[f"detection.{name}"] = ZooModel(partial(_detector, name), (3, side, side))
     return found
