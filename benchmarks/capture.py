@@ -1,128 +1,130 @@
-"""Which architectures can be traced, and how many of their layers can be masked -> results/capture.{json,md}.
+"""Which architectures can be captured, masked at 2:4 and exported -> results/capture.{json,md}.
 
-    python benchmarks/capture.py [NAME …]
+    python benchmarks/capture.py [--names PATTERN …] [--jobs N] [--no-onnx]
 
-Weights are random, since tracing does not depend on them. Each model is captured twice from the same instance. A model
-counts as captured if both graphs give the model's outputs on two batches of different sizes, and if capturing leaves
-the model's state and attributes unchanged.
+Weights are random, and sizes are reduced where the constructor allows it, since capture depends on neither. Each model
+is captured twice from one instance, masked by magnitude without images, and exported to ONNX. A model counts as
+captured if capturing leaves it unchanged and the graph gives all of its outputs on other images and on another batch
+size. The ONNX file is compared with the masked graph on two batch sizes. Each model runs in a process of its own.
+
+`--names` takes shell patterns, such as 'timm/*' or '*Swin*', and keeps the rows of the other architectures.
+`--no-onnx` leaves the export out, which takes most of the time. The files are written after each model.
 """
 
-import gc
+import argparse
 import sys
-import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from typing import Any
 
-import timm
-import torch
-import torchvision
-from lib.common import RESULTS, markdown, write
-from torch import nn
-
-from mpcompile.analysis.eligibility import eligible
-from mpcompile.errors import MpcompileError
-from mpcompile.frontend.capture import capture
-from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Source
-from mpcompile.ir.pattern import NM
-from mpcompile.system.hashing import state_sha256
+from lib.common import RESULTS, markdown, rows_of, write
+from lib.isolated import isolated
+from lib.zoo import zoo
 
 SCRIPT = "benchmarks/capture.py"
-TIMM = """
-vit_tiny_patch16_224 vit_base_patch16_224 vit_base_patch16_clip_224 vit_base_patch16_siglip_224
-vit_relpos_small_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224
-vit_small_patch14_dinov2 vit_small_patch14_reg4_dinov2 flexivit_small beit_base_patch16_224
-beitv2_base_patch16_224 eva02_tiny_patch14_224 cait_xxs24_224 convit_tiny crossvit_tiny_240
-xcit_nano_12_p16_224 volo_d1_224 tnt_s_legacy_patch16_224 visformer_tiny swin_tiny_patch4_window7_224
-swinv2_tiny_window8_256 hiera_tiny_224 pvt_v2_b0 twins_pcpvt_small davit_tiny focalnet_tiny_srf
-maxvit_nano_rw_256 coatnet_0_rw_224 levit_128s efficientvit_b0 efficientvit_m0 mobilevit_xxs fastvit_t8
-edgenext_xx_small poolformer_s12 mixer_s32_224 gmlp_s16_224 resmlp_12_224 convnext_atto convnextv2_atto
-inception_next_atto resnet18 resnet50 resnet50d resnetv2_50 nfnet_f0 regnetx_002 regnety_002 efficientnet_b0
-tf_efficientnet_lite0 tf_efficientnetv2_b0 mobilenetv3_small_100 mobilenetv4_conv_small ghostnet_100
-rexnet_100 repvgg_a0 densenet121 inception_v3 vgg11 hrnet_w18_small tresnet_m nest_tiny sequencer2d_s
-mvitv2_tiny gcvit_xxtiny repvit_m0_9 tiny_vit_5m_224 samvit_base_patch16 naflexvit_base_patch16_gap
-"""
-TORCHVISION = """
-vit_b_16 swin_t swin_v2_t maxvit_t convnext_tiny resnet18 regnet_y_400mf efficientnet_b0 mobilenet_v3_small
-mnasnet0_5 shufflenet_v2_x0_5 squeezenet1_0 googlenet densenet121
-segmentation.lraspp_mobilenet_v3_large detection.ssdlite320_mobilenet_v3_large
-"""
+QUESTION = "Which architectures can be captured, how many of their layers can be masked at 2:4, and is the ONNX equal?"
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime")
+LIMIT_S = 300.0
+COLUMNS = (
+    "architecture",
+    "captured by",
+    "parity",
+    "other batch sizes",
+    "layers",
+    "eligible for 2:4",
+    "masked",
+    "ONNX equal",
+    "seconds",
+    "reason",
+)
 
 
-def build(name: str) -> tuple[nn.Module, Source]:
-    """Returns a model with random weights, and its Source; `name` is LIBRARY/ARCHITECTURE."""
-    library, _, arch = name.partition("/")
-    if library == "timm":
-        # Smaller images than the default of these models: the trace does not depend on their size.
-        args = {"img_size": 112} if "dinov2" in arch else {"img_size": 256} if "samvit" in arch else {}
-        module: nn.Module = timm.create_model(arch, **args)
-        return module, source_of(module, name=name, arch=arch, sha256="", arch_args=args)
-    family, _, arch = arch.rpartition(".")
-    if family:  # segmentation and detection models would download weights for their backbone
-        module = getattr(getattr(torchvision.models, family), arch)(weights=None, weights_backbone=None)
-    else:
-        module = getattr(torchvision.models, arch)(weights=None)
-    return module, Source(name=name, sha256="", arch=arch)
+def attempt(task: tuple[str, bool]) -> dict[str, Any]:
+    """The row of one architecture, in this process; `task` is its name, and whether it is exported."""
+    import logging
+
+    import torch
+    from lib.capture_trial import trial
+
+    warnings.simplefilter("ignore")  # the libraries' own deprecations
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    name, onnx = task
+    return trial(name, zoo()[name], onnx=onnx)
 
 
-def attempt(name: str) -> dict[str, Any]:
-    """Captures one architecture and returns its row; `reason` is the error if it cannot be captured."""
-    torch.manual_seed(0)
-    started = time.perf_counter()
-    row: dict[str, Any] = {"name": name, "captured": False, "reason": None}
-    try:
-        module, source = build(name)
-        before, attributes = state_sha256(module), {n: sorted(vars(m)) for n, m in module.named_modules()}
-        capture(module, source)
-        model = capture(module, source)
-    except (MpcompileError, RuntimeError) as error:
-        return row | {"reason": " ".join(str(error).split())}
-    unchanged = state_sha256(module) == before and {n: sorted(vars(m)) for n, m in module.named_modules()} == attributes
-    verdicts = eligible(model, NM(2, 4))
-    weights = {layer: model.layer(layer).weight.numel() for layer, _ in model.layers()}
-    masked = sum(weights[layer] for layer, reason in verdicts.items() if reason is None)
-    return row | {
-        "captured": unchanged,
-        "reason": None if unchanged else "capturing changed the model",
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "layers": len(verdicts),
-        "eligible_2_4": sum(reason is None for reason in verdicts.values()),
-        "eligible_share_of_parameters": round(masked / sum(p.numel() for p in module.parameters()), 4),
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+def row_of(name: str, onnx: bool) -> dict[str, Any]:
+    """The row of one architecture, from a process of its own."""
+    return {"name": name, "captured": False} | isolated(attempt, (name, onnx), LIMIT_S)
 
 
-def main() -> None:
-    """Writes both results files; with names as arguments, only prints the rows of these architectures."""
-    warnings.simplefilter("ignore")  # timm's and torchvision's deprecations
-    names = sys.argv[1:] or [*(f"timm/{n}" for n in TIMM.split()), *(f"torchvision/{n}" for n in TORCHVISION.split())]
-    rows = []
-    for name in names:
-        rows.append(attempt(name))
-        print(rows[-1], flush=True)
-        gc.collect()
-    if sys.argv[1:]:
-        return
-    question = "Which architectures can be traced, and how many of their layers can be masked at 2:4?"
-    write("capture", question, "cpu", ("torch", "torchvision", "timm"), rows)
-    captured = sum(row["captured"] for row in rows)
-    table = markdown(
-        ("architecture", "captured", "layers", "eligible for 2:4", "their share of all parameters", "reason"),
-        [
-            (
-                row["name"],
-                "yes" if row["captured"] else "**no**",
-                str(row.get("layers", "")),
-                str(row.get("eligible_2_4", "")),
-                f"{row['eligible_share_of_parameters']:.1%}" if row["captured"] else "",
-                (row["reason"] or "").replace("|", "\\|"),
-            )
-            for row in rows
-        ],
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of all rows."""
+    return markdown(COLUMNS, [_cells(row) for row in rows])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    parity = max(row.get("parity_images", 0.0), row.get("parity_batch", 0.0))
+    return (
+        row["name"],
+        row.get("way", "") if row["captured"] else "**no**",
+        f"{parity:.0e}" if row["captured"] and parity else "exact" if row["captured"] else "",
+        _yes(row.get("batch_free")),
+        *(str(row.get(key, "")) for key in ("layers", "eligible", "masked")),
+        _yes(row.get("onnx")),
+        f"{row['seconds']:.0f}" if "seconds" in row else "",
+        _short(row["reason"] or "").replace("|", "\\|"),
     )
-    text = f"# Capture\n\n{captured} of {len(rows)} architectures can be traced. Source: `{SCRIPT}`.\n\n{table}"
+
+
+def _yes(value: bool | None) -> str:
+    return {None: "", True: "yes", False: "**no**"}[value]
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= 240 else f"{reason[:239]}…"
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many of the architectures are taken, masked and exported."""
+    captured = [row for row in rows if row["captured"]]
+    masked = [row for row in captured if row.get("masked")]
+    equal = [row for row in captured if row.get("onnx")]
+    return (
+        f"{len(captured)} of {len(rows)} architectures are captured. {len(masked)} of these have layers that take "
+        f"2:4; the others have no eligible layer. The ONNX file of {len(equal)} equals the masked graph on two batch "
+        "sizes."
+    )
+
+
+def main(words: list[str]) -> None:
+    """Writes both results files; with --names, the rows of other architectures stay as they are."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--names", nargs="+", metavar="PATTERN", help="architectures to run (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="models that run at the same time (default: 1)")
+    parser.add_argument("--no-onnx", action="store_true", help="leave the export to ONNX out")
+    options = parser.parse_args(words)
+    names = list(zoo())
+    chosen = [n for n in names if options.names is None or any(fnmatchcase(n, one) for one in options.names)]
+    if not chosen:
+        raise SystemExit(f"no architecture matches {' '.join(options.names)}; one of them is {names[0]}")
+    rows = {row["name"]: row for row in rows_of("capture")}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(lambda name: row_of(name, not options.no_onnx), chosen):
+            print(
+                f"{row['name']}: {'captured' if row['captured'] else 'NOT CAPTURED'} {row['reason'] or ''}", flush=True
+            )
+            rows[row["name"]] = row
+            write_both([rows[name] for name in names if name in rows])
+
+
+def write_both(rows: list[dict[str, Any]]) -> None:
+    """Writes results/capture.json and results/capture.md."""
+    write("capture", QUESTION, "cpu", LIBRARIES, rows)
+    text = f"# Capture\n\n{summary(rows)} Source: `{SCRIPT}`.\n\n{table(rows)}"
     (RESULTS / "capture.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

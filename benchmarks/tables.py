@@ -266,8 +266,8 @@ def blocks() -> dict[str, str]:
     captured = sum(row["captured"] for row in capture["rows"])
     return {
         "demo": demo(),
-        "capture": f"{captured} of the {len(capture['rows'])} timm and torchvision architectures tried can be traced "
-        "([list, with the reason for each failure](benchmarks/results/capture.md)).\n",
+        "capture": f"{captured} of the {len(capture['rows'])} architectures of timm, torchvision and transformers that "
+        "were tried are captured ([list, with the reason for each failure](benchmarks/results/capture.md)).\n",
         "accuracy": accuracy(),
         "faster": readme_speeds(),
         "faster_int8": readme_int8_speeds(),

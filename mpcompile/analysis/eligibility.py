@@ -57,6 +57,7 @@ def graph_positions(model: Model) -> dict[str, GraphPosition]:
     nodes: Sequence[fx.Node] = list(model.graph.graph.nodes)
     nodes_of, altered = weight_nodes(model.graph)
     applies = {node for applying in nodes_of.values() for node in applying} | _nodes_of_other_weights(model.graph)
+    applies |= {node for node in nodes if node.target in WEIGHT_FUNCTIONS}  # of a weight that the graph computes, too
 
     sees_image: set[fx.Node] = set()
     layers_before: set[fx.Node] = set()
