@@ -56,7 +56,8 @@ def attempt(task: tuple[str, bool]) -> dict[str, Any]:
 
 def row_of(name: str, onnx: bool) -> dict[str, Any]:
     """The row of one architecture, from a process of its own."""
-    return {"name": name, "captured": False} | isolated(attempt, (name, onnx), LIMIT_S)
+    row: dict[str, Any] = {"name": name, "captured": False} | isolated(attempt, (name, onnx), LIMIT_S)
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -29,15 +29,15 @@ LARGEST_ROUNDING = 1e-5  # of outputs of order one, in float32
 
 
 class TwoInputs(nn.Module):
-    """Images of 1×8×8 and 4 numbers beside each."""
+    """Images of 1×8×8 and 4 numbers beside each, and a layer with a name that fx.GraphModule uses itself."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.body, self.beside = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(4, 32)
+        self.stem, self.body, self.meta = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(4, 32)
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor, meta: Tensor) -> Tensor:
-        y: Tensor = self.head(F.gelu(self.body(F.gelu(self.stem(x.flatten(1)) + self.beside(meta)))))
+        y: Tensor = self.head(F.gelu(self.body(F.gelu(self.stem(x.flatten(1)) + self.meta(meta)))))
         return y
 
 
@@ -113,6 +113,8 @@ def test_two_inputs_compile(tmp_path: Path, batch: int | None) -> None:
     assert found.comparison is not None
     assert found.comparison.count == 16
     assert found.latency[0].speedup.ratio > 0
+    loaded = report.load("torch", model=seeded(TwoInputs))
+    assert loaded.state_dict().keys() == seeded(TwoInputs).state_dict().keys()
     assert "the N:M kernels are selected for models with one input" in found.notes[0]
 
 

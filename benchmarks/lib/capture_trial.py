@@ -62,7 +62,7 @@ def _captured_and_masked(row: dict[str, Any], name: str, entry: ZooModel) -> Mod
     model = capture(module, source, entry.batch(2, seed=0))
     if _state(module) != before:
         raise ValueError("capturing changed the model")
-    row["way"] = getattr(model, "way", "trace")
+    row["way"] = model.captured_by
     images, batch = entry.batch(2, seed=3), entry.batch(3, seed=4)
     expected, expected_batch = named(call(module, images)), named(call(module, batch))
     if all(is_constant(one.numpy()) for one in expected.values() if one.ndim and one.is_floating_point()):

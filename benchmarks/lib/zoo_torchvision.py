@@ -83,7 +83,9 @@ def _classifier(name: str) -> nn.Module:
 def _narrow(classifier: nn.Module) -> None:
     """Makes the hidden layers of a classifier 64 wide."""
     linear = [name for name, part in classifier.named_children() if isinstance(part, nn.Linear)]
-    widths = [classifier.get_submodule(linear[0]).in_features, *[64] * (len(linear) - 1), 10]
+    first = classifier.get_submodule(linear[0])
+    assert isinstance(first, nn.Linear)
+    widths = [first.in_features, *[64] * (len(linear) - 1), 10]
     for name, inputs, outputs in zip(linear, widths, widths[1:], strict=True):
         classifier.set_submodule(name, nn.Linear(inputs, outputs))
 

@@ -33,6 +33,7 @@ from mpcompile.driver.weight_files import MASKS, WEIGHTS, as_in_graph, read_mask
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
 from mpcompile.export.mask_check import ProvenMask, verify_masks
 from mpcompile.export.onnx_export import Exported
+from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.stored_weights import layer_weight
 from mpcompile.ir.precision import QUANTIZED
@@ -183,8 +184,10 @@ class Artifact:
         if excess:
             raise UsageError(f"load({form!r}) takes no {', '.join(excess)}")
         exported = self.exported(self.onnx)
+        inputs = () if self.report.captured is None else self.report.captured.inputs[1:]
+        others = {row.name: InputSpec(row.shape, row.dtype) for row in inputs}
         if form == "torch":
-            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
+            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, others)
         if form == "onnx":
             return onnx_engine(exported, threads)
         if runtime is None:
@@ -193,8 +196,9 @@ class Artifact:
                 return runtime.load_file(exported, threads)
         captured = None
         if isinstance(runtime, RunsGraph):
-            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
-            captured = capture(module, self.report.model, primary=exported.output_names[0])
+            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, others)
+            further = {name: spec.example(2) for name, spec in others.items()}
+            captured = capture(module, self.report.model, inputs=further, primary=exported.output_names[0])
         else:
             exported = self.exported(self.onnx, self.verify())
         return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)

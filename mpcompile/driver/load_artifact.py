@@ -4,7 +4,7 @@ Weights are read from safetensors, so no pickled code is run. Code that a report
 it, because anyone can write a report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from mpcompile.errors import LoadError, ParityError, RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
-from mpcompile.frontend.call_inputs import call_inputs
+from mpcompile.frontend.call_inputs import InputSpec, call_inputs
 from mpcompile.frontend.capture import noise
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.named_architecture import NAMING_FILES
@@ -33,7 +33,12 @@ PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def module_of(
-    weights: Path, source: Source, exported: Exported, given: nn.Module | None, allow_factory: bool
+    weights: Path,
+    source: Source,
+    exported: Exported,
+    given: nn.Module | None,
+    allow_factory: bool,
+    others: Mapping[str, InputSpec],
 ) -> nn.Module:
     """A module of the original class with the compressed weights, in evaluation mode.
 
@@ -42,6 +47,7 @@ def module_of(
         source: architecture and preprocessing, from the report.
         exported: the compressed ONNX file; the module's outputs on noise are compared with it.
         given: an instance of the original class, which is copied; None builds one anew.
+        others: the inputs beside the images.
         allow_factory: whether a factory function that the report names may be called to build it.
 
     Raises UsageError if the class cannot be built or does not compute what the file computes, LoadError if the weights
@@ -70,7 +76,7 @@ def module_of(
                 "the same arguments as the compiled one"
             )
         module.load_state_dict(state)
-    _require_parity(module, source, exported)
+    _require_parity(module, source, exported, others)
     return module
 
 
@@ -125,16 +131,16 @@ def _rebuild_request(weights: Path, source: Source, allow_factory: bool) -> Requ
     return Request(str(weights), arch=source.arch, arch_args=source.arch_args)
 
 
-def _require_parity(module: nn.Module, source: Source, exported: Exported) -> None:
+def _require_parity(module: nn.Module, source: Source, exported: Exported, others: Mapping[str, InputSpec]) -> None:
     """Raises ParityError if a module and the ONNX file differ by more than the tolerance of the coarser data type."""
     own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
     tolerance = max(TOLERANCE[exported.precision], TOLERANCE[PRECISION.get(own, "fp32")])
     images = noise(source.size)
     with torch.no_grad():
-        called = call_inputs(module, images)
+        called = call_inputs(module, images, {name: spec.example(len(images)) for name, spec in others.items()})
         result = called.run(copied(module).cpu().float())
     outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
-    expected = cpu_engine(exported)(images.numpy())
+    expected = cpu_engine(exported)(*(one.numpy() for one in called.tensors.values()))
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")
     if difference > tolerance:
         raise ParityError(

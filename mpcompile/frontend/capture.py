@@ -37,7 +37,7 @@ def noise(size: Sequence[int], batch: int = 2, seed: int = 0) -> Tensor:
 def capture(
     module: nn.Module,
     source: Source | None = None,
-    example: Tensor | tuple[Tensor, ...] | None = None,
+    example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
     leaves: Sequence[str] = (),
     *,
     inputs: Mapping[str, Tensor] | None = None,
@@ -49,8 +49,8 @@ def capture(
         module: the model; it is not changed. A half-precision module is captured in float32.
         source: its name and preprocessing; by default its class name and the preprocessing of its `pretrained_cfg`,
             or ImageNet's.
-        example: a batch (b, c, h, w), or a tuple of inputs in the order of forward's arguments, the images first; by
-            default noise of the source's size.
+        example: a batch (b, c, h, w), or all inputs, the images first: a tuple in the order of forward's arguments, or
+            tensors by the names of the arguments. By default noise of the source's size.
         leaves: qualified names of modules to keep whole.
         inputs: examples of the inputs beside the images, by the names of forward's arguments.
         primary: the path of the output that agreement, certificates and distillation compare, such as `logits`; by
@@ -66,6 +66,9 @@ def capture(
     kind = type(module).__name__
     source = source or source_of(module, name=kind, arch=kind, sha256="")
     dtype = _computing_type(module)
+    if isinstance(example, Mapping):
+        (_, images), *others = example.items()
+        example, inputs = images, {**dict(others), **(inputs or {})}
     called = call_inputs(module, noise(source.size) if example is None else example, inputs)
     called = called.with_tensors({name: _as(one, dtype) for name, one in called.tensors.items()})
     try:

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mpcompile.errors import CaptureError
+from mpcompile.frontend.graph_names import free_names
 from mpcompile.frontend.leaf_modules import is_leaf
 from mpcompile.frontend.recorded_calls import (
     SHAPE_ONLY,
@@ -90,6 +91,7 @@ class Recorder(TorchFunctionMode):
         """The graph module that returns these tensors of the run: one tensor, or a tuple of several."""
         nodes = tuple(self._tensors.node_of(tensor) for tensor in outputs)
         self.graph.output(nodes if len(nodes) > 1 else nodes[0])
+        free_names(self._root, self.graph)
         module = fx.GraphModule(self._root, self.graph, type(self._root).__name__)
         drop_unused(module)
         module.graph.lint()

@@ -1,10 +1,11 @@
 """Maps tensors of a captured graph to the state dict of the original class, and back.
 
-Most tensors have one name and one shape in both. Three kinds differ:
+Most tensors have one name and one shape in both. Four kinds differ:
 
 - a Conv1d (out, in, k) is a Conv2d (out, in, 1, k) in the graph (mpcompile/frontend/conv1d.py);
 - `in_proj_weight` and `in_proj_bias` of nn.MultiheadAttention are the weights and biases of Linear layers
   (mpcompile/frontend/multihead_attention.py): one `in_proj`, or several, each with some of the rows;
+- a module that is called `meta`, or another name of fx.GraphModule, has a `_` behind its name in the graph;
 - `q_proj_weight`, `k_proj_weight` and `v_proj_weight` are those of the Linear layers q_proj, k_proj and v_proj.
 """
 
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from mpcompile.frontend.graph_names import name_in_graph
 
 # The Linear layers that hold the rows of `in_proj_weight`, top to bottom: query, key and value of the same size each.
 PACKED = (
@@ -28,6 +31,7 @@ def stored_tensor(name: str, graph: Mapping[str, Tensor], shape: torch.Size) -> 
 
     None if the graph does not have it. `name` and `shape` are those of the original class.
     """
+    name = name_in_graph(name)
     for parts in ((name,), *_parts(name)):
         if all(part in graph for part in parts):
             values = [graph[part] for part in parts]
@@ -55,6 +59,7 @@ def layer_weight(name: str, stored: Mapping[str, Tensor]) -> Tensor | None:
 
     It has the shape of the original class: three axes if the layer is a Conv1d there.
     """
+    stored = {name_in_graph(key): tensor for key, tensor in stored.items()}
     if f"{name}.weight" in stored:
         return stored[f"{name}.weight"]
     if f"{name}_weight" in stored:  # in_proj, q_proj, k_proj, v_proj
