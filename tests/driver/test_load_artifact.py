@@ -99,7 +99,7 @@ def test_modules_of_another_class_are_refused(own: Artifact) -> None:
 def test_the_original_class_is_refused_if_tokens_are_merged(artifact: Artifact) -> None:
     merging = replace(artifact.exported(artifact.onnx), merges=True)
     with pytest.raises(UsageError, match=r"model.onnx merges tokens, which the original class .* does not do"):
-        module_of(artifact.folder / "model.safetensors", artifact.report.model, merging, None, False)
+        module_of(artifact.folder / "model.safetensors", artifact.report.model, merging, None, False, {})
 
 
 def test_a_function_that_a_report_names_is_not_called(own: Artifact) -> None:
