@@ -113,7 +113,7 @@ class Engine(Protocol):
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """The primary output, such as logits (b, outputs), of images (b, c, h, w), both float32.
 
-        An engine for models with several inputs takes the others after the images (`TakesInputs`).
+        An engine of a runtime that is a `TakesInputs` (runtimes/inputs.py) takes further inputs after the images.
         """
         ...
 
@@ -125,13 +125,6 @@ class Engine(Protocol):
     def device(self) -> str:
         """The name of the device that it runs on, for reports."""
         ...
-
-
-@runtime_checkable
-class TakesInputs(Protocol):
-    """A runtime whose engines take further inputs after the images. Others refuse models with several inputs."""
-
-    several_inputs: ClassVar[bool]
 
 
 @runtime_checkable

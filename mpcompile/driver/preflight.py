@@ -15,7 +15,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.passes.mp_budget.mp_budget import MPBudget
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.runtimes.protocol import TakesInputs
+from mpcompile.runtimes.inputs import TakesInputs
 from mpcompile.system.distributed import process_rank
 from mpcompile.system.resource_errors import format_bytes
 
