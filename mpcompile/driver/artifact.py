@@ -27,13 +27,20 @@ from pydantic import ValidationError
 from torch import nn
 
 from mpcompile.data.transform import Transform, evaluation_transform
-from mpcompile.driver.load_artifact import Engine, OrtEngine, Runtime, module_of, onnx_engine, target_engine
+from mpcompile.driver.load_artifact import (
+    Engine,
+    OrtEngine,
+    Runtime,
+    captured_again,
+    module_of,
+    onnx_engine,
+    target_engine,
+)
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.driver.weight_files import MASKS, WEIGHTS, as_in_graph, read_masks
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
 from mpcompile.export.mask_check import ProvenMask, verify_masks
 from mpcompile.export.onnx_export import Exported
-from mpcompile.frontend.capture import capture
 from mpcompile.frontend.stored_weights import layer_weight
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.ir.weight_groups import pattern_violation
@@ -118,7 +125,7 @@ class Artifact:
         return Exported(
             onnx=file,
             arch=source.arch,
-            image_shape=source.size,
+            image_shape=self.report.image_shape,
             precision="fp32" if in_float else recipe.precision,
             batch=recipe.batch,
             masks=masks,
@@ -184,7 +191,7 @@ class Artifact:
             raise UsageError(f"load({form!r}) takes no {', '.join(excess)}")
         exported = self.exported(self.onnx)
         if form == "torch":
-            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
+            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, self.report.part)
         if form == "onnx":
             return onnx_engine(exported, threads)
         if runtime is None:
@@ -193,8 +200,9 @@ class Artifact:
                 return runtime.load_file(exported, threads)
         captured = None
         if isinstance(runtime, RunsGraph):
-            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
-            captured = capture(module, self.report.model, primary=exported.output_names[0])
+            part = self.report.part
+            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, part)
+            captured = captured_again(module, self.report.model, exported.output_names[0], part)
         else:
             exported = self.exported(self.onnx, self.verify())
         return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)
@@ -237,8 +245,8 @@ class Artifact:
             raise
         except Exception as error:  # a graph that no exporter writes: missing inputs, cycles, missing axes …
             raise LoadError(f"{self.onnx} is damaged, so its masks cannot be checked: {cause_of(error)}") from error
-        if size != self.report.model.size:
-            raise LoadError(f"{self.onnx} takes images of {size}, but its report says {self.report.model.size}")
+        if size != self.report.image_shape:
+            raise LoadError(f"{self.onnx} takes images of {size}, but its report says {self.report.image_shape}")
         unlisted = {RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE} - {row.name for row in self.report.files}
         if unlisted:
             raise LoadError(

@@ -10,20 +10,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mpcompile.driver.part import captured_part
 from mpcompile.errors import LoadError, ParityError, RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
 from mpcompile.frontend.call_inputs import call_inputs
-from mpcompile.frontend.capture import noise
+from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.named_architecture import NAMING_FILES
 from mpcompile.frontend.plain_copy import copied, plain_copy
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
+from mpcompile.frontend.whole_model import open_whole
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.parity import TOLERANCE, relative_difference
 from mpcompile.ir.precision import QUANTIZED
+from mpcompile.report.part_schema import Part
 from mpcompile.runtimes import Build, Engine, OnnxRuntime, RunsGraph, Runtime
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine
 
@@ -33,7 +36,12 @@ PRECISION = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def module_of(
-    weights: Path, source: Source, exported: Exported, given: nn.Module | None, allow_factory: bool
+    weights: Path,
+    source: Source,
+    exported: Exported,
+    given: nn.Module | None,
+    allow_factory: bool,
+    part: Part | None = None,
 ) -> nn.Module:
     """A module of the original class with the compressed weights, in evaluation mode.
 
@@ -43,6 +51,7 @@ def module_of(
         exported: the compressed ONNX file; the module's outputs on noise are compared with it.
         given: an instance of the original class, which is copied; None builds one anew.
         allow_factory: whether a factory function that the report names may be called to build it.
+        part: the part of the module that the file computes; None if it computes the whole module.
 
     Raises UsageError if the class cannot be built or does not compute what the file computes, LoadError if the weights
     do not fit it, and ParityError if its outputs differ.
@@ -70,7 +79,7 @@ def module_of(
                 "the same arguments as the compiled one"
             )
         module.load_state_dict(state)
-    _require_parity(module, source, exported)
+    _require_parity(module, source, exported, part)
     return module
 
 
@@ -125,15 +134,31 @@ def _rebuild_request(weights: Path, source: Source, allow_factory: bool) -> Requ
     return Request(str(weights), arch=source.arch, arch_args=source.arch_args)
 
 
-def _require_parity(module: nn.Module, source: Source, exported: Exported) -> None:
+def captured_again(module: nn.Module, source: Source, primary: str, part: Part | None) -> Model:
+    """The module, or the part of it that was compressed, captured as when it was compiled. Raises CaptureError.
+
+    `primary` is the path of the primary output.
+    """
+    if part is None:
+        return capture(module, source, primary=primary)
+    images = noise(source.size)
+    whole = open_whole(module, part.name, images, noise(source.size, len(images) + 1, seed=1))
+    return captured_part(whole, source, images, primary=primary)
+
+
+def _require_parity(module: nn.Module, source: Source, exported: Exported, part: Part | None) -> None:
     """Raises ParityError if a module and the ONNX file differ by more than the tolerance of the coarser data type."""
     own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
     tolerance = max(TOLERANCE[exported.precision], TOLERANCE[PRECISION.get(own, "fp32")])
     images = noise(source.size)
-    with torch.no_grad():
-        called = call_inputs(module, images)
-        result = called.run(copied(module).cpu().float())
-    outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
+    if part is None:
+        with torch.no_grad():
+            called = call_inputs(module, images)
+            result = called.run(copied(module).cpu().float())
+        outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
+    else:
+        model = captured_again(copied(module).cpu().float(), source, exported.output_names[0], part)
+        images, outputs = model.example, model(model.example_inputs).numpy()
     expected = cpu_engine(exported)(images.numpy())
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")
     if difference > tolerance:
