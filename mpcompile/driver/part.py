@@ -116,12 +116,11 @@ def captured_run(
     if submodule is None:
         dense = captured(loaded, request)
         return dense, data_for(data, dense, choice, head), None
-    trial = _opened(loaded, submodule, noise(loaded.source.size, EXAMPLES))
-    images = _whole_images(trial, loaded, data, choice, head)
-    whole, given = trial, noise(loaded.source.size, EXAMPLES)
-    if len(images.calibration) >= EXAMPLES:  # an example of real images
+    given, others = noise(loaded.source.size, EXAMPLES), noise(loaded.source.size, OTHERS, seed=1)
+    whole = open_whole(loaded.module, submodule, given, others)
+    images = _whole_images(whole, loaded, data, choice, head)
+    if len(images.calibration) >= EXAMPLES:  # the part is captured on a run of real images
         given = images.calibration.first(EXAMPLES)
-        whole = _opened(loaded, submodule, given)
     dense = captured_part(whole, loaded.source, given, request.leaves, request.output_name)
     decides, primary = _decision(whole, whole.run(_in_type(given, whole)), head)
     part = OpenPart(whole, _row(whole, dense, given), decides, primary, images.held_out)
@@ -141,10 +140,6 @@ def captured_part(
     model = replace(model, around=(whole.layers_before, whole.layers_after))
     whole.run_with(model, _in_type(images, whole))  # the model around the part takes its outputs
     return model
-
-
-def _opened(loaded: Loaded, submodule: str, images: Tensor) -> Whole:
-    return open_whole(loaded.module, submodule, images, noise(loaded.source.size, OTHERS, seed=1))
 
 
 def _in_type(images: Tensor, whole: Whole) -> Tensor:

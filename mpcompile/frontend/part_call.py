@@ -46,7 +46,12 @@ class PartCall:
     names: tuple[str, ...]
 
     def inputs_in(self, call: Recorded) -> tuple[Tensor, ...]:
-        """The inputs in a recorded call."""
+        """The inputs in a recorded call. Raises CaptureError if it has another number of tensors than this one."""
+        if len(call.tensors) != len(self.constants):
+            raise CaptureError(
+                f"--submodule {self.part}: it is called with {len(self.constants)} tensors for some images and with "
+                f"{len(call.tensors)} for others; give a part that always gets the same number"
+            )
         return tuple(
             tensor for (_, tensor), constant in zip(call.tensors, self.constants, strict=True) if constant is None
         )

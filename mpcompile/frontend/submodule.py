@@ -1,6 +1,6 @@
 """Which part of a model a shell pattern names: the module, its share of the parameters, and whether it stands alone."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from mpcompile.errors import UsageError, did_you_mean
 
 SHOWN = 6  # candidates in an error
 LEAST_SHARE = 0.02  # of the parameters, for a candidate
+SUGGESTED_SHARE = 0.2  # of the parameters, for a part to compress in place of the model
 
 
 def submodule_named(module: nn.Module, pattern: str) -> str:
@@ -23,8 +24,8 @@ def submodule_named(module: nn.Module, pattern: str) -> str:
     outermost = [name for name in matched if not any(name.startswith(f"{other}.") for other in matched)]
     if not outermost:
         raise UsageError(
-            f"--submodule {pattern!r} matches no module of {kind}{did_you_mean(pattern, names)}; give one of its "
-            f"parts: {candidates(module)}"
+            f"--submodule {pattern!r} matches no module of {kind}; give one of its parts: {candidates(module)}"
+            f"{did_you_mean(pattern, names)}"
         )
     if len(outermost) > 1:
         listed = ", ".join(_with_share(module, name) for name in outermost[:SHOWN])
@@ -48,6 +49,23 @@ def candidates(module: nn.Module) -> str:
     large = [name for name, share in shares.items() if share >= LEAST_SHARE and name.count(".") < 3]
     largest = sorted(large, key=lambda name: -shares[name])[:SHOWN]
     return ", ".join(_with_share(module, name) for name in largest) or "none has parameters"
+
+
+def suggestion(module: nn.Module, around: Collection[str] = ()) -> str:
+    """The option that compresses a large part of a model that cannot be compressed whole, as the end of a sentence.
+
+    `around` are the modules that cannot be captured. Empty if no part outside of them is large. A backbone is preferred
+    to a larger part.
+    """
+    parts = [name for name, part in module.named_modules() if name and name not in around and _runs(part)]
+    shares = {name: parameter_share(module, name) for name in parts if name.count(".") < 3}
+    large = sorted((name for name in shares if shares[name] >= SUGGESTED_SHARE), key=lambda name: -shares[name])
+    large.sort(key=lambda name: name.rpartition(".")[2] != "backbone")
+    if not large:
+        return ""
+    return (
+        f"compress only its part {large[0]}, which has {shares[large[0]]:.0%} of the parameters: --submodule {large[0]}"
+    )
 
 
 def parameter_share(module: nn.Module, name: str) -> float:

@@ -141,10 +141,10 @@ def open_whole(module: nn.Module, pattern: str, images: Tensor, others: Tensor) 
     for batch in (images, others, images):
         recorded, outputs, around = _recorded_run(module, name, batch, as_list)
         if len(recorded) != 1:
-            times = f"{len(recorded)} times" if recorded else "not at all"
+            times = f"called {len(recorded)} times" if recorded else "never called"
             raise CaptureError(
-                f"--submodule {name} is called {times} in one run of {type(module).__name__}; a part has to be called "
-                f"once: {candidates(module)}"
+                f"--submodule {name} is {times} in a run of {type(module).__name__}; give a part that is called once: "
+                f"{candidates(module)}"
             )
         calls.append(recorded)
         batched = batched and all(t.ndim and len(t) == len(batch) for _, t in flattened(outputs)[1])
