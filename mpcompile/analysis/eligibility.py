@@ -43,6 +43,7 @@ class GraphPosition:
         sees_image: its input depends on the image.
         layers_before: a layer that sees the image is between the image and it. Layers of other kinds count too.
         layers_after: a layer of any kind is between it and the output.
+            Layers of a larger model around this one count for both.
         weight_as_stored: only linear and convolution operators use its weight, and as it is stored.
     """
 
@@ -65,11 +66,13 @@ def graph_positions(model: Model) -> dict[str, GraphPosition]:
         inputs = node.all_input_nodes
         if _depends_on(node, sees_image):
             sees_image.add(node)
-        if any(i in layers_before or (i in applies and i in sees_image) for i in inputs):
+        preceded = model.around[0] and node.op == "placeholder"
+        if preceded or any(i in layers_before or (i in applies and i in sees_image) for i in inputs):
             layers_before.add(node)
     layers_after: set[fx.Node] = set()
     for node in reversed(nodes):
-        if any(user in layers_after or user in applies for user in node.users):
+        followed = model.around[1] and any(user.op == "output" for user in node.users)
+        if followed or any(user in layers_after or user in applies for user in node.users):
             layers_after.add(node)
 
     return {

@@ -94,7 +94,7 @@ def cost(model: Model) -> Cost:
     counter = _Counter(model.graph)
     batch = len(model.example)
     # The counter does not know the fused attention kernels of every device; the MATH backend runs two plain products.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _unfused_attention():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), unfused_attention():
         counter.run(*model.example_inputs)
     weights = {name: layer.weight.numel() for name, layer in model.layers()}
     for _, *others in tied_layers(model, list(weights)):
@@ -109,7 +109,7 @@ def cost(model: Model) -> Cost:
 
 
 @contextmanager
-def _unfused_attention() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Runs nn.MultiheadAttention as plain products: the counter does not know torch's fused kernel for inference."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -26,6 +26,7 @@ from mpcompile.cli.model_options import (
     PretrainedOption,
     ResizeOption,
     StdOption,
+    SubmoduleOption,
     WeightsKeyOption,
 )
 from mpcompile.cli.options import (
@@ -97,6 +98,7 @@ def analyze_command(
     leaf: LeafOption = None,
     model_input: InputOption = None,
     output_name: OutputNameOption = None,
+    submodule: SubmoduleOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
     quiet: QuietOption = False,
@@ -142,6 +144,7 @@ def analyze_command(
             data=data,
             choice=Recipe.checked({"data": {k: v for k, v in choice.items() if v is not None}}, "options").data,
             head=parse.head(head),
+            submodule=submodule,
             plots=plots,
             precision=parse.precision_named(precision or "fp32"),
             observe=observe,

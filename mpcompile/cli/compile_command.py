@@ -1,7 +1,7 @@
 """`mpcompile compile`: builds a recipe from the options, writes the output folder and prints its summary."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,7 @@ from mpcompile.cli.model_options import (
     PretrainedOption,
     ResizeOption,
     StdOption,
+    SubmoduleOption,
     WeightsKeyOption,
 )
 from mpcompile.cli.options import (
@@ -154,6 +155,7 @@ def compile_command(
     leaf: LeafOption = None,
     model_input: InputOption = None,
     output_name: OutputNameOption = None,
+    submodule: SubmoduleOption = None,
     config: Annotated[Path | None, typer.Option(help="Recipe file (YAML). Options override it.")] = None,
     start: Annotated[
         str | None,
@@ -187,6 +189,9 @@ def compile_command(
     given = read_recipe(config) if config else Recipe()
     file_batch, batches = parse.batch(batch)
     budget_macs, tome_macs = parse.macs_by_pass(macs, tome, pattern)
+    evidence: dict[str, dict[str, Any]] = {"batch-norm": {}}
+    if not (submodule or given.submodule):
+        evidence["certify"] = {}  # the outputs of a part are no answers
     recipe = overridden(
         given,
         budget={
@@ -205,8 +210,15 @@ def compile_command(
         distill={"epochs": distill} if distill is not None else {},
         quantize={"include": include, "exclude": exclude},
         exact={"drop-unread-tokens": {}},
-        evidence={"batch-norm": {}, "certify": {}} if data else {},
-        top={"target": target, "precision": precision, "batch": file_batch, "opset": opset, "head": head},
+        evidence=evidence if data else {},
+        top={
+            "target": target,
+            "precision": precision,
+            "batch": file_batch,
+            "opset": opset,
+            "head": head,
+            "submodule": submodule,
+        },
         nested={
             "data": {
                 "calibration": calibration,

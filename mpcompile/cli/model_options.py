@@ -140,3 +140,14 @@ OutputNameOption = Annotated[
         help="Output that accuracy, agreement and certificates compare, if the model has several, such as logits.",
     ),
 ]
+
+
+SubmoduleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--submodule",
+        metavar="PATTERN",
+        help="Compress only this part of the model, such as backbone (a shell pattern over module names). The weights "
+        "of the whole model are written.",
+    ),
+]

@@ -14,7 +14,8 @@ from mpcompile.analysis.macs import Cost, cost
 from mpcompile.analysis.spectrum import Fit, SpectrumFit
 from mpcompile.data.images import Data
 from mpcompile.driver.forecast import Forecast, forecast
-from mpcompile.driver.inputs import captured, data_for, headed, loaded_from
+from mpcompile.driver.inputs import headed, loaded_from
+from mpcompile.driver.part import PART_HEAD, captured_run
 from mpcompile.driver.run_plan import build_pass
 from mpcompile.errors import UsageError
 from mpcompile.frontend.load_model import Request
@@ -79,6 +80,7 @@ def analyze(
     data: str | Path | Data | None = None,
     choice: DataChoice | None = None,
     head: str = "auto",
+    submodule: str | None = None,
     plots: str | Path | None = None,
     precision: Precision = "fp32",
     observe: Callable[[Progress], None] | None = None,
@@ -91,6 +93,7 @@ def analyze(
         data: images; needed for budget signals that use activations.
         choice: how `data` is divided into splits.
         head: how outputs become a decision (`HeadChoice.parse`); it says which labels the images have.
+        submodule: a shell pattern over names of modules; the part that it names is analysed alone.
         plots: a folder, where one SVG per layer and an overview are written.
         precision: of the compiled file that is forecast, fp32 or int8.
         observe: called as each stage and each step of a stage begins.
@@ -100,7 +103,9 @@ def analyze(
     if plots is not None:
         make_folder(Path(plots))  # before the work, not after it
     with stage_progress(observe, STAGES) as begin_stage:
-        return _analysis(model, budget or MPBudget(), data, choice or DataChoice(), head, plots, precision, begin_stage)
+        return _analysis(
+            model, budget or MPBudget(), data, choice or DataChoice(), head, submodule, plots, precision, begin_stage
+        )
 
 
 def _analysis(
@@ -109,6 +114,7 @@ def _analysis(
     data: str | Path | Data | None,
     choice: DataChoice,
     head: str,
+    submodule: str | None,
     plots: str | Path | None,
     precision: Precision,
     observe: Observer,
@@ -117,8 +123,8 @@ def _analysis(
     observe("load")
     loaded, request = loaded_from(model)
     observe("capture")
-    dense = captured(loaded, request)
-    dense, images = headed(dense, data_for(data, dense, choice, head), head)
+    dense, images, part = captured_run(loaded, request, data, choice, head, submodule)
+    dense, images = headed(dense, images, PART_HEAD if part else head)
     counted = cost(dense)
     observe("spectra")
     fits = fit_spectra(dense, null=budget.null, level=budget.level, seed=budget.seed)

@@ -27,14 +27,21 @@ from pydantic import ValidationError
 from torch import nn
 
 from mpcompile.data.transform import Transform, evaluation_transform
-from mpcompile.driver.load_artifact import Engine, OrtEngine, Runtime, module_of, onnx_engine, target_engine
+from mpcompile.driver.load_artifact import (
+    Engine,
+    OrtEngine,
+    Runtime,
+    captured_again,
+    module_of,
+    onnx_engine,
+    target_engine,
+)
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.driver.weight_files import MASKS, WEIGHTS, as_in_graph, read_masks
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
 from mpcompile.export.mask_check import ProvenMask, verify_masks
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.call_inputs import InputSpec
-from mpcompile.frontend.capture import capture
 from mpcompile.frontend.stored_weights import layer_weight
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.ir.weight_groups import pattern_violation
@@ -119,7 +126,7 @@ class Artifact:
         return Exported(
             onnx=file,
             arch=source.arch,
-            image_shape=source.size,
+            image_shape=self.report.image_shape,
             precision="fp32" if in_float else recipe.precision,
             batch=recipe.batch,
             masks=masks,
@@ -187,7 +194,8 @@ class Artifact:
         inputs = () if self.report.captured is None else self.report.captured.inputs[1:]
         others = {row.name: InputSpec(row.shape, row.dtype) for row in inputs}
         if form == "torch":
-            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, others)
+            part = self.report.part
+            return module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, others, part)
         if form == "onnx":
             return onnx_engine(exported, threads)
         if runtime is None:
@@ -196,9 +204,9 @@ class Artifact:
                 return runtime.load_file(exported, threads)
         captured = None
         if isinstance(runtime, RunsGraph):
-            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, others)
-            further = {name: spec.example(2) for name, spec in others.items()}
-            captured = capture(module, self.report.model, inputs=further, primary=exported.output_names[0])
+            part = self.report.part
+            module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory, others, part)
+            captured = captured_again(module, self.report.model, exported.output_names[0], others, part)
         else:
             exported = self.exported(self.onnx, self.verify())
         return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)
@@ -241,8 +249,8 @@ class Artifact:
             raise
         except Exception as error:  # a graph that no exporter writes: missing inputs, cycles, missing axes …
             raise LoadError(f"{self.onnx} is damaged, so its masks cannot be checked: {cause_of(error)}") from error
-        if size != self.report.model.size:
-            raise LoadError(f"{self.onnx} takes images of {size}, but its report says {self.report.model.size}")
+        if size != self.report.image_shape:
+            raise LoadError(f"{self.onnx} takes images of {size}, but its report says {self.report.image_shape}")
         unlisted = {RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE} - {row.name for row in self.report.files}
         if unlisted:
             raise LoadError(

@@ -16,6 +16,7 @@ from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
 from mpcompile.driver.compare_engines import Arrays, arrays, parity_of
+from mpcompile.driver.part import OpenPart
 from mpcompile.driver.quantized_baselines import (
     dense_baselines,
     lower_dense,
@@ -74,6 +75,7 @@ def build_artifact(
     tuning: Tuning | None,
     checkpoints: Checkpoints,
     keep_passes: bool,
+    part: OpenPart | None = None,
 ) -> Report:
     """Runs the passes of a plan, writes all files of the output into `folder`, and returns the report.
 
@@ -87,6 +89,7 @@ def build_artifact(
         tuning: the record of the search that chose the recipe, for the report.
         checkpoints: results of earlier passes, to read and to write.
         keep_passes: whether the checkpoints are copied into the folder.
+        part: the part of the model that `dense` is; None for the whole model.
 
     Raises a MpcompileError.
     """
@@ -132,6 +135,7 @@ def build_artifact(
     if recipe.precision in QUANTIZED:
         rows = tuple(baseline.row for baseline in baselines)
         in_8_bits = Quantized(recipe.precision, masked, rows, over, quantized_kernels(plan, built, data, dense))
+    in_whole = part.compared(model) if part else None
     verdicts = built.verdicts if plan.idle else kernel_verdicts(built, after, data, dense, recipe)
     observe("write")
     write_weights(folder, loaded.module, model)
@@ -161,6 +165,7 @@ def build_artifact(
         quantized=in_8_bits,
         comparison=comparison,
         tuning=tuning,
+        part=in_whole,
         latency=latency,
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
@@ -180,6 +185,7 @@ def build_artifact(
             model.certificate,
             tuple(note for record in records for note in record.notes if note.startswith(ATTRIBUTION)),
             in_8_bits,
+            in_whole,
         ),
     )
     write_report(report, folder)

@@ -13,7 +13,8 @@ from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import QUANTIZE_DENSE, build_artifact
-from mpcompile.driver.inputs import captured, data_for, decoded_for, headed, loaded_from, path_of
+from mpcompile.driver.inputs import decoded_for, headed, loaded_from, path_of
+from mpcompile.driver.part import PART_HEAD, captured_run
 from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
 from mpcompile.driver.quantized_baselines import writes_dense
 from mpcompile.driver.run_plan import RunPlan, plan_of
@@ -113,10 +114,9 @@ def _compiled(
         needed_bytes = output_bytes(loaded.module)
         require_space(output, least_output_bytes(loaded.module))
         began("capture")
-        dense = captured(loaded, request)
-        images = data_for(data, dense, recipe.data, recipe.head)
+        dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
         require_inputs(plan, dense, images)
-        dense, images = headed(dense, decoded_for(images, dense, needed_bytes), recipe.head)
+        dense, images = headed(dense, decoded_for(images, dense, needed_bytes), PART_HEAD if part else recipe.head)
         tuning = None
         if recipe.tune is not None:
             began("tune")
@@ -138,7 +138,9 @@ def _compiled(
                 explain_shortage(),  # also inside, where the partial output that fills the disk can still be measured
                 keeping(work, needed_bytes),
             ):
-                report = build_artifact(loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes)
+                report = build_artifact(
+                    loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes, part
+                )
                 note_written(work, folder, whole)
             artifact = Artifact(output, report)
     failed = [gate for gate in artifact.report.gates if not gate.holds]
@@ -175,9 +177,8 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
     """
     plan = plan_of(recipe)
     loaded, request = loaded_from(model)
-    dense = captured(loaded, request)
-    images = data_for(data, dense, recipe.data, recipe.head)
-    dense, images = headed(dense, images, recipe.head)
+    dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
+    dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
     for step in plan.passes:
         if isinstance(step, Distributed):
             step.follow(images, dense.source)
@@ -228,8 +229,8 @@ def preview(
     loaded, request = loaded_from(model)
     if output is not None:
         require_space(Path(output), least_output_bytes(loaded.module))
-    dense = captured(loaded, request)
-    dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
+    dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
+    dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
     require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())

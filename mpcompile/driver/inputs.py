@@ -15,7 +15,7 @@ from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
 from mpcompile.ir.head import Head, head_for
-from mpcompile.ir.model import Model
+from mpcompile.ir.model import Model, Source
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice
 from mpcompile.system.hashing import state_sha256
@@ -66,10 +66,14 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
     # Outputs with more axes have no classes.
     decides = head_for(dense.head, logits)
     classes = decides.classes(logits.shape[1]) if logits.ndim == 2 else 0
-    path = Path(data)
+    return read_images(Path(data), dense.source, classes, choice, decides.kind == "multilabel")
+
+
+def read_images(path: Path, source: Source, classes: int, choice: DataChoice, multilabel: bool) -> Data:
+    """The images at a path, preprocessed as `source` says. `classes` is 0 if the outputs are none. Raises LoadError."""
     images = load_data(
         path,
-        dense.source,
+        source,
         classes,
         choice.calibration,
         choice.held_out,
@@ -79,9 +83,9 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
         exif=choice.exif,
         alpha=choice.alpha,
         skip_broken=choice.skip_broken,
-        multilabel=decides.kind == "multilabel",
+        multilabel=multilabel,
     )
-    assumed = assumption(dense.source, pixels_only=path.is_file())
+    assumed = assumption(source, pixels_only=path.is_file())
     return replace(images, notes=(*images.notes, assumed)) if assumed else images
 
 

@@ -10,20 +10,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mpcompile.driver.part import captured_part
 from mpcompile.errors import LoadError, ParityError, RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
 from mpcompile.frontend.call_inputs import InputSpec, call_inputs
-from mpcompile.frontend.capture import noise
+from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.named_architecture import NAMING_FILES
 from mpcompile.frontend.plain_copy import copied, plain_copy
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
+from mpcompile.frontend.whole_model import open_whole
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.parity import TOLERANCE, relative_difference
 from mpcompile.ir.precision import QUANTIZED
+from mpcompile.report.part_schema import Part
 from mpcompile.runtimes import Build, Engine, OnnxRuntime, RunsGraph, Runtime
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine
 
@@ -39,6 +42,7 @@ def module_of(
     given: nn.Module | None,
     allow_factory: bool,
     others: Mapping[str, InputSpec],
+    part: Part | None = None,
 ) -> nn.Module:
     """A module of the original class with the compressed weights, in evaluation mode.
 
@@ -49,6 +53,7 @@ def module_of(
         given: an instance of the original class, which is copied; None builds one anew.
         others: the inputs beside the images.
         allow_factory: whether a factory function that the report names may be called to build it.
+        part: the part of the module that the file computes; None if it computes the whole module.
 
     Raises UsageError if the class cannot be built or does not compute what the file computes, LoadError if the weights
     do not fit it, and ParityError if its outputs differ.
@@ -76,7 +81,7 @@ def module_of(
                 "the same arguments as the compiled one"
             )
         module.load_state_dict(state)
-    _require_parity(module, source, exported, others)
+    _require_parity(module, source, exported, others, part)
     return module
 
 
@@ -131,16 +136,38 @@ def _rebuild_request(weights: Path, source: Source, allow_factory: bool) -> Requ
     return Request(str(weights), arch=source.arch, arch_args=source.arch_args)
 
 
-def _require_parity(module: nn.Module, source: Source, exported: Exported, others: Mapping[str, InputSpec]) -> None:
+def captured_again(
+    module: nn.Module, source: Source, primary: str, others: Mapping[str, InputSpec], part: Part | None
+) -> Model:
+    """The module, or the part of it that was compressed, captured as when it was compiled. Raises CaptureError.
+
+    `primary` is the path of the primary output; `others` are the inputs beside the images.
+    """
+    images = noise(source.size)
+    if part is None:
+        further = {name: spec.example(len(images)) for name, spec in others.items()}
+        return capture(module, source, images, inputs=further, primary=primary)
+    whole = open_whole(module, part.name, images, noise(source.size, len(images) + 1, seed=1))
+    return captured_part(whole, source, images, primary=primary)
+
+
+def _require_parity(
+    module: nn.Module, source: Source, exported: Exported, others: Mapping[str, InputSpec], part: Part | None
+) -> None:
     """Raises ParityError if a module and the ONNX file differ by more than the tolerance of the coarser data type."""
     own = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
     tolerance = max(TOLERANCE[exported.precision], TOLERANCE[PRECISION.get(own, "fp32")])
     images = noise(source.size)
-    with torch.no_grad():
+    if part is None:
         called = call_inputs(module, images, {name: spec.example(len(images)) for name, spec in others.items()})
-        result = called.run(copied(module).cpu().float())
-    outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
-    expected = cpu_engine(exported)(*(one.numpy() for one in called.tensors.values()))
+        with torch.no_grad():
+            result = called.run(copied(module).cpu().float())
+        outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
+        inputs = tuple(called.tensors.values())
+    else:
+        model = captured_again(copied(module).cpu().float(), source, exported.output_names[0], others, part)
+        inputs, outputs = model.example_inputs, model(model.example_inputs).numpy()
+    expected = cpu_engine(exported)(*(one.numpy() for one in inputs))
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")
     if difference > tolerance:
         raise ParityError(

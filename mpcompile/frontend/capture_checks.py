@@ -11,6 +11,7 @@ from mpcompile.errors import CaptureError
 from mpcompile.frontend.call_inputs import CallInputs
 from mpcompile.frontend.recorder import SOURCE_LINE
 from mpcompile.frontend.source_lines import with_code
+from mpcompile.frontend.submodule import suggestion
 from mpcompile.ir.batch import all_outputs
 from mpcompile.ir.model import Model
 from mpcompile.ir.output_tree import flattened, other_values
@@ -34,8 +35,7 @@ def checked_outputs(module: nn.Module, inputs: CallInputs) -> tuple[Tensor, ...]
             outputs = inputs.run(module)
     except Exception as error:
         raise CaptureError(
-            f"{kind} does not run on a batch of shape {shapes} alone: {error}. "
-            "If it was trained on another shape, give that with --input-size"
+            f"{kind} does not run on a batch of shape {shapes} alone: {error}. {_remedy(module, inputs)}"
         ) from error
     tree, tensors = flattened(outputs)
     strange = [value for value in other_values(tree) if not isinstance(value, bool | int | float | str)]
@@ -93,11 +93,27 @@ def require_same(model: Model, reference: nn.Module, inputs: CallInputs, order: 
     if len(wanted) != len(order):
         raise CaptureError(
             f"{type(reference).__name__} returns {len(order)} tensors for {len(model.example)} images and "
-            f"{len(wanted)} for {OTHER_BATCH}; a graph has one number of outputs. Compress the part of it that has "
-            "one, such as its backbone: --submodule backbone"
+            f"{len(wanted)} for {OTHER_BATCH}; a graph has one number of outputs{_part_instead(reference)}"
         )
     found = tuple(other.tensors.values())
     _compare([wanted[index] for index in order], lambda: model.outputs(found), OTHER_BATCH, model.graph, found)
+
+
+def _remedy(module: nn.Module, inputs: CallInputs) -> str:
+    """What to do with a module that does not run on a batch."""
+    images = next(iter(inputs.tensors.values()))
+    try:
+        with torch.no_grad():
+            module(list(images))
+    except Exception:
+        return "If it was trained on another shape, give that with --input-size"
+    return f"It takes a list of images, and a graph takes a batch{_part_instead(module)}"
+
+
+def _part_instead(module: nn.Module) -> str:
+    """The end of an error about a module whose large part could be compressed; empty if it has none."""
+    part = suggestion(module)
+    return f". {part[0].upper()}{part[1:]}" if part else ""
 
 
 def other_inputs(inputs: CallInputs) -> CallInputs:

@@ -46,6 +46,7 @@ from mpcompile.frontend.recorded_calls import (
 from mpcompile.frontend.recorded_int import RecordedInt, plain
 from mpcompile.frontend.recorded_tensors import RecordedTensors
 from mpcompile.frontend.source_lines import source_line, with_code
+from mpcompile.frontend.submodule import suggestion
 
 SOURCE_LINE = "source_line"  # key of a node's meta: the line of model code that made the call
 
@@ -226,9 +227,10 @@ class Recorder(TorchFunctionMode):
     def _refused(self, what: str, remedy: str) -> CaptureError:
         """The error for a call that cannot be recorded."""
         owner = self._stack[-1] if self._stack else ""
+        part = suggestion(self._root, self._stack)
         return CaptureError(
             f"{type(self._root).__name__} cannot be captured: {what}. At {with_code(source_line())}. {remedy}, or "
-            f"{keep_whole(owner)}"
+            f"{keep_whole(owner)}{f', or {part}' if part else ''}"
         )
 
     def _prepare_write(self, tensor: Tensor, value: object) -> None:

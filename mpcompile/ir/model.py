@@ -90,6 +90,7 @@ class Model:
     input_names: tuple[str, ...] = ("images",)
     output_names: tuple[str, ...] = ("logits",)  # in the order of the graph, the primary output first
     captured_by: str = "recorder"  # or "export"
+    around: tuple[bool, bool] = (False, False)  # whether a larger model has layers before and after this part of it
     output_tree: Any = ONE  # what the module returns, with a Slot in place of each tensor
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -43,7 +43,7 @@ def structure_of(model: Model) -> str:
     """The hash of a model without its values: nodes, modules, tied weights, dtypes, shapes, source, example, head."""
     # Without the names of files, which have several paths: weights are hashed elsewhere, preprocessing by its values.
     examples = " ".join(map(sha256_of, model.example_inputs))
-    lines = [f"{examples} {replace(model.source, name='', preprocessing='')!r} {model.head!r}"]
+    lines = [f"{examples} {replace(model.source, name='', preprocessing='')!r} {model.head!r} {model.around!r}"]
     for node in model.graph.graph.nodes:
         target = node.target
         if callable(target):

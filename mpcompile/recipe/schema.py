@@ -134,6 +134,7 @@ class Recipe(Strict):
     batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None  # None: dynamic
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
     head: Annotated[str, AfterValidator(_head)] = "auto"  # how outputs become decisions (mpcompile/ir/head.py)
+    submodule: Annotated[str, Field(min_length=1)] | None = None  # shell pattern: compress this part of the model
     data: DataChoice = DataChoice()
     bench: BenchOptions = BenchOptions()
     gates: Gates = Gates()

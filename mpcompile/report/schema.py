@@ -14,6 +14,7 @@ from mpcompile.measure.timing import Speedup, Timing
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.layer_counts import LayerCounts, count_layers
+from mpcompile.report.part_schema import Part
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.search_schema import Tuning
 
@@ -154,6 +155,7 @@ class Report(Value):
     verdicts: tuple[LayerVerdict, ...]  # kernel choice for each masked layer, if the target reports it
     comparison: Comparison | None
     quantized: Quantized | None = None  # dense models in 8 bits beside this one, if it is in 8 bits
+    part: Part | None = None  # the part that was compressed (--submodule); None for the whole model
     tuning: Tuning | None = None  # the search that found the recipe, if there was one
     certificate: Certificate | None
     cost: Charged
@@ -167,6 +169,11 @@ class Report(Value):
     def read(cls, folder: Path) -> "Report":
         """The report of an output folder."""
         return cls.model_validate_json((folder / "report.json").read_text(encoding="utf-8"))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of the first input of the ONNX files, without the batch: (channels, height, width) of an image."""
+        return self.part.inputs[0].shape if self.part else self.model.size
 
     def merges_tokens(self) -> bool:
         """Whether any tokens are merged."""

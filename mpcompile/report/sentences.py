@@ -8,6 +8,7 @@ from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
 from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import count_layers
+from mpcompile.report.part_schema import Part
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.quantized_sentences import beside_dense, loss_split, on_8_bit_kernels, without_kernel
 from mpcompile.report.schema import Latency, LayerRow, Report
@@ -26,6 +27,7 @@ def verdict_on(
     certificate: Certificate | None = None,
     notes: tuple[str, ...] = (),
     quantized: Quantized | None = None,
+    part: Part | None = None,
 ) -> tuple[str, ...]:
     """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
 
@@ -43,10 +45,12 @@ def verdict_on(
         certificate: what is proven on held-out images; None if there is no certificate.
         notes: what passes report on token merging, such as why fewer tokens are merged than asked for.
         quantized: the dense models in 8 bits, if the compressed model is in 8 bits.
+        part: the part of the model that was compressed; None for the whole model.
     """
     counts = count_layers(layers)
     check = comparison.dense_check if comparison else None
     sentences = [f"Warning: {reason}." for reason in (*check.reasons, *check.remarks)] if check else []
+    sentences += part.sentences() if part else ()
     same = "in fp32" if quantized else "in the same precision"
     sentences += [_speed(pair, same if pair is latency[0] else None) for pair in latency]
     if quantized:
