@@ -122,7 +122,7 @@ class Restore:
                 break
             worst = max(masked, key=lambda name: shares.get(name, 0.0))
             share = shares.get(worst, 0.0)
-            reason = f"restored: masked, its share of the logits' shift was {share:.0%}, past the limit"
+            reason = f"restored: masked, its share of the outputs' shift was {share:.0%}, past the limit"
             restored.add(worst)
             with on_layer(worst):
                 model = self._restored(model, data, worst, reason)
@@ -189,7 +189,7 @@ class Restore:
         if self.max_shift is not None:
             one, other = (shift for _, shift in losses)
             texts.append(
-                f"{ATTRIBUTION} shifts the logits by {one:.3g} of their range {where}, and the masks "
+                f"{ATTRIBUTION} shifts the outputs by {one:.3g} of their range {where}, and the masks "
                 f"without token merging by {other:.3g}; the limit is {self.max_shift:g}"
             )
         return "; ".join(texts)

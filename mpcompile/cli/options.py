@@ -278,7 +278,8 @@ HeadOption = Annotated[
     typer.Option(
         "--head",
         help=f"How outputs become a decision: {listed(HEADS)}. auto takes sigmoid for one output and softmax for "
-        "several. sigmoid:0.3 sets the threshold as a probability. [default: auto, threshold 0.5]",
+        "several. It takes values for an output with more axes or the name of an embedding. sigmoid:0.3 sets the "
+        "threshold as a probability. [default: auto, threshold 0.5]",
         autocompletion=completion(HEADS),
     ),
 ]

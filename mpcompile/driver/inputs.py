@@ -5,14 +5,14 @@ from pathlib import Path
 
 from torch import nn
 
-from mpcompile.analysis.output_head import with_head
+from mpcompile.analysis.output_head import named_output, with_head
 from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
-from mpcompile.ir.head import Head, head_for
+from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice
@@ -40,16 +40,16 @@ def path_of(given: object) -> Path | None:
 def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, head: str = "auto") -> Data:
     """The images of a run, divided into splits. Raises LoadError.
 
-    `data` is returned if it is a `Data`. A path is read as a folder or an .npz file, with the preprocessing of `dense`
-    and the numbers of images in `choice`. None gives empty splits.
+    A `Data` is returned, without labels if they do not fit the outputs. A path is read as a folder or an .npz file,
+    with the preprocessing of `dense` and the numbers of images in `choice`. None gives empty splits.
     `head` is the one that the recipe asks for; it says how many labels there are. Raises UsageError if it does not
     fit the outputs.
     """
     if data is None:
         return Data()
-    if isinstance(data, Data):
-        return data
     dense, _ = with_head(dense, head, None)
+    if isinstance(data, Data):
+        return with_fitting_labels(data, dense)
     logits = dense(dense.example)
     # Outputs with more axes have no classes.
     decides = head_for(dense.head, logits)
@@ -78,12 +78,25 @@ def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
     images = data.calibration.first(min(EXAMINED_IMAGES, len(data.calibration))) if len(data.calibration) else None
     dense, notes = with_head(dense, head, images)
     data = replace(data, notes=(*data.notes, *notes))
-    return dense, with_fitting_labels(data, dense.head)
+    return dense, with_fitting_labels(data, dense)
 
 
-def with_fitting_labels(data: Data, head: Head | None) -> Data:
-    """The data, without labels and with a note if the head needs several labels per image and there is one class."""
-    if head is None or head.kind != "multilabel" or not data.held_out.labelled:
+def with_fitting_labels(data: Data, dense: Model) -> Data:
+    """The data, without labels and with a note if the outputs have no decision that one label for each image fits.
+
+    The model has its head.
+    """
+    head, splits = dense.head, (data.calibration, data.held_out, data.validation, data.training)
+    if head is None or not any(split.labelled for split in splits):
+        return data
+    name = named_output(dense)
+    if not head.decides:
+        note = f"the labels of the images are not used, as {name} has no decision"
+        return _without_labels(replace(data, notes=(*data.notes, note)))
+    if dense(dense.example).ndim > 2:
+        note = f"the labels of the images are not used, as {name} has a decision at each position"
+        return _without_labels(replace(data, notes=(*data.notes, note)))
+    if head.kind != "multilabel" or not data.held_out.labelled:
         return data
     _, labels = next(data.held_out.batches(1))
     if labels.ndim > 1:

@@ -6,6 +6,7 @@
 import shutil
 from pathlib import Path
 
+from mpcompile.analysis.output_head import named_output, with_head
 from mpcompile.data.images import Data
 from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.quantization import require_consistent_precision
@@ -38,11 +39,25 @@ def require_consistent(plan: RunPlan, with_images: bool) -> None:
 
 def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     """Raises a MpcompileError if the gate or a pass cannot work with this model and these images."""
+    _require_accuracy(plan, dense)
     if plan.recipe.gates.max_drop is not None and not images.held_out.labelled:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
     PassManager(plan.passes).require_inputs(dense, images)
     if plan.passes and isinstance(plan.passes[0], MPBudget):  # passes before it could change what it can reach
         plan.passes[0].require_reachable(dense, images)
+
+
+def _require_accuracy(plan: RunPlan, dense: Model) -> None:
+    """Raises UsageError if the drop of accuracy is limited and the outputs have no decision that could be right."""
+    limited = [step.name for step in plan.passes if getattr(step, "max_drop", None) is not None]
+    if plan.recipe.gates.max_drop is None and not limited:
+        return
+    headed, _ = with_head(dense, plan.recipe.head, None)
+    if headed.head is None or not headed.head.decides:
+        raise UsageError(
+            f"--max-drop (max_drop) limits the loss of accuracy, and {named_output(dense)} is taken as "
+            "values, which have none; leave it out, limit max_shift of restore, or give --head softmax for classes"
+        )
 
 
 def require_space(output: Path, least_bytes: int) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from mpcompile.report.head_words import accuracy_name
+from mpcompile.measure.value_errors import ValueErrors
+from mpcompile.report.head_words import accuracy_name, same_answer_name, shift_name
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
 from mpcompile.report.table import Cell, Column, Table, columns, number
@@ -20,12 +21,15 @@ def summary(report: Report) -> Table:
         gained = "100 * (.comparison.compressed.top1 - .comparison.dense.top1)"
         drop = number(100 * (c.compressed.top1 - c.dense.top1), "{:+.2f} points", gained)
         rows.append((Cell(f"{accuracy_name(c.head)}, {c.count:,} held-out images"), *sides, drop))
-    if c:
+    if c and c.values:
+        rows += _of_values(c.values, c.count)
+    elif c:
         same = number(c.agreement, "{:.2%}", ".comparison.agreement")
-        rows.append((Cell(f"same answer as dense, {c.count:,} images"), Cell(), same, Cell()))
+        rows.append((Cell(f"{same_answer_name(c)}, {c.count:,} images"), Cell(), same, Cell()))
+    if c:
         rows.append(
             (
-                Cell("logit shift, mean (largest)"),
+                Cell(f"{shift_name(c.head)}, mean (largest)"),
                 number(c.logit_range, "range {:.2f}", ".comparison.logit_range"),
                 number(c.logit_shift_mean, "{:.3f}", ".comparison.logit_shift_mean"),
                 number(c.logit_shift_max, "({:.3f})", ".comparison.logit_shift_max"),
@@ -60,6 +64,25 @@ def summary(report: Report) -> Table:
     rows += beside_dense_8_bits(report)
     names = ("", "dense, fp32" if report.quantized else "dense", "compressed", "difference")
     return Table(columns(*names, numbers=names[1:]), tuple(rows), ".")
+
+
+def _of_values(values: ValueErrors, count: int) -> list[tuple[Cell, ...]]:
+    """The rows of outputs that are values."""
+    key, images = ".comparison.values", f"{count:,} held-out images"
+    return [
+        (
+            Cell(f"relative error, mean (largest), {images}"),
+            Cell(),
+            number(values.relative_error_mean, "{:.2%}", f"{key}.relative_error_mean"),
+            number(values.relative_error_max, "({:.2%})", f"{key}.relative_error_max"),
+        ),
+        (
+            Cell(f"cosine similarity, mean (smallest), {images}"),
+            Cell(),
+            number(values.cosine_mean, "{:.4f}", f"{key}.cosine_mean"),
+            number(values.cosine_min, "({:.4f})", f"{key}.cosine_min"),
+        ),
+    ]
 
 
 def beside_dense_8_bits(report: Report) -> list[tuple[Cell, ...]]:

@@ -6,7 +6,7 @@ from mpcompile.analysis.block_macs import Charged
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
-from mpcompile.report.head_words import accuracy_name
+from mpcompile.report.head_words import accuracy_name, agreement_sentence
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.quantized_sentences import beside_dense, loss_split, on_8_bit_kernels, without_kernel
@@ -94,15 +94,14 @@ def verdict_on(
             "last digits of the accuracy."
         )
     elif comparison:
-        sentences.append(
-            f"On {comparison.count:,} images, {comparison.agreement:.2%} of the predictions are the dense model's."
-        )
+        sentences.append(agreement_sentence(comparison))
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
     if quantized:
         sentences += loss_split(quantized, comparison)
     if idle and comparison:
-        sentences.append("Accuracy was measured with ONNX Runtime on the CPU, on the same weights.")
+        what = "Accuracy was" if comparison.values is None else "These errors were"
+        sentences.append(f"{what} measured with ONNX Runtime on the CPU, on the same weights.")
     if certificate:
         sentences.append(
             f"{certificate.proven:,} of {certificate.images:,} held-out predictions are proven unchanged. On unseen "

@@ -87,7 +87,7 @@ def within_limit(
 
 def _reason(cost: float) -> str:
     """Why a layer of this cost was given back."""
-    cause = f"its 8 bits moved the logits by {cost:.3g}" if cost > 0 else "layers that cost more did not suffice"
+    cause = f"its 8 bits moved the outputs by {cost:.3g}" if cost > 0 else "layers that cost more did not suffice"
     return f"given back to floating point: {cause}"
 
 
