@@ -229,7 +229,12 @@ TargetOption = Annotated[
 ]
 
 
-DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of images, or an .npz file.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Folder of images, an .npz file, or PKG.MOD:FN, a function that returns (inputs, target) pairs."
+    ),
+]
 
 
 ClassesOption = Annotated[

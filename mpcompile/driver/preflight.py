@@ -33,30 +33,32 @@ def require_consistent(plan: RunPlan, with_images: bool) -> None:
         if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
             raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
     require_consistent_precision(recipe, plan.passes, plan.runtime, with_images)
+    if recipe.metric is not None and not with_images:
+        raise UsageError("--metric is measured on images; give --data PKG.MOD:FN, which returns (inputs, target) pairs")
     if recipe.gates.max_drop is not None and not with_images:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
 
 
 def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     """Raises a MpcompileError if the gate or a pass cannot work with this model and these images."""
-    _require_accuracy(plan, dense)
-    if plan.recipe.gates.max_drop is not None and not images.held_out.labelled:
+    _require_accuracy(plan, dense, images)
+    if plan.recipe.gates.max_drop is not None and not images.held_out.judged:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
     PassManager(plan.passes).require_inputs(dense, images)
     if plan.passes and isinstance(plan.passes[0], MPBudget):  # passes before it could change what it can reach
         plan.passes[0].require_reachable(dense, images)
 
 
-def _require_accuracy(plan: RunPlan, dense: Model) -> None:
+def _require_accuracy(plan: RunPlan, dense: Model, images: Data) -> None:
     """Raises UsageError if the drop of accuracy is limited and the outputs have no decision that could be right."""
     limited = [step.name for step in plan.passes if getattr(step, "max_drop", None) is not None]
-    if plan.recipe.gates.max_drop is None and not limited:
+    if images.held_out.metric is not None or (plan.recipe.gates.max_drop is None and not limited):
         return
     headed, _ = with_head(dense, plan.recipe.head, None)
     if headed.head is None or not headed.head.decides:
         raise UsageError(
             f"--max-drop (max_drop) limits the loss of accuracy, and {named_output(dense)} is taken as "
-            "values, which have none; leave it out, limit max_shift of restore, or give --head softmax for classes"
+            "values, which have none; give --metric PKG.MOD:FN, limit max_shift of restore, or give --head softmax"
         )
 
 

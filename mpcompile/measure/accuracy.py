@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.data.images import Split
+from mpcompile.data.metric import MetricValues
 from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
 from mpcompile.measure.dense_check import DenseCheck, check_dense, constant_check
+from mpcompile.measure.metric_comparison import MetricComparison
 from mpcompile.measure.value_errors import ValueDifferences, ValueErrors, value_errors
 
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -59,6 +61,7 @@ class Comparison:
     head: Head | None = None  # how outputs become decisions
     dense_check: DenseCheck | None = None  # whether the dense model's accuracy can be right
     values: ValueErrors | None = None  # relative error and cosine similarity of outputs that are values
+    metric: MetricComparison | None = None  # the user's own, which then replaces accuracy in limits
     positions: int = 1  # decisions for each image: the positions of a map
 
 
@@ -89,7 +92,8 @@ def compare(
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []
     found = ValueDifferences()
-    done = 0
+    done, targets = 0, images.targets()
+    judged: tuple[list[MetricValues], list[MetricValues]] = ([], [])  # dense and compressed
     for pixels, classes in images.batches():
         batch = pixels.numpy()
         pair = dense(batch), compressed(batch)
@@ -103,9 +107,14 @@ def compare(
         else:
             found.add(*pair)
         done += len(batch)
+        if images.metric is not None:
+            goal = next(targets)
+            for values, outputs in zip(judged, pair, strict=True):
+                values.append(images.metric.of_batch(outputs, goal))
         observe(done)
+    metric = MetricComparison.between(images.metric.name, *judged) if images.metric is not None else None
     if head is not None and not head.decides:
-        return _of_values(found, head)
+        return _of_values(found, head, metric)
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     truth, labelled = np.concatenate(labels), images.labelled and before.ndim == 2  # a label is not for positions
     head = head_for(head, before)
@@ -122,11 +131,12 @@ def compare(
         turned=_changed(before, after, truth, head) if labelled else None,
         head=head,
         dense_check=check_dense(before, truth if labelled else None, head, claimed),
+        metric=metric,
         positions=math.prod(before.shape[2:]),
     )
 
 
-def _of_values(found: ValueDifferences, head: Head) -> Comparison:
+def _of_values(found: ValueDifferences, head: Head, metric: MetricComparison | None) -> Comparison:
     """The comparison of outputs that are values."""
     shift = np.concatenate(found.shifts)
     return Comparison(
@@ -141,6 +151,7 @@ def _of_values(found: ValueDifferences, head: Head) -> Comparison:
         head=head,
         dense_check=constant_check(len(shift)) if found.constant else None,
         values=value_errors(found.norms),
+        metric=metric,
     )
 
 

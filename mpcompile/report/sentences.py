@@ -79,6 +79,11 @@ def verdict_on(
             "which is less work on any target."
         )
     sentences += [f"{note[0].upper()}{note[1:]}." for note in notes]
+    if comparison and comparison.metric:
+        m = comparison.metric
+        sentences.append(
+            f"On {m.count:,} held-out images, {m.name} is {m.compressed:.4g} compressed and {m.dense:.4g} dense: {m}."
+        )
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
         test = f", {comparison.turned}" if comparison.turned else ""
@@ -156,7 +161,8 @@ def searched(tuning: Tuning) -> str:
     methods = [f"{point.name} has {point.method}" for point in tuning.references if point.method]
     return (
         f"{len(tuning.points)} of at most {tuning.allowed} recipes were tried on {tuning.images} validation images. A "
-        f"recipe holds if its drop in top-1 plus the standard error of the drop is at most {tuning.limit:g} points. "
+        f"recipe holds if its drop in {tuning.metric or 'top-1'} plus the standard error of the drop is at most "
+        f"{tuning.limit:g}{tuning.unit}. "
         f"Int8 is the dense model quantised by ONNX Runtime, for comparison{''.join(f'; {m}' for m in methods)}.{tied}"
     )
 

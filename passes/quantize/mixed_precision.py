@@ -75,8 +75,9 @@ def within_limit(
         else:
             fewest = count + 1
     returned = [name for weight in weights[:most] for name in weight.names]
+    lost = "points of accuracy" if limit.images.metric is None else f"of {limit.images.metric.name}"
     note = (
-        f"8 bits lost {found:.2f} points of accuracy, {limit.points:g} are allowed; {len(returned)} layers given back "
+        f"8 bits lost {found:.2f} {lost}, {limit.points:g} are allowed; {len(returned)} layers given back "
         f"to floating point, which leaves {after:.2f}"
     )
     if alone > limit.points:

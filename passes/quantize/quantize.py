@@ -103,7 +103,7 @@ class Quantize:
         """Raises PassError if there are no calibration images, or no labels for `max_drop`."""
         if not len(data.calibration):
             raise PassError("the ranges of activations are measured on calibration images; give --data")
-        if self.max_drop is not None and not measured_on(data).labelled:
+        if self.max_drop is not None and not measured_on(data).judged:
             raise PassError("max_drop needs labels, and the validation images have none; leave max_drop out")
 
     @torch.no_grad()
