@@ -8,6 +8,7 @@ margin Δ(s) is the dense model's largest logit minus its second largest. For de
   and none can have crossed the threshold (Berlyand et al., arXiv 2606.02608, margin corollary, with a measured shift in
   place of a bound). This is a theorem. On an image that both models have run on, a comparison of the predictions shows
   the same; the theorem adds how large the safety margin is.
+  Outputs without one decision for each image, such as embeddings and maps, have no certificate.
 - **Unseen images.** Suppose the n held-out images are drawn from the same distribution as future ones, and k
   predictions agree. Then with 95 % confidence the models agree on at least the Clopper–Pearson share: the p at which
   P(Binomial(n, p) ≥ k) = 5 %. This says nothing about images from other distributions.
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Data, Split
-from mpcompile.errors import PassError, UsageError
+from mpcompile.errors import UsageError
 from mpcompile.ir.batch import arguments
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
@@ -74,24 +75,27 @@ class Certify:
             raise UsageError(f"{negative[0]} is {getattr(self, negative[0])}; give a number of 0 or more")
 
     def __call__(self, model: Model, data: Data) -> Model:
-        """The same model with its certificate; without one if there are no held-out images or no earlier lossy pass.
+        """The same model with its certificate.
 
-        Raises PassError if the outputs are not one row for each image.
+        Without one if there are no held-out images or no earlier lossy pass; with a note instead if the outputs have no
+        decision, or one at each position.
         """
         if model.dense is None or not len(data.held_out):
             return model
         with torch.no_grad():
-            before, after = outputs_of(model.dense, data.held_out), outputs_of(model.graph, data.held_out)
-            if before.ndim != 2:
-                raise PassError(
-                    f"an output has shape {tuple(before.shape[1:])}; certify needs one row of logits for each image; "
-                    "leave it out"
+            example = model(model.example_inputs)
+            if not (head := head_for(model.head, example)).decides:
+                return replace(model, notes=("no certificate: the output has no decision that could be proven",))
+            if example.ndim != 2:
+                return replace(
+                    model, notes=("no certificate: it needs one decision for each image, not for positions",)
                 )
+            before, after = outputs_of(model.dense, data.held_out), outputs_of(model.graph, data.held_out)
             errors = output_errors(model, data.held_out)
         some = replace(data.held_out, order=data.held_out.order[: self.attribute])
         shares = attribution(model, some) if self.attribute else {}
         layers = tuple(self._layer(model, name, error, shares.get(name, 0.0)) for name, error in errors.items())
-        logits_only = certificate(before, after, self.confidence, head_for(model.head, before))
+        logits_only = certificate(before, after, self.confidence, head)
         return replace(model, certificate=replace(logits_only, explained=sum(shares.values(), 0.0), layers=layers))
 
     def _layer(self, model: Model, name: str, error: Tensor, share: float) -> LayerCertificate:

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data.images import Data, Split
+from mpcompile.data.metric import mean_of
 from mpcompile.errors import PassError
 from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.head import Head, head_for
@@ -61,7 +62,13 @@ def shift_and_spread(outputs: Tensor, dense: Tensor) -> tuple[float, float]:
 
 
 def accuracy_drop(outputs: Tensor, dense: Tensor, images: Split, head: Head | None) -> float:
-    """The drop of accuracy from the dense outputs, in percentage points."""
+    """The drop of accuracy from the dense outputs, in percentage points; of the images' metric, in its units."""
+    if images.metric is not None:
+        sides: list[float] = []
+        for rows in (dense, outputs):
+            targets, parts = images.targets(BATCH), rows.split(BATCH)
+            sides.append(mean_of([images.metric.of_batch(*pair) for pair in zip(parts, targets, strict=True)]))
+        return sides[0] - sides[1]
     labels = torch.cat([labels for _, labels in images.batches()])
     decides = head_for(head, dense)
     before, after = (decides.right(z, labels).double().mean() for z in (dense, outputs))

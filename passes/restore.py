@@ -61,7 +61,8 @@ class Restore:
 
     Args:
         max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Accuracy is
-            the share of right decisions (mpcompile/ir/head.py), such as top-1.
+            the share of right decisions (mpcompile/ir/head.py), such as top-1. With a metric of the user's own, the
+            drop is that of the metric, in its units.
         max_shift: limit on the mean over images of the largest change of a logit, as a share of the mean range of the
             dense logits of an image; for one output, of their range over the images.
         patterns: patterns to try for a layer before it becomes dense.
@@ -122,7 +123,7 @@ class Restore:
                 break
             worst = max(masked, key=lambda name: shares.get(name, 0.0))
             share = shares.get(worst, 0.0)
-            reason = f"restored: masked, its share of the logits' shift was {share:.0%}, past the limit"
+            reason = f"restored: masked, its share of the outputs' shift was {share:.0%}, past the limit"
             restored.add(worst)
             with on_layer(worst):
                 model = self._restored(model, data, worst, reason)
@@ -152,7 +153,7 @@ class Restore:
         images = measured_on(data)
         if not len(images):
             raise PassError("max_drop and max_shift are measured on validation images; give --data")
-        if self.max_drop is not None and not images.labelled:
+        if self.max_drop is not None and not images.judged:
             raise PassError("max_drop needs labels, and the validation images have none; give max_shift instead")
 
     def _filled(self, model: Model) -> Model:
@@ -179,17 +180,18 @@ class Restore:
             for graph in (merging.merging_alone(), merging.masks_alone())
         ]
         texts = []
+        lost = "points of accuracy" if images.metric is None else f"of {images.metric.name}"
         where = f"on {len(images):,} {'validation' if validating else 'calibration'} images"
         if self.max_drop is not None:
             one, other = (drop for drop, _ in losses)
             texts.append(
-                f"{ATTRIBUTION} loses {one:.2f} points of accuracy {where}, and the masks without token "
+                f"{ATTRIBUTION} loses {one:.2f} {lost} {where}, and the masks without token "
                 f"merging {other:.2f}; the limit is {self.max_drop:g}"
             )
         if self.max_shift is not None:
             one, other = (shift for _, shift in losses)
             texts.append(
-                f"{ATTRIBUTION} shifts the logits by {one:.3g} of their range {where}, and the masks "
+                f"{ATTRIBUTION} shifts the outputs by {one:.3g} of their range {where}, and the masks "
                 f"without token merging by {other:.3g}; the limit is {self.max_shift:g}"
             )
         return "; ".join(texts)

@@ -1,5 +1,6 @@
-"""Finds out what a model's outputs are, logits or probabilities, and which decision is made from them."""
+"""Finds out what a model's outputs are: logits, probabilities or values, and which decision is made from them."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from mpcompile.errors import UsageError
 from mpcompile.ir.batch import arguments
 from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model
+from mpcompile.ir.output_tree import ONE
 from mpcompile.ir.parity import is_constant
 
 CONVERSION_NAMES = frozenset(["float", "double", "to", "type", "contiguous", "clone", "detach", "dropout"])
@@ -25,6 +27,11 @@ PROBABILITY_NAMES = frozenset(["sigmoid", "sigmoid_", "hardsigmoid", "softmax"])
 PROBABILITY_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 UNBOUNDED = ADDITIONS | MATRIX_PRODUCTS | WEIGHT_FUNCTIONS
 UNBOUNDED_MODULES = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
+# Names of outputs that are no classes, whatever their shape: embeddings, features, maps and boxes.
+VALUE_NAMES = re.compile(
+    r"(^|\.)(pooler_output|last_hidden_state|hidden_states?|features?(_\w+)?|\w*embed(ding)?s?|predicted_depth"
+    r"|reconstruction|pred_boxes)(\.|$)"
+)
 SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1: float32 sums of 1,000 values differ by about 1e-5
 
 
@@ -39,6 +46,9 @@ def with_head(model: Model, choice: str, inputs: tuple[Tensor, ...] | None) -> t
     Raises UsageError if the head does not fit the outputs.
     """
     outputs = model(arguments(model.example_inputs if inputs is None else inputs, model.example.dtype)).double()
+    constant = _constant(outputs, "noise inputs" if inputs is None else "calibration images")
+    if (found := _as_values(model, outputs, choice)) is not None:
+        return replace(model, head=Head("values")), (found, *constant)
     last = gives_probabilities(model.graph)
     bounded = bool(((outputs >= 0) & (outputs <= 1)).all())
     probabilities = bounded if last is None else last
@@ -55,13 +65,53 @@ def with_head(model: Model, choice: str, inputs: tuple[Tensor, ...] | None) -> t
         notes.append(_rule(head, probabilities, last is None))
     if bounded and head.kind == "softmax" and outputs.ndim == 2:
         notes += _bounded(outputs, last)
-    if is_constant(outputs.numpy(force=True)):
-        notes.append(
-            f"this model returns the same outputs for each of {len(outputs)} "
-            f"{'noise inputs' if inputs is None else 'calibration images'}, so a comparison of outputs proves little; "
-            "check the file and the preprocessing"
-        )
-    return replace(model, head=head), tuple(notes)
+    return replace(model, head=head), (*notes, *constant)
+
+
+def named_output(model: Model) -> str:
+    """The primary output in a sentence, with its name if the model gives it one."""
+    return "the output" if model.output_tree == ONE else f"the output {model.output_names[0]}"
+
+
+def _as_values(model: Model, outputs: Tensor, choice: str) -> str | None:
+    """A note that says why an output is taken as values without a decision, and how to choose otherwise; None if not.
+
+    Raises UsageError if the choice needs outputs for each image and there is no axis of them.
+    """
+    try:
+        kind = HeadChoice.parse(choice).kind
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    shape = f"({', '.join(['b', *map(str, outputs.shape[1:])])})"
+    if kind == "values":
+        why = "by --head values"
+    elif kind != "auto":
+        return None
+    elif outputs.ndim > 2:
+        why = f"for its shape {shape}"
+    elif VALUE_NAMES.search(model.output_names[0]):
+        why = "by its name"
+    else:
+        return None
+    note = (
+        f"{named_output(model)} is taken as values without a decision, {why}: relative error and cosine similarity are "
+    )
+    note += "measured, and not accuracy"
+    if kind == "auto" and outputs.ndim > 2:
+        note += "; --head softmax takes axis 1 as classes, and compares the class at each position"
+    elif kind == "auto":
+        note += "; --head softmax takes its values as classes"
+    return note
+
+
+def _constant(outputs: Tensor, inputs: str) -> list[str]:
+    """A note on outputs that are the same for all inputs; none for others."""
+    if not is_constant(outputs.numpy(force=True)):
+        return []
+    return [
+        f"this model returns the same outputs for each of {len(outputs)} {inputs}, so a comparison of outputs proves "
+        "little; check the file and the preprocessing"
+    ]
 
 
 def gives_probabilities(graph: fx.GraphModule) -> bool | None:

@@ -66,11 +66,12 @@ INTERPOLATIONS: Mapping[str, str] = {
 }
 CHANNEL_ORDERS: Mapping[str, str] = {"rgb": "red, green, blue", "bgr": "blue, green, red, as OpenCV and Caffe"}
 HEADS: Mapping[str, str] = {
-    "auto": "by the number of outputs",
+    "auto": "by the shape and the name of the output",
     "softmax": "the largest output",
     "sigmoid": "one output against a threshold",
     "multilabel": "each output against a threshold",
     "ordinal": "the number of outputs above a threshold",
+    "values": "no decision: maps, boxes, embeddings, depth",
 }
 PASSES: Mapping[str, str] = {
     "mp-budget": "plan a pattern for each layer",

@@ -68,6 +68,14 @@ def compile_command(
     target: TargetOption = None,
     data: DataOption = None,
     head: HeadOption = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PKG.MOD:FN",
+            help="A metric of your own, in place of accuracy: a function of outputs and targets. Higher is better. "
+            "--max-drop is in its units.",
+        ),
+    ] = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     permute: PermuteOption = True,
@@ -113,9 +121,9 @@ def compile_command(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Largest drop of top-1 accuracy, in points. Layers are restored to dense until the drop on "
-            "validation images is within it. Fail (exit code 6) if the drop on held-out images is larger, or if "
-            "the dense accuracy cannot be right."
+            help="Largest drop of top-1 accuracy, in points, or of --metric. Layers are restored to dense until the "
+            "drop on validation images is within it. Fail (exit code 6) if the drop on held-out images is larger, or "
+            "if the dense accuracy cannot be right."
         ),
     ] = None,
     tune: Annotated[
@@ -218,6 +226,7 @@ def compile_command(
             "opset": opset,
             "head": head,
             "submodule": submodule,
+            "metric": metric,
         },
         nested={
             "data": {

@@ -115,7 +115,12 @@ TargetOption = Annotated[
 ]
 
 
-DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of images, or an .npz file.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Folder of images, an .npz file, or PKG.MOD:FN, a function that returns (inputs, target) pairs."
+    ),
+]
 
 
 ClassesOption = Annotated[
@@ -164,7 +169,8 @@ HeadOption = Annotated[
     typer.Option(
         "--head",
         help=f"How outputs become a decision: {listed(HEADS)}. auto takes sigmoid for one output and softmax for "
-        "several. sigmoid:0.3 sets the threshold as a probability. [default: auto, threshold 0.5]",
+        "several. It takes values for an output with more axes or the name of an embedding. sigmoid:0.3 sets the "
+        "threshold as a probability. [default: auto, threshold 0.5]",
         autocompletion=completion(HEADS),
     ),
 ]

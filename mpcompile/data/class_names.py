@@ -9,7 +9,7 @@ from functools import cache
 from mpcompile.data.image_tree import by_number, printable, shown
 from mpcompile.errors import LoadError
 
-INSTEAD = "agreement with the dense model is measured instead of accuracy"
+INSTEAD = "the outputs are compared with the dense model's, and accuracy is not measured"
 MAPPING_HELP = "give --classes FILE with one folder name a line, in the order of the model's outputs"
 
 
@@ -50,7 +50,7 @@ def match_classes(
         empty: further folders, without images.
     """
     if outputs == 0:
-        return ClassMatch(None, (f"the images have {len(names)} classes, the model 0 outputs: {INSTEAD}",), "order")
+        return ClassMatch(None, (f"{no_classes(len(names))}: {INSTEAD}",), "order")
     tables = [given] if given else _known_tables(outputs, labels)
     for table in tables:
         found = _match(table, names)
@@ -64,6 +64,11 @@ def match_classes(
         if not unknown:
             return ClassMatch(_checked(indices, outputs, table.origin), _subset(len(names), outputs), "table")
     return _numbered(names, outputs) or _sorted(names, outputs, empty, labels if len(labels) == outputs else ())
+
+
+def no_classes(classes: int) -> str:
+    """Says that images of this many classes do not fit a model without classes."""
+    return f"the images have {classes} classes, and the model's outputs are no classes"
 
 
 def is_known_class(name: str, outputs: int, given: ClassTable | None, labels: Sequence[str]) -> bool:

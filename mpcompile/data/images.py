@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from mpcompile.data.metric import Metric
 from mpcompile.ir.batch import arguments, stacked
 from mpcompile.system.hashing import sha256, sha256_of
 from mpcompile.system.progress import tracked
@@ -51,13 +52,20 @@ class DecodedImages:
 class Split:
     """Some images of a set, in order. `order` has their indices; `labelled` says whether their labels count.
 
-    Images are read batch by batch, so memory holds one batch. Images in `decoded` are taken from memory.
+    Images are read batch by batch, so memory holds one batch. Images in `decoded` are taken from memory. An image set
+    may have `target(index)`, which returns what a metric compares the outputs with, and `target_key(index)`, its hash.
     """
 
     images: Images
     order: tuple[int, ...]
     labelled: bool
     decoded: DecodedImages | None = field(default=None, repr=False, compare=False)
+    metric: Metric | None = None  # replaces accuracy
+
+    @property
+    def judged(self) -> bool:
+        """Whether outputs can be judged: by a metric, or by labels."""
+        return self.metric is not None or self.labelled
 
     def __len__(self) -> int:
         return len(self.order)
@@ -72,6 +80,16 @@ class Split:
         for start in range(0, len(self.order), size):
             pairs = [self._image(index) for index in self.order[start : start + size]]
             yield stacked([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+    def targets(self, size: int = BATCH) -> Iterator[list[Any]]:
+        """What a metric compares the outputs with, batch by batch: the targets of the images, or else their labels.
+
+        In a loop beside `inputs`, read the inputs of a batch first: their targets are then at hand.
+        """
+        own = getattr(self.images, "target", None)
+        for start in range(0, len(self.order), size):
+            chosen = self.order[start : start + size]
+            yield [self._image(index)[1] if own is None else own(index) for index in chosen]
 
     def announced(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """The same as `inputs`; reports each batch as a step of progress before it is read."""
@@ -89,10 +107,11 @@ class Split:
 
     def hashes(self) -> Iterator[str]:
         """The `image_hash` of each image in order; an image that was hashed when it was decoded is not read again."""
-        decoded = self._decoded_here()
+        decoded, target = self._decoded_here(), getattr(self.images, "target_key", None)
         known: Mapping[int, str] = {} if decoded is None else decoded.hashes
         for index in self.order:
-            yield known[index] if index in known else image_hash(*self.images[index])
+            pixels = known[index] if index in known else image_hash(*self.images[index])
+            yield pixels if self.metric is None or target is None else sha256(pixels, target(index))
 
     def _image(self, index: int) -> tuple[Any, Label]:
         """An image (c, h, w) and its label. The tensor may be the one that is kept: callers copy it."""
@@ -145,6 +164,14 @@ class Data:
     notes: tuple[str, ...] = ()
     validation: Split = NONE
     training: Split = NONE
+
+    def judged_by(self, metric: Metric | None) -> "Data":
+        """The data with a metric that replaces accuracy; None changes nothing."""
+        if metric is None:
+            return self
+        names = ("calibration", "held_out", "validation", "training")
+        splits = {name: replace(getattr(self, name), metric=metric) for name in names}
+        return replace(self, **splits)
 
     def for_passes(self) -> "Data":
         """The data without held-out images, for passes that change the model."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpcompile.data.class_names import INSTEAD
+from mpcompile.data.class_names import INSTEAD, no_classes
 from mpcompile.data.folder import FolderImages, read_folders
 from mpcompile.data.images import Data, Images, Split
 from mpcompile.data.npz import read_npz
@@ -180,4 +180,6 @@ def _labels_fit(images: Images, outputs: int) -> tuple[bool, list[str]]:
         return True, []
     if isinstance(images, FolderImages):
         return False, []  # read_folders has noted why
+    if not outputs:
+        return False, [f"{no_classes(images.classes)}: {INSTEAD}"]
     return False, [f"the images have {images.classes} classes, the model {outputs} outputs: {INSTEAD}"]

@@ -193,11 +193,14 @@ def build_artifact(
 
 
 def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
-    """The recipe's accuracy gate with the measured drop; empty if there is no gate or no labelled held-out image.
+    """The recipe's accuracy gate with the measured drop of accuracy or of the metric; empty without a gate.
 
     If the dense model's accuracy cannot be right, a second gate fails with the reason: no drop can be judged then.
     """
     limit = recipe.gates.max_drop
+    if limit is not None and comparison is not None and comparison.metric is not None:
+        found = comparison.metric
+        return (Gate(name=f"{found.name} drop", limit=limit, found=found.drop, holds=found.drop <= limit),)
     if limit is None or comparison is None or comparison.dense is None or comparison.compressed is None:
         return ()
     drop = 100 * (comparison.dense.top1 - comparison.compressed.top1)

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
-from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import QUANTIZE_DENSE, build_artifact
-from mpcompile.driver.inputs import decoded_for, headed, loaded_from, path_of
+from mpcompile.driver.inputs import decoded_for, headed, judged, loaded_from, metric_of, path_of
 from mpcompile.driver.part import PART_HEAD, captured_run
 from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
 from mpcompile.driver.quantized_baselines import writes_dense
@@ -45,12 +44,13 @@ def compile(
     *,
     passes: Sequence[Pass] | None = None,
     runtime: Runtime | None = None,
-    data: str | Path | Data | None = None,
+    data: Any = None,
     output: str | Path,
     force: bool = False,
     start: str | None = None,
     keep_passes: bool = False,
     observe: Callable[[Progress], None] | None = None,
+    metric: Callable[[Tensor, Any], Any] | None = None,
 ) -> Artifact:
     """Compresses a model and returns the artifact in the folder `output`. The given model is not changed.
 
@@ -63,13 +63,16 @@ def compile(
         passes: the passes to run, in order, if the recipe names none: built-in ones or your own. They are recorded in
             the recipe with every field.
         runtime: runs the result in place of the recipe's target.
-        data: a folder of images, an .npz file, or `Data`.
+        data: a folder of images, an .npz file, `Data`, samples `(inputs, target)`, or `pkg.mod:fn`, a function that
+            returns them (mpcompile/data/given.py).
         output: the folder to write.
         force: replace an output folder of an earlier run.
         start: the name of the pass to start from; needs a checkpoint of the pass before it.
         keep_passes: keep the checkpoints of all passes in the output folder.
         observe: called in this thread as each stage and each step of a pass begins. An exception that it raises ends
             the run; raised during a step it is the cause of a PassError.
+        metric: a function of outputs and targets that replaces accuracy (mpcompile/data/metric.py), in place of the one
+            that the recipe names.
 
     Calls from several threads run one after another, because every run measures speed and torch's exporter is not
     thread-safe.
@@ -79,22 +82,24 @@ def compile(
     """
     plan = plan_of(recipe, passes, runtime)
     with ONE_RUN, stage_progress(observe, stages(plan.recipe, writes_dense(plan))) as begin_stage:
-        return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage)
+        return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage, metric)
 
 
 def _compiled(
     model: str | Path | nn.Module | Request,
     plan: RunPlan,
-    data: str | Path | Data | None,
+    data: Any,
     output: Path,
     force: bool,
     start: str | None,
     keep_passes: bool,
     observe: Observer,
+    given_metric: Callable[[Tensor, Any], Any] | None = None,
 ) -> Artifact:
     """The artifact of a plan; the caller holds ONE_RUN."""
     recipe = plan.recipe
     require_consistent(plan, data is not None)
+    metric = metric_of(recipe, given_metric)
     inputs = [path for path in map(path_of, (model, data)) if path is not None]
     written = written_by(output) if start is None else None
     if written is None:
@@ -115,6 +120,7 @@ def _compiled(
         require_space(output, least_output_bytes(loaded.module))
         began("capture")
         dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
+        images = judged(images, metric)
         require_inputs(plan, dense, images)
         dense, images = headed(dense, decoded_for(images, dense, needed_bytes), PART_HEAD if part else recipe.head)
         tuning = None
@@ -170,7 +176,7 @@ def _skip(step: Pass) -> None:
         step.skip()
 
 
-def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | Path | Data | None = None) -> None:
+def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: Any = None) -> None:
     """Runs a torchrun rank above 0: it takes part in each distributed pass, such as `distill`, and writes no files.
 
     Rank 0 calls `compile` with the same model, recipe and data. Raises a MpcompileError.
@@ -209,7 +215,7 @@ def stages(recipe: Recipe, dense_quantized: bool = False) -> tuple[str, ...]:
 def preview(
     model: str | Path | nn.Module | Request,
     recipe: Recipe,
-    data: str | Path | Data | None = None,
+    data: Any = None,
     output: str | Path | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -230,7 +236,7 @@ def preview(
     if output is not None:
         require_space(Path(output), least_output_bytes(loaded.module))
     dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
-    dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
+    dense, images = headed(dense, judged(images, metric_of(recipe)), PART_HEAD if part else recipe.head)
     require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())

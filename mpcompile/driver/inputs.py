@@ -1,24 +1,30 @@
 """Loads the inputs of a run, a model and images, which are given by a path or in memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from mpcompile.analysis.output_head import with_head
+from mpcompile.analysis.output_head import named_output, with_head
 from mpcompile.data.decode import decode_once, memory_limit
+from mpcompile.data.given import given_data
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
+from mpcompile.data.metric import Metric
 from mpcompile.driver.processor_check import require_same_pixels
+from mpcompile.errors import LoadError, UsageError, first_line
 from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
-from mpcompile.ir.head import Head, head_for
+from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model, Source
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
-from mpcompile.recipe.schema import DataChoice
+from mpcompile.recipe.schema import DataChoice, Recipe
 from mpcompile.system.hashing import state_sha256
+from mpcompile.system.user_functions import imported_function, is_function_name, working_folder_importable
 
 EXAMINED_IMAGES = 32  # calibration images whose outputs tell what the outputs are
 
@@ -49,19 +55,25 @@ def path_of(given: object) -> Path | None:
     return Path(name) if isinstance(name, str | Path) else None
 
 
-def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, head: str = "auto") -> Data:
+def data_for(data: Any, dense: Model, choice: DataChoice, head: str = "auto") -> Data:
     """The images of a run, divided into splits. Raises LoadError.
 
-    `data` is returned if it is a `Data`. A path is read as a folder or an .npz file, with the preprocessing of `dense`
-    and the numbers of images in `choice`. None gives empty splits.
-    `head` is the one that the recipe asks for; it says how many labels there are. Raises UsageError if it does not
-    fit the outputs.
+    A `Data` is returned, without labels if they do not fit the outputs. Samples, and `pkg.mod:fn`, a function of the
+    user that returns them, are described in mpcompile/data/given.py. Any other path is read as a folder or an .npz
+    file, with the preprocessing of `dense`. `choice` has the numbers of images. None gives empty splits.
+
+    `head` is the one that the recipe asks for; it says how many labels there are. Raises UsageError if it does not fit
+    the outputs.
     """
     if data is None:
         return Data()
-    if isinstance(data, Data):
-        return data
     dense, _ = with_head(dense, head, None)
+    if isinstance(data, str | Path) and is_function_name(str(data)) and not Path(data).exists():
+        data = _from_samples(_called(str(data)), dense, choice, str(data))
+    elif not isinstance(data, str | Path | Data):
+        data = _from_samples(data, dense, choice, "the data")
+    if isinstance(data, Data):
+        return with_fitting_labels(data, dense)
     logits = dense(dense.example_inputs)
     # Outputs with more axes have no classes.
     decides = head_for(dense.head, logits)
@@ -89,17 +101,67 @@ def read_images(path: Path, source: Source, classes: int, choice: DataChoice, mu
     return replace(images, notes=(*images.notes, assumed)) if assumed else images
 
 
+def _called(name: str) -> Any:
+    """What a function `pkg.mod:fn` of the user returns. Raises LoadError."""
+    function = imported_function(name)
+    try:
+        with working_folder_importable():
+            return function()
+    except Exception as error:
+        raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _from_samples(given: Any, dense: Model, choice: DataChoice, name: str) -> Data:
+    """The splits of samples; `name` is what errors call them. Raises LoadError."""
+    numbers = choice.calibration, choice.validation, choice.held_out, choice.seed
+    with working_folder_importable():
+        return given_data(given, dense.source, dense.input_names, *numbers, name)
+
+
+def metric_of(recipe: Recipe, given: Callable[[Tensor, Any], Any] | None = None) -> Metric | None:
+    """The metric that was given or that a recipe names, or None. Its module is imported. Raises LoadError."""
+    if given is not None:
+        return Metric(getattr(given, "__name__", type(given).__name__), given)
+    if recipe.metric is None:
+        return None
+    return Metric(recipe.metric.partition(":")[2], imported_function(recipe.metric))
+
+
+def judged(data: Data, metric: Metric | None) -> Data:
+    """The data with the metric. Raises UsageError if the held-out images have nothing that it compares outputs with."""
+    held_out = data.held_out
+    if metric is not None and len(held_out) and not held_out.labelled and not hasattr(held_out.images, "target"):
+        raise UsageError(
+            f"the metric {metric.name} needs a target for each image, and the images have none; give --data "
+            "PKG.MOD:FN, a function that returns (inputs, target) pairs"
+        )
+    return data.judged_by(metric)
+
+
 def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
     """The model with its head, and the data with notes on what the outputs are. Raises UsageError."""
     count = min(EXAMINED_IMAGES, len(data.calibration))
     dense, notes = with_head(dense, head, data.calibration.first_inputs(count) if count else None)
     data = replace(data, notes=(*data.notes, *dense.notes, *notes))
-    return dense, with_fitting_labels(data, dense.head)
+    return dense, with_fitting_labels(data, dense)
 
 
-def with_fitting_labels(data: Data, head: Head | None) -> Data:
-    """The data, without labels and with a note if the head needs several labels per image and there is one class."""
-    if head is None or head.kind != "multilabel" or not data.held_out.labelled:
+def with_fitting_labels(data: Data, dense: Model) -> Data:
+    """The data, without labels and with a note if the outputs have no decision that one label for each image fits.
+
+    The model has its head.
+    """
+    head, splits = dense.head, (data.calibration, data.held_out, data.validation, data.training)
+    if head is None or not any(split.labelled for split in splits):
+        return data
+    name = named_output(dense)
+    if not head.decides:
+        note = f"the labels of the images are not used, as {name} has no decision"
+        return _without_labels(replace(data, notes=(*data.notes, note)))
+    if dense(dense.example_inputs).ndim > 2:
+        note = f"the labels of the images are not used, as {name} has a decision at each position"
+        return _without_labels(replace(data, notes=(*data.notes, note)))
+    if head.kind != "multilabel" or not data.held_out.labelled:
         return data
     _, labels = next(data.held_out.batches(1))
     if labels.ndim > 1:

@@ -6,6 +6,7 @@
 import shutil
 from pathlib import Path
 
+from mpcompile.analysis.output_head import named_output, with_head
 from mpcompile.data.images import Data
 from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.quantization import require_consistent_precision
@@ -39,13 +40,16 @@ def require_consistent(plan: RunPlan, with_images: bool) -> None:
             "--max-drop limits a drop of accuracy, and the outputs of a part (--submodule) are no answers; leave it "
             "out. The report compares the whole model with the dense one"
         )
+    if recipe.metric is not None and not with_images:
+        raise UsageError("--metric is measured on images; give --data PKG.MOD:FN, which returns (inputs, target) pairs")
     if recipe.gates.max_drop is not None and not with_images:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
 
 
 def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     """Raises a MpcompileError if the gate or a pass cannot work with this model and these images."""
-    if plan.recipe.gates.max_drop is not None and not images.held_out.labelled:
+    _require_accuracy(plan, dense, images)
+    if plan.recipe.gates.max_drop is not None and not images.held_out.judged:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
     require_inputs_of_target(plan, dense, images)
     PassManager(plan.passes).require_inputs(dense, images)
@@ -70,9 +74,22 @@ def require_inputs_of_target(plan: RunPlan, dense: Model, images: Data) -> None:
     for split in (images.calibration, images.validation, images.training, images.held_out):
         if len(split) and len(split.first_inputs(1)) != len(dense.input_names):
             raise UsageError(
-                f"the model takes {names}, and the data give {len(split.first_inputs(1))} of them; give Data in Python "
-                "whose items have a tuple of all inputs in place of the image"
+                f"the model takes {names}, and the data give {len(split.first_inputs(1))} of them; give --data "
+                "PKG.MOD:FN, a function that returns (inputs, target) pairs with all inputs"
             )
+
+
+def _require_accuracy(plan: RunPlan, dense: Model, images: Data) -> None:
+    """Raises UsageError if the drop of accuracy is limited and the outputs have no decision that could be right."""
+    limited = [step.name for step in plan.passes if getattr(step, "max_drop", None) is not None]
+    if images.held_out.metric is not None or (plan.recipe.gates.max_drop is None and not limited):
+        return
+    headed, _ = with_head(dense, plan.recipe.head, None)
+    if headed.head is None or not headed.head.decides:
+        raise UsageError(
+            f"--max-drop (max_drop) limits the loss of accuracy, and {named_output(dense)} is taken as "
+            "values, which have none; give --metric PKG.MOD:FN, limit max_shift of restore, or give --head softmax"
+        )
 
 
 def require_space(output: Path, least_bytes: int) -> None:

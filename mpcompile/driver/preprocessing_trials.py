@@ -90,7 +90,7 @@ def try_preprocessings(
         dense = captured(loaded, request)
         images = data_for(Path(data), dense, DataChoice(calibration=1, validation=0, held_out=IMAGES), head)
         dense, notes = with_head(dense, head, images.held_out.first_inputs(min(EXAMINED_IMAGES, len(images.held_out))))
-        images = with_fitting_labels(images, dense.head)
+        images = with_fitting_labels(images, dense)
         if not images.held_out.labelled:
             raise UsageError(f"doctor --data measures accuracy, which needs labelled images; {'; '.join(images.notes)}")
         right: dict[SetUp, NDArray[np.bool_]] = {}

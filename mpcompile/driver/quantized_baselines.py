@@ -126,12 +126,19 @@ def replayed(outputs: Outputs) -> Run:
 
 
 def evaluated(row: Variant, engine: Run, dense: Outputs, images: Split, head: Head | None) -> Variant:
-    """The row with accuracy, agreement and logit shift of an engine against the recorded outputs of the dense model."""
+    """The row with the comparison of an engine with the recorded outputs of the dense model."""
     if not len(images):
         return row
     found = compare(replayed(dense), engine, images, head=head)
     top1 = found.compressed.top1 if found.compressed else None
-    return replace(row, top1=top1, agreement=found.agreement, logit_shift_mean=found.logit_shift_mean)
+    return replace(
+        row,
+        top1=top1,
+        agreement=found.agreement,
+        logit_shift_mean=found.logit_shift_mean,
+        relative_error=found.values.relative_error_mean if found.values else None,
+        cosine=found.values.cosine_mean if found.values else None,
+    )
 
 
 def all_evaluated(

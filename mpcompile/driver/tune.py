@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
+from mpcompile.data.metric import joined
 from mpcompile.driver.compare_engines import arrays, interleaved_times_ms
 from mpcompile.driver.quantized_baselines import runtime_baselines
 from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search, within_limit
@@ -38,7 +39,7 @@ class Reference:
 
     exported: Lowered
     engine: Engine
-    hits: NDArray[np.bool_]  # (images,): whether each validation image is classified correctly
+    hits: NDArray[np.float64]  # (images,): 100 for each validation image that is classified correctly, or the metric
     cost: Cost
 
 
@@ -48,7 +49,7 @@ class Trial:
 
     recipe: Recipe
     plan: RunPlan
-    limit: float  # largest drop, in points of top-1
+    limit: float  # largest drop, in points of top-1 or units of the metric
     dense: Model
     data: Data
     build: Build
@@ -77,9 +78,9 @@ class Trial:
         )
 
     def _measured(self, name: str, engine: Engine, macs: float | None) -> Point:
-        """Accuracy and speed of an engine. Drop and standard error are in points of top-1, paired by image."""
-        losses = self.reference.hits.astype(float) - hits(engine, self.data.validation, self.dense.head)
-        drop, error = 100 * float(losses.mean()), 100 * float(losses.std()) / math.sqrt(len(losses))
+        """Accuracy and speed of an engine. Drop and error are paired, in points of top-1 or units of the metric."""
+        losses = self.reference.hits - points(engine, self.data.validation, self.dense.head)
+        drop, error = float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))
         batches = () if self.plan.idle else self.recipe.timed_batches
         speedups = tuple(self._speedup(engine, batch) for batch in batches)
         return Point(name, macs, drop, error, speedups, within_limit(drop, error, self.limit))
@@ -100,7 +101,7 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
     limit, options = recipe.gates.max_drop, recipe.tune
     if options is None or limit is None:
         raise UsageError("tune needs a limit on the loss of accuracy; give --max-drop (gates.max_drop)")
-    if not len(data.validation) or not data.validation.labelled:
+    if not len(data.validation) or not data.validation.judged:
         raise UsageError(
             f"tune measures on labelled validation images and has none; {'; '.join(data.notes) or 'give --data'}"
         )
@@ -114,7 +115,7 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
         build = plan.build_options(folder)
         exported = plan.lower(dense, folder / "dense.onnx")
         engine = plan.build_engine(exported, build)
-        reference = Reference(exported, engine, hits(engine, images.validation, dense.head), counted)
+        reference = Reference(exported, engine, points(engine, images.validation, dense.head), counted)
         trial = Trial(recipe, plan, limit, dense, images, build, folder, reference)
 
         def evaluate(candidate: Candidate) -> Point:
@@ -132,6 +133,7 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
         points=tuple(point for _, point in tried),
         chosen=point.name,
         references=references,
+        metric=None if data.validation.metric is None else data.validation.metric.name,
     )
     return chosen.recipe.model_copy(update={"tune": None}), tuning
 
@@ -151,6 +153,14 @@ def passes_to_last_change(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes up to the last one that changes the model. Analyses of the result, such as `certify`, are left out."""
     last = max((index for index, step in enumerate(passes) if step.effect is not Effect.ANALYSIS), default=-1)
     return tuple(passes[: last + 1])
+
+
+def points(engine: Engine, images: Split, head: Head | None) -> NDArray[np.float64]:
+    """The metric of each image (n,), or of each batch; without a metric 100 if the engine's decision is the label."""
+    if images.metric is not None:
+        pairs = zip(images.batches(), images.targets(), strict=True)
+        return joined([images.metric.of_batch(engine(x.numpy()), goal) for (x, _), goal in pairs])[0]
+    return np.where(hits(engine, images, head), 100.0, 0.0)
 
 
 def hits(engine: Engine, images: Split, head: Head | None) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Head: how a model's outputs become a decision, and how far the outputs may move before the decision can change.
+"""Head: how a model's outputs become a decision, if they do, and how far they may move before it can change.
 
 | kind | trained with | decision | margin |
 |---|---|---|---|
@@ -6,6 +6,7 @@
 | sigmoid | binary cross-entropy, one output | whether the output exceeds the threshold | its distance to it |
 | multilabel | binary cross-entropy, each output | which outputs exceed the threshold | the smallest distance |
 | ordinal | a threshold for each rank (CORAL, CORN) | how many outputs exceed it | the smallest distance |
+| values | any loss: maps, boxes, embeddings, depth | none | none |
 
 The threshold is in the unit of the outputs: 0 for logits and 0.5 for probabilities, unless another one is asked for.
 """
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # recipes are read without torch
     from torch import Tensor
 
-Kind = Literal["softmax", "sigmoid", "multilabel", "ordinal"]
+Kind = Literal["softmax", "sigmoid", "multilabel", "ordinal", "values"]
 KINDS: tuple[str, ...] = get_args(Kind)
 Array = TypeVar("Array", "Tensor", NDArray[Any])
 
@@ -28,18 +29,25 @@ Array = TypeVar("Array", "Tensor", NDArray[Any])
 class Head:
     """The decision rule of a model's outputs (images, outputs).
 
-    `threshold` is not used by softmax. `probabilities` says that outputs are probabilities and not logits.
+    `threshold` is not used by softmax and values. `probabilities` says that outputs are probabilities and not logits.
     """
 
     kind: Kind = "softmax"
     threshold: float = 0.0
     probabilities: bool = False
 
+    @property
+    def decides(self) -> bool:
+        """Whether outputs become a decision; if not, neither `decisions` nor a margin exist."""
+        return self.kind != "values"
+
     def decisions(self, outputs: Array) -> Array:
         """The decision for each image: a class, 0 or 1, or a rank, (images,); for multilabel 0 or 1, (images, outputs).
 
-        Outputs with more axes, such as maps, have a decision at each position.
+        Outputs with more axes, such as maps, have a decision at each position. Raises ValueError for values.
         """
+        if not self.decides:
+            raise ValueError("outputs that are values have no decision")
         if self.kind == "softmax":
             classes: Array = outputs.argmax(1)
             return classes
@@ -68,8 +76,8 @@ class Head:
         return (outputs.double() - self.threshold).abs().amin(1)
 
     def classes(self, outputs: int) -> int:
-        """The number of different labels that one image can have; for multilabel the number of outputs."""
-        return {"sigmoid": 2, "ordinal": outputs + 1}.get(self.kind, outputs)
+        """The number of different labels that one image can have: for multilabel the outputs, for values 0."""
+        return {"sigmoid": 2, "ordinal": outputs + 1, "values": 0}.get(self.kind, outputs)
 
     def __str__(self) -> str:
         return {
@@ -77,6 +85,7 @@ class Head:
             "sigmoid": f"the output above {self.threshold:g}",
             "multilabel": f"each output above {self.threshold:g}",
             "ordinal": f"the number of outputs above {self.threshold:g}",
+            "values": "no decision",
         }[self.kind]
 
 
@@ -100,17 +109,19 @@ class HeadChoice:
             probability = float(number)
         except ValueError:
             probability = math.nan
-        if not 0 < probability < 1 or kind in ("auto", "softmax"):
+        if not 0 < probability < 1 or kind in ("auto", "softmax", "values"):
             raise ValueError(f"the head {text!r} has no threshold between 0 and 1, or needs none; {wanted}")
         return cls(kind, probability)  # type: ignore[arg-type]
 
     def resolved(self, outputs: int, probabilities: bool) -> Head:
-        """The head of a model with this number of outputs.
+        """The head of a model with this number of outputs for each image, such as classes.
 
         `probabilities` says that the outputs are probabilities and not logits. `auto` takes one output for a sigmoid
         and several for a softmax. Raises ValueError if the kind does not fit the number of outputs.
         """
         kind = ("sigmoid" if outputs == 1 else "softmax") if self.kind == "auto" else self.kind
+        if kind == "values":
+            return Head("values")
         if kind == "softmax" and outputs == 1:
             raise ValueError("the head softmax needs 2 or more outputs, and the model has 1; give --head sigmoid")
         if kind == "sigmoid" and outputs > 1:
@@ -124,5 +135,10 @@ class HeadChoice:
 
 
 def head_for(head: Head | None, outputs: "Tensor | NDArray[Any]") -> Head:
-    """The head of a model; if it is not known, that of logits of this number: a sigmoid for one, else a softmax."""
-    return HeadChoice().resolved(outputs.shape[1], probabilities=False) if head is None else head
+    """The head of a model; if it is not known, by the shape of its outputs.
+
+    (images, 1) are logits of a sigmoid, (images, outputs) those of a softmax, and any other shape has values.
+    """
+    if head is not None:
+        return head
+    return HeadChoice().resolved(outputs.shape[1], probabilities=False) if outputs.ndim == 2 else Head("values")

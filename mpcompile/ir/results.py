@@ -70,7 +70,7 @@ class Epoch:
     steps: int
     loss: float
     labels_loss: float | None  # cross-entropy; None without labels
-    teacher_loss: float  # τ² KL to the dense model
+    teacher_loss: float  # τ² KL to the dense model; for outputs that are values the relative squared error
     rate: float  # learning rate of the last step
     edge: float | None  # mean bulk edge σ₊ (a singular value) of the masked layers; None if no law can be fitted
     spikes: int | None  # singular values above the noise edge, summed over the masked layers

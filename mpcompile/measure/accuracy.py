@@ -1,5 +1,6 @@
-"""Comparison of two engines on the same held-out images: accuracy, agreement and logit shift."""
+"""Comparison of two engines on the same held-out images: accuracy, agreement and change of the outputs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.data.images import Split
+from mpcompile.data.metric import MetricValues
 from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
-from mpcompile.measure.dense_check import DenseCheck, check_dense
+from mpcompile.measure.dense_check import DenseCheck, check_dense, constant_check
+from mpcompile.measure.metric_comparison import MetricComparison
+from mpcompile.measure.value_errors import ValueDifferences, ValueErrors, value_errors
 
 Run = Callable[..., NDArray[np.float32]]  # (images, further inputs …) -> the primary output
 
@@ -41,12 +45,13 @@ class Comparison:
 
     The logit shift of an image is the maximum over outputs of |logit − dense logit|. `logit_range` is the mean over
     images of the dense model's max − min logit, the scale to compare shifts with; for one output it is the largest
-    minus the smallest logit of all images.
+    minus the smallest logit of all images. Outputs that are values (mpcompile/ir/head.py) have no agreement; shift and
+    range are then those of all values of an output.
     """
 
     dense: Accuracy | None  # None if the images have no labels
     compressed: Accuracy | None
-    agreement: float  # share of images with the same decision
+    agreement: float | None  # share of images, or of their positions, with the same decision; None for values
     logit_shift_mean: float
     logit_shift_p99: float
     logit_shift_max: float
@@ -55,6 +60,9 @@ class Comparison:
     turned: ChangedAnswers | None = None  # top-1 answers that became right or wrong; None if the images have no labels
     head: Head | None = None  # how outputs become decisions
     dense_check: DenseCheck | None = None  # whether the dense model's accuracy can be right
+    values: ValueErrors | None = None  # relative error and cosine similarity of outputs that are values
+    metric: MetricComparison | None = None  # the user's own, which then replaces accuracy in limits
+    positions: int = 1  # decisions for each image: the positions of a map
 
 
 def compare(
@@ -68,44 +76,82 @@ def compare(
 ) -> Comparison:
     """The comparison of two engines over all images of a split, batch by batch.
 
-    `dense` and `compressed` return logits (b, outputs) for images (b, c, h, w).
+    `dense` and `compressed` return outputs (b, …), such as logits (b, outputs), for images (b, c, h, w). Outputs that
+    are values are not kept, since maps of many images would not fit into memory.
 
     Args:
         dense: the dense engine.
         compressed: the compressed engine.
         images: the images; accuracy is measured if they have labels.
         observe: called with the number of images done.
-        head: how outputs become decisions; None chooses it by the number of outputs.
+        head: how outputs become decisions; None chooses it by the shape of the outputs.
         claimed: the accuracy that the checkpoint records, in [0, 1], if it records one.
 
     Raises ParityError if outputs are not finite.
     """
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []
+    found = ValueDifferences()
+    done, targets = 0, images.targets()
+    judged: tuple[list[MetricValues], list[MetricValues]] = ([], [])  # dense and compressed
     for given, classes in images.inputs():
         inputs = [one.numpy() for one in given]
-        pairs.append((dense(*inputs), compressed(*inputs)))
-        labels.append(classes.numpy())
-        observe(sum(map(len, labels)))
+        pair = dense(*inputs), compressed(*inputs)
+        for name, outputs in zip(("dense", "compressed"), pair, strict=True):
+            if not np.isfinite(outputs).all():
+                raise ParityError(f"the {name} model returns numbers that are not finite on held-out images")
+        head = head_for(head, pair[0])
+        if head.decides:
+            pairs.append(pair)
+            labels.append(classes.numpy())
+        else:
+            found.add(*pair)
+        done += len(inputs[0])
+        if images.metric is not None:
+            goal = next(targets)
+            for values, outputs in zip(judged, pair, strict=True):
+                values.append(images.metric.of_batch(outputs, goal))
+        observe(done)
+    metric = MetricComparison.between(images.metric.name, *judged) if images.metric is not None else None
+    if head is not None and not head.decides:
+        return _of_values(found, head, metric)
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    for name, logits in (("dense", before), ("compressed", after)):
-        if not np.isfinite(logits).all():
-            raise ParityError(f"the {name} model returns numbers that are not finite on held-out images")
-    truth = np.concatenate(labels)
+    truth, labelled = np.concatenate(labels), images.labelled and before.ndim == 2  # a label is not for positions
     head = head_for(head, before)
     shift = np.abs(after - before).reshape(len(before), -1).max(axis=1)
     return Comparison(
-        dense=accuracy(before, truth, head) if images.labelled else None,
-        compressed=accuracy(after, truth, head) if images.labelled else None,
+        dense=accuracy(before, truth, head) if labelled else None,
+        compressed=accuracy(after, truth, head) if labelled else None,
         agreement=float(head.same(before, after).mean()),
         logit_shift_mean=float(shift.mean()),
         logit_shift_p99=float(np.percentile(shift, 99)),
         logit_shift_max=float(shift.max()),
         logit_range=float(np.ptp(before, axis=1).mean() if before.shape[1] > 1 else np.ptp(before)),
         count=len(before),
-        turned=_changed(before, after, truth, head) if images.labelled else None,
+        turned=_changed(before, after, truth, head) if labelled else None,
         head=head,
-        dense_check=check_dense(before, truth if images.labelled else None, head, claimed),
+        dense_check=check_dense(before, truth if labelled else None, head, claimed),
+        metric=metric,
+        positions=math.prod(before.shape[2:]),
+    )
+
+
+def _of_values(found: ValueDifferences, head: Head, metric: MetricComparison | None) -> Comparison:
+    """The comparison of outputs that are values."""
+    shift = np.concatenate(found.shifts)
+    return Comparison(
+        dense=None,
+        compressed=None,
+        agreement=None,
+        logit_shift_mean=float(shift.mean()),
+        logit_shift_p99=float(np.percentile(shift, 99)),
+        logit_shift_max=float(shift.max()),
+        logit_range=float(np.concatenate(found.ranges).mean()),
+        count=len(shift),
+        head=head,
+        dense_check=constant_check(len(shift)) if found.constant else None,
+        values=value_errors(found.norms),
+        metric=metric,
     )
 
 

@@ -63,8 +63,7 @@ def check_dense(
     """
     decided = head.decisions(outputs)
     if is_constant(outputs):
-        text = f"the dense model returns the same outputs for all {len(outputs):,} held-out images: check the file and "
-        return DenseCheck(None, None, None, 1.0, claimed, (text + PREPROCESSING,))
+        return constant_check(len(outputs), claimed)
     if decided.ndim > 1:
         return DenseCheck(None, None, None, None, claimed)
     values, counts = np.unique(decided, return_counts=True)
@@ -168,6 +167,12 @@ def _wrong_accuracy(
             "of the labels, and whether the images are those that the record is about"
         )
     return None
+
+
+def constant_check(images: int, claimed: float | None = None) -> DenseCheck:
+    """The check of a dense model that returns the same outputs for all held-out images."""
+    text = f"the dense model returns the same outputs for all {images:,} held-out images: check the file and "
+    return DenseCheck(None, None, None, 1.0, claimed, (text + PREPROCESSING,))
 
 
 def _wrong_labels(

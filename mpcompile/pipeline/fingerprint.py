@@ -101,7 +101,8 @@ def images_key(split: Split) -> str:
 
 def _pixels_key(split: Split) -> str:
     """The hash of every pixel and label of a split; images that were decoded before are not hashed again."""
-    return sha256(repr((split.labelled, split.images.classes)), *split.hashes())
+    metric = () if split.metric is None else (split.metric.key(),)
+    return sha256(repr((split.labelled, split.images.classes)), *metric, *split.hashes())
 
 
 @cache

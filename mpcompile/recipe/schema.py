@@ -33,6 +33,7 @@ from mpcompile.ir.precision import Precision
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
 from mpcompile.recipe.truth_values import described, truth_as_number
 from mpcompile.system.moved_modules import renamed_names
+from mpcompile.system.user_functions import is_function_name
 
 MAX_BYTES = 1_000_000
 MAX_BATCH = 65536  # upper bound of a dynamic batch in the exported file
@@ -82,6 +83,12 @@ def _head(text: str) -> str:
     return text
 
 
+def _function(text: str) -> str:
+    if not is_function_name(text):
+        raise ValueError(f"{text!r} names no function; give pkg.mod:name")
+    return text
+
+
 def _batch(value: object) -> object:
     return None if value in ("dynamic", None) else value
 
@@ -110,7 +117,7 @@ class BenchOptions(Strict):
 class Gates(Strict):
     """Limits of the result. If one does not hold, the command fails: exit code 6 for `max_drop`, 7 for `engine`."""
 
-    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, on held-out images
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, or of the metric
     dense: bool = True  # with max_drop: fail if the dense model's own accuracy cannot be right
     engine: bool = False  # the target must build an engine on this machine; else a checked file is enough
 
@@ -135,6 +142,7 @@ class Recipe(Strict):
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
     head: Annotated[str, AfterValidator(_head)] = "auto"  # how outputs become decisions (mpcompile/ir/head.py)
     submodule: Annotated[str, Field(min_length=1)] | None = None  # shell pattern: compress this part of the model
+    metric: Annotated[str, AfterValidator(_function)] | None = None  # of the user's own, pkg.mod:fn; replaces accuracy
     data: DataChoice = DataChoice()
     bench: BenchOptions = BenchOptions()
     gates: Gates = Gates()

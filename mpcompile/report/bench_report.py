@@ -111,7 +111,7 @@ class BenchReport(Value):
             ", ".join(f"{key} {value}" for key, value in {**self.settings, **self.environment}.items()) + ".",
         ]
         parity = (f"{row.what} {row.difference:.1e}, {row.tolerance:.0e} allowed" for row in self.parity)
-        parts.append(f"Largest difference of the logits, relative to the largest logit: {'; '.join(parity)}.")
+        parts.append(f"Largest difference of the outputs, relative to the largest output: {'; '.join(parity)}.")
         if self.verdicts:
             parts.append(verdict_table(self.verdicts).markdown())
         parts.append(f"Made by `{self.command}`; bench.json has all samples. ![Latency by batch size](bench.svg)")

@@ -20,8 +20,10 @@ class Variant:
         file: its file in the output folder, if it has one.
         failed: why there is no such model; the values below are then None or empty.
         top1: share of right decisions, in [0, 1]; None without labelled images.
-        agreement: share of images with the dense model's decision; None without images.
-        logit_shift_mean: mean over images of the largest change of a logit; None without images.
+        agreement: share of images with the dense model's decision; None without images, or if outputs are values.
+        logit_shift_mean: mean over images of the largest change of an output; None without images.
+        relative_error: mean over images of ‖Δ‖ / ‖dense output‖; None unless the outputs are values.
+        cosine: mean over images of the cosine similarity with the dense output; None unless the outputs are values.
         timings: latency at each batch size, timed in the same rounds as the dense and the compressed model.
         speedups: over the dense model in fp32, one for each batch size.
     """
@@ -33,6 +35,8 @@ class Variant:
     top1: float | None = None
     agreement: float | None = None
     logit_shift_mean: float | None = None
+    relative_error: float | None = None
+    cosine: float | None = None
     timings: tuple[Timing, ...] = ()
     speedups: tuple[Speedup, ...] = ()
 

@@ -48,6 +48,11 @@ def loss_split(quantized: Quantized, comparison: Comparison | None) -> list[str]
     first, kind = quantized.before_quantize, quantized.precision
     if comparison is None or first is None or ours is None:
         return []
+    if comparison.values and first.relative_error is not None and ours.relative_error is not None:
+        return [
+            f"The mean relative error of the outputs is {first.relative_error:.2%} by {first.name}, "
+            f"{ours.relative_error:.2%} by {kind} alone and {comparison.values.relative_error_mean:.2%} by both."
+        ]
     if first.logit_shift_mean is None or ours.logit_shift_mean is None:
         return []
     sentence = (

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mpcompile.report.head_words import shift_name
 from mpcompile.report.quantized_schema import Variant
 from mpcompile.report.schema import Report
 from mpcompile.report.table import Cell, Table, columns, number
@@ -14,6 +15,8 @@ class _Keys:
     top1: str
     agreement: str
     shift: str
+    error: str
+    cosine: str
     time: str
     speed: str
 
@@ -32,8 +35,11 @@ def versions(report: Report) -> Table:
     for n, row in enumerate(quantized.baselines):
         rows.append(_variant(row, f".quantized.baselines[{n}]", len(batches)))
     rows.append(_compressed(report))
+    shift = shift_name(report.comparison.head if report.comparison else None)
     timed = [name for batch in batches for name in (f"ms, batch {batch}", "times as fast")]
-    names = ("model", "top-1", "same answer", "logit shift", *timed, "why there is none")
+    names = (
+        "model", "top-1", "same answer", "relative error", "cosine similarity", shift, *timed, "why there is none",
+    )  # fmt: skip
     kept = [i for i, _ in enumerate(names) if i == 0 or any(row[i].text for row in rows)]
     table = [tuple(row[i] for i in kept) for row in rows]
     return Table(columns(*(names[i] for i in kept), numbers=names[1:-1]), tuple(table), ".quantized")
@@ -48,7 +54,7 @@ def _dense(report: Report) -> tuple[Cell, ...]:
         top1=c.dense.top1 if c and c.dense else None,
         timings=tuple(pair.dense for pair in report.latency),
     )
-    keys = _Keys(".comparison.dense.top1", "", "", ".latency[{n}].dense.p50_ms", "")
+    keys = _Keys(".comparison.dense.top1", "", "", "", "", ".latency[{n}].dense.p50_ms", "")
     return _cells(row, keys, len(report.latency))
 
 
@@ -59,6 +65,8 @@ def _variant(row: Variant, key: str, batches: int) -> tuple[Cell, ...]:
         f"{key}.top1",
         f"{key}.agreement",
         f"{key}.logit_shift_mean",
+        f"{key}.relative_error",
+        f"{key}.cosine",
         f"{key}.timings[{{n}}].p50_ms",
         f"{key}.speedups[{{n}}].ratio",
     )
@@ -75,6 +83,8 @@ def _compressed(report: Report) -> tuple[Cell, ...]:
         top1=c.compressed.top1 if c and c.compressed else None,
         agreement=c.agreement if c else None,
         logit_shift_mean=c.logit_shift_mean if c else None,
+        relative_error=c.values.relative_error_mean if c and c.values else None,
+        cosine=c.values.cosine_mean if c and c.values else None,
         timings=tuple(pair.compressed for pair in report.latency),
         speedups=tuple(pair.speedup for pair in report.latency),
     )
@@ -82,6 +92,8 @@ def _compressed(report: Report) -> tuple[Cell, ...]:
         ".comparison.compressed.top1",
         ".comparison.agreement",
         ".comparison.logit_shift_mean",
+        ".comparison.values.relative_error_mean",
+        ".comparison.values.cosine_mean",
         ".latency[{n}].compressed.p50_ms",
         ".latency[{n}].speedup.ratio",
     )
@@ -102,6 +114,8 @@ def _cells(row: Variant, keys: _Keys, batches: int, name: str | None = None) -> 
         Cell(name or row.name, file=row.file),
         number(row.top1, "{:.2%}", keys.top1),
         number(row.agreement, "{:.2%}", keys.agreement),
+        number(row.relative_error, "{:.2%}", keys.error),
+        number(row.cosine, "{:.4f}", keys.cosine),
         number(row.logit_shift_mean, "{:.3f}", keys.shift),
         *timed,
         Cell(row.failed or ""),

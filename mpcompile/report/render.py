@@ -12,6 +12,7 @@ import mpcompile.report.run_charts as charts
 import mpcompile.report.run_tables as tables
 import mpcompile.report.search_chart as search_chart
 from mpcompile.report.chart import Chart
+from mpcompile.report.head_words import agreement_sentence
 from mpcompile.report.quantized_sentences import methods
 from mpcompile.report.report_hashes import write_hashes
 from mpcompile.report.schema import Report
@@ -70,6 +71,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "methods": methods(report.quantized) if report.quantized else (),
         "verdict_table": verdict_table,
         "proven": proven(report.certificate) if report.certificate else (),
+        "agreement": agreement_sentence(report.comparison) if report.comparison else "",
         "tuning": searched(report.tuning) if report.tuning else "",
         "command": command(report),
         "command_terms": command_terms(report),

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from mpcompile.report.head_words import accuracy_name
+from mpcompile.measure.value_errors import ValueErrors
+from mpcompile.report.head_words import accuracy_name, same_answer_name, shift_name
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
 from mpcompile.report.table import Cell, Column, Table, columns, number
@@ -20,12 +21,23 @@ def summary(report: Report) -> Table:
         gained = "100 * (.comparison.compressed.top1 - .comparison.dense.top1)"
         drop = number(100 * (c.compressed.top1 - c.dense.top1), "{:+.2f} points", gained)
         rows.append((Cell(f"{accuracy_name(c.head)}, {c.count:,} held-out images"), *sides, drop))
-    if c:
+    if c and c.metric:
+        m, key = c.metric, ".comparison.metric"
+        drop = number(-m.drop, "{:+.4g}", f"-{key}.drop")
+        if m.interval:
+            text = f"{-m.drop:+.4g} [{-m.interval[1]:+.4g}, {-m.interval[0]:+.4g}]"
+            drop = Cell(text, -m.drop, f"-{key}.drop")
+        means = number(m.dense, "{:.4g}", f"{key}.dense"), number(m.compressed, "{:.4g}", f"{key}.compressed")
+        rows.append((Cell(f"{m.name}, {m.count:,} held-out images"), *means, drop))
+    if c and c.values:
+        rows += _of_values(c.values, c.count)
+    elif c:
         same = number(c.agreement, "{:.2%}", ".comparison.agreement")
-        rows.append((Cell(f"same answer as dense, {c.count:,} images"), Cell(), same, Cell()))
+        rows.append((Cell(f"{same_answer_name(c)}, {c.count:,} images"), Cell(), same, Cell()))
+    if c:
         rows.append(
             (
-                Cell("logit shift, mean (largest)"),
+                Cell(f"{shift_name(c.head)}, mean (largest)"),
                 number(c.logit_range, "range {:.2f}", ".comparison.logit_range"),
                 number(c.logit_shift_mean, "{:.3f}", ".comparison.logit_shift_mean"),
                 number(c.logit_shift_max, "({:.3f})", ".comparison.logit_shift_max"),
@@ -60,6 +72,25 @@ def summary(report: Report) -> Table:
     rows += beside_dense_8_bits(report)
     names = ("", "dense, fp32" if report.quantized else "dense", "compressed", "difference")
     return Table(columns(*names, numbers=names[1:]), tuple(rows), ".")
+
+
+def _of_values(values: ValueErrors, count: int) -> list[tuple[Cell, ...]]:
+    """The rows of outputs that are values."""
+    key, images = ".comparison.values", f"{count:,} held-out images"
+    return [
+        (
+            Cell(f"relative error, mean (largest), {images}"),
+            Cell(),
+            number(values.relative_error_mean, "{:.2%}", f"{key}.relative_error_mean"),
+            number(values.relative_error_max, "({:.2%})", f"{key}.relative_error_max"),
+        ),
+        (
+            Cell(f"cosine similarity, mean (smallest), {images}"),
+            Cell(),
+            number(values.cosine_mean, "{:.4f}", f"{key}.cosine_mean"),
+            number(values.cosine_min, "({:.4f})", f"{key}.cosine_min"),
+        ),
+    ]
 
 
 def beside_dense_8_bits(report: Report) -> list[tuple[Cell, ...]]:
@@ -124,6 +155,7 @@ def tuning(report: Report) -> Table:
     if found:
         keyed += [(f".tuning.points[{n}]", point) for n, point in enumerate(found.points)]
         keyed += [(f".tuning.references[{n}]", point) for n, point in enumerate(found.references)]
+    form = "{:.2f}" if found is None or found.metric is None else "{:.4g}"
     failed = any(point.failed for _, point in keyed)
     rows = []
     for key, point in keyed:
@@ -132,23 +164,24 @@ def tuning(report: Report) -> Table:
             cell = Cell()
             if n < len(point.speedups):
                 s = point.speedups[n]
-                form = f"{{:.2f}} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]"
-                cell = number(s.ratio, form, f"{key}.speedups[{n}].ratio")
+                ratio = f"{{:.2f}} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]"
+                cell = number(s.ratio, ratio, f"{key}.speedups[{n}].ratio")
             speeds.append(cell)
         rows.append(
             (
                 Cell(point.name),
                 number(point.macs, "{:.1f} %", f"{key}.macs", 100),
-                number(point.drop, "{:.2f}", f"{key}.drop"),
-                number(point.error, "{:.2f}", f"{key}.error"),
+                number(point.drop, form, f"{key}.drop"),
+                number(point.error, form, f"{key}.error"),
                 Cell("" if point.failed else "yes" if point.holds else "no"),
                 *speeds,
                 *([Cell(point.failed or "")] if failed else []),
             )
         )
+    drop = "drop in points" if found is None or found.metric is None else f"drop of {found.metric}"
     speeds_at = tuple(f"speed, batch {batch}" for batch in batches)
     why = ("reason of the failure",) if failed else ()
-    names = ("recipe", "MACs left", "drop in points", "standard error", "holds", *speeds_at, *why)
+    names = ("recipe", "MACs left", drop, "standard error", "holds", *speeds_at, *why)
     numbers = (*names[1:4], *speeds_at)
     return Table(columns(*names, numbers=numbers), tuple(rows), ".tuning")
 

@@ -54,7 +54,7 @@ class LayerRow(Value):
 
 
 class Parity(Value):
-    """Largest difference between two forms of one model on the same images: max |Δ| / max |expected| of the logits."""
+    """Largest difference between two forms of one model on the same images: max |Δ| / max |expected| of the outputs."""
 
     what: str
     difference: float
@@ -178,6 +178,14 @@ class Report(Value):
     def merges_tokens(self) -> bool:
         """Whether any tokens are merged."""
         return any(self.cost.merged)
+
+    def of_values(self) -> bool:
+        """Whether the outputs are values without a decision, as far as images were compared."""
+        return self.comparison is not None and self.comparison.values is not None
+
+    def certifiable(self) -> bool:
+        """Whether the outputs have one decision for each image, as far as images were compared."""
+        return not self.of_values() and (self.comparison is None or self.comparison.positions == 1)
 
     def onnx_bytes(self, name: str) -> int:
         """The size of an ONNX file in bytes, including its external weight file NAME.data."""

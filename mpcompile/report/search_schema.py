@@ -53,13 +53,24 @@ class Tuning:
     `references` are int8 versions of the dense model. They are for comparison and cannot be chosen.
     """
 
-    limit: float  # largest drop of top-1, in percentage points
+    limit: float  # largest drop of top-1, in percentage points, or of the metric
     allowed: int  # largest number of recipes to try
     images: int  # number of validation images
     batches: tuple[int, ...]
     points: tuple[Point, ...]
     chosen: str
     references: tuple[Point, ...] = ()
+    metric: str | None = None  # the name of the user's own metric, in whose units drops and the limit are
+
+    @property
+    def measure(self) -> str:
+        """What drops: the metric, or top-1 in percentage points."""
+        return "top-1 in percentage points" if self.metric is None else self.metric
+
+    @property
+    def unit(self) -> str:
+        """The unit after the number of a drop."""
+        return " points" if self.metric is None else ""
 
     def as_fast(self) -> tuple[str, ...]:
         """Names of the other recipes that hold and whose speed interval overlaps that of the chosen one."""

@@ -6,7 +6,7 @@ from mpcompile.analysis.block_macs import Charged
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
-from mpcompile.report.head_words import accuracy_name
+from mpcompile.report.head_words import accuracy_name, agreement_sentence
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.part_schema import Part
 from mpcompile.report.quantized_schema import Quantized
@@ -83,6 +83,11 @@ def verdict_on(
             "which is less work on any target."
         )
     sentences += [f"{note[0].upper()}{note[1:]}." for note in notes]
+    if comparison and comparison.metric:
+        m = comparison.metric
+        sentences.append(
+            f"On {m.count:,} held-out images, {m.name} is {m.compressed:.4g} compressed and {m.dense:.4g} dense: {m}."
+        )
     if comparison and comparison.dense and comparison.compressed:
         lost = 100 * (comparison.dense.top1 - comparison.compressed.top1)
         test = f", {comparison.turned}" if comparison.turned else ""
@@ -98,15 +103,14 @@ def verdict_on(
             "last digits of the accuracy."
         )
     elif comparison:
-        sentences.append(
-            f"On {comparison.count:,} images, {comparison.agreement:.2%} of the predictions are the dense model's."
-        )
+        sentences.append(agreement_sentence(comparison))
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
     if quantized:
         sentences += loss_split(quantized, comparison)
     if idle and comparison:
-        sentences.append("Accuracy was measured with ONNX Runtime on the CPU, on the same weights.")
+        what = "Accuracy was" if comparison.values is None else "These errors were"
+        sentences.append(f"{what} measured with ONNX Runtime on the CPU, on the same weights.")
     if certificate:
         sentences.append(
             f"{certificate.proven:,} of {certificate.images:,} held-out predictions are proven unchanged. On unseen "
@@ -161,7 +165,8 @@ def searched(tuning: Tuning) -> str:
     methods = [f"{point.name} has {point.method}" for point in tuning.references if point.method]
     return (
         f"{len(tuning.points)} of at most {tuning.allowed} recipes were tried on {tuning.images} validation images. A "
-        f"recipe holds if its drop in top-1 plus the standard error of the drop is at most {tuning.limit:g} points. "
+        f"recipe holds if its drop in {tuning.metric or 'top-1'} plus the standard error of the drop is at most "
+        f"{tuning.limit:g}{tuning.unit}. "
         f"Int8 is the dense model quantised by ONNX Runtime, for comparison{''.join(f'; {m}' for m in methods)}.{tied}"
     )
 

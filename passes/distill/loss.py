@@ -6,7 +6,8 @@ With logits z of the model and z_T of the dense model, labels y, temperature τ:
 
 For heads that decide by a threshold (mpcompile/ir/head.py), each output is a logit of its own: softmax becomes the
 sigmoid, CE_ε the binary cross-entropy, KL that of Bernoulli variables, each the mean over outputs. Outputs that are
-probabilities are turned into logits first.
+probabilities are turned into logits first. Outputs that are values have no labels, and the second term is the mean
+squared error of z over the variance of z_T, both over all values of the batch, without a temperature.
 
 CE_ε is cross-entropy with label smoothing ε (Szegedy et al.), the second term is Hinton's distillation loss, and the
 last two are the elastic net of Berlyand et al. (arXiv 2606.02608): each masked layer is W = S + R, with separate λ for
@@ -51,7 +52,7 @@ class ElasticNet:
 
 
 def labels_loss(
-    outputs: Float[Tensor, "b k"], labels: Int[Tensor, "b ..."], smoothing: float, head: Head = SOFTMAX
+    outputs: Float[Tensor, "b ..."], labels: Int[Tensor, "b ..."], smoothing: float, head: Head = SOFTMAX
 ) -> Float[Tensor, ""]:
     """Cross-entropy CE_ε with label smoothing, the mean over images; labels (b, k) are for multilabel heads."""
     logits = _logits(outputs, head)
@@ -65,9 +66,13 @@ def labels_loss(
 
 
 def teacher_loss(
-    outputs: Float[Tensor, "b k"], dense: Float[Tensor, "b k"], temperature: float, head: Head = SOFTMAX
+    outputs: Float[Tensor, "b ..."], dense: Float[Tensor, "b ..."], temperature: float, head: Head = SOFTMAX
 ) -> Float[Tensor, ""]:
-    """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images."""
+    """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images; for values a squared error."""
+    if not head.decides:
+        theirs = dense.float()
+        variance = (theirs - theirs.mean()).square().mean().clamp_min(SMALLEST)
+        return (outputs.float() - theirs).square().mean() / variance
     ours, theirs = _logits(outputs, head) / temperature, _logits(dense, head) / temperature
     if head.kind == "softmax":
         log_p, log_q = F.log_softmax(ours, dim=1), F.log_softmax(theirs, dim=1)

@@ -25,7 +25,7 @@ def best_observer(
     kind: ActivationType,
     images: Split,
     check: Split,
-    expected: Float[Tensor, "images outputs"],
+    expected: Float[Tensor, "images ..."],
 ) -> tuple[str, str]:
     """The observer whose ranges move the logits of the images `check` least, and a note on the choice.
 
@@ -42,7 +42,7 @@ def best_observer(
         shifts[observer] = mean_shift(outputs_of(trial, check), expected)
     best = min(shifts, key=shifts.__getitem__)
     others = ", ".join(f"{shift:.3g} by {observer}" for observer, shift in shifts.items() if observer != best)
-    return best, f"ranges of activations by {best}: alone they shift the logits by {shifts[best]:.3g} ({others})"
+    return best, f"ranges of activations by {best}: alone they shift the outputs by {shifts[best]:.3g} ({others})"
 
 
 def _samples(graph: fx.GraphModule, names: Sequence[str], images: Split) -> dict[str, Float[Tensor, " values"]]:

@@ -75,8 +75,9 @@ def within_limit(
         else:
             fewest = count + 1
     returned = [name for weight in weights[:most] for name in weight.names]
+    lost = "points of accuracy" if limit.images.metric is None else f"of {limit.images.metric.name}"
     note = (
-        f"8 bits lost {found:.2f} points of accuracy, {limit.points:g} are allowed; {len(returned)} layers given back "
+        f"8 bits lost {found:.2f} {lost}, {limit.points:g} are allowed; {len(returned)} layers given back "
         f"to floating point, which leaves {after:.2f}"
     )
     if alone > limit.points:
@@ -87,7 +88,7 @@ def within_limit(
 
 def _reason(cost: float) -> str:
     """Why a layer of this cost was given back."""
-    cause = f"its 8 bits moved the logits by {cost:.3g}" if cost > 0 else "layers that cost more did not suffice"
+    cause = f"its 8 bits moved the outputs by {cost:.3g}" if cost > 0 else "layers that cost more did not suffice"
     return f"given back to floating point: {cause}"
 
 

@@ -103,7 +103,7 @@ class Quantize:
         """Raises PassError if there are no calibration images, or no labels for `max_drop`."""
         if not len(data.calibration):
             raise PassError("the ranges of activations are measured on calibration images; give --data")
-        if self.max_drop is not None and not measured_on(data).labelled:
+        if self.max_drop is not None and not measured_on(data).judged:
             raise PassError("max_drop needs labels, and the validation images have none; leave max_drop out")
 
     @torch.no_grad()
@@ -231,18 +231,19 @@ def _never_active(names: Sequence[str]) -> list[str]:
 
 
 def _split(model: Model, before: Tensor, images: Split) -> str:
-    """How far the logits move by the earlier passes alone, by 8 bits alone, and by both.
+    """How far the outputs move by the earlier passes alone, by 8 bits alone, and by both.
 
     `before` are the outputs before quantisation.
     """
     after = outputs_of(model.graph, images)
     by_rounding = shift_and_spread(after, before)[0]
     if model.dense is None:
-        return f"8 bits shift the logits by {by_rounding:.3g}"
+        return f"8 bits shift the outputs by {by_rounding:.3g}"
     dense = outputs_of(model.dense, images)
     earlier, both = (shift_and_spread(outputs, dense)[0] for outputs in (before, after))
     if not earlier:
-        return f"8 bits shift the logits by {by_rounding:.3g}"
+        return f"8 bits shift the outputs by {by_rounding:.3g}"
     return (
-        f"the logits shift by {earlier:.3g} before 8 bits, by {by_rounding:.3g} from 8 bits alone, by {both:.3g} in all"
+        f"the outputs shift by {earlier:.3g} before 8 bits, by {by_rounding:.3g} from 8 bits alone, "
+        f"by {both:.3g} in all"
     )

@@ -87,7 +87,9 @@ def quantised(
 
 def _method(used: _Candidate, candidates: list[_Candidate]) -> str:
     """Returns how the used candidate was quantised and why, as part of a sentence."""
-    method = f"{used.weight_bits}-bit weights: {SATURATING}; logits of the calibration images shift by {used.shift:.3f}"
+    method = (
+        f"{used.weight_bits}-bit weights: {SATURATING}; outputs of the calibration images shift by {used.shift:.3f}"
+    )
     others = (f"{other.shift:.3f} with {other.weight_bits}-bit weights" for other in candidates if other is not used)
     return ", ".join((method, *others))
 
@@ -99,7 +101,7 @@ def logits_of(engine: Engine, images: NDArray[np.float32]) -> NDArray[np.float32
 
 def _shift(logits: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Returns the largest change of a logit, averaged over images; infinite if a logit is not finite."""
-    shift = float(np.abs(logits - expected).max(1).mean())
+    shift = float(np.abs(logits - expected).reshape(len(logits), -1).max(1).mean())
     return shift if np.isfinite(shift) else np.inf
 
 

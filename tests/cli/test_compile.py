@@ -100,7 +100,7 @@ def test_max_drop_restores_layers_and_is_checked_on_held_out_images(
     report = json.loads((output / "report.json").read_text())
     assert [step["name"] for step in report["passes"]][-3:] == ["batch-norm", "restore", "certify"]
     reasons = [row["reason"] for row in report["layers"] if row["reason"]]
-    assert any("restored: masked, its share of the logits' shift was" in reason for reason in reasons)
+    assert any("restored: masked, its share of the outputs' shift was" in reason for reason in reasons)
     assert report["certificate"]["images"] == 64
     text = (output / "report.md").read_text()
     assert "predictions are proven unchanged" in text

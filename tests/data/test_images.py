@@ -80,7 +80,7 @@ def test_images_without_classes_have_no_labels(tmp_path: Path) -> None:
         save_image(tmp_path / f"{i}.png", i)
     data = load_data(tmp_path, SOURCE, outputs=10, calibration=2)
     assert not data.held_out.labelled
-    assert "no labels: agreement with the dense model" in data.notes[0]
+    assert "no labels: the outputs are compared with the dense model's" in data.notes[0]
 
 
 def test_labels_of_another_number_of_classes_are_dropped_with_a_note(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_flat_folder_is_divided_and_said(tmp_path: Path) -> None:
     assert [len(split) for split in (data.calibration, data.validation, data.held_out)] == [30, 6, 24]
     assert not set(data.calibration.order) & {*data.held_out.order, *data.validation.order}
     assert data.notes == (
-        "the images have no labels: agreement with the dense model is measured instead of accuracy",
+        "the images have no labels: the outputs are compared with the dense model's, and accuracy is not measured",
         "there are 60 images, and 256 were asked for calibration: half of them calibrate, and the others are held out",
     )
 

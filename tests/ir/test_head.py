@@ -23,10 +23,12 @@ def test_decisions_by_hand() -> None:
     assert Head("multilabel", 0.5).decisions(outputs).tolist() == [[0, 1, 1], [0, 0, 0]]
     assert Head("ordinal", 0.5).decisions(outputs.numpy()).tolist() == [2, 0]
     assert Head("multilabel", 0.5).right(outputs, torch.tensor([[0, 1, 1], [0, 0, 1]])).tolist() == [True, False]
-    assert [Head(kind).classes(4) for kind in KINDS] == [4, 2, 4, 5]  # type: ignore[arg-type]
+    assert [Head(kind).classes(4) for kind in KINDS] == [4, 2, 4, 5, 0]  # type: ignore[arg-type]
 
 
-@given(st.sampled_from(KINDS), OUTPUTS, OUTPUTS, st.floats(0, 1), st.floats(-1, 1))
+@given(
+    st.sampled_from([kind for kind in KINDS if kind != "values"]), OUTPUTS, OUTPUTS, st.floats(0, 1), st.floats(-1, 1)
+)
 def test_no_proven_decision_differs(
     kind: str, one: np.ndarray, change: np.ndarray, by: float, threshold: float
 ) -> None:
@@ -54,13 +56,20 @@ def test_choices_resolve_by_the_number_of_outputs() -> None:
     assert found.threshold == pytest.approx(math.log(0.3 / 0.7))
     assert HeadChoice.parse("multilabel:0.3").resolved(4, True).threshold == 0.3
     assert head_for(None, torch.zeros(2, 1)) == Head("sigmoid")
+    assert head_for(None, torch.zeros(2, 3, 4)) == HeadChoice.parse("values").resolved(3, False) == Head("values")
+    with pytest.raises(ValueError, match="have no decision"):
+        Head("values").decisions(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="the head sigmoid needs one output, and the model has 3"):
         HeadChoice.parse("sigmoid").resolved(3, False)
     with pytest.raises(ValueError, match="the head softmax needs 2 or more outputs, and the model has 1"):
         HeadChoice.parse("softmax").resolved(1, False)
 
 
-@pytest.mark.parametrize("text", ["logits", "sigmoid:", "sigmoid:2", "sigmoid:x", "softmax:0.5", "auto:0.5", ""])
+@pytest.mark.parametrize(
+    "text", ["logits", "sigmoid:", "sigmoid:2", "sigmoid:x", "softmax:0.5", "auto:0.5", "values:0.5", ""]
+)
 def test_unknown_choices_are_refused_in_words(text: str) -> None:
-    with pytest.raises(ValueError, match="give auto, softmax, sigmoid, multilabel, ordinal, or one with a threshold"):
+    with pytest.raises(
+        ValueError, match="give auto, softmax, sigmoid, multilabel, ordinal, values, or one with a threshold"
+    ):
         HeadChoice.parse(text)

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as npst
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
 from mpcompile.frontend.capture import capture
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import Certify, NMMask
@@ -143,16 +144,17 @@ def test_one_logit_is_certified_at_its_threshold() -> None:
     assert result.certificate.proven == int((before.abs() > (before - after).abs()).sum())
 
 
-def test_outputs_that_are_not_logits_are_refused() -> None:
+def test_outputs_without_a_decision_for_each_image_have_a_note_and_no_certificate() -> None:
     class Maps(TinyMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).reshape(-1, 5, 2)  # type: ignore[no-any-return]
 
     model = capture(Maps(), tiny_source())
-    with pytest.raises(
-        PassError, match=r"an output has shape \(5, 2\); certify needs one row of logits for each image"
-    ):
-        PassManager([NMMask(NM(2, 4)), Certify()]).run(model, tiny_data(model))
+    for head, reason in ((None, "has no decision that could be proven"), (Head(), "not for positions")):
+        headed = replace(model, head=head)
+        result, records = PassManager([NMMask(NM(2, 4)), Certify()]).run(headed, tiny_data(model))
+        assert result.certificate is None
+        assert reason in records[-1].notes[-1]
     with pytest.raises(UsageError, match="confidence is 1.5"):
         Certify(confidence=1.5)
 

@@ -57,7 +57,7 @@ def test_masks_are_kept_if_token_merging_alone_exceeds_the_limit(caplog: pytest.
     found = merges(result.graph, result.example)
     assert 0 < sum(found) < 14
     note = records[-1].notes[-1]
-    assert note.startswith("token merging without masks shifts the logits by ")
+    assert note.startswith("token merging without masks shifts the outputs by ")
     assert "of their range on 64 validation images, and the masks without token merging by " in note
     assert note.endswith(
         f"Fewer tokens are merged after each attention: {found[0]}, {found[1]} instead of 7, 4. No mask was given back"

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 from distill_runs import MASKS, QUICK, assert_same_weights, run, weights
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -67,6 +70,14 @@ def test_thresholds_are_trained_by_binary_cross_entropy() -> None:
     assert float(labels_loss(ranks, torch.tensor([1]), 0.0, Head("ordinal"))) == pytest.approx(
         float(expected), rel=1e-5
     )
+
+
+@given(npst.arrays(np.float32, (2, 4, 3, 3), elements=st.floats(-9, 9, width=32)))
+def test_the_loss_of_values_is_the_error_relative_to_the_variance(dense: NDArray[np.float32]) -> None:
+    found = dense[::-1] / 2
+    expected = np.square(found.astype(float) - dense).mean() / max(dense.astype(float).var(), 1e-6)
+    got = float(teacher_loss(torch.from_numpy(found.copy()), torch.from_numpy(dense), 2.0, Head("values")))
+    assert got == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_elastic_net_tells_kept_from_removed() -> None:

@@ -95,7 +95,7 @@ def test_the_layer_that_loses_most_is_given_back_first() -> None:
     returned = [name for name, plan in result.plan.items() if plan.unquantized and "given back" in plan.unquantized]
     assert returned == ["fragile"]
     plan = result.plan["fragile"]
-    assert str(plan.unquantized).startswith("given back to floating point: its 8 bits moved the logits by ")
+    assert str(plan.unquantized).startswith("given back to floating point: its 8 bits moved the outputs by ")
     assert float(str(plan.unquantized).rpartition(" ")[2]) > 0
     assert plan.scale is None
     assert plan.rounding_error is None

@@ -160,14 +160,14 @@ def test_a_dense_model_is_its_own_target() -> None:
     model = tiny_mlp()
     result, record = run(model, PLAIN)
     assert result.dense is not None  # set by the manager, as quantize is the first lossy pass
-    assert [note for note in record.notes if "8 bits shift the logits by" in note]
+    assert [note for note in record.notes if "8 bits shift the outputs by" in note]
     assert not any("before 8 bits" in note for note in record.notes)
 
 
 def test_notes_split_the_shift() -> None:
     _, record = run(tiny_mlp(), MASKS, PLAIN)
     assert any(
-        "the logits shift by" in note and "before 8 bits" in note and "from 8 bits alone" in note and "in all" in note
+        "the outputs shift by" in note and "before 8 bits" in note and "from 8 bits alone" in note and "in all" in note
         for note in record.notes
     )
 

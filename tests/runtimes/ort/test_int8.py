@@ -79,7 +79,7 @@ def test_if_products_saturate_the_width_closer_to_dense_is_used(
         assert largest_weight(found) == (64 if better == 7 else 127)
         assert found.method.startswith(
             f"{better}-bit weights: ONNX Runtime's u8 × s8 products saturate at 16 bits on this processor, as on x86 "
-            "without VNNI; logits of the calibration images shift by "
+            "without VNNI; outputs of the calibration images shift by "
         )
         assert found.method.endswith(f" with {15 - better}-bit weights")
 
