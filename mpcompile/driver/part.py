@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mpcompile.analysis.macs import unfused_attention
 from mpcompile.data.images import NONE, Data, Images, Split
@@ -218,6 +217,8 @@ def _row(whole: Whole, dense: Model, images: Tensor) -> Part:
 @torch.no_grad()
 def _macs(run: Callable[[], object]) -> float:
     """The multiply-accumulates of a run in PyTorch."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, where that is installed
+
     with sdpa_kernel(SDPBackend.MATH), unfused_attention(), FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops()) / 2
