@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
@@ -80,7 +79,7 @@ class SampleImages:
 
     def _image(self, image: Any, index: int) -> Tensor:
         """The image as a float tensor (c, h, w)."""
-        if isinstance(image, PIL.Image.Image):
+        if hasattr(image, "convert"):  # a PIL image
             picture = image.convert(MODES.get(self._source.size[0], "RGB"))
             return evaluation_transform(self._source)(picture)
         if not isinstance(image, Tensor | np.ndarray):
