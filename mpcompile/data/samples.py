@@ -79,9 +79,7 @@ class SampleImages:
 
     def _image(self, image: Any, index: int) -> Tensor:
         """The image as a float tensor (c, h, w)."""
-        from PIL import Image
-
-        if isinstance(image, Image.Image):
+        if hasattr(image, "convert"):  # a PIL image
             picture = image.convert(MODES.get(self._source.size[0], "RGB"))
             return evaluation_transform(self._source)(picture)
         if not isinstance(image, Tensor | np.ndarray):
