@@ -28,7 +28,7 @@ from lib.pretrained import fashion_data, on_fashion
 from numpy.typing import NDArray
 
 from mpcompile.data.images import Data
-from mpcompile.driver.inputs import loaded_from
+from mpcompile.driver.inputs import captured, loaded_from
 from mpcompile.export.onnx_export import Exported, lower
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
@@ -51,11 +51,11 @@ COLUMNS = ("model", "method", "top-1", "of dense", "same answer", "logit shift",
 Logits = NDArray[np.float32]
 
 
-def captured(name: str) -> Model:
+def model_named(name: str) -> Model:
     """The model of this name, captured."""
     if name == "fashion_vit":
-        loaded, leaves = loaded_from(ROOT / "examples" / "fashion_vit" / "model.safetensors")
-        return capture(loaded.module, loaded.source, leaves=leaves)
+        loaded, request = loaded_from(ROOT / "examples" / "fashion_vit" / "model.safetensors")
+        return captured(loaded, request)
     module, source = on_fashion(name, SIZES[name])
     return capture(module, source)
 
@@ -102,7 +102,7 @@ def _precision(text: str) -> Precision:
 
 def measured(name: str, seeds: Sequence[int], wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """Yields one row for each method and seed of a model."""
-    model = captured(name)
+    model = model_named(name)
     for seed in seeds:
         data = fashion_data(model.source, calibration=CALIBRATION, seed=seed)
         held_out = replace(data.held_out, order=data.held_out.order[: HELD_OUT[name]])

@@ -25,9 +25,8 @@ import numpy as np
 from lib.common import RESULTS, ROOT, markdown, write
 from lib.cpu_timing import processor_name
 
-from mpcompile.driver.inputs import data_for, loaded_from
+from mpcompile.driver.inputs import captured, data_for, loaded_from
 from mpcompile.export.onnx_export import lower
-from mpcompile.frontend.capture import capture
 from mpcompile.recipe.schema import DataChoice
 
 QUESTION = "How much do ONNX Runtime's int8 files of the example differ from dense, and does the processor matter?"
@@ -38,8 +37,8 @@ COLUMNS = ("processor", "products", "kind", "", "weights", "mean shift", "larges
 
 def prepare(folder: Path, images: int) -> None:
     """Writes the dense file and the images that int8_worker.py reads."""
-    loaded, leaves = loaded_from(EXAMPLE / "model.safetensors")
-    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    loaded, request = loaded_from(EXAMPLE / "model.safetensors")
+    dense = captured(loaded, request)
     lower(dense, folder / "dense.onnx")
     data = data_for(EXAMPLE / "images.npz", dense, DataChoice())
     held_out = data.held_out.first(images)

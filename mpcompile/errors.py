@@ -47,7 +47,7 @@ class LoadError(MpcompileError):
 
 
 class CaptureError(MpcompileError):
-    """A model that torch.fx cannot trace, or whose traced graph does not compute the same."""
+    """A model whose run cannot be recorded as a graph, or whose graph does not compute the same."""
 
     exit_code = 3
 

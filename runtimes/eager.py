@@ -21,10 +21,10 @@ class EagerEngine:
 
     model: Model
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the logits (b, outputs) of images (b, c, h, w)."""
-        logits: NDArray[np.float32] = self.model(torch.from_numpy(images)).numpy()
-        return logits
+    def __call__(self, images: NDArray[np.float32], *others: NDArray[Any]) -> NDArray[np.float32]:
+        """Returns the primary output, such as logits (b, outputs), of images (b, c, h, w) and further inputs."""
+        output: NDArray[np.float32] = self.model(tuple(map(torch.from_numpy, (images, *others)))).numpy()
+        return output
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
         """Returns one row per node of the graph."""
@@ -40,6 +40,7 @@ class Eager(WithoutKernels):
     """The target `eager`. It has no sparse kernels and always runs in float32."""
 
     name: ClassVar[str] = "eager"
+    several_inputs: ClassVar[bool] = True
     offline: ClassVar[bool] = False
 
     def missing(self) -> str | None:

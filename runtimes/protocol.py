@@ -111,7 +111,10 @@ class Engine(Protocol):
     """A model that is ready to run. The harness times calls of it and compares what it returns."""
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits (b, outputs) of images (b, c, h, w), both float32."""
+        """The primary output, such as logits (b, outputs), of images (b, c, h, w), both float32.
+
+        An engine for models with several inputs takes the others after the images (`TakesInputs`).
+        """
         ...
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
@@ -122,6 +125,13 @@ class Engine(Protocol):
     def device(self) -> str:
         """The name of the device that it runs on, for reports."""
         ...
+
+
+@runtime_checkable
+class TakesInputs(Protocol):
+    """A runtime whose engines take further inputs after the images. Others refuse models with several inputs."""
+
+    several_inputs: ClassVar[bool]
 
 
 @runtime_checkable

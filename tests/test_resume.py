@@ -11,7 +11,8 @@ import torch
 
 import mpcompile
 from mpcompile.data.images import Data
-from mpcompile.driver.artifact import MASKS, WEIGHTS, Artifact
+from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.weight_files import MASKS, WEIGHTS
 from mpcompile.errors import PassError, UsageError
 from mpcompile.pipeline.run_folder import clear, note_written, work_folder, working, written_by
 from mpcompile.recipe.schema import Recipe

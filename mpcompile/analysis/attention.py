@@ -63,7 +63,7 @@ def attentions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Attent
         if node.target is F.scaled_dot_product_attention:
             found.append(_fused_attention(node))
         elif node.op == "call_module" and isinstance(modules[str(node.target)], nn.MultiheadAttention):
-            reason = "its nn.MultiheadAttention has masks, keys that differ from its queries, or batch_first=False"
+            reason = "its nn.MultiheadAttention is kept whole, so its keys are unknown; the report gives the reason"
             found.append(Attention(node, _name(node), 0, node, unfit=reason))
         elif node.target in SOFTMAXES and (keys := _softmax_keys(node)) is not None:
             found.append(_with_stream(node, keys, shape_of(keys)[-2]))

@@ -19,6 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from mpcompile.analysis.attention import Attention, ancestors, attentions, shape_of
 from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.analysis.macs import Cost, cost
+from mpcompile.ir.batch import Tensors, arguments
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.token_merging import merge_tokens
@@ -37,10 +38,10 @@ class Parts:
     tokens: tuple[int, ...]
 
 
-def parts(graph: fx.GraphModule, example: torch.Tensor) -> Parts:
+def parts(graph: fx.GraphModule, example: Tensors) -> Parts:
     """The parts of a graph; empty if no attention is added to a residual stream. Runs ShapeProp on the example."""
     with torch.no_grad():
-        ShapeProp(graph).propagate(example)
+        ShapeProp(graph).propagate(*arguments(example))
     found = attentions(graph.graph, dict(graph.named_modules()))
     # Parallel attentions that share a residual add are one block.
     blocks = list({attention.total: attention for attention in found if attention.total}.values())
@@ -76,7 +77,7 @@ def _merged_after(attention: Attention) -> int:
     return int(str(merges[0].args[3])) if merges else 0
 
 
-def merges(graph: fx.GraphModule, example: torch.Tensor) -> tuple[int, ...]:
+def merges(graph: fx.GraphModule, example: Tensors) -> tuple[int, ...]:
     """The token merging schedule of a graph: the number of tokens merged after each attention; () without attention."""
     tokens = parts(graph, example).tokens
     return tuple(before - after for before, after in zip(tokens[::2], tokens[1::2], strict=True))
@@ -84,7 +85,7 @@ def merges(graph: fx.GraphModule, example: torch.Tensor) -> tuple[int, ...]:
 
 def as_published(model: Model) -> Cost:
     """The cost of one image by the paper's convention: each block counts with the number of tokens that enter it."""
-    exact, divided = cost(model), parts(model.graph, model.example)
+    exact, divided = cost(model), parts(model.graph, model.example_inputs)
     tokens = divided.tokens
     factors = {node.name: tokens[part - part % 2] / tokens[part] for node, part in divided.part_of.items()}
     applied_at, _ = weight_nodes(model.graph)
@@ -129,14 +130,14 @@ def charged_from_costs(dense: Cost, compressed_cost: Cost, compressed: Model) ->
 
     `dense` and `compressed_cost` are these costs; `compressed` is the compressed model.
     """
-    patterns, tokens = compressed.patterns(), parts(compressed.graph, compressed.example).tokens
+    patterns, tokens = compressed.patterns(), parts(compressed.graph, compressed.example_inputs).tokens
     return Charged(
         dense=dense.macs,
         compressed=compressed_cost.executed_macs(patterns),
         as_published=as_published(compressed).executed_macs(patterns),
         merging=compressed_cost.merging_macs,
         tokens=(*tokens[::2], *tokens[-1:]),
-        merged=merges(compressed.graph, compressed.example),
+        merged=merges(compressed.graph, compressed.example_inputs),
     )
 
 
@@ -145,7 +146,7 @@ def macs_of_parts(model: Model, patterns: Mapping[str, NM]) -> tuple[list[float]
 
     The layers in `patterns` are executed at their pattern, all others dense. Token merging itself is not counted.
     """
-    dense, divided = cost(model), parts(model.graph, model.example)
+    dense, divided = cost(model), parts(model.graph, model.example_inputs)
     applied_at, _ = weight_nodes(model.graph)
     part_of = {node.name: part for node, part in divided.part_of.items()}
     sums = [0.0] * len(divided.tokens)

@@ -11,21 +11,27 @@ Conditions 1 and 3 always hold. Condition 2 is a default that `include` override
 graph edges, never from the name of a layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from mpcompile.analysis.operator_sets import WEIGHT_FUNCTIONS
+from mpcompile.analysis.operator_sets import SHAPE_QUERY_NAMES, WEIGHT_FUNCTIONS
 from mpcompile.errors import UsageError
 from mpcompile.frontend.leaf_modules import PLAIN_CLASSES, class_name
+from mpcompile.frontend.multihead_attention import reasons_whole
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM, TWO_OF_FOUR
 
-# Classes that at most pad or cast. Any other subclass may change its weight before use: weight standardization turns a
-# zero into another number. Listed by full name, so that timm need not be imported.
+# Operators that multiply by a weight, as functions or methods.
+WEIGHT_PRODUCT_NAMES = frozenset(
+    """
+    linear bilinear matmul __matmul__ mm bmm mv addmm addbmm baddbmm einsum tensordot inner
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    """.split()  # noqa: SIM905
+)
 EXCLUDED = "excluded by"  # prefix of the reason of a layer that `exclude` matches
 
 
@@ -57,7 +63,7 @@ def graph_positions(model: Model) -> dict[str, GraphPosition]:
     layers_before: set[fx.Node] = set()
     for node in nodes:
         inputs = node.all_input_nodes
-        if node.op == "placeholder" or any(i in sees_image for i in inputs):
+        if _depends_on(node, sees_image):
             sees_image.add(node)
         if any(i in layers_before or (i in applies and i in sees_image) for i in inputs):
             layers_before.add(node)
@@ -101,22 +107,48 @@ def weight_nodes(graph: fx.GraphModule) -> tuple[dict[str, list[fx.Node]], set[s
 
 
 def _nodes_of_other_weights(graph: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that apply the weights of layers other than Linear and Conv2d, such as Conv1d or nn.GRU."""
-    modules = dict(graph.named_modules())
-    nodes = set()
+    """The nodes that apply other weights than those of Linear and Conv2d: nn.GRU, a product with a parameter."""
+    nodes: set[fx.Node] = set()
+    from_image: set[fx.Node] = set()
+    from_weights: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        target = str(node.target)
-        if node.op == "call_module" and any(map(_has_other_weights, modules[target].modules())):
+        inputs = node.all_input_nodes
+        if _depends_on(node, from_image):
+            from_image.add(node)
+        elif _is_parameter(graph, node) or not from_weights.isdisjoint(inputs):
+            from_weights.add(node)
+        if node.op == "call_module":
+            applies = any(map(_applies_weights, graph.get_submodule(str(node.target)).modules()))
+        else:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            applies = name in WEIGHT_PRODUCT_NAMES and not from_weights.isdisjoint(inputs)
+        if applies and node in from_image:
             nodes.add(node)
-        elif node.op == "get_attr" and "weight" in target.rpartition(".")[2]:
-            owner = modules.get(target.rpartition(".")[0])
-            nodes |= set(node.users) if owner is not None and _has_other_weights(owner) else set()
     return nodes
 
 
+def _depends_on(node: fx.Node, images: Set[fx.Node]) -> bool:
+    """Whether a node is an input, or computes with one of these nodes; a question about their shape does not count."""
+    asks_shape = node.target in SHAPE_QUERY_NAMES or (node.target is getattr and node.args[1] in SHAPE_QUERY_NAMES)
+    return node.op == "placeholder" or (not asks_shape and not images.isdisjoint(node.all_input_nodes))
+
+
+def _is_parameter(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node fetches a parameter."""
+    owner, _, field = str(node.target).rpartition(".")
+    return node.op == "get_attr" and isinstance(getattr(graph.get_submodule(owner), field, None), nn.Parameter)
+
+
+def _applies_weights(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight of its own and is neither Linear nor Conv2d."""
+    foreign = not type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Linear | nn.Conv2d)
+    own = foreign and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return own or _has_other_weights(module)
+
+
 def _has_other_weights(module: nn.Module) -> bool:
-    """Whether a module has a weight matrix and is neither Linear nor Conv2d."""
-    other = isinstance(module, _ConvNd | nn.Bilinear | nn.RNNBase | nn.MultiheadAttention)
+    """Whether a module of torch has a weight matrix and is neither Linear nor Conv2d."""
+    other = isinstance(module, _ConvNd | nn.Bilinear | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention)
     return other and not isinstance(module, nn.Conv2d)
 
 
@@ -175,14 +207,27 @@ def reason_dense_by_default(position: GraphPosition) -> str | None:
 
 def unsupported_modules(model: Model) -> dict[str, str]:
     """The reason why each module with a weight matrix that is neither Linear nor Conv2d stays dense."""
+    whole = reasons_whole(model.graph)
     reasons = {}
     for name, module in model.graph.named_modules():
+        kind = type(module).__name__
         if isinstance(module, nn.MultiheadAttention):
             reasons[name] = (
-                "nn.MultiheadAttention packs query, key and value into one parameter that belongs to no Linear"
+                "nn.MultiheadAttention packs query, key and value into one parameter that belongs to no Linear, and "
+                f"this one {whole[name]}"
+            )
+        elif isinstance(module, _ConvTransposeNd):
+            reasons[name] = (
+                f"{kind}: a transposed convolution sums over its input channels along axis 0 of its weight; no target "
+                "has an N:M kernel for it"
+            )
+        elif isinstance(module, nn.Conv1d):
+            reasons[name] = (
+                f"{kind}: it is not run as a Conv2d, because it has a forward or hooks of its own, is kept inside a "
+                "leaf, or another operator reads its weight"
             )
         elif _has_other_weights(module):
-            reasons[name] = f"{type(module).__name__}: only Linear and Conv2d can be masked"
+            reasons[name] = f"{kind}: only Linear, Conv1d and Conv2d can be masked"
     return reasons
 
 

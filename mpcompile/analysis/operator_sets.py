@@ -46,11 +46,11 @@ DATA_MOVEMENT_NAMES = frozenset(  # copy or reorder elements and compute nothing
     """
     reshape view flatten unflatten permute transpose movedim swapaxes t roll flip chunk split
     split_with_sizes unbind tensor_split select narrow getitem squeeze unsqueeze expand repeat
-    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90
+    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 split_packed_heads join_heads
     """.split()  # noqa: SIM905
 )
 RESHAPE_AS_NAMES = frozenset(["reshape_as", "view_as"])  # data movement whose second tensor only lends its shape
-SHAPE_QUERY_NAMES = frozenset(["size", "dim", "numel", "stride"])
+SHAPE_QUERY_NAMES = frozenset(["size", "shape", "dim", "numel", "stride"])
 CONCATENATION_NAMES = frozenset(["cat", "concat", "stack"])
 MATRIX_PRODUCT_NAMES = frozenset(["matmul", "bmm"])  # not `__matmul__`: channel tracing has no rule for that method
 REDUCTION_NAMES = frozenset(["mean", "sum", "norm", "amax", "amin", "vector_norm", "var", "std"])

@@ -15,6 +15,7 @@ from mpcompile.analysis.operator_sets import (
     WEIGHT_FUNCTIONS,
 )
 from mpcompile.errors import UsageError
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model
 from mpcompile.ir.parity import is_constant
@@ -27,17 +28,17 @@ UNBOUNDED_MODULES = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.La
 SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1: float32 sums of 1,000 values differ by about 1e-5
 
 
-def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, tuple[str, ...]]:
+def with_head(model: Model, choice: str, inputs: tuple[Tensor, ...] | None) -> tuple[Model, tuple[str, ...]]:
     """The model with its head, and notes on what was assumed and what is unusual about its outputs.
 
     Args:
         model: the captured model.
         choice: the head that the recipe asks for (`HeadChoice.parse`).
-        images: a batch (b, c, h, w) to look at outputs; None for the model's example.
+        inputs: the inputs of a batch, the images first, to look at outputs; None for the model's example.
 
     Raises UsageError if the head does not fit the outputs.
     """
-    outputs = model(model.example if images is None else images.to(model.example.dtype)).double()
+    outputs = model(arguments(model.example_inputs if inputs is None else inputs, model.example.dtype)).double()
     last = gives_probabilities(model.graph)
     bounded = bool(((outputs >= 0) & (outputs <= 1)).all())
     probabilities = bounded if last is None else last
@@ -57,7 +58,7 @@ def with_head(model: Model, choice: str, images: Tensor | None) -> tuple[Model, 
     if is_constant(outputs.numpy(force=True)):
         notes.append(
             f"this model returns the same outputs for each of {len(outputs)} "
-            f"{'noise inputs' if images is None else 'calibration images'}, so a comparison of outputs proves little; "
+            f"{'noise inputs' if inputs is None else 'calibration images'}, so a comparison of outputs proves little; "
             "check the file and the preprocessing"
         )
     return replace(model, head=head), tuple(notes)

@@ -9,43 +9,47 @@ import mpcompile.cli.parse as parse
 from mpcompile.cli.app import EXIT_CODES, Command, app
 from mpcompile.cli.choices import CRITERIA, PASSES, PRECISIONS, REFITS, completion, listed
 from mpcompile.cli.console import configure_logging, progress
-from mpcompile.cli.options import (
+from mpcompile.cli.model_options import (
     AllowPickleOption,
-    AlphaOption,
     ArchArgOption,
     ArchOption,
+    ChannelOrderOption,
+    CropPctOption,
+    InputOption,
+    InputSizeOption,
+    InterpolationOption,
+    LeafOption,
+    MeanOption,
+    ModelArgument,
+    OutputNameOption,
+    PreprocessOption,
+    PretrainedOption,
+    ResizeOption,
+    StdOption,
+    WeightsKeyOption,
+)
+from mpcompile.cli.options import (
+    AlphaOption,
     BudgetOption,
     CalibrationOption,
-    ChannelOrderOption,
     ClassesOption,
-    CropPctOption,
     DataOption,
     ExcludeOption,
     ExifOption,
     HeadOption,
     IncludeOption,
-    InputSizeOption,
-    InterpolationOption,
     JsonOption,
-    LeafOption,
     MacsOption,
-    MeanOption,
-    ModelArgument,
     PatternOption,
     PermuteOption,
-    PreprocessOption,
-    PretrainedOption,
     QuietOption,
-    ResizeOption,
     SeedOption,
     ShareRowsOption,
     SkipBrokenOption,
-    StdOption,
     StrictOption,
     TargetOption,
     TomeOption,
     VerboseOption,
-    WeightsKeyOption,
 )
 from mpcompile.cli.parse import request_of
 from mpcompile.errors import AccuracyError, UsageError
@@ -148,6 +152,8 @@ def compile_command(
     interpolation: InterpolationOption = None,
     channel_order: ChannelOrderOption = None,
     leaf: LeafOption = None,
+    model_input: InputOption = None,
+    output_name: OutputNameOption = None,
     config: Annotated[Path | None, typer.Option(help="Recipe file (YAML). Options override it.")] = None,
     start: Annotated[
         str | None,
@@ -229,6 +235,8 @@ def compile_command(
         interpolation,
         channel_order,
         weights_key,
+        model_input,
+        output_name,
     )
     if save_config:
         _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides

@@ -11,19 +11,18 @@ import typer
 
 from mpcompile.cli.app import Command, app
 from mpcompile.cli.console import configure_logging, progress
-from mpcompile.cli.options import (
+from mpcompile.cli.model_options import (
+    MODELS,
     AllowPickleOption,
     ArchArgOption,
     ArchOption,
-    FolderArgument,
-    HeadOption,
     InputSizeOption,
-    JsonOption,
     LeafOption,
+    OutputNameOption,
     PreprocessOption,
     PretrainedOption,
-    QuietOption,
 )
+from mpcompile.cli.options import FolderArgument, HeadOption, JsonOption, QuietOption
 from mpcompile.cli.parse import head as parsed_head
 from mpcompile.cli.parse import request_of
 from mpcompile.errors import UsageError
@@ -67,7 +66,7 @@ def verify(
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="With --data: a weights file, timm:NAME, or pkg.mod:factory."),
+        typer.Argument(metavar="[MODEL]", help=f"With --data: {MODELS[0].lower()}{MODELS[1:]}"),
     ] = None,
     data: Annotated[
         Path | None,
@@ -81,6 +80,7 @@ def doctor(
     input_size: InputSizeOption = None,
     preprocess: PreprocessOption = None,
     leaf: LeafOption = None,
+    output_name: OutputNameOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -92,7 +92,10 @@ def doctor(
         from mpcompile.cli.tables import show_trials
         from mpcompile.driver.preprocessing_trials import try_preprocessings
 
-        request = request_of(model, arch, arch_arg, pretrained, allow_pickle, input_size, None, None, leaf, preprocess)
+        request = request_of(
+            model, arch, arch_arg, pretrained, allow_pickle, input_size, None, None, leaf, preprocess,
+            output_name=output_name,
+        )  # fmt: skip
         with progress(quiet or as_json) as observe:
             trials = try_preprocessings(request, data, observe, head=parsed_head(head))
         if as_json:

@@ -1,4 +1,4 @@
-"""The options that several commands share, as types of their parameters."""
+"""The options that several commands share beside those of the model, as types of their parameters."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,129 +7,15 @@ import typer
 
 from mpcompile.cli.choices import (
     ALPHA,
-    CHANNEL_ORDERS,
     EXIF,
     HEADS,
-    INTERPOLATIONS,
-    PREPROCESSING,
     SIGNALS,
     TARGETS,
     completion,
     listed,
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A weights file, timm:NAME, or pkg.mod:factory.")]
-
-
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of `mpcompile compile`.")]
-
-
-ArchOption = Annotated[
-    str | None, typer.Option("--arch", help="Architecture of a weights file: a timm name or pkg.mod:factory.")
-]
-
-
-ArchArgOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--arch-arg", metavar="KEY=VALUE", help="Argument for the architecture, such as img_size=384. Can be repeated."
-    ),
-]
-
-
-PretrainedOption = Annotated[
-    bool, typer.Option("--pretrained", help="With timm:NAME, download the pretrained weights from the hub.")
-]
-
-
-AllowPickleOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle", help="Load a pickled model. This runs code in the file: use it only for files that you trust."
-    ),
-]
-
-
-WeightsKeyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--weights-key",
-        metavar="KEY",
-        help="Weights to take from a checkpoint that holds several sets, such as ema or state_dict.student.",
-    ),
-]
-
-
-InputSizeOption = Annotated[
-    str | None, typer.Option("--input-size", metavar="CxHxW", help="Shape of one image, such as 3x224x224.")
-]
-
-
-MeanOption = Annotated[
-    str | None, typer.Option("--mean", metavar="M,M,M", help="Per-channel mean of pixels scaled to [0, 1].")
-]
-
-
-StdOption = Annotated[
-    str | None,
-    typer.Option("--std", metavar="S,S,S", help="Per-channel standard deviation of pixels scaled to [0, 1]."),
-]
-
-
-PreprocessOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preprocess",
-        metavar="NAME",
-        help=f"Preprocessing of the images: {listed(PREPROCESSING)}; FILE.json; or torchvision:WEIGHTS. "
-        "The options below override it.",
-        autocompletion=completion(PREPROCESSING),
-    ),
-]
-
-
-ResizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--resize",
-        metavar="N|HxW",
-        help="Resize images before the centre crop: the shorter side to N pixels, or both sides to HxW.",
-    ),
-]
-
-
-CropPctOption = Annotated[
-    float | None,
-    typer.Option(
-        "--crop-pct", help="Resize images to the input's size divided by this, such as 0.875, then crop the centre."
-    ),
-]
-
-
-InterpolationOption = Annotated[
-    str | None,
-    typer.Option(
-        "--interpolation",
-        help=f"Interpolation of the resize: {listed(INTERPOLATIONS)}.",
-        autocompletion=completion(INTERPOLATIONS),
-    ),
-]
-
-
-ChannelOrderOption = Annotated[
-    str | None,
-    typer.Option(
-        "--channel-order",
-        help=f"Order of the channels that the model takes: {listed(CHANNEL_ORDERS)}. --mean and --std follow it.",
-        autocompletion=completion(CHANNEL_ORDERS),
-    ),
-]
-
-
-LeafOption = Annotated[
-    list[str] | None,
-    typer.Option("--leaf", metavar="NAME", help="Do not trace into this module. Can be repeated."),
-]
 
 
 PatternOption = Annotated[

@@ -29,8 +29,11 @@ def request_of(
     interpolation: str | None = None,
     channel_order: str | None = None,
     weights_key: str | None = None,
+    inputs: list[str] | None = None,
+    output_name: str | None = None,
 ) -> "Request":
     """The model, its architecture and its preprocessing, as the options name them. Raises UsageError."""
+    from mpcompile.frontend.call_inputs import InputSpec
     from mpcompile.frontend.load_model import Request
 
     return Request(
@@ -49,6 +52,8 @@ def request_of(
         interpolation=interpolation,
         channel_order=channel_order,
         weights_key=weights_key,
+        inputs={name: InputSpec.parse(shape) for name, shape in map(input_shape, inputs or ())},
+        output_name=output_name,
     )
 
 
@@ -141,6 +146,14 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except (ValueError, RecursionError):
         return key, value
+
+
+def input_shape(text: str) -> tuple[str, str]:
+    """The name and the shape in `NAME=SHAPE`. Raises UsageError."""
+    name, equals, shape = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--input {text!r} is not NAME=SHAPE; give for example --input meta=4")
+    return name, shape
 
 
 def macs_by_pass(macs: float | None, tome: str | None, pattern: str | None) -> tuple[float | None, float | None]:

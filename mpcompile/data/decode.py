@@ -6,11 +6,11 @@ when they are needed, and so are held-out images.
 """
 
 from dataclasses import replace
-
-from torch import Tensor
+from typing import Any
 
 from mpcompile.data.images import Data, DecodedImages, Label, Split, image_hash
 from mpcompile.data.npz import ArrayImages
+from mpcompile.ir.batch import arguments
 from mpcompile.system.resource_errors import available_bytes
 
 # 1,783 float32 images of 3 × 224 × 224: 3 times the 512 that a run calibrates and validates on by default. The images
@@ -56,15 +56,17 @@ def decode_once(data: Data, limit_bytes: int) -> Data:
 
 def _decoded(split: Split, limit_bytes: int) -> tuple[Split, int]:
     """The split with its images decoded, and how much of the limit is left."""
-    pixels: dict[int, tuple[Tensor, Label]] = {}
+    pixels: dict[int, tuple[Any, Label]] = {}
     hashes: dict[int, str] = {}
     in_memory = isinstance(split.images, ArrayImages)
     for index in dict.fromkeys(split.order):
         image, label = split.images[index]
         hashes[index] = image_hash(image, label)
-        size = image.numel() * image.element_size()
+        inputs = arguments(image)
+        size = sum(one.numel() * one.element_size() for one in inputs)
         if not in_memory and size <= limit_bytes:
-            pixels[index] = image.clone(), label  # a copy, since the set may reuse its tensor or return part of one
+            copies = tuple(one.clone() for one in inputs)  # the set may reuse its tensors, or return parts of others
+            pixels[index] = copies if len(copies) > 1 else copies[0], label
             limit_bytes -= size
     return replace(split, decoded=DecodedImages(split.images, pixels, hashes)), limit_bytes
 

@@ -14,10 +14,9 @@ from mpcompile.analysis.macs import Cost, cost
 from mpcompile.analysis.spectrum import Fit, SpectrumFit
 from mpcompile.data.images import Data
 from mpcompile.driver.forecast import Forecast, forecast
-from mpcompile.driver.inputs import data_for, headed, loaded_from
+from mpcompile.driver.inputs import captured, data_for, headed, loaded_from
 from mpcompile.driver.run_plan import build_pass
 from mpcompile.errors import UsageError
-from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.model import Model, Source
 from mpcompile.ir.pattern import NM
@@ -116,9 +115,9 @@ def _analysis(
 ) -> ModelAnalysis:
     """The result of `analyze`, with all defaults resolved."""
     observe("load")
-    loaded, leaves = loaded_from(model)
+    loaded, request = loaded_from(model)
     observe("capture")
-    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    dense = captured(loaded, request)
     dense, images = headed(dense, data_for(data, dense, choice, head), head)
     counted = cost(dense)
     observe("spectra")

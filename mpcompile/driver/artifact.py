@@ -16,7 +16,6 @@ passes/             the result of each pass (--keep-passes), for --from
 bench/TARGET/       results of a later `mpcompile bench`
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +29,12 @@ from torch import nn
 from mpcompile.data.transform import Transform, evaluation_transform
 from mpcompile.driver.load_artifact import Engine, OrtEngine, Runtime, module_of, onnx_engine, target_engine
 from mpcompile.driver.run_plan import runtime_named
+from mpcompile.driver.weight_files import MASKS, WEIGHTS, as_in_graph, read_masks
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
 from mpcompile.export.mask_check import ProvenMask, verify_masks
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import LayerPlan, Model
-from mpcompile.ir.pattern import NM
+from mpcompile.frontend.stored_weights import layer_weight
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.recipe.schema import Recipe, explained, read_recipe
@@ -43,11 +42,9 @@ from mpcompile.report.report_hashes import require_unchanged
 from mpcompile.report.schema import FileRow, Report
 from mpcompile.runtimes import LoadsFile, RunsGraph
 from mpcompile.system.hashing import file_sha256
-from mpcompile.system.safetensors_io import read_tensors, tensor_bytes
+from mpcompile.system.safetensors_io import read_tensors
 
-RECIPE, WEIGHTS, MASKS, COMPRESSED, DENSE, PASSES = (
-    "recipe.yaml", "model.safetensors", "masks.safetensors", "model.onnx", "dense.onnx", "passes",
-)  # fmt: skip
+RECIPE, COMPRESSED, DENSE, PASSES = "recipe.yaml", "model.onnx", "dense.onnx", "passes"
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The forms that `load` returns, and the arguments that each form accepts.
 FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -113,6 +110,11 @@ class Artifact:
         """An ONNX file of the folder with the facts that a runtime needs; `masks` are those that `verify` returned."""
         recipe, source = self.report.recipe, self.report.model
         in_float = recipe.precision in QUANTIZED and file == self.dense_onnx
+        captured = self.report.captured
+        names: dict[str, tuple[str, ...]] = {}
+        if captured is not None:
+            names["input_names"] = tuple(row.name for row in captured.inputs)
+            names["output_names"] = tuple(row.name for row in captured.outputs)
         return Exported(
             onnx=file,
             arch=source.arch,
@@ -121,6 +123,7 @@ class Artifact:
             batch=recipe.batch,
             masks=masks,
             merges=file == self.onnx and self.report.merges_tokens(),
+            **names,
         )
 
     @overload
@@ -191,7 +194,7 @@ class Artifact:
         captured = None
         if isinstance(runtime, RunsGraph):
             module = module_of(self.folder / WEIGHTS, self.report.model, exported, model, allow_factory)
-            captured = capture(module, self.report.model)
+            captured = capture(module, self.report.model, primary=exported.output_names[0])
         else:
             exported = self.exported(self.onnx, self.verify())
         return target_engine(runtime, exported, threads, batches or self.report.recipe.timed_batches, captured)
@@ -210,7 +213,7 @@ class Artifact:
         plans, weights = read_masks(self.folder / MASKS), read_tensors(self.folder / WEIGHTS)
         for name, plan in plans.items():
             assert plan.mask is not None
-            weight = weights.get(f"{name}.weight")
+            weight = layer_weight(name, weights)
             if weight is None or weight.shape != plan.mask.shape:
                 raise MaskError(f"{name}: {WEIGHTS} has no weight of the mask's shape {tuple(plan.mask.shape)}")
             if weight.dtype not in WEIGHT_TYPES or weight.ndim < 2:
@@ -228,7 +231,7 @@ class Artifact:
         except Exception as error:  # protobuf's DecodeError, or OSError
             raise LoadError(f"{self.onnx} cannot be read as an ONNX file: {error}") from error
         try:
-            rows = verify_masks(file, plans, weights)
+            rows = verify_masks(file, *as_in_graph(plans, weights))
             size = tuple(axis.dim_value for axis in file.graph.input[0].type.tensor_type.shape.dim[1:])
         except MpcompileError:
             raise
@@ -254,52 +257,6 @@ class Artifact:
 def dense_quantized_file(recipe: Recipe) -> str:
     """The name of the dense model in the recipe's precision, if that is int8 or fp8."""
     return f"dense_{recipe.precision}.onnx"
-
-
-def write_weights(folder: Path, module: nn.Module, model: Model) -> None:
-    """Writes model.safetensors, under the original module's names, and masks.safetensors into `folder`."""
-    new = model.graph.state_dict()
-    aliases = _aliases(module)
-    weights = {}
-    for name, old in module.state_dict().items():
-        if not isinstance(old, torch.Tensor):  # what get_extra_state returned
-            continue
-        alias = next((alias for alias in (name, *aliases.get(name, ())) if alias in new), None)
-        weights[name] = old if alias is None else new[alias]
-    source = {"format": "pt", "arch": model.source.arch, "source_sha256": model.source.sha256}
-    (folder / WEIGHTS).write_bytes(tensor_bytes(weights, source))
-    patterns = {name: str(pattern) for name, pattern in model.patterns().items()}
-    (folder / MASKS).write_bytes(tensor_bytes(model.masks(), {"patterns": json.dumps(patterns)}))
-
-
-def _aliases(module: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter and buffer, by each of its names.
-
-    A module that is used under several names is in the graph under only one of them.
-    """
-    names: dict[int, list[str]] = {}
-    for own in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
-        for name, value in own:
-            names.setdefault(id(value), []).append(name)
-    return {name: same for same in names.values() for name in same}
-
-
-def read_masks(path: Path) -> Mapping[str, LayerPlan]:
-    """The pattern and mask of each layer in a masks.safetensors, by layer name. Raises LoadError."""
-    from safetensors import safe_open
-
-    masks = read_tensors(path)
-    try:
-        with safe_open(path, "pt") as file:
-            patterns = json.loads((file.metadata() or {}).get("patterns", "{}"))
-        parsed = {str(name): NM.parse(str(text)) for name, text in patterns.items()}
-    except Exception as error:  # SafetensorError, or JSON that is not a table of patterns
-        raise LoadError(f"{path}: the patterns in its metadata cannot be read: {cause_of(error)}") from error
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.ndim < 2:
-            kind = str(mask.dtype).removeprefix("torch.")
-            raise LoadError(f"{path}: {name} is {kind} {tuple(mask.shape)}; a mask is bool, of 2 axes or more")
-    return {name: LayerPlan(pattern=parsed.get(name), mask=mask) for name, mask in masks.items()}
 
 
 def file_rows(folder: Path) -> tuple[FileRow, ...]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcompile.driver.artifact import Artifact
-from mpcompile.driver.compare_engines import SECONDS, Settings, call_of, engine_parity
+from mpcompile.driver.compare_engines import SECONDS, Arrays, Settings, call_of, engine_parity
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
@@ -66,6 +66,8 @@ def _benched(artifact: Artifact, settings: Settings, observe: Observer) -> Bench
     batches = settings.batches or recipe.timed_batches
     if recipe.batch is not None and set(batches) != {recipe.batch}:
         raise UsageError(f"the files have a fixed batch of {recipe.batch}; leave --batch out")
+    if len(artifact.exported(artifact.onnx).input_names) > 1:
+        raise UsageError("bench times models with one input; compile has timed this one (report.json, latency)")
     observe("verify")
     masks = artifact.verify()
 
@@ -154,13 +156,13 @@ def compared(
     images = _images(after, max(PARITY_IMAGES, min(build.batches)))
     files = {DENSE: before} | ({DENSE_QUANTIZED: quantized} if quantized else {})
     parity = tuple(
-        engine_parity(engine, files.get(name, after), images, f"{name}: target {runtime.name}")
+        engine_parity(engine, files.get(name, after), (images,), f"{name}: target {runtime.name}")
         for name, engine in engines.items()
     )
     rows = []
     for batch in build.batches:
         observe(f"batch {batch}")
-        rows.append(_timed(engines, _images(after, batch), settings))
+        rows.append(_timed(engines, (_images(after, batch),), settings))
     with tempfile.TemporaryDirectory() as folder:
         verdicts = runtime.prepare(after, Path(folder), build).verdicts
     compressed = engines[COMPRESSED]
@@ -256,15 +258,15 @@ def _images(exported: Exported, batch: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((batch, *exported.image_shape)).astype(np.float32)
 
 
-def _timed(engines: dict[str, Engine], images: NDArray[np.float32], settings: Settings) -> BatchTimings:
+def _timed(engines: dict[str, Engine], inputs: Arrays, settings: Settings) -> BatchTimings:
     """The timings of all engines at one batch size."""
-    calls = {name: call_of(engine, images, settings) for name, engine in engines.items()}
+    calls = {name: call_of(engine, inputs, settings) for name, engine in engines.items()}
     on_gpu = any(isinstance(engine, TimesDevice) for engine in engines.values())
     conditions = [machine_state(on_gpu)]
     samples = sample(calls, settings.seconds, lambda: conditions.append(machine_state(on_gpu)))
     idle, before, after = conditions
     before = replace(before, load=idle.load)  # load without our own calls; clocks under load
-    size = len(images)
+    size = len(inputs[0])
     return BatchTimings(
         batch=size,
         timings={name: timing(times, size, engines[name].device) for name, times in samples.items()},

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
-from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows, write_weights
-from mpcompile.driver.compare_engines import parity_of
+from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
+from mpcompile.driver.compare_engines import Arrays, arrays, parity_of
 from mpcompile.driver.quantized_baselines import (
     dense_baselines,
     lower_dense,
@@ -29,14 +30,17 @@ from mpcompile.driver.run_engines import (
     quantized_rows,
 )
 from mpcompile.driver.run_plan import RunPlan
+from mpcompile.driver.weight_files import write_weights
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
+from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
+from mpcompile.measure.output_errors import output_error
 from mpcompile.passes import Quantize
 from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
@@ -47,7 +51,7 @@ from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
-from mpcompile.report.schema import DataUsed, Gate, LayerRow, Parity, Report
+from mpcompile.report.schema import Captured, DataUsed, Gate, InputRow, LayerRow, OutputRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
 from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Runtime, has_sparse_kernel
@@ -87,7 +91,7 @@ def build_artifact(
     Raises a MpcompileError.
     """
     recipe = plan.recipe
-    check = _check_images(data, dense)
+    check = _check_inputs(data, dense)
     metadata = _onnx_metadata(loaded.source.sha256, recipe)
     observe("export dense")
     before = plan.lower(dense, folder / DENSE, metadata)
@@ -142,6 +146,7 @@ def build_artifact(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=loaded.source,
+        captured=_captured(dense, model, data),
         recipe=recipe,
         recipe_sha256=recipe.sha256,
         environment=environment({**_versions(plan.runtime), **plan.origins}, built.dense.device),
@@ -159,7 +164,7 @@ def build_artifact(
         latency=latency,
         gates=gates_of(recipe, comparison),
         idle=plan.idle,
-        notes=built.notes,
+        notes=(*dense.notes, *built.notes),
         commands=built.commands,
         verdicts=verdicts,
         files=file_rows(folder),
@@ -208,6 +213,23 @@ def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:
     }
 
 
+def _captured(dense: Model, compressed: Model, data: Data) -> Captured:
+    """What the model takes and returns, and how far each output moved on held-out images, or on the example."""
+    split = data.held_out if len(data.held_out) else data.calibration
+    inputs = arguments(split.first_inputs(PARITY_IMAGES) if len(split) else dense.example_inputs, dense.example.dtype)
+    outputs = []
+    for name, before, after in zip(dense.output_names, dense.outputs(inputs), compressed.outputs(inputs), strict=True):
+        error = output_error(before, after) if before.ndim and len(before) == len(inputs[0]) else None
+        relative, cosine = (error.relative, error.cosine) if error else (None, None)
+        outputs.append(OutputRow(**_signature(name, before), relative_error=relative, cosine=cosine))
+    rows = tuple(InputRow(**_signature(name, one)) for name, one in zip(dense.input_names, inputs, strict=True))
+    return Captured(by=dense.captured_by, inputs=rows, outputs=tuple(outputs), images=len(inputs[0]))
+
+
+def _signature(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    return {"name": name, "shape": tuple(tensor.shape[1:]), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
 def _accelerated(plan: RunPlan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:
     """Whether masked layers run on sparse kernels: by the verdicts if the engine ran, else by the target's kernels."""
     if not plan.idle and verdicts:
@@ -228,25 +250,26 @@ def _data_used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
     )
 
 
-def _check_images(data: Data, model: Model) -> NDArray[np.float32]:
-    """The images for parity checks: up to 32 calibration images, or the example if there are none."""
-    images = data.calibration.first(PARITY_IMAGES) if len(data.calibration) else model.example
-    return np.ascontiguousarray(images.numpy())
+def _check_inputs(data: Data, model: Model) -> Arrays:
+    """The inputs for parity checks: of up to 32 calibration images, or the example if there are none."""
+    split = data.calibration
+    return arrays(split.first_inputs(PARITY_IMAGES) if len(split) else model.example_inputs)
 
 
-def _calibration(data: Data, check: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    """All calibration images in batches, or the example if there are none."""
+def _calibration(data: Data, check: Arrays) -> Iterator[Arrays]:
+    """The inputs of all calibration images in batches, or the example if there are none."""
     if not len(data.calibration):
         yield check
-    for images, _ in data.calibration.batches():
-        yield images.numpy()
+    for inputs, _ in data.calibration.inputs():
+        yield arrays(inputs)
 
 
-def _parity(exported: Lowered, images: NDArray[np.float32], what: str) -> Parity:
+def _parity(exported: Lowered, inputs: Arrays, what: str) -> Parity:
     """The parity of an ONNX file with the graph that it was exported from. Raises ParityError."""
     if exported.precision in QUANTIZED:
-        require_unrounded_parity(exported, images)
-    expected, outputs = exported.model(torch.from_numpy(images)).numpy(), cpu_engine(exported)(images)
+        require_unrounded_parity(exported, inputs[0])
+    expected = exported.model(tuple(map(torch.from_numpy, inputs))).numpy()
+    outputs = cpu_engine(exported)(*inputs)
     if exported.precision == "bf16":
         what += ", in float32 on the rounded weights"
     return parity_of(expected, outputs, exported, what)

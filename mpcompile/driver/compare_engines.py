@@ -1,11 +1,13 @@
 """Comparison of engines: parity with ONNX Runtime on the CPU, and interleaved timing on the same images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mpcompile.data.images import Split
 from mpcompile.errors import UsageError
@@ -17,6 +19,7 @@ from mpcompile.report.schema import Parity
 from mpcompile.runtimes import Engine, TimesDevice
 from mpcompile.runtimes.ort.session import cpu_engine
 
+Arrays = tuple[NDArray[Any], ...]  # the inputs of an engine, the images first
 SECONDS = 4.0  # of timing for each batch size
 
 
@@ -41,14 +44,19 @@ class Settings:
     graph: bool = False
 
 
-def engine_parity(engine: Engine, exported: Exported, images: NDArray[np.float32], what: str) -> Parity:
-    """The parity of an engine with ONNX Runtime on the CPU, both on the same images (b, c, h, w).
+def arrays(inputs: Sequence[Tensor]) -> Arrays:
+    """The inputs of an engine as NumPy arrays, the images first."""
+    return tuple(np.ascontiguousarray(one.numpy()) for one in inputs)
+
+
+def engine_parity(engine: Engine, exported: Exported, inputs: Arrays, what: str) -> Parity:
+    """The parity of an engine with ONNX Runtime on the CPU, both on the same inputs, the images (b, c, h, w) first.
 
     `exported` is the ONNX file that the engine was built from; `what` names the engine in the report and in errors.
     Raises ParityError if the outputs differ by more than the tolerance of the file's precision.
     """
     return parity_of(
-        cpu_engine(exported)(images), engine(images), exported, f"{what} against {_reference_name(exported)}"
+        cpu_engine(exported)(*inputs), engine(*inputs), exported, f"{what} against {_reference_name(exported)}"
     )
 
 
@@ -76,31 +84,31 @@ def _reference_name(exported: Exported) -> str:
     return "ONNX Runtime on the CPU"
 
 
-def call_of(engine: Engine, images: NDArray[np.float32], settings: Settings) -> Call:
-    """A function that runs the engine once on the images, to be timed.
+def call_of(engine: Engine, inputs: Arrays, settings: Settings) -> Call:
+    """A function that runs the engine once on the inputs, to be timed.
 
     Raises UsageError if the settings need a GPU and the engine has none.
     """
     if isinstance(engine, TimesDevice):
-        return engine.staged(images, transfers=settings.transfers, graph=settings.graph)
+        return engine.staged(inputs[0], transfers=settings.transfers, graph=settings.graph)
     if settings.graph or not settings.transfers:
         raise UsageError("a CPU has no CUDA graph and no transfers; leave --cuda-graph and --no-transfers out")
-    return partial(engine, images)
+    return partial(engine, *inputs)
 
 
 def interleaved_times_ms(
-    engines: Mapping[str, Engine], images: Split, example: NDArray[np.float32], batch: int, seconds: float
+    engines: Mapping[str, Engine], images: Split, example: Arrays, batch: int, seconds: float
 ) -> dict[str, NDArray[np.float64]]:
     """Milliseconds per call of each engine (rounds,), measured in interleaved rounds for `seconds`.
 
     All engines get the same `batch` images: those of `images`, or copies of `example` if there are too few.
     """
-    pixels = images_for(images, example, batch)
-    return sample({name: call_of(engine, pixels, Settings()) for name, engine in engines.items()}, seconds)
+    inputs = inputs_for(images, example, batch)
+    return sample({name: call_of(engine, inputs, Settings()) for name, engine in engines.items()}, seconds)
 
 
-def images_for(images: Split, example: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
-    """A batch (b, c, h, w) to time: real images if there are enough, else copies of the example."""
+def inputs_for(images: Split, example: Arrays, batch: int) -> Arrays:
+    """The inputs of a batch to time, the images (b, c, h, w) first: real ones, or copies of the example if too few."""
     if len(images) >= batch:
-        return np.ascontiguousarray(images.first(batch).numpy())
-    return np.ascontiguousarray(np.resize(example, (batch, *example.shape[1:])))
+        return arrays(images.first_inputs(batch))
+    return tuple(np.ascontiguousarray(np.resize(one, (batch, *one.shape[1:]))) for one in example)

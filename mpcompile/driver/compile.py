@@ -13,13 +13,12 @@ from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import QUANTIZE_DENSE, build_artifact
-from mpcompile.driver.inputs import data_for, decoded_for, headed, loaded_from, path_of
+from mpcompile.driver.inputs import captured, data_for, decoded_for, headed, loaded_from, path_of
 from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
 from mpcompile.driver.quantized_baselines import writes_dense
 from mpcompile.driver.run_plan import RunPlan, plan_of
 from mpcompile.driver.tune import search_recipe
 from mpcompile.errors import AccuracyError
-from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
@@ -110,11 +109,11 @@ def _compiled(
     explain_shortage = partial(as_resource_errors, lambda: stage, output, lambda: needed_bytes)
     with working(output) as work, explain_shortage():
         began("load")
-        loaded, leaves = loaded_from(model)
+        loaded, request = loaded_from(model)
         needed_bytes = output_bytes(loaded.module)
         require_space(output, least_output_bytes(loaded.module))
         began("capture")
-        dense = capture(loaded.module, loaded.source, leaves=leaves)
+        dense = captured(loaded, request)
         images = data_for(data, dense, recipe.data, recipe.head)
         require_inputs(plan, dense, images)
         dense, images = headed(dense, decoded_for(images, dense, needed_bytes), recipe.head)
@@ -175,8 +174,8 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: str | 
     Rank 0 calls `compile` with the same model, recipe and data. Raises a MpcompileError.
     """
     plan = plan_of(recipe)
-    loaded, leaves = loaded_from(model)
-    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    loaded, request = loaded_from(model)
+    dense = captured(loaded, request)
     images = data_for(data, dense, recipe.data, recipe.head)
     dense, images = headed(dense, images, recipe.head)
     for step in plan.passes:
@@ -226,10 +225,10 @@ def preview(
     require_consistent(plan, data is not None)
     if output is not None:
         require_writable(Path(output), force, [path for path in map(path_of, (model, data)) if path is not None])
-    loaded, leaves = loaded_from(model)
+    loaded, request = loaded_from(model)
     if output is not None:
         require_space(Path(output), least_output_bytes(loaded.module))
-    dense = capture(loaded.module, loaded.source, leaves=leaves)
+    dense = captured(loaded, request)
     dense, images = headed(dense, data_for(data, dense, recipe.data, recipe.head), recipe.head)
     require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]

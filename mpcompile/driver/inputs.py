@@ -9,6 +9,8 @@ from mpcompile.analysis.output_head import with_head
 from mpcompile.data.decode import decode_once, memory_limit
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
+from mpcompile.driver.processor_check import require_same_pixels
+from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
@@ -21,14 +23,24 @@ from mpcompile.system.hashing import state_sha256
 EXAMINED_IMAGES = 32  # calibration images whose outputs tell what the outputs are
 
 
-def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, tuple[str, ...]]:
-    """The module with its source, and the names of submodules that tracing keeps as leaves. Raises LoadError."""
+def loaded_from(model: str | Path | nn.Module | Request) -> tuple[Loaded, Request]:
+    """The module with its source, and the request, which says how to capture it. Raises LoadError."""
     if isinstance(model, nn.Module):
         model = plain_module(model, type(model).__name__)
         name = type(model).__name__
-        return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), ()
+        return Loaded(model, source_of(model, name=name, arch=name, sha256=state_sha256(model))), Request(name)
     request = model if isinstance(model, Request) else Request(str(model))
-    return load(request), request.leaves
+    loaded = load(request)
+    if loaded.processor is not None:
+        require_same_pixels(loaded.processor, loaded.source)
+    return loaded, request
+
+
+def captured(loaded: Loaded, request: Request) -> Model:
+    """The captured model, as the options of a request say. Raises CaptureError."""
+    images = noise(loaded.source.size)
+    others = {name: spec.example(len(images)) for name, spec in request.inputs.items()}
+    return capture(loaded.module, loaded.source, images, request.leaves, inputs=others, primary=request.output_name)
 
 
 def path_of(given: object) -> Path | None:
@@ -50,7 +62,7 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
     if isinstance(data, Data):
         return data
     dense, _ = with_head(dense, head, None)
-    logits = dense(dense.example)
+    logits = dense(dense.example_inputs)
     # Outputs with more axes have no classes.
     decides = head_for(dense.head, logits)
     classes = decides.classes(logits.shape[1]) if logits.ndim == 2 else 0
@@ -75,9 +87,9 @@ def data_for(data: str | Path | Data | None, dense: Model, choice: DataChoice, h
 
 def headed(dense: Model, data: Data, head: str) -> tuple[Model, Data]:
     """The model with its head, and the data with notes on what the outputs are. Raises UsageError."""
-    images = data.calibration.first(min(EXAMINED_IMAGES, len(data.calibration))) if len(data.calibration) else None
-    dense, notes = with_head(dense, head, images)
-    data = replace(data, notes=(*data.notes, *notes))
+    count = min(EXAMINED_IMAGES, len(data.calibration))
+    dense, notes = with_head(dense, head, data.calibration.first_inputs(count) if count else None)
+    data = replace(data, notes=(*data.notes, *dense.notes, *notes))
     return dense, with_fitting_labels(data, dense.head)
 
 

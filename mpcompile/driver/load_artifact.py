@@ -4,7 +4,6 @@ Weights are read from safetensors, so no pickled code is run. Code that a report
 it, because anyone can write a report.
 """
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +13,12 @@ from torch import nn
 from mpcompile.errors import LoadError, ParityError, RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.frontend.architectures import is_factory
+from mpcompile.frontend.call_inputs import call_inputs
 from mpcompile.frontend.capture import noise
-from mpcompile.frontend.load_model import NAMING_FILES, Request, load
+from mpcompile.frontend.load_model import Request, load
+from mpcompile.frontend.named_architecture import NAMING_FILES
+from mpcompile.frontend.plain_copy import copied, plain_copy
+from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
 from mpcompile.ir.model import Model, Source
@@ -58,7 +61,9 @@ def module_of(
         module = load(_rebuild_request(weights, source, allow_factory)).module
     else:
         state = read(weights, allow_pickle=False)
-        module = copy.deepcopy(given).eval()
+        module = copied(given).eval()
+        if mismatch(module, state):  # the file has plain weights, also where the class computes them
+            module, _ = plain_copy(given)
         if differences := mismatch(module, state):
             raise LoadError(
                 f"{weights} does not fit the given {type(given).__name__}: {differences}. Pass one that is built with "
@@ -104,7 +109,7 @@ def _rebuild_request(weights: Path, source: Source, allow_factory: bool) -> Requ
     """The request that builds the architecture of a report anew and loads the weights. Raises UsageError."""
     if source.arch_args is None:
         raise UsageError(
-            f"the model was a {source.arch} given in Python, which no report can build; pass an instance with model="
+            f"the model was a {source.arch}, which no report can build by name; pass an instance with model="
         )
     if is_factory(source.arch) and not allow_factory:
         raise UsageError(
@@ -126,7 +131,9 @@ def _require_parity(module: nn.Module, source: Source, exported: Exported) -> No
     tolerance = max(TOLERANCE[exported.precision], TOLERANCE[PRECISION.get(own, "fp32")])
     images = noise(source.size)
     with torch.no_grad():
-        outputs = copy.deepcopy(module).cpu().float()(images).numpy()
+        called = call_inputs(module, images)
+        result = called.run(copied(module).cpu().float())
+    outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
     expected = cpu_engine(exported)(images.numpy())
     difference = relative_difference(expected, outputs) if expected.shape == outputs.shape else float("inf")
     if difference > tolerance:

@@ -12,8 +12,10 @@ from mpcompile.driver.quantization import require_consistent_precision
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.errors import ResourceError, UsageError
 from mpcompile.ir.model import Model
+from mpcompile.ir.precision import QUANTIZED
 from mpcompile.passes.mp_budget.mp_budget import MPBudget
 from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.runtimes.protocol import TakesInputs
 from mpcompile.system.distributed import process_rank
 from mpcompile.system.resource_errors import format_bytes
 
@@ -40,9 +42,32 @@ def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     """Raises a MpcompileError if the gate or a pass cannot work with this model and these images."""
     if plan.recipe.gates.max_drop is not None and not images.held_out.labelled:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
+    require_inputs_of_target(plan, dense, images)
     PassManager(plan.passes).require_inputs(dense, images)
     if plan.passes and isinstance(plan.passes[0], MPBudget):  # passes before it could change what it can reach
         plan.passes[0].require_reachable(dense, images)
+
+
+def require_inputs_of_target(plan: RunPlan, dense: Model, images: Data) -> None:
+    """Raises UsageError if the model has several inputs and the target, the precision or the images give one alone."""
+    if not dense.others:
+        return
+    names = ", ".join(dense.input_names)
+    runtime = plan.runtime
+    if not (isinstance(runtime, TakesInputs) and runtime.several_inputs):
+        raise UsageError(f"the model takes {names}, and target {runtime.name} runs models with one input; use ort")
+    if plan.recipe.precision in QUANTIZED:
+        raise UsageError(
+            f"the model takes {names}, and {plan.recipe.precision} is for models with one input; use fp32 or fp16"
+        )
+    if any(step.name == "distill" for step in plan.passes):
+        raise UsageError(f"the model takes {names}, and distill trains models with one input; leave it out")
+    for split in (images.calibration, images.validation, images.training, images.held_out):
+        if len(split) and len(split.first_inputs(1)) != len(dense.input_names):
+            raise UsageError(
+                f"the model takes {names}, and the data give {len(split.first_inputs(1))} of them; give Data in Python "
+                "whose items have a tuple of all inputs in place of the image"
+            )
 
 
 def require_space(output: Path, least_bytes: int) -> None:

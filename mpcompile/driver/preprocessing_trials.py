@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from mpcompile.analysis.output_head import with_head
 from mpcompile.data.images import BATCH, Split
-from mpcompile.driver.inputs import EXAMINED_IMAGES, data_for, loaded_from, with_fitting_labels
+from mpcompile.driver.inputs import EXAMINED_IMAGES, captured, data_for, loaded_from, with_fitting_labels
 from mpcompile.errors import UsageError
-from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model, Source
@@ -86,11 +85,11 @@ def try_preprocessings(
     """
     with stage_progress(observe, STAGES) as tell:
         tell("load")
-        loaded, leaves = loaded_from(model)
+        loaded, request = loaded_from(model)
         tell("capture")
-        dense = capture(loaded.module, loaded.source, leaves=leaves)
+        dense = captured(loaded, request)
         images = data_for(Path(data), dense, DataChoice(calibration=1, validation=0, held_out=IMAGES), head)
-        dense, notes = with_head(dense, head, images.held_out.first(min(EXAMINED_IMAGES, len(images.held_out))))
+        dense, notes = with_head(dense, head, images.held_out.first_inputs(min(EXAMINED_IMAGES, len(images.held_out))))
         images = with_fitting_labels(images, dense.head)
         if not images.held_out.labelled:
             raise UsageError(f"doctor --data measures accuracy, which needs labelled images; {'; '.join(images.notes)}")
@@ -113,7 +112,7 @@ def try_preprocessings(
 def _chance(labels: Tensor, dense: Model) -> float:
     """The accuracy of a decision that does not depend on the image: a random class, or the most frequent decision."""
     if dense.head is None or dense.head.kind == "softmax":
-        return 1 / dense(dense.example).shape[1]
+        return 1 / dense(dense.example_inputs).shape[1]
     counts = labels.unique(dim=0, return_counts=True)[1]
     return float(counts.max() / counts.sum())
 

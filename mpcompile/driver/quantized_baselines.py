@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mpcompile.data.images import Data, Split
 from mpcompile.driver.artifact import dense_quantized_file
+from mpcompile.driver.compare_engines import arrays
 from mpcompile.driver.quantization import DENSE_QUANTIZED, quantizes_alone
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.export.onnx_export import Exported, Lowered
@@ -115,7 +116,7 @@ def outputs_in_float(plan: RunPlan, model: Model, images: Split, path: Path) -> 
 
 def outputs_of(engine: Run, images: Split) -> Outputs:
     """The outputs of an engine for all images of a split, batch by batch."""
-    return tuple(engine(pixels.numpy()) for pixels, _ in images.batches())
+    return tuple(engine(*arrays(inputs)) for inputs, _ in images.inputs())
 
 
 def replayed(outputs: Outputs) -> Run:

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mpcompile.data.images import Data
 from mpcompile.driver.bench import command as bench_command
-from mpcompile.driver.compare_engines import engine_parity, images_for, interleaved_times_ms
+from mpcompile.driver.compare_engines import Arrays, arrays, engine_parity, inputs_for, interleaved_times_ms
 from mpcompile.driver.quantized_baselines import (
     Baseline,
     Outputs,
@@ -52,7 +49,7 @@ def built_engines(
     after: Lowered,
     quantized: Lowered | None,
     folder: Path,
-    check: NDArray[np.float32],
+    check: Arrays,
 ) -> Built:
     """The engines, compared with ONNX Runtime on the CPU; `quantized` is the dense model in 8 bits.
 
@@ -108,7 +105,7 @@ def latencies(
     if plan.idle:
         return (), baselines, ()
     rows, over, recipe = [], [], plan.recipe
-    engines, example = {"dense": built.dense, "compressed": built.compressed}, model.example.numpy()
+    engines, example = {"dense": built.dense, "compressed": built.compressed}, arrays(model.example_inputs)
     others = {baseline.row.name: baseline.engine for baseline in baselines if baseline.engine}
     for batch in recipe.timed_batches:
         samples = interleaved_times_ms(engines | others, data.held_out, example, batch, recipe.bench.seconds)
@@ -125,7 +122,7 @@ def quantized_kernels(plan: RunPlan, built: Built, data: Data, model: Model) -> 
     in_8_bits = plan.recipe.precision in QUANTIZED and not plan.idle
     if not in_8_bits or not isinstance(built.compressed, ReportsQuantizedLayers):
         return ()
-    images = images_for(data.held_out, model.example.numpy(), plan.recipe.timed_batches[-1])
+    images = inputs_for(data.held_out, arrays(model.example_inputs), plan.recipe.timed_batches[-1])[0]
     return built.compressed.quantised_layers(images)
 
 
@@ -133,5 +130,5 @@ def kernel_verdicts(built: Built, after: Lowered, data: Data, model: Model, reci
     """A verdict for each masked layer, with the chosen kernel if the engine reports its kernels."""
     if not isinstance(built.compressed, ReportsKernels):
         return built.verdicts
-    images = images_for(data.held_out, model.example.numpy(), recipe.timed_batches[-1])
+    images = inputs_for(data.held_out, arrays(model.example_inputs), recipe.timed_batches[-1])[0]
     return built.compressed.judged(built.verdicts, after.masks, images)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
-from mpcompile.driver.compare_engines import interleaved_times_ms
+from mpcompile.driver.compare_engines import arrays, interleaved_times_ms
 from mpcompile.driver.quantized_baselines import runtime_baselines
 from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search, within_limit
 from mpcompile.driver.run_plan import RunPlan, plan_of
@@ -86,7 +86,7 @@ class Trial:
 
     def _speedup(self, engine: Engine, batch: int) -> Speedup:
         """The speedup of an engine over the dense model's."""
-        engines, example = {"dense": self.reference.engine, "tried": engine}, self.dense.example.numpy()
+        engines, example = {"dense": self.reference.engine, "tried": engine}, arrays(self.dense.example_inputs)
         samples = interleaved_times_ms(engines, self.data.validation, example, batch, self.recipe.bench.seconds)
         return speedup(samples["dense"], samples["tried"], "dense")
 
@@ -156,7 +156,7 @@ def passes_to_last_change(passes: Sequence[Pass]) -> tuple[Pass, ...]:
 def hits(engine: Engine, images: Split, head: Head | None) -> NDArray[np.bool_]:
     """For each labelled image (n,), whether the engine's decision is its label."""
     batches = []
-    for pixels, labels in images.batches():
-        outputs = engine(pixels.numpy())
+    for inputs, labels in images.inputs():
+        outputs = engine(*arrays(inputs))
         batches.append(head_for(head, outputs).right(outputs, labels.numpy()))
     return np.concatenate(batches)

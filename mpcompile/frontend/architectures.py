@@ -1,4 +1,4 @@
-"""Builds the module for a state dict: a timm architecture, or a factory function `pkg.mod:name`."""
+"""Builds the module for a state dict: a timm architecture, a class of transformers, or a function `pkg.mod:name`."""
 
 import contextlib
 import importlib
@@ -10,18 +10,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError, UsageError, did_you_mean, first_line
+from mpcompile.frontend.hugging_face import build, is_hugging_face
 
 
 def is_factory(text: str) -> bool:
-    """Whether a text has the form `pkg.mod:name`."""
+    """Whether a text has the form `pkg.mod:name`; `timm:` and `hf:` name no packages."""
     module, colon, name = text.partition(":")
-    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    return (
+        bool(colon)
+        and module not in ("timm", "hf")
+        and name.isidentifier()
+        and all(part.isidentifier() for part in module.split("."))
+    )
 
 
 def build_architecture(arch: str, arch_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any] | None) -> nn.Module:
     """Builds an architecture. Raises UsageError for an unknown name, LoadError if it cannot be built."""
     if is_factory(arch):
         return call_factory(arch, arch_args)
+    if is_hugging_face(arch):
+        return build(arch, arch_args)
     return create_timm(arch.removeprefix("timm:"), arch_args, pretrained_cfg=pretrained_cfg)
 
 

@@ -111,7 +111,7 @@ def other_inputs(inputs: CallInputs) -> CallInputs:
             return torch.randn(OTHER_BATCH, *tensor.shape[1:], generator=generator).to(tensor.dtype)
         return tensor[torch.arange(OTHER_BATCH) % len(tensor)]
 
-    return CallInputs({name: another(tensor) for name, tensor in inputs.tensors.items()}, inputs.keywords)
+    return inputs.with_tensors({name: another(tensor) for name, tensor in inputs.tensors.items()})
 
 
 def _compare(

@@ -6,7 +6,7 @@ for all names that the architecture needs.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import LoadError, UsageError, did_you_mean
-from mpcompile.frontend.plain_weights import plain_weights, quantized_entry
+from mpcompile.frontend.plain_weights import adapter_entry, plain_weights, quantized_entry
 
 # Usual keys of weights, in the order in which the differences of a file that fits nowhere are listed.
 USUAL_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "module", "net")
 AVERAGED = frozenset({"ema", "swa", "avg", "averaged"})  # words in the name of averaged weights
+COMPILED = "_orig_mod."  # in the names of a module that torch.compile wrapped
 DEPTH = 3  # levels of mappings that are searched
 # Names that torch's load_state_dict may do without: torch before 0.4.1 did not save the first one.
 OPTIONAL = ("num_batches_tracked", "_extra_state")
@@ -43,7 +44,11 @@ class WeightSet:
 
 
 def chosen_weights(
-    content: Mapping[Any, Any], needed: Set[str], path: Path, key: str | None = None
+    content: Mapping[Any, Any],
+    needed: Set[str],
+    path: Path,
+    key: str | None = None,
+    other_names: Sequence[Set[str]] = (),
 ) -> tuple[WeightSet, tuple[str, ...]]:
     """The set of weights that holds all names that an architecture needs, and sentences about the choice.
 
@@ -53,6 +58,7 @@ def chosen_weights(
         path: the file, for messages.
         key: the name of the set to take (--weights-key); None chooses. Of averaged weights and others, the averaged
             ones are taken, as timm does. Without a set that fits, the one that shares most names is returned.
+        other_names: other sets of names that are as good, such as those that transformers writes into files.
 
     Raises LoadError if there are no tensors, if the weights are quantised, or if several sets fit and differ;
     UsageError if no set has the name `key`.
@@ -61,24 +67,43 @@ def chosen_weights(
     if not mappings:
         keys = ", ".join(map(str, list(content)[:5]))
         raise LoadError(f"{path} holds no tensors (its keys: {keys or 'none'})")
-    fitting = [found for name, entries in mappings.items() for found in _fitting_sets(name, entries, needed)]
+    for names in (needed, *other_names):
+        fitting = [found for name, entries in mappings.items() for found in _fitting_sets(name, entries, names)]
+        if fitting:
+            break
     if key is not None:
         fitting = _named(fitting, mappings, key, needed, path)
     if not fitting:
         nearest = _nearest(mappings, needed)
-        if found := quantized_entry(nearest[1]):
+        _require_no_adapter(nearest[1], path)
+        if found := _with_second_prefix(*nearest, needed):
+            return found, (f"{path.name}: {found.notes[0]}",)
+        if entry := quantized_entry(nearest[1]):
             raise LoadError(
-                f"{path} holds quantised weights ({found}), and masks are chosen on floating-point ones; give the "
+                f"{path} holds quantised weights ({entry}), and masks are chosen on floating-point ones; give the "
                 "checkpoint that was quantised"
             )
         return _without_shared_prefix(*nearest, needed), ()
     best, notes = _best(fitting, path)
+    _require_no_adapter([*best.state, *best.unused], path)
+    doubles = [name for name, value in best.state.items() if value.dtype == torch.float64]
+    if doubles:
+        notes += (f"{path.name}: {len(doubles)} weights are float64 (the first is {doubles[0]}); converted to float32",)
     if best.unused:
         listed = ", ".join(best.unused[:3]) + (", …" if len(best.unused) > 3 else "")
         count = f"{len(best.unused)} tensors" if len(best.unused) > 1 else "1 tensor"
         verb = "are" if len(best.unused) > 1 else "is"
         notes += (f"{path.name}: {count} outside {best.name!r} {verb} not used: {listed}",)
     return best, notes + tuple(f"{path.name}: {note}" for note in best.notes)
+
+
+def _require_no_adapter(names: Iterable[Any], path: Path) -> None:
+    """Raises LoadError if a name among those of the weights belongs to a LoRA adapter, which would not be applied."""
+    if found := adapter_entry(names):
+        raise LoadError(
+            f"{path} holds a LoRA adapter ({found}), which changes the weights beside it; merge it into them, such as "
+            "with PEFT's model.merge_and_unload(), and save the result"
+        )
 
 
 def _mappings(
@@ -108,7 +133,7 @@ def _joined(*parts: str) -> str:
 
 def _fitting_sets(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> Iterator[WeightSet]:
     """For each prefix under which a mapping holds all needed names: the set without the prefix."""
-    for plain, notes in ((entries, ()), plain_weights(entries)):
+    for plain, notes in _forms(entries):
         tensors = {str(key): value for key, value in plain.items() if isinstance(value, Tensor)}
         prefixes = _prefixes(tensors, needed)
         for prefix in prefixes:
@@ -120,6 +145,15 @@ def _fitting_sets(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> It
             yield WeightSet(_joined(name, prefix.rstrip(".")), state, unused, notes)
         if prefixes:
             return
+
+
+def _forms(entries: Mapping[Any, Any]) -> Iterator[tuple[Mapping[Any, Any], tuple[str, ...]]]:
+    """The entries as they are, with plain weights, and without the `_orig_mod` of parts that torch.compile wrapped."""
+    yield entries, ()
+    yield plain_weights(entries)
+    inside = {key.replace(COMPILED, "") if isinstance(key, str) else key: value for key, value in entries.items()}
+    if inside.keys() != entries.keys():
+        yield plain_weights(inside)
 
 
 class _Versioned(dict[str, Tensor]):
@@ -226,7 +260,29 @@ def _nearest(mappings: Mapping[str, Mapping[Any, Any]], needed: Set[str]) -> tup
     return max(mappings.items(), key=shared)
 
 
-PREFIXES = ("module.", "model.", "_orig_mod.")
+def _with_second_prefix(name: str, entries: Mapping[Any, Any], needed: Set[str]) -> WeightSet | None:
+    """The weights if most are under one prefix and all others under a second one, as mmpretrain has `backbone.` and
+    `head.`; None if they are not, or if there are several second prefixes.
+    """
+    tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    matches = Counter(prefix for key in tensors for prefix in _prefixes_of_name(key, needed) if prefix)
+    required = {key for key in needed if not key.endswith(OPTIONAL)}
+    for first, count in matches.most_common(1):
+        rest = required - {key.removeprefix(first) for key in tensors if key.startswith(first)}
+        others = [one for one in matches if one != first and all(one + key in tensors for key in rest)]
+        if rest and 2 * count > len(required) and len(others) == 1:
+            [second] = others
+            state = _Versioned(
+                {key.removeprefix(first): value for key, value in tensors.items() if key.startswith(first)}
+            )
+            state |= {key: tensors[second + key] for key in rest}
+            state._metadata = _metadata(entries, first)
+            note = f"{', '.join(sorted(rest)[:3])} taken from {second!r}, all others from {first!r}"
+            return WeightSet(_joined(name, first.rstrip(".")), state, (), (note,))
+    return None
+
+
+PREFIXES = ("module.", "model.", COMPILED)
 LONGEST_NAME = 500  # characters
 
 

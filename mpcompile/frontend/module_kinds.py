@@ -1,6 +1,5 @@
 """Unwraps modules of torch.compile and data parallelism, and refuses modules that hold no floating-point weights."""
 
-import copy
 import logging
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mpcompile.errors import LoadError
+from mpcompile.frontend.plain_copy import copied, wrapped
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +17,15 @@ QUANTIZED_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"
 def plain_module(module: nn.Module, name: str) -> nn.Module:
     """The module without wrappers, in a type that the runtimes compute in. The given module is not changed.
 
-    Wrappers of torch.compile, DataParallel and DistributedDataParallel compute what the module inside computes.
+    Wrappers of torch.compile, DataParallel, DistributedDataParallel and AveragedModel compute what the module inside
+    computes. If a part of the module is wrapped, a copy without wrappers is returned, whose names have no `_orig_mod`.
     Float64 weights are converted to float32, in a copy, and a warning says so: ONNX Runtime has no float64 convolution.
     Raises LoadError for a quantised module, a TorchScript module, and one without values.
     """
-    while (inner := _inside(module)) is not None:
+    while (inner := wrapped(module)) is not None:
         module = inner
+    if any(wrapped(part) is not None for part in module.modules()):
+        module = copied(module)
     _require_float_weights(module, name)
     doubles = [key for key, value in module.named_parameters() if value.dtype == torch.float64]
     if not doubles:
@@ -35,22 +38,11 @@ def plain_module(module: nn.Module, name: str) -> nn.Module:
         doubles[0],
     )
     try:
-        return copy.deepcopy(module).float()
+        return copied(module).float()
     except Exception as error:
         raise LoadError(
             f"{name} has float64 weights and cannot be copied; give it in float32: module.float()"
         ) from error
-
-
-def _inside(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds, or None if it is no wrapper."""
-    inner = getattr(module, "_orig_mod", None)
-    if isinstance(inner, nn.Module):
-        return inner
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        parallel: nn.Module = module.module
-        return parallel
-    return None
 
 
 def _require_float_weights(module: nn.Module, name: str) -> None:
@@ -61,8 +53,6 @@ def _require_float_weights(module: nn.Module, name: str) -> None:
             raise LoadError(
                 f"{name}: {where} is TorchScript, which torch.fx cannot trace; give the module it was made from"
             )
-        if path and _inside(part) is not None:
-            raise LoadError(f"{name}: {where} is wrapped in {kind.__name__}; give the module without it")
         if kind.__module__.startswith(QUANTIZED_PACKAGES):
             raise LoadError(
                 f"{name} is quantised: {where} is {kind.__module__}.{kind.__name__}, and masks are chosen on "

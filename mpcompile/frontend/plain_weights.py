@@ -1,7 +1,7 @@
 """Weights that a state dict stores in another form: computed to plain ones, or recognised as quantised."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 QUANTIZED_ENDS = (
     "_packed_params", "_packed_params.dtype", ".zero_point", ".qweight", ".qzeros", ".SCB", ".quant_map", ".absmax",
 )  # fmt: skip
+# Beginnings of parts of names that only adapters have: LoRA, DoRA, AdaLoRA (PEFT and loralib).
+ADAPTER_PARTS = ("lora_A", "lora_B", "lora_E", "lora_embedding_", "lora_magnitude_vector")
 
 
 def quantized_entry(entries: Mapping[Any, Any]) -> str | None:
@@ -23,6 +25,18 @@ def quantized_entry(entries: Mapping[Any, Any]) -> str | None:
         if isinstance(value, torch.dtype) or str(key).endswith(QUANTIZED_ENDS):
             return str(key)
     return None
+
+
+def adapter_entry(names: Iterable[Any]) -> str | None:
+    """The first name in a state dict that belongs to a LoRA adapter; None if there is none.
+
+    PEFT and loralib write `lora_A` and `lora_B` beside the weights, and PEFT calls the weights themselves `base_layer`.
+    """
+    return next((str(name) for name in names if _of_adapter(str(name))), None)
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part == "base_layer" or part.startswith(ADAPTER_PARTS) for part in name.split("."))
 
 
 def plain_weights(entries: Mapping[Any, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:

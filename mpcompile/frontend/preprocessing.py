@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mpcompile.errors import LoadError, UsageError
+from mpcompile.frontend.hugging_face_config import size_of
 from mpcompile.frontend.label_names import labels_of
 from mpcompile.ir.model import INTERPOLATIONS, Source
 
@@ -42,7 +43,7 @@ class Preprocessing:
             other = replace(other, crop_mode=None) if self.resize is not None else other
         if other.resize and self.size and other.size and self.size[1:] != other.size[1:]:
             raise UsageError(
-                f"--preprocess resizes to {'x'.join(map(str, other.resize))} for an input of "
+                f"the preprocessing resizes to {'x'.join(map(str, other.resize))} for an input of "
                 f"{other.size[1]}x{other.size[2]}, but --input-size is {'x'.join(map(str, self.size))}; give --resize "
                 "or --crop-pct too"
             )
@@ -72,7 +73,7 @@ def source_of(
         name: the Source's.
         arch: the Source's.
         sha256: the Source's.
-        arch_args: `img_size` and `in_chans` in it take precedence over the record.
+        arch_args: `img_size` and `in_chans` in it take precedence over the record, and over a config of transformers.
         record: what the file of the weights records, by timm's keys; None if `pretrained_cfg` is the whole record.
         published: whether `pretrained_cfg` describes the published weights of the architecture, and the module has
             others. `record` takes precedence over it, and its values count as assumed.
@@ -96,7 +97,7 @@ def _recorded(
 ) -> Source:
     from timm.data import resolve_data_config
 
-    args = arch_args or {}
+    args = {**size_of(module), **(arch_args or {})}
     try:
         recorded_args = None if arch_args is None else json.loads(json.dumps(dict(arch_args)))
     except (TypeError, ValueError):  # not JSON: a class or a function, such as norm_layer

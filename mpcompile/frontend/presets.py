@@ -25,14 +25,17 @@ PRESETS: Mapping[str, Preprocessing] = {
 }
 
 
-def preset_named(name: str) -> Preprocessing:
-    """The preprocessing that `--preprocess` names. Raises UsageError if there is none of that name."""
+def preset_named(name: str, sized: bool = False) -> Preprocessing:
+    """The preprocessing that `--preprocess` names. Raises UsageError if there is none of that name.
+
+    `sized`: whether the size of the images is given, for a file that keeps their ratio.
+    """
     if name in PRESETS:
         return PRESETS[name]
     if name.startswith("torchvision:"):
         return _of_torchvision(name.removeprefix("torchvision:"))
     if name.endswith(".json") or Path(name).name != name:
-        return read_preset(Path(name))
+        return read_preset(Path(name), sized)
     raise UsageError(
         f"--preprocess {name!r} is unknown; give {', '.join(PRESETS)}, a .json file, or torchvision:WEIGHTS such as "
         "torchvision:ResNet50_Weights.IMAGENET1K_V2"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError
-from mpcompile.frontend.weights_file import ONE_FILE, shard_of
+from mpcompile.frontend.plain_copy import copied
+from mpcompile.frontend.weights_file import ALL_SHARDS, shard_of
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
@@ -23,7 +24,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path, arch:
     state = _without_unsaved_buffers(module, state)
     listed = mismatch(module, state)
     if listed and (shard := shard_of(path)):
-        raise LoadError(f"{path} is {shard}, and holds only a part of the weights ({listed}); {ONE_FILE}")
+        raise LoadError(f"{path} is {shard}, and holds only a part of the weights ({listed}); {ALL_SHARDS}")
     if listed:
         raise LoadError(f"{path} does not fit {arch}: {listed}. Check --arch and --arch-arg")
     module.load_state_dict(state)
@@ -85,7 +86,7 @@ def _unmatched(module: nn.Module, own: Mapping[str, Any], state: Mapping[str, Te
     if not missing and not unexpected:
         return missing, unexpected
     try:
-        trial = copy.deepcopy(module)  # loading with strict=False changes what fits
+        trial = copied(module)  # loading with strict=False changes what fits
         found = trial.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError):  # also for shapes, which are listed anyway
         return missing, unexpected

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError, first_line
+from mpcompile.frontend.sharded_weights import is_index, read_shards
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ SAFE_WAYS = (
 )
 
 
-ONE_FILE = "save the model as one file, such as with save_pretrained(…, max_shard_size='100GB')"
+ALL_SHARDS = "give the index beside it, such as model.safetensors.index.json, or the folder"
 SHARD = re.compile(r"-(\d{1,6})-of-(\d{1,6})\.\w+$")
 
 
@@ -48,8 +49,8 @@ def read(path: Path, allow_pickle: bool) -> Any:
         raise LoadError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
         raise LoadError(f"{path} is a Git LFS pointer, not the file; fetch it with git lfs pull")
-    if path.name.endswith(".index.json"):
-        raise LoadError(f"{path} is the index of a model in several shards, which are not read; {ONE_FILE}")
+    if is_index(path):
+        return read_shards(path, lambda shard: read(shard, allow_pickle=False))
     if head[8:9] == b"{":
         return _read_safetensors(path)
     if _is_zip(path):
@@ -90,13 +91,9 @@ def _read_torch_zip(path: Path, allow_pickle: bool) -> Any:
         raise LoadError(f"{path} is a torch archive that is cut short or damaged ({first_line(error)})") from error
     if any("/code/" in name for name in names):
         raise LoadError(
-            f"{path} is a TorchScript archive, which torch.fx cannot trace; save its weights with "
-            f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pt'), and name the --arch"
-        )
-    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
-        raise LoadError(
-            f"{path} is a torch.export archive, which has no modules left to plan for; save its weights with "
-            f"torch.save(torch.export.load({path.name!r}).state_dict, 'weights.pt'), and name the --arch"
+            f"{path} is a TorchScript archive, whose compiled graph is not read; export the original module with "
+            f"torch.export.save, or save its weights with torch.save(torch.jit.load({path.name!r}).state_dict(), "
+            "'weights.pt') and name the module with --arch pkg.mod:factory"
         )
     size = path.stat().st_size
     if unpacked > size:  # torch never compresses tensors; a small file must not fill the memory

@@ -89,6 +89,7 @@ class Model:
     others: tuple[Tensor, ...] = ()  # examples of the inputs after the images
     input_names: tuple[str, ...] = ("images",)
     output_names: tuple[str, ...] = ("logits",)  # in the order of the graph, the primary output first
+    captured_by: str = "recorder"  # or "export"
     output_tree: Any = ONE  # what the module returns, with a Slot in place of each tensor
 
     def layers(self) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -13,7 +13,7 @@ from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
 from mpcompile.measure.dense_check import DenseCheck, check_dense
 
-Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Run = Callable[..., NDArray[np.float32]]  # (images, further inputs …) -> the primary output
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +82,9 @@ def compare(
     """
     pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     labels: list[NDArray[np.int64]] = []
-    for pixels, classes in images.batches():
-        batch = pixels.numpy()
-        pairs.append((dense(batch), compressed(batch)))
+    for given, classes in images.inputs():
+        inputs = [one.numpy() for one in given]
+        pairs.append((dense(*inputs), compressed(*inputs)))
         labels.append(classes.numpy())
         observe(sum(map(len, labels)))
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))

@@ -249,6 +249,22 @@ def _total(counts: Iterable[float | None]) -> float:
     return sum((count for count in counts if count is not None), 0.0)
 
 
+def outputs(report: Report) -> Table:
+    """One row for each output of the model, the primary one first."""
+    rows = () if report.captured is None else report.captured.outputs
+    cells = (
+        (
+            Cell(row.name),
+            Cell("×".join(map(str, row.shape)) or "1"),
+            number(row.relative_error, "{:.2%}", f".captured.outputs[{n}].relative_error"),
+            number(row.cosine, "{:.4f}", f".captured.outputs[{n}].cosine"),
+        )
+        for n, row in enumerate(rows)
+    )
+    names = "output", "shape of one image's", "largest relative error", "smallest cosine"
+    return Table(columns(*names, numbers=names[2:]), tuple(cells), ".captured.outputs")
+
+
 def environment(report: Report) -> Table:
     """One row for each property of the machine and each library version."""
     rows = ((Cell(key), Cell(value)) for key, value in report.environment.items())

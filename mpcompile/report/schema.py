@@ -88,6 +88,37 @@ class DataUsed(Value):
     notes: tuple[str, ...]
 
 
+class InputRow(Value):
+    """An input of the model, as the ONNX file names it; `shape` is that of one image."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class OutputRow(InputRow):
+    """An output of the model, and how far the compressed model's is from the dense one's, both in PyTorch.
+
+    The largest relative error over images, ‖Δ‖₂ / ‖y‖₂, and the smallest cosine; None if the values are not
+    floating-point.
+    """
+
+    relative_error: float | None = None
+    cosine: float | None = None
+
+
+class Captured(Value):
+    """How the model was captured, and what it takes and returns: the images and the primary output come first.
+
+    `images` is the number of images on which the outputs of both models were compared.
+    """
+
+    by: str  # recorder: one run was recorded; export: torch.export
+    inputs: tuple[InputRow, ...]
+    outputs: tuple[OutputRow, ...]
+    images: int
+
+
 class Gate(Value):
     """A limit of the recipe, the measured value, and whether the limit holds."""
 
@@ -108,6 +139,7 @@ class Report(Value):
     version: str  # of mpcompile
     created: str  # ISO 8601, UTC
     model: Source
+    captured: Captured | None = None  # None in reports of earlier versions
     recipe: Recipe
     recipe_sha256: str
     environment: dict[str, str]
@@ -117,7 +149,7 @@ class Report(Value):
     accelerated: bool  # whether masked layers run on sparse kernels; if no engine ran: whether the target has them
     parity: tuple[Parity, ...]
     idle: str | None  # why no engine of the target ran on this machine
-    notes: tuple[str, ...]  # notes of the target about the ONNX file
+    notes: tuple[str, ...]  # what capture says about the model, and the target about the ONNX file
     commands: tuple[str, ...]  # commands that build and time the engine on a machine that has the target
     verdicts: tuple[LayerVerdict, ...]  # kernel choice for each masked layer, if the target reports it
     comparison: Comparison | None

@@ -68,7 +68,7 @@ def merging_model(model: Model) -> MergingModel | None:
     nodes = [node for node in model.graph.graph.nodes if node.target is merge_tokens]
     if not nodes or model.dense is None:
         return None
-    found = MergingModel(model, merges(model.graph, model.example), int(str(nodes[0].args[4])))
+    found = MergingModel(model, merges(model.graph, model.example_inputs), int(str(nodes[0].args[4])))
     if [node.target for node in found.merging_alone().graph.nodes] != [n.target for n in model.graph.graph.nodes]:
         return None
     return found

@@ -61,7 +61,7 @@ def needs(node: fx.Node, read: Read, modules: Mapping[str, nn.Module]) -> Needs 
         return None
     if node.op == "call_module":
         found = _of_module(node, read, modules[str(node.target)])
-    elif node.target is join_heads:
+    elif node.target is join_heads and len(node.args) == 1:  # batch first
         found = _first(node, read.along(2)) if read.axis == 1 else None
     else:
         rule = RULES.get(name_of(node))

@@ -35,6 +35,7 @@ class OnnxRuntime:
     """The target `ort`."""
 
     name: ClassVar[str] = "ort"
+    several_inputs: ClassVar[bool] = True
     offline: ClassVar[bool] = False
 
     def kernels(self) -> str:
@@ -170,7 +171,8 @@ class OnnxRuntime:
         """
         missing = native.missing()
         if exported.precision not in QUANTIZED:
-            return Prepared()
+            several = len(exported.input_names) > 1 and exported.masks
+            return Prepared(notes=(SEVERAL_INPUTS,)) if several else Prepared()
         if missing is not None:
             return Prepared(tuple(dense_in_8_bits(mask, missing) for mask in exported.masks))
         from mpcompile.runtimes.ort.saturation import note
@@ -184,12 +186,16 @@ class OnnxRuntime:
         be faster. Raises RuntimeMissing or BuildError.
         """
         replaceable = exported.masks if exported.precision not in QUANTIZED else exported.precision == "int8"
-        library = native.library() if build.sparse and replaceable else None
+        one_input = len(exported.input_names) == 1  # layers are timed with images alone
+        library = native.library() if build.sparse and replaceable and one_input else None
         if library is None:
             return fast_engine(exported, build.threads)
         from mpcompile.runtimes.ort.native_kernel import native_engine
 
         return native_engine(exported, build, library)
+
+
+SEVERAL_INPUTS = "masked layers run as dense: the N:M kernels are selected for models with one input"
 
 
 def dense_in_8_bits(mask: ProvenMask, missing: str) -> LayerVerdict:

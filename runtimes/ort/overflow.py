@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ SCANNED_IMAGES = 32
 SCAN_BATCH = 4  # images; the outputs of all operators are in memory at once
 
 
-def require_finite(exported: Exported, batches: Iterable[NDArray[np.float32]]) -> int:
+def require_finite(exported: Exported, batches: Iterable[tuple[NDArray[Any], ...]]) -> int:
     """Returns the number of images run. Raises ParityError if an output is not finite.
 
     For a float16 file, the outputs of every operator are checked too, on up to SCANNED_IMAGES images, and the error
@@ -24,12 +25,14 @@ def require_finite(exported: Exported, batches: Iterable[NDArray[np.float32]]) -
     neighbouring operators, so an overflow that a GPU has may not show in the logits here.
     """
     engine, scan, count, file = cpu_engine(exported), None, 0, exported.onnx
-    for images in batches:
+    for inputs in batches:
+        images = inputs[0]
         if scan is None and exported.precision == "fp16":
             scan = OverflowScan(file)
-        if scan is not None and count < SCANNED_IMAGES and (node := scan(images[: SCANNED_IMAGES - count])):
+        scanned = [given[: max(SCANNED_IMAGES - count, 0)] for given in inputs]
+        if scan is not None and len(scanned[0]) and (node := scan(*scanned)):
             raise ParityError(f"{file.name}: {node} overflows in half precision on calibration images; use fp32")
-        if not np.isfinite(engine(images)).all():
+        if not np.isfinite(engine(*inputs)).all():
             raise ParityError(f"{file.name}: outputs are not finite on calibration images")
         count += len(images)
     return count
@@ -54,19 +57,20 @@ class OverflowScan:
             path = Path(folder) / "scan.onnx"
             onnx.save_model(model, path, save_as_external_data=True)
             self._session = onnxruntime.InferenceSession(path, options, providers=[PROVIDER])
-        given = self._session.get_inputs()[0]
-        self._input, self._batch = given.name, given.shape[0]
+        self._inputs = [given.name for given in self._session.get_inputs()]
+        self._batch = self._session.get_inputs()[0].shape[0]
 
-    def __call__(self, images: NDArray[np.float32]) -> str | None:
+    def __call__(self, *inputs: NDArray[Any]) -> str | None:
         """Returns the first operator in execution order with finite inputs and a result that is not finite, or None.
 
         The −∞ of attention masks comes from constants and is not an overflow.
         """
         step = self._batch if isinstance(self._batch, int) else SCAN_BATCH
         names = [output.name for output in self._session.get_outputs()]
-        for start in range(0, len(images), step):
-            batch = np.resize(images[start : start + step], (step, *images.shape[1:]))
-            results = dict(zip(names, self._session.run(names, {self._input: batch}), strict=True))
+        for start in range(0, len(inputs[0]), step):
+            batch = [np.resize(given[start : start + step], (step, *given.shape[1:])) for given in inputs]
+            feeds = dict(zip(self._inputs, batch, strict=True))
+            results = dict(zip(names, self._session.run(names, feeds), strict=True))
             infinite = set(self._infinite)
             for name, node in self._nodes:
                 if results[name].dtype.kind != "f" or np.isfinite(results[name]).all():

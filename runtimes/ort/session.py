@@ -40,14 +40,18 @@ class OrtEngine:
     file: Path
     exact: bool = field(default=True, kw_only=True)
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns the logits (b, outputs) of images (b, c, h, w). Raises BuildError.
+    def __call__(self, images: NDArray[np.float32], *others: NDArray[Any]) -> NDArray[np.float32]:
+        """Returns the primary output, such as logits (b, outputs), of images (b, c, h, w). Raises BuildError.
+
+        `others` are the further inputs of a model with several, in the order of the file.
 
         If the file's batch is fixed, a batch of another size runs in pieces of the fixed size.
         """
         try:
             fixed = self.session.get_inputs()[0].shape[0]
-            return in_pieces(self._run, images, fixed, fixed) if isinstance(fixed, int) else self._run(images)
+            if isinstance(fixed, int):
+                return in_pieces(self._run, images, fixed, fixed, others)
+            return self._run(images, *others)
         except Exception as error:  # ONNX Runtime's own types, and any error of a file with other inputs or outputs
             accepted = " and ".join("×".join(map(str, given.shape)) for given in self.session.get_inputs()) or "nothing"
             raise BuildError(
@@ -65,9 +69,10 @@ class OrtEngine:
         """Whether the file has native operators."""
         return NATIVE in self.file.suffixes
 
-    def _run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
-        return logits
+    def _run(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        names = [given.name for given in self.session.get_inputs()]
+        outputs: list[NDArray[np.float32]] = self.session.run(None, dict(zip(names, inputs, strict=True)))
+        return outputs[0]
 
     def layers(self) -> Sequence[Mapping[str, Any]]:
         """Returns one row per node of the file."""

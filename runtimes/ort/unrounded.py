@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from mpcompile.errors import ParityError
 from mpcompile.export.onnx_export import Lowered
+from mpcompile.ir.batch import primary
 from mpcompile.ir.parity import UNROUNDED, relative_difference
 from mpcompile.ir.quantization import quantizers, without_rounding
 from mpcompile.runtimes.ort.session import session_on
@@ -31,7 +32,7 @@ def require_unrounded_parity(lowered: Lowered, images: NDArray[np.float32]) -> f
     _require_grids(file, lowered)
     _drop_activation_rounding(file)
     with torch.no_grad():
-        expected = without_rounding(lowered.model.graph)(torch.from_numpy(images)).numpy()
+        expected = primary(without_rounding(lowered.model.graph)(torch.from_numpy(images))).numpy()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / lowered.onnx.name
         onnx.save_model(file, path, save_as_external_data=True)

@@ -70,7 +70,7 @@ def test_probabilities_in_place_of_logits_are_noticed() -> None:
 
 def test_outputs_that_do_not_depend_on_the_image_are_noticed() -> None:
     for end in (lambda x: x * 0, lambda x: x * 0 + 3):
-        _, notes = with_head(ended(end, 4), "auto", torch.rand(8, 1, 8, 8))
+        _, notes = with_head(ended(end, 4), "auto", (torch.rand(8, 1, 8, 8),))
         assert "returns the same outputs for each of 8 calibration images" in notes[-1]
 
 

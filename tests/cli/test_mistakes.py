@@ -103,7 +103,7 @@ def test_an_unexpected_error_is_one_line(example: Path, tmp_path: Path) -> None:
     words = ["mpcompile", str(example / "model.safetensors"), "--pattern", "2:4", "-o", str(tmp_path / "out")]
     code = (
         "import sys, mpcompile.cli.entry_point as cli, mpcompile.driver.compile\n"
-        "sys.modules['mpcompile.driver.compile'].capture = None\n"
+        "sys.modules['mpcompile.driver.inputs'].capture = None\n"
         f"sys.argv = {words!r}\n"
         "cli.main()\n"
     )

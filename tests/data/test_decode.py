@@ -16,7 +16,7 @@ from mpcompile.data.decode import MOST_BYTES, decode_once, memory_limit
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
-from mpcompile.driver.artifact import MASKS, WEIGHTS
+from mpcompile.driver.weight_files import MASKS, WEIGHTS
 from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 from mpcompile.recipe.schema import Recipe

@@ -15,7 +15,8 @@ from sparse_vit import write_sparse_vit
 
 import mpcompile
 from mpcompile.data.loading import load_data
-from mpcompile.driver.artifact import Artifact, read_masks
+from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.weight_files import read_masks
 from mpcompile.errors import AccuracyError, LoadError, UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load

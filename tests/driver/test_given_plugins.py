@@ -250,7 +250,9 @@ def test_a_compile_with_a_given_pass_and_runtime(tmp_path: Path) -> None:
     assert [record.name for record in artifact.report.passes] == ["nm-mask", "keeps-model"]
     with pytest.raises(UsageError, match="target 'own-runtime' is unknown"):
         artifact.load("engine")
-    with pytest.raises(UsageError, match=r"the model was a Net given in Python.*pass an instance with model="):
+    with pytest.raises(
+        UsageError, match=r"the model was a Net, which no report can build by name; pass an instance with model="
+    ):
         artifact.load("torch")
     assert type(artifact.load("torch", model=Net())) is Net
     # OwnRuntime inherits graph_engine, so the module is captured for it.

@@ -82,7 +82,9 @@ def test_weights_are_loaded_into_a_copy_of_the_given_module(own: Artifact) -> No
 
 
 def test_modules_of_another_class_are_refused(own: Artifact) -> None:
-    with pytest.raises(UsageError, match=r"the model was a Net given in Python, .*; pass an instance with model="):
+    with pytest.raises(
+        UsageError, match=r"the model was a Net, which no report can build by name; pass an instance with model="
+    ):
         own.load("torch")
     with pytest.raises(
         LoadError, match=r"does not fit the given Linear: 1 missing: weight.*built with the same arguments"
@@ -182,7 +184,7 @@ def test_engines_of_several_targets_agree(artifact: Artifact, own: Artifact) -> 
     for other in (eager, again):
         assert relative_difference(engine(images), other(images)) < 1e-4  # see mpcompile.ir.parity
     assert own.load("engine", model=Net())(images_for(own)).shape == (3, 10)
-    with pytest.raises(UsageError, match="the model was a Net given in Python"):
+    with pytest.raises(UsageError, match="the model was a Net, which no report can build by name"):
         own.load("engine")
 
 

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from mpcompile.data.images import Data
-from mpcompile.driver.artifact import write_weights
+from mpcompile.driver.weight_files import write_weights
 from mpcompile.errors import MaskError
 from mpcompile.export.mask_check import file_weights, verify_masks
 from mpcompile.export.onnx_export import Lowered, lower

@@ -179,7 +179,7 @@ def test_overflow_in_half_precision_names_the_operator(tmp_path: Path) -> None:
     images = model.example.numpy()
     # The outputs need not tell: where a CPU computes in float32 they are finite, and on a GPU they would not be.
     with pytest.raises(ParityError, match=r"model.onnx: (Gemm|MatMul|Add) \w*linear_1\w* overflows in half precision"):
-        require_finite(lowered, [images])
+        require_finite(lowered, [(images,)])
 
 
 def test_masks_of_minus_infinity_are_no_overflow(tmp_path: Path) -> None:
@@ -195,12 +195,12 @@ def test_masks_of_minus_infinity_are_no_overflow(tmp_path: Path) -> None:
 
     model = capture(Masked(), tiny_source())
     lowered = lower(model, tmp_path / "model.onnx", precision="fp16")
-    assert require_finite(lowered, [model.example.numpy()]) == 2
+    assert require_finite(lowered, [(model.example.numpy(),)]) == 2
 
 
 def test_finite_outputs_are_counted(vit_file: Lowered) -> None:
     images = vit_file.model.example.numpy()
-    assert require_finite(vit_file, [images, images]) == 4
+    assert require_finite(vit_file, [(images,), (images,)]) == 4
     assert OverflowScan(vit_file.onnx)(images) is None
 
 

@@ -1,6 +1,6 @@
 """Kinds of checkpoints: the right weights are loaded and named, or the cause of the refusal is."""
 
-import sys
+import argparse
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -8,52 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from norm_model import ARCH, Computes, Normed, loaded, same, seeded
+from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.load_model import Request, load
 
-ARCH = "norm_model:Normed"
 
-
-class Normed(nn.Module):
-    """A convolution, a batch norm and a head, with a table that the state dict leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 4)
-        self.register_buffer("index", torch.arange(8), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.conv(x)).mean((2, 3)))
-        return out
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "norm_model", sys.modules[__name__])
-
-
-def seeded(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return Normed()
-
-
-def loaded(path: Path, content: Any, key: str | None = None) -> dict[str, Tensor]:
-    torch.save(content, path / "model.pt")
-    request = Request(str(path / "model.pt"), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), weights_key=key)
-    return dict(load(request).module.state_dict())
-
-
-def same(found: dict[str, Tensor], module: nn.Module) -> bool:
-    return all(torch.equal(value, found[name]) for name, value in module.state_dict().items())
-
-
-@pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "net_g", "weights"])
+@pytest.mark.parametrize("key", ["model_state_dict", "state_dict", "params", "teacher", "net_g", "weights"])
 def test_weights_under_any_key(tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
     module = seeded(1)
     optimizer = torch.optim.Adam(module.parameters())
@@ -75,6 +39,13 @@ def test_averaged_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "1 tensor outside 'module' is not used: n_averaged" in caplog.text
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "backbone.", "net.", "encoder.", "module.encoder_q."])
+def test_any_prefix_beside_a_foreign_key(tmp_path: Path, prefix: str) -> None:
+    module = seeded(1)
+    state = {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+    assert same(loaded(tmp_path, {"state_dict": state | {"criterion.weight": torch.ones(4)}}), module)
+
+
 def test_lightning_with_a_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = seeded(1)
     state = {f"model.{name}": value for name, value in module.state_dict().items()}
@@ -89,6 +60,61 @@ def test_averaged_weights_beside_others(tmp_path: Path, caplog: pytest.LogCaptur
     assert "model, ema. ema was taken, the averaged weights; --weights-key model takes the others" in caplog.text
     assert same(loaded(tmp_path, content, "model"), raw)
     assert same(loaded(tmp_path, content, "ema"), averaged)
+
+
+@pytest.mark.parametrize("keys", [("params", "params_ema"), ("state_dict", "state_dict_ema"), ("model", "model_ema")])
+def test_averaged_weights_by_the_names_of_common_tools(tmp_path: Path, keys: tuple[str, str]) -> None:
+    raw, averaged = seeded(1), seeded(2)
+    assert same(loaded(tmp_path, {keys[0]: raw.state_dict(), keys[1]: averaged.state_dict()}), averaged)
+
+
+def test_dino_asks_for_student_or_teacher(tmp_path: Path) -> None:
+    student, teacher = seeded(1), seeded(2)
+    content = {
+        "student": {f"module.backbone.{name}": value for name, value in student.state_dict().items()}
+        | {"module.head.mlp.0.weight": torch.ones(2, 2)},
+        "teacher": {f"backbone.{name}": value for name, value in teacher.state_dict().items()}
+        | {"head.mlp.0.weight": torch.ones(2, 2)},
+        "dino_loss": {"center": torch.ones(1, 2)},
+        "args": argparse.Namespace(arch="vit_small"),
+    }
+    with pytest.raises(LoadError, match="fit and differ: student.module.backbone, teacher.backbone; choose one with"):
+        loaded(tmp_path, content)
+    assert same(loaded(tmp_path, content, "teacher"), teacher)
+
+
+def test_a_backbone_and_a_head_under_two_prefixes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As mmpretrain saves a model. Without the second prefix, head.weight was missing."""
+    module = seeded(1)
+    parts = {"head.": "cls_head.", "conv.": "backbone.", "norm.": "backbone."}
+    state = {f"{parts[name.split('.')[0] + '.']}{name}": value for name, value in module.state_dict().items()}
+    assert same(loaded(tmp_path, {"meta": {"epoch": 3}, "state_dict": state}), module)
+    assert "head.bias, head.weight taken from 'cls_head.', all others from 'backbone.'" in caplog.text
+    twice = state | {f"aux_{name}": value for name, value in state.items() if name.startswith("cls_")}
+    with pytest.raises(LoadError, match="2 missing: head.weight, head.bias"):  # which head is not known
+        loaded(tmp_path, {"state_dict": twice})
+
+
+def test_a_part_that_torch_compile_wrapped(tmp_path: Path) -> None:
+    module = seeded(1)
+    state = {key.replace("conv.", "conv._orig_mod."): value for key, value in module.state_dict().items()}
+    assert "conv._orig_mod.weight" in state
+    assert same(loaded(tmp_path, {"state_dict": state}), module)
+
+
+def test_plain_weights_for_a_class_that_computes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(1)
+    plain, computing = Normed(), Computes()
+    for module in (plain, computing):
+        torch.save(module.state_dict(), tmp_path / "model.pt")
+        request = Request(
+            str(tmp_path / "model.pt"), arch="norm_model:Computes", input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)
+        )
+        found = load(request).module
+        assert type(found) is Computes
+        assert same(dict(found.state_dict()), module)
+        assert ("weight_norm computes 1 tensor before each use (conv.weight)" in caplog.text) == (module is plain)
+        caplog.clear()
 
 
 def test_two_networks_that_both_fit_are_a_question(tmp_path: Path) -> None:
@@ -143,6 +169,28 @@ def test_quantised(tmp_path: Path) -> None:
         loaded(tmp_path, module.state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_lora_is_named_for_what_it_is(tmp_path: Path, prefix: str) -> None:
+    state = {f"{prefix}{name}": value for name, value in seeded(1).state_dict().items()}
+    adapter = {
+        f"{prefix}head.lora_A.default.weight": torch.ones(2, 8),
+        f"{prefix}head.lora_B.default.weight": torch.ones(4, 2),
+    }
+    inside = {name.replace("head.weight", "head.base_layer.weight"): value for name, value in state.items()}
+    for content in (adapter, state | adapter, inside | adapter):  # alone, beside the weights, and as PEFT wraps a layer
+        with pytest.raises(LoadError, match=r"holds a LoRA adapter \(.*head\.(lora_A|base_layer).*merge_and_unload"):
+            loaded(tmp_path, content)
+
+
+def test_float64_is_converted_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = seeded(1)
+    assert same(
+        loaded(tmp_path, {name: v.double() if v.is_floating_point() else v for name, v in module.state_dict().items()}),
+        module,
+    )
+    assert "model.pt: 8 weights are float64 (the first is conv.weight); converted to float32" in caplog.text
+
+
 def test_a_state_dict_without_counts_of_batches(tmp_path: Path) -> None:
     module = seeded(1)
     old = OrderedDict((k, v) for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked"))
@@ -167,28 +215,6 @@ def test_torchscript_names_the_way_out(tmp_path: Path) -> None:
         torch.jit.save(torch.jit.trace(seeded(1).eval(), torch.zeros(2, 1, 8, 8)), tmp_path / "script.pt")
     with pytest.raises(LoadError, match=r"is a TorchScript archive.*torch.jit.load\('script.pt'\).state_dict\(\)"):
         load(Request(str(tmp_path / "script.pt"), arch=ARCH))
-
-
-def test_shards_name_the_cause(tmp_path: Path) -> None:
-    state = seeded(1).state_dict()
-    part = dict(list(state.items())[:2])
-    path = tmp_path / "pytorch_model-00001-of-00003.bin"
-    torch.save(part, path)
-    with pytest.raises(
-        LoadError, match=r"is shard 1 of 3, and holds only a part of the weights \(.*missing: .*one file"
-    ):
-        load(Request(str(path), arch=ARCH))
-    torch.save(dict(state), tmp_path / "model-00001-of-00001.bin")
-    request = Request(
-        str(tmp_path / "model-00001-of-00001.bin"), arch=ARCH, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,)
-    )
-    load(request)  # the only one
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"metadata": {}, "weight_map": {}}')
-    with pytest.raises(
-        LoadError, match="is the index of a model in several shards, which are not read; save the model"
-    ):
-        load(Request(str(index), arch=ARCH))
 
 
 def test_a_renamed_layer_is_named_under_any_prefix(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_wrong_architecture_lists_keys_of_each_kind(module: nn.Module, tmp_pat
         (
             Request("nowhere.pt"),
             LoadError,
-            "nowhere.pt does not exist; a model is a file, timm:NAME or pkg.mod:factory",
+            "nowhere.pt does not exist; a model is a file, a folder of save_pretrained, hf:ORG/NAME, timm:NAME or pkg",
         ),
         (Request("timm:vit_tinny_patch16_224"), UsageError, "timm has no architecture 'vit_tinny_patch16_224'"),
         (Request("timm:vit_tiny_patch16"), UsageError, "near it: vit_tiny_patch16_224"),

@@ -6,11 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mpcompile.errors import LoadError
+from mpcompile.frontend.capture import capture
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.system.hashing import state_sha256
-from mpcompile.testing import TinyMLP
+from mpcompile.testing import TinyMLP, tiny_source
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
@@ -18,6 +20,15 @@ def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     module = TinyMLP()
     assert plain_module(wrap(module), "models:wrapped") is module
     assert plain_module(nn.DataParallel(wrap(module)), "models:wrapped") is module
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, AveragedModel])
+def test_wrappers_around_a_part_are_taken_off_in_a_copy(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    module = nn.Sequential(wrap(TinyMLP()), nn.Identity())
+    found = plain_module(module, "models:wrapped")
+    assert found.state_dict().keys() == nn.Sequential(TinyMLP()).state_dict().keys()
+    assert type(module[0]) is not TinyMLP
+    assert capture(module, tiny_source()).layer("0.head").weight.shape == (10, 32)
 
 
 def test_float64_is_converted_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -32,16 +43,14 @@ def test_float64_is_converted_and_said(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.filterwarnings("ignore")
 def test_modules_without_floating_point_weights_are_refused() -> None:
     dynamic = torch.ao.quantization.quantize_dynamic(TinyMLP().eval(), {nn.Linear}, dtype=torch.qint8)
-    scripted, compiled = nn.Module(), nn.Module()
+    scripted = nn.Module()
     scripted.net = torch.jit.script(TinyMLP())
-    compiled.net = torch.compile(TinyMLP())  # type: ignore[assignment]
     for module, text in (
         (
             dynamic,
             r"models:x is quantised: stem is torch.ao.nn.quantized.dynamic.*give the module before quantisation",
         ),
         (scripted, "models:x: net is TorchScript, which torch.fx cannot trace; give the module it was made from"),
-        (compiled, "models:x: net is wrapped in OptimizedModule"),
         (nn.LazyLinear(2), "models:x: weight has no shape yet"),
         (TinyMLP().to("meta"), "models:x: stem.weight is on the device meta and has no values"),
     ):

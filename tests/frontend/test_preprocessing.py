@@ -122,7 +122,7 @@ def test_a_preset_for_a_model_of_grey_images() -> None:
         ({"channel_order": "bgr", "input_size": (1, 224, 224), "mean": (0.5,), "std": (0.5,)}, "is for images of 3"),
         (
             {"preprocess": "torchvision:ResNet50_Weights.IMAGENET1K_V2", "input_size": (3, 32, 32)},
-            "--preprocess resizes to 232 for an input of 224x224, but --input-size is 3x32x32; give --resize or",
+            "the preprocessing resizes to 232 for an input of 224x224, but --input-size is 3x32x32; give --resize or",
         ),
     ],
 )

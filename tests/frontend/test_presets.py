@@ -70,6 +70,7 @@ def test_a_file_of_hugging_face(tmp_path: Path) -> None:
         ({"do_normalize": False}, (0.0,) * 3, (1.0,) * 3, "rgb"),
         ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51] * 3}, (0.5,) * 3, (0.2,) * 3, "rgb"),
         ({"rescale_factor": 2 / 255}, (0.25,) * 3, (0.25,) * 3, "rgb"),
+        ({"include_top": True}, (0.5,) * 3, (0.25,) * 3, "rgb"),  # EfficientNet: divided by the deviation again
         ({"do_flip_channel_order": True, "image_mean": [0.1, 0.2, 0.3]}, (0.1, 0.2, 0.3), (0.5,) * 3, "bgr"),
     ],
 )
@@ -88,6 +89,27 @@ def test_convnext_resizes_by_its_crop_pct_below_384_pixels(tmp_path: Path) -> No
     assert (small.size, small.resize) == ((3, 224, 224), (256,))
     large = preset_named(written(tmp_path, convnext | {"size": {"shortest_edge": 384}}))
     assert (large.size, large.resize) == ((3, 384, 384), (384, 384))
+
+
+def test_levit_enlarges_its_size(tmp_path: Path) -> None:
+    """Transformers resizes the shorter side to 256/224 of the size; here it was the size, one zoom too close."""
+    levit = DINO | {"image_processor_type": "LevitImageProcessor", "size": {"shortest_edge": 224}}
+    assert preset_named(written(tmp_path, levit)).resize == (256,)
+
+
+def test_images_that_keep_their_ratio_need_a_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    detr = VIT | {"size": {"shortest_edge": 800, "longest_edge": 1333}, "do_pad": True}
+    with pytest.raises(UsageError, match="images keep their ratio .*--input-size 3x800x1088"):
+        preset_named(written(tmp_path, detr))
+    source = load(Request("timm:resnet18", preprocess=written(tmp_path, detr), input_size=(3, 64, 96))).source
+    assert (source.size, source.crop_mode, source.crop_pct, source.resize) == ((3, 64, 96), "squash", 1.0, None)
+    assert "here both sides are resized" in caplog.text
+
+
+def test_the_processor_of_a_model_of_images_and_text(tmp_path: Path) -> None:
+    assert preset_named(written(tmp_path, {"processor_class": "CLIPProcessor", "image_processor": CLIP})).resize == (
+        224,
+    )
 
 
 def test_a_file_by_the_names_of_source_or_of_timm(tmp_path: Path) -> None:
@@ -110,11 +132,12 @@ def test_a_file_by_the_names_of_source_or_of_timm(tmp_path: Path) -> None:
         ({"crop_mode": "corner"}, "crop_mode is 'corner'; needed is one of center"),
         ({"interpolation": 3}, "interpolation '3' is unknown"),
         (VIT | {"do_align_long_axis": True}, "do_align_long_axis is not supported"),
-        (VIT | {"include_top": True}, "include_top is not supported"),
+        (VIT | {"rescale_offset": True}, "rescale_offset is not supported"),
         (VIT | {"resample": 9}, "resample is 9; needed is one of PIL's numbers"),
         (VIT | {"image_std": None}, "image_mean and image_std are missing"),
         (VIT | {"size": 224, "image_processor_type": "Mine"}, "size 224 is of the shorter side or of both, and Mine"),
-        (VIT | {"size": {"longest_edge": 3}}, "is not understood; needed are height and width"),
+        (VIT | {"size": {"max_pixels": 3}}, "is not understood; needed are height and width"),
+        (VIT | {"size": {"longest_edge": 3}}, "images keep their ratio .longest_edge 3., and a compressed model takes"),
     ],
 )
 def test_a_file_that_cannot_be_used(tmp_path: Path, content: object, text: str) -> None:

@@ -88,6 +88,7 @@ class Odd(nn.Module):
         self.stem, self.fetched, self.apart = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 16)
         self.altered = nn.Linear(16, 16)
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.register_buffer("mask", torch.zeros(1, 1))
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class Odd(nn.Module):
         x = F.relu(F.linear(x, self.fetched.weight, self.fetched.bias))
         x = F.relu(F.linear(x, self.apart.weight) + self.apart.bias)
         x = F.relu(F.linear(x, self.altered.weight / self.altered.weight.norm()))
-        x = self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+        x = self.attention(x[:, None], x[:, None], x[:, None], attn_mask=self.mask)[0][:, 0]
         return self.head(x)  # type: ignore[no-any-return]
 
 
@@ -104,7 +105,7 @@ def test_weights_that_are_not_applied_by_their_layer() -> None:
     assert reasons["fetched"] is None
     assert reasons["apart"] == BIAS_APART
     assert str(reasons["altered"]).startswith("an operator other than linear or convolution uses its weight")
-    assert str(reasons["attention"]).startswith("nn.MultiheadAttention packs query, key and value")
+    assert str(reasons["attention"]).endswith("and this one is called with attn_mask")
     assert reasons["attention.out_proj"] == WITHIN_MODULE
     assert list(quantised(reasons)) == ["fetched"]
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,8 +87,8 @@ def test_if_products_saturate_the_width_closer_to_dense_is_used(
 class Shifted(OrtEngine):
     """An engine whose logits are shifted by a constant."""
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        return super().__call__(images) + np.float32(9)
+    def __call__(self, images: NDArray[np.float32], *others: NDArray[Any]) -> NDArray[np.float32]:
+        return super().__call__(images, *others) + np.float32(9)
 
 
 def test_logits_that_are_not_finite_shift_infinitely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
