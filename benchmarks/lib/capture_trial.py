@@ -17,7 +17,7 @@ from mpcompile.errors import MpcompileError
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Model
+from mpcompile.ir.model import Model, Source
 from mpcompile.ir.output_tree import flattened
 from mpcompile.ir.parity import TOLERANCE, is_constant, relative_difference
 from mpcompile.ir.pattern import NM
@@ -57,12 +57,12 @@ def _captured_and_masked(row: dict[str, Any], name: str, entry: ZooModel) -> Mod
     source = source_of(module, name=name, arch=name, sha256="")
     before = _state(module)
     started = time.perf_counter()
-    model = capture(module, source, entry.batch(2, seed=0))
+    _capture(module, source, entry.batch(2, seed=0))
     row["capture_seconds"] = round(time.perf_counter() - started, 2)
-    model = capture(module, source, entry.batch(2, seed=0))
+    model = _capture(module, source, entry.batch(2, seed=0))
     if _state(module) != before:
         raise ValueError("capturing changed the model")
-    row["way"] = getattr(model, "way", "trace")
+    row["way"] = model.captured_by
     images, batch = entry.batch(2, seed=3), entry.batch(3, seed=4)
     expected, expected_batch = named(call(module, images)), named(call(module, batch))
     if all(is_constant(one.numpy()) for one in expected.values() if one.ndim and one.is_floating_point()):
@@ -80,6 +80,14 @@ def _captured_and_masked(row: dict[str, Any], name: str, entry: ZooModel) -> Mod
         model, _ = PassManager([NMMask(criterion="magnitude", refit="none")]).run(model, Data())
     row["masked"] = len(model.masks())
     return model
+
+
+def _capture(module: nn.Module, source: Source, inputs: Inputs) -> Model:
+    """The captured model; of several inputs, the first are the images."""
+    if isinstance(inputs, Tensor):
+        return capture(module, source, inputs)
+    (_, images), *others = inputs.items()
+    return capture(module, source, images, inputs=dict(others))
 
 
 def _line(error: Exception) -> str:
