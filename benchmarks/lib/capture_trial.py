@@ -1,5 +1,6 @@
 """One architecture captured, masked at 2:4 and exported to ONNX; every step is compared with the original module."""
 
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -91,7 +92,8 @@ def _capture(module: nn.Module, source: Source, inputs: Inputs) -> Model:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """The error on one line, with paths of installed files from the package on."""
+    return re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
 
 
 def _state(module: nn.Module) -> tuple[str, dict[str, list[str]]]:
