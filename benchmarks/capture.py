@@ -91,11 +91,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """How many of the architectures are taken, masked and exported."""
     captured = [row for row in rows if row["captured"]]
     masked = [row for row in captured if row.get("masked")]
-    equal = [row for row in captured if row.get("onnx")]
+    tried = [row for row in captured if "onnx" in row]
+    equal = sum(row["onnx"] for row in tried)
     return (
         f"{len(captured)} of {len(rows)} architectures are captured. {len(masked)} of these have layers that take "
-        f"2:4; the others have no eligible layer. The ONNX file of {len(equal)} equals the masked graph on two batch "
-        "sizes."
+        f"2:4; the others have no eligible layer. {len(tried)} were exported to ONNX; {equal} of these files equal the "
+        "masked graph on two batch sizes."
     )
 
 

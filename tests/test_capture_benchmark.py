@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[1]
 SAMPLE = {
     "timm/vit_tiny_patch16_224": 8,
     "timm/swin_tiny_patch4_window7_224": 19,
-    "timm/resnet18:features_only": 11,
-    "timm/eva02_tiny_patch14_224:dynamic_img_size": 0,
-    "torchvision/vit_b_16": 6,
+    "timm/resnet18:features_only": 10,
+    "timm/eva02_tiny_patch14_224:dynamic_img_size": 8,
+    "torchvision/vit_b_16": 8,
     "torchvision/segmentation.lraspp_mobilenet_v3_large": 48,
     "torchvision/detection.fasterrcnn_mobilenet_v3_large_fpn:backbone": 48,
     "transformers/ViTForImageClassification": 12,
     "transformers/Swinv2ForImageClassification": 25,
     "transformers/SegformerForSemanticSegmentation": 35,
-    "transformers/DetrForObjectDetection": 41,
+    "transformers/DetrForObjectDetection": 39,
     "transformers/ViTMAEModel": 11,
     "transformers/CLIPVisionModel": 11,
 }
@@ -129,5 +129,5 @@ def test_the_results_are_those_of_the_list() -> None:
     assert len(rows) >= 170
     assert sum(row["name"].startswith("transformers/") for row in rows) >= 45
     assert sum(row["captured"] for row in rows) >= 0.97 * len(rows)
-    assert all(row["reason"] for row in rows if not (row["captured"] and row["onnx"]))
+    assert all(row["reason"] for row in rows if not row["captured"] or row.get("onnx") is False)
     assert all(row["way"] and row["masked"] == row["eligible"] for row in rows if row["captured"])

@@ -1,5 +1,6 @@
 """One architecture captured, masked at 2:4 and exported to ONNX; every step is compared with the original module."""
 
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from mpcompile.errors import MpcompileError
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Model
+from mpcompile.ir.model import Model, Source
 from mpcompile.ir.output_tree import flattened
 from mpcompile.ir.parity import TOLERANCE, is_constant, relative_difference
 from mpcompile.ir.pattern import NM
@@ -57,9 +58,9 @@ def _captured_and_masked(row: dict[str, Any], name: str, entry: ZooModel) -> Mod
     source = source_of(module, name=name, arch=name, sha256="")
     before = _state(module)
     started = time.perf_counter()
-    model = capture(module, source, entry.batch(2, seed=0))
+    _capture(module, source, entry.batch(2, seed=0))
     row["capture_seconds"] = round(time.perf_counter() - started, 2)
-    model = capture(module, source, entry.batch(2, seed=0))
+    model = _capture(module, source, entry.batch(2, seed=0))
     if _state(module) != before:
         raise ValueError("capturing changed the model")
     row["way"] = model.captured_by
@@ -82,8 +83,17 @@ def _captured_and_masked(row: dict[str, Any], name: str, entry: ZooModel) -> Mod
     return model
 
 
+def _capture(module: nn.Module, source: Source, inputs: Inputs) -> Model:
+    """The captured model; of several inputs, the first are the images."""
+    if isinstance(inputs, Tensor):
+        return capture(module, source, inputs)
+    (_, images), *others = inputs.items()
+    return capture(module, source, images, inputs=dict(others))
+
+
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """The error on one line, with paths of installed files from the package on."""
+    return re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
 
 
 def _state(module: nn.Module) -> tuple[str, dict[str, list[str]]]:

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mpcompile.errors import CaptureError
+from mpcompile.frontend.cached_functions import empty_caches
 from mpcompile.frontend.call_inputs import CallInputs, call_inputs
 from mpcompile.frontend.capture_checks import checked_outputs, require_repeatable, require_same
 from mpcompile.frontend.capture_refusals import copy_refusal, record_refusal
@@ -121,7 +122,8 @@ def _recorded(
     kind = type(reference).__name__
     copies = {name: one.clone() for name, one in called.tensors.items()}  # forward may write into its inputs
     try:
-        recorder, result = record(root, copies, lambda: called.run(root, copies), leaves)
+        with empty_caches(root):
+            recorder, result = record(root, copies, lambda: called.run(root, copies), leaves)
         outputs = outputs_in_order(result, kind, primary)
         graph = recorder.finished([tensor for _, tensor in outputs.tensors])
     except CaptureError:
