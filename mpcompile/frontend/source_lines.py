@@ -21,6 +21,16 @@ def source_line() -> str:
     return "an unknown line"
 
 
+def in_assertion() -> bool:
+    """Whether the call comes from an assertion of torch (`torch._check…`, `torch._assert`), which only raises."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((*LIBRARY_FOLDERS, "<")):
+        if frame.f_code.co_name.startswith(("_check", "_assert")) and frame.f_code.co_filename == torch.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def with_code(line: str) -> str:
     """A `file:line` with the code that stands there, if the file can be read."""
     file, _, number = line.rpartition(":")

@@ -48,7 +48,7 @@ class Embedded(nn.Module):
 class Static(Embedded):
     @staticmethod
     @cached
-    def positions(shape: torch.Size) -> Tensor:  # type: ignore[override]
+    def positions(shape: torch.Size) -> Tensor:
         return positions.__wrapped__(shape)
 
 

@@ -138,6 +138,17 @@ def test_a_branch_on_values_is_refused_with_its_line() -> None:
     assert error.value.exit_code == 3
 
 
+class Asserts(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check_tensor_all(x < 100)
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def test_an_assertion_on_values_is_no_branch() -> None:
+    model = capture(Asserts(), tiny_source())
+    assert [node.op for node in model.graph.graph.nodes] == ["placeholder", "call_method", "call_module", "output"]
+
+
 class PadsByShape(Branches):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] % 2:
