@@ -11,7 +11,7 @@ import pytest
 import torch
 from commandline import mpcompile as mpcompile_command
 from commandline import refused
-from part_models import Classifier, Detector
+from part_models import Classifier, Detector, Fusing
 from safetensors.torch import load_file
 from torch import nn
 
@@ -154,11 +154,17 @@ def test_a_part_of_a_classifier_is_judged_by_the_whole_models_answers(tmp_path: 
     assert found.comparison is None or found.comparison.dense is None  # features have no accuracy
 
 
-def test_the_graph_of_a_part_runs_on_eager(tmp_path: Path) -> None:
-    artifact = mpcompile.compile(Classifier(), recipe("stage2", target="eager"), output=tmp_path / "out")
-    engine = artifact.load("engine", model=Classifier())
-    features = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)
-    np.testing.assert_allclose(engine(features), artifact.load("onnx")(features), rtol=1e-4, atol=1e-5)
+def test_a_part_with_two_inputs_is_compiled_and_loaded(tmp_path: Path) -> None:
+    artifact = mpcompile.compile(Fusing(), recipe("fuse", target="eager"), output=tmp_path / "out")
+    part = artifact.report.part
+    assert part is not None
+    assert {row.name: row.shape for row in part.inputs} == {"coarse": (16, 4, 4), "fine": (16, 8, 8)}
+    whole, engine = artifact.load("torch", model=Fusing()), artifact.load("engine", model=Fusing())
+    features = [torch.randn(2, *row.shape, generator=torch.Generator().manual_seed(0)) for row in part.inputs]
+    with torch.no_grad():
+        expected = whole.fuse(coarse=features[0], fine=features[1])  # type: ignore[operator]
+    for form in (engine, artifact.load("onnx")):
+        np.testing.assert_allclose(form(*(one.numpy() for one in features)), expected.numpy(), rtol=1e-4, atol=1e-5)
     assert any("the whole model was not compared" in sentence for sentence in artifact.report.verdict)
 
 
