@@ -22,6 +22,7 @@ from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.compile import preview
 from mpcompile.driver.part import OpenPart, captured_run
 from mpcompile.errors import CaptureError, UsageError
+from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.load_model import Loaded, Request
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
@@ -261,6 +262,28 @@ def test_inputs_without_a_row_for_each_image_are_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"its input x has shape \(4, 16, 8, 8\) for 2 images and \(6, 16, 8, 8\)"):
         opened(Windows(), "stage2")
+
+
+def test_a_part_that_is_used_beside_its_call_is_refused() -> None:
+    """Modules inside the part are not called when the captured graph runs in its place."""
+
+    class Remembering(Detector):
+        def forward(self, images: Any, targets: Any = None) -> Any:
+            seen: list[torch.Tensor] = []
+            handle = self.backbone.one.register_forward_hook(lambda module, args, output: seen.append(output))
+            scores = self.head(self.backbone(images)["coarse"])
+            handle.remove()
+            return scores, seen[0]
+
+    with pytest.raises(CaptureError, match="Remembering does not run with the captured part in its place: .* give"):
+        opened(Remembering(), "backbone")
+
+
+def test_options_that_do_not_go_with_a_part_are_refused() -> None:
+    loaded = Loaded(Classifier(), source_of(Classifier(), name="a", arch="a", sha256=""))
+    request = Request("a", inputs={"mask": InputSpec.parse("4")})
+    with pytest.raises(UsageError, match="--input does not go with --submodule"):
+        captured_run(loaded, request, None, DataChoice(), "auto", "stage2")
 
 
 def test_values_that_change_and_are_no_tensors_are_refused() -> None:
