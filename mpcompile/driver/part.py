@@ -20,7 +20,7 @@ from mpcompile.frontend.load_model import Loaded, Request
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.submodule import parameter_count
 from mpcompile.frontend.whole_model import Whole, open_whole
-from mpcompile.ir.head import KINDS, Head, HeadChoice
+from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model, Source
 from mpcompile.measure.whole_comparison import Outputs, WholeComparison, compare_whole
 from mpcompile.recipe.schema import DataChoice
@@ -28,8 +28,7 @@ from mpcompile.report.part_schema import Part, PartInput
 
 BATCH = 16  # images of a run of the whole model, if its outputs have one row for each image
 EXAMPLES = 2  # images of the example that the part is captured with
-# How the outputs of a part are compared: they are no class scores.
-PART_HEAD = "values" if "values" in KINDS else "auto"
+PART_HEAD = "values"  # the outputs of a part are no answers
 OTHERS = 3  # images of the run that shows which inputs change
 
 
