@@ -298,8 +298,10 @@ def test_values_that_change_and_are_no_tensors_are_refused() -> None:
 
 def test_a_limit_on_accuracy_is_refused(images: Path, tmp_path: Path) -> None:
     limited = recipe("stage2", gates={"max_drop": 1.0})
-    with pytest.raises(UsageError, match=r"the outputs of a part \(--submodule\) are no answers"):
-        mpcompile.compile(Classifier(), limited, data=images / "8.npz", output=tmp_path / "out")
+    judged = recipe("stage2", metric="a.b:c")
+    for asked, text in ((limited, r"a part \(--submodule\) are no answers"), (judged, "--metric judges answers")):
+        with pytest.raises(UsageError, match=text):
+            mpcompile.compile(Classifier(), asked, data=images / "8.npz", output=tmp_path / "out")
 
 
 def test_images_in_memory_keep_their_notes() -> None:
