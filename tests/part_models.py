@@ -68,6 +68,31 @@ class Classifier(nn.Module):
         return result
 
 
+class Fusing(Classifier):
+    """A classifier whose part `fuse` gets two maps of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse = Fuse()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stage1(x))
+        result: Tensor = self.fc(self.fuse(coarse=nn.functional.avg_pool2d(x, 2), fine=x).mean((2, 3)))
+        return result
+
+
+class Fuse(nn.Module):
+    """Joins a fine and a coarse map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        result: Tensor = self.b(torch.relu(self.a(fine) + nn.functional.interpolate(coarse, scale_factor=2)))
+        return result
+
+
 class Stage(nn.Module):
     """Two convolutions of features."""
 

@@ -13,7 +13,7 @@ pattern share that index.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +94,7 @@ def cost(model: Model) -> Cost:
     counter = _Counter(model.graph)
     batch = len(model.example)
     # The counter does not know the fused attention kernels of every device; the MATH backend runs two plain products.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), unfused_attention():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _unfused_attention():
         counter.run(*model.example_inputs)
     weights = {name: layer.weight.numel() for name, layer in model.layers()}
     for _, *others in tied_layers(model, list(weights)):
@@ -108,8 +108,18 @@ def cost(model: Model) -> Cost:
     )
 
 
+@torch.no_grad()
+def macs_of_run(run: Callable[[], object]) -> float:
+    """The multiply-accumulates of a call of any code in PyTorch, for its whole batch."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+    with sdpa_kernel(SDPBackend.MATH), _unfused_attention(), FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops()) / 2
+
+
 @contextmanager
-def unfused_attention() -> Iterator[None]:
+def _unfused_attention() -> Iterator[None]:
     """Runs nn.MultiheadAttention as plain products: the counter does not know torch's fused kernel for inference."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

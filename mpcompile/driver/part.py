@@ -4,16 +4,14 @@ For a part, the images of all splits are the inputs that the part gets in the wh
 part on each image. Labels are those of the whole model, so they are kept for its comparison alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mpcompile.analysis.macs import unfused_attention
+from mpcompile.analysis.macs import macs_of_run
 from mpcompile.data.images import NONE, Data, Images, Split
 from mpcompile.driver.inputs import captured, data_for, read_images
 from mpcompile.errors import UsageError
@@ -22,7 +20,7 @@ from mpcompile.frontend.load_model import Loaded, Request
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.submodule import parameter_count
 from mpcompile.frontend.whole_model import Whole, open_whole
-from mpcompile.ir.head import KINDS, Head, HeadChoice
+from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model, Source
 from mpcompile.measure.whole_comparison import Outputs, WholeComparison, compare_whole
 from mpcompile.recipe.schema import DataChoice
@@ -30,8 +28,7 @@ from mpcompile.report.part_schema import Part, PartInput
 
 BATCH = 16  # images of a run of the whole model, if its outputs have one row for each image
 EXAMPLES = 2  # images of the example that the part is captured with
-# How the outputs of a part are compared: they are no class scores.
-PART_HEAD = "values" if "values" in KINDS else "auto"
+PART_HEAD = "values"  # the outputs of a part are no answers
 OTHERS = 3  # images of the run that shows which inputs change
 
 
@@ -115,6 +112,10 @@ def captured_run(
     if submodule is None:
         dense = captured(loaded, request)
         return dense, data_for(data, dense, choice, head), None
+    if request.inputs:
+        raise UsageError(
+            "--input does not go with --submodule: the part gets its inputs from the model, which runs on images alone"
+        )
     given, others = noise(loaded.source.size, EXAMPLES), noise(loaded.source.size, OTHERS, seed=1)
     whole = open_whole(loaded.module, submodule, given, others)
     images = _whole_images(whole, loaded, data, choice, head)
@@ -137,7 +138,7 @@ def captured_part(
     example = whole.part_inputs(_in_type(images, whole))
     model = capture(whole.held_part(), source, example, leaves, primary=primary)
     model = replace(model, around=(whole.layers_before, whole.layers_after))
-    whole.run_with(model, _in_type(images, whole))  # the model around the part takes its outputs
+    whole.require_put_back(model, _in_type(images, whole))
     return model
 
 
@@ -206,19 +207,9 @@ def _row(whole: Whole, dense: Model, images: Tensor) -> Part:
         outputs=dense.output_names,
         parameters=parameter_count(whole.part),
         whole_parameters=parameter_count(whole.module),
-        macs=_macs(lambda: part(*inputs)),
-        whole_macs=_macs(lambda: whole.run(one)),
+        macs=macs_of_run(lambda: part(*inputs)),
+        whole_macs=macs_of_run(lambda: whole.run(one)),
         time_share=whole.time_share(one),
         images_as_list=whole.images_as_list,
         row_for_each_image=whole.by_batch,
     )
-
-
-@torch.no_grad()
-def _macs(run: Callable[[], object]) -> float:
-    """The multiply-accumulates of a run in PyTorch."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, where that is installed
-
-    with sdpa_kernel(SDPBackend.MATH), unfused_attention(), FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops()) / 2

@@ -18,8 +18,12 @@ from mpcompile.frontend.plain_copy import copied, wrapped
 from mpcompile.frontend.submodule import candidates, submodule_named
 from mpcompile.ir.model import Model
 from mpcompile.ir.output_tree import flattened, rebuilt
+from mpcompile.ir.parity import relative_difference
 
 log = logging.getLogger(__name__)
+
+# Relative difference of the whole model's outputs. The part differs by 1e-5 at most; layers behind it can amplify that.
+PUT_BACK_DRIFT = 1e-3
 
 
 class _ReachedError(Exception):
@@ -92,6 +96,30 @@ class Whole:
             return self.run(images)
         finally:
             del part.forward
+
+    def require_put_back(self, model: Model, images: Tensor) -> None:
+        """Raises CaptureError unless the model runs with the captured dense part in its place, with the same outputs.
+
+        Outputs without a row for each image are not compared: the order of equal boxes may depend on rounding.
+        """
+        kind, wanted = type(self.module).__name__, self.run(images)
+        try:
+            found = self.run_with(model, images)
+        except Exception as error:
+            raise CaptureError(
+                f"--submodule {self.call.part}: {kind} does not run with the captured part in its place: {error}; give "
+                f"another part: {candidates(self.module)}"
+            ) from error
+        if not self.by_batch:
+            return
+        for (name, one), (_, two) in zip(flattened(wanted)[1], flattened(found)[1], strict=True):
+            moved = relative_difference(one.double().numpy(force=True), two.double().numpy(force=True))
+            if moved > PUT_BACK_DRIFT:
+                raise CaptureError(
+                    f"--submodule {self.call.part}: with the captured part in its place, the output {name or 'logits'} "
+                    f"of {kind} differs by {moved:.1e} of its size; {PUT_BACK_DRIFT:.0e} is allowed. Its forward "
+                    f"probably uses the part beside the call; give another part: {candidates(self.module)}"
+                )
 
     @torch.no_grad()
     def time_share(self, images: Tensor, runs: int = 5) -> float:

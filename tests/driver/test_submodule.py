@@ -11,7 +11,7 @@ import pytest
 import torch
 from commandline import mpcompile as mpcompile_command
 from commandline import refused
-from part_models import Classifier, Detector
+from part_models import Classifier, Detector, Fusing
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,6 +22,7 @@ from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.compile import preview
 from mpcompile.driver.part import OpenPart, captured_run
 from mpcompile.errors import CaptureError, UsageError
+from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.load_model import Loaded, Request
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
@@ -154,11 +155,17 @@ def test_a_part_of_a_classifier_is_judged_by_the_whole_models_answers(tmp_path: 
     assert found.comparison is None or found.comparison.dense is None  # features have no accuracy
 
 
-def test_the_graph_of_a_part_runs_on_eager(tmp_path: Path) -> None:
-    artifact = mpcompile.compile(Classifier(), recipe("stage2", target="eager"), output=tmp_path / "out")
-    engine = artifact.load("engine", model=Classifier())
-    features = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)
-    np.testing.assert_allclose(engine(features), artifact.load("onnx")(features), rtol=1e-4, atol=1e-5)
+def test_a_part_with_two_inputs_is_compiled_and_loaded(tmp_path: Path) -> None:
+    artifact = mpcompile.compile(Fusing(), recipe("fuse", target="eager"), output=tmp_path / "out")
+    part = artifact.report.part
+    assert part is not None
+    assert {row.name: row.shape for row in part.inputs} == {"coarse": (16, 4, 4), "fine": (16, 8, 8)}
+    whole, engine = artifact.load("torch", model=Fusing()), artifact.load("engine", model=Fusing())
+    features = [torch.randn(2, *row.shape, generator=torch.Generator().manual_seed(0)) for row in part.inputs]
+    with torch.no_grad():
+        expected = whole.fuse(coarse=features[0], fine=features[1])  # type: ignore[operator]
+    for form in (engine, artifact.load("onnx")):
+        np.testing.assert_allclose(form(*(one.numpy() for one in features)), expected.numpy(), rtol=1e-4, atol=1e-5)
     assert any("the whole model was not compared" in sentence for sentence in artifact.report.verdict)
 
 
@@ -185,7 +192,7 @@ def test_the_command_line_takes_a_part(images: Path) -> None:
     found = json.loads(mpcompile_command("analyze", *words).stdout)
     assert [row["name"] for row in found["layers"]] == ["backbone.stem", "backbone.one", "backbone.two"]
     done = mpcompile_command("compile", "part_models:Detector", "--submodule", "bakbone", *options[2:4], "--dry-run")
-    refused(done, 2, "give one of its parts: backbone (98.2% of the parameters)")
+    refused(done, 2, "give one of its parts: backbone (98.4% of the parameters)")
 
 
 # ---- the model around the part
@@ -257,6 +264,28 @@ def test_inputs_without_a_row_for_each_image_are_refused() -> None:
         opened(Windows(), "stage2")
 
 
+def test_a_part_that_is_used_beside_its_call_is_refused() -> None:
+    """Modules inside the part are not called when the captured graph runs in its place."""
+
+    class Remembering(Detector):
+        def forward(self, images: Any, targets: Any = None) -> Any:
+            seen: list[torch.Tensor] = []
+            handle = self.backbone.one.register_forward_hook(lambda module, args, output: seen.append(output))
+            scores = self.head(self.backbone(images)["coarse"])
+            handle.remove()
+            return scores, seen[0]
+
+    with pytest.raises(CaptureError, match="Remembering does not run with the captured part in its place: .* give"):
+        opened(Remembering(), "backbone")
+
+
+def test_options_that_do_not_go_with_a_part_are_refused() -> None:
+    loaded = Loaded(Classifier(), source_of(Classifier(), name="a", arch="a", sha256=""))
+    request = Request("a", inputs={"mask": InputSpec.parse("4")})
+    with pytest.raises(UsageError, match="--input does not go with --submodule"):
+        captured_run(loaded, request, None, DataChoice(), "auto", "stage2")
+
+
 def test_values_that_change_and_are_no_tensors_are_refused() -> None:
     class Counted(Classifier):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -269,8 +298,10 @@ def test_values_that_change_and_are_no_tensors_are_refused() -> None:
 
 def test_a_limit_on_accuracy_is_refused(images: Path, tmp_path: Path) -> None:
     limited = recipe("stage2", gates={"max_drop": 1.0})
-    with pytest.raises(UsageError, match=r"the outputs of a part \(--submodule\) are no answers"):
-        mpcompile.compile(Classifier(), limited, data=images / "8.npz", output=tmp_path / "out")
+    judged = recipe("stage2", metric="a.b:c")
+    for asked, text in ((limited, r"a part \(--submodule\) are no answers"), (judged, "--metric judges answers")):
+        with pytest.raises(UsageError, match=text):
+            mpcompile.compile(Classifier(), asked, data=images / "8.npz", output=tmp_path / "out")
 
 
 def test_images_in_memory_keep_their_notes() -> None:
