@@ -74,6 +74,6 @@ def _note(names: Sequence[str], chosen: int) -> str:
     others = [name for index, name in enumerate(names) if index != chosen]
     listed = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
     return (
-        f"the model has {len(names)} outputs; agreement, certificates and distillation compare {names[chosen]} "
+        f"the model has {len(names)} outputs; accuracy, agreement and distillation are those of {names[chosen]} "
         f"(--output-name chooses another: {listed})"
     )
