@@ -68,10 +68,7 @@ def data_for(data: Any, dense: Model, choice: DataChoice, head: str = "auto") ->
     if data is None:
         return Data()
     dense, _ = with_head(dense, head, None)
-    if isinstance(data, str | Path) and is_function_name(str(data)) and not Path(data).exists():
-        data = _from_samples(_called(str(data)), dense, choice, str(data))
-    elif not isinstance(data, str | Path | Data):
-        data = _from_samples(data, dense, choice, "the data")
+    data = with_samples(data, dense.source, dense.input_names, choice)
     if isinstance(data, Data):
         return with_fitting_labels(data, dense)
     logits = dense(dense.example_inputs)
@@ -111,11 +108,21 @@ def _called(name: str) -> Any:
         raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _from_samples(given: Any, dense: Model, choice: DataChoice, name: str) -> Data:
+def with_samples(data: Any, source: Source, names: tuple[str, ...], choice: DataChoice) -> str | Path | Data:
+    """The splits of samples, or of what `pkg.mod:fn` returns; a path and a `Data` as they are. Raises LoadError.
+
+    `names` are those of the inputs that each sample has.
+    """
+    if isinstance(data, str | Path) and is_function_name(str(data)) and not Path(data).exists():
+        return _from_samples(_called(str(data)), source, names, choice, str(data))
+    return data if isinstance(data, str | Path | Data) else _from_samples(data, source, names, choice, "the data")
+
+
+def _from_samples(given: Any, source: Source, names: tuple[str, ...], choice: DataChoice, name: str) -> Data:
     """The splits of samples; `name` is what errors call them. Raises LoadError."""
     numbers = choice.calibration, choice.validation, choice.held_out, choice.seed
     with working_folder_importable():
-        return given_data(given, dense.source, dense.input_names, *numbers, name)
+        return given_data(given, source, names, *numbers, name)
 
 
 def metric_of(recipe: Recipe, given: Callable[[Tensor, Any], Any] | None = None) -> Metric | None:

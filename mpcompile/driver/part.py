@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mpcompile.analysis.macs import macs_of_run
 from mpcompile.data.images import NONE, Data, Images, Split
-from mpcompile.driver.inputs import captured, data_for, read_images
+from mpcompile.driver.inputs import captured, data_for, read_images, with_samples
 from mpcompile.errors import UsageError
+from mpcompile.frontend.call_inputs import IMAGES
 from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.load_model import Loaded, Request
 from mpcompile.frontend.primary_output import outputs_in_order
@@ -92,7 +93,7 @@ class OpenPart:
 def captured_run(
     loaded: Loaded,
     request: Request,
-    data: str | Path | Data | None,
+    data: Any,
     choice: DataChoice,
     head: str,
     submodule: str | None,
@@ -102,7 +103,7 @@ def captured_run(
     Args:
         loaded: the module and its source.
         request: how to capture it. Its further inputs are those of the whole model, its output that of the part.
-        data: the images, by a path or in memory; None for none.
+        data: the images, as `data_for` takes them; None for none.
         choice: how images are read and divided.
         head: the recipe's head, which is that of the whole model.
         submodule: a shell pattern over names of modules; None for the whole model.
@@ -148,10 +149,13 @@ def _in_type(images: Tensor, whole: Whole) -> Tensor:
     return images.to(own)
 
 
-def _whole_images(whole: Whole, loaded: Loaded, data: str | Path | Data | None, choice: DataChoice, head: str) -> Data:
+def _whole_images(whole: Whole, loaded: Loaded, data: Any, choice: DataChoice, head: str) -> Data:
     """The images of the whole model, with labels if it returns class scores."""
-    if data is None or isinstance(data, Data):
-        return data or Data()
+    if data is None:
+        return Data()
+    data = with_samples(data, loaded.source, (IMAGES,), choice)
+    if isinstance(data, Data):
+        return data
     outputs = whole.run(_in_type(noise(loaded.source.size), whole))
     decides, primary = _decision(whole, outputs, head)
     count = 0 if decides is None else _by_name(outputs)[str(primary)].shape[1]
