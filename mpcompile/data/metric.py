@@ -20,7 +20,8 @@ from mpcompile.system.hashing import sha256, sha256_of
 class Metric:
     """A metric with its name, the one that reports print.
 
-    `function(outputs, targets)` gets the primary output of a model as a tensor (b, …) in float32 on the CPU, and the
+    `function(outputs, targets)` gets the primary output of a model as a tensor (b, …) in float32 on the CPU, or, if a
+    part of a model is compressed, what the whole model returns, such as a list of dicts of boxes. It also gets the
     targets of the batch: stacked to one tensor if they are numbers, arrays or tensors of one shape, else as a list. It
     returns b numbers, one for each sample, or one number for the batch. The metric of a set is the mean over samples.
     """
@@ -28,9 +29,11 @@ class Metric:
     name: str
     function: Callable[[Tensor, Any], Any] = field(repr=False)
 
-    def of_batch(self, outputs: Tensor | NDArray[Any], targets: Sequence[Any]) -> "MetricValues":
+    def of_batch(self, outputs: Any, targets: Sequence[Any]) -> "MetricValues":
         """The values for one batch. Raises LoadError if the function raises, UsageError if it returns no numbers."""
-        given = torch.as_tensor(outputs).detach().cpu().float()
+        is_tensor = isinstance(outputs, Tensor | np.ndarray)
+        given = torch.as_tensor(outputs).detach().cpu().float() if is_tensor else outputs
+        count = len(targets)
         try:
             found = self.function(given, collated(targets))
         except Exception as error:
@@ -39,15 +42,15 @@ class Metric:
             values = np.asarray(found.detach().cpu() if isinstance(found, Tensor) else found, dtype=np.float64)
         except (TypeError, ValueError):
             values = np.full((0, 0), np.nan)
-        if values.shape not in ((), (len(given),)):
+        if values.shape not in ((), (count,)):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor | np.ndarray) else type(found).__name__
             raise UsageError(
-                f"the metric {self.name} returned {what} for a batch of {len(given)}; it must return one number, or "
+                f"the metric {self.name} returned {what} for a batch of {count}; it must return one number, or "
                 "one for each sample"
             )
         if not np.isfinite(values).all():
             raise UsageError(f"the metric {self.name} returned a number that is not finite; it must return finite ones")
-        return MetricValues(values.reshape(-1), len(given) if values.ndim else 1, len(given))
+        return MetricValues(values.reshape(-1), count if values.ndim else 1, count)
 
     def key(self) -> str:
         """The hash of the name and of the source file of the function."""

@@ -120,7 +120,10 @@ def _compiled(
         require_space(output, least_output_bytes(loaded.module))
         began("capture")
         dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
-        images = judged(images, metric)
+        if part is None:
+            images = judged(images, metric)
+        else:
+            part = part.judged_by(metric)
         require_inputs(plan, dense, images)
         dense, images = headed(dense, decoded_for(images, dense, needed_bytes), PART_HEAD if part else recipe.head)
         tuning = None
@@ -236,7 +239,9 @@ def preview(
     if output is not None:
         require_space(Path(output), least_output_bytes(loaded.module))
     dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
-    dense, images = headed(dense, judged(images, metric_of(recipe)), PART_HEAD if part else recipe.head)
+    dense, images = headed(
+        dense, images if part else judged(images, metric_of(recipe)), PART_HEAD if part else recipe.head
+    )
     require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mpcompile.analysis.macs import macs_of_run
 from mpcompile.data.images import NONE, Data, Images, Split
-from mpcompile.driver.inputs import captured, data_for, read_images, with_samples
+from mpcompile.data.metric import Metric, MetricValues
+from mpcompile.driver.inputs import captured, data_for, judged, read_images, with_samples
 from mpcompile.errors import UsageError
 from mpcompile.frontend.call_inputs import IMAGES
 from mpcompile.frontend.capture import capture, noise
@@ -23,6 +24,7 @@ from mpcompile.frontend.submodule import parameter_count
 from mpcompile.frontend.whole_model import Whole, open_whole
 from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model, Source
+from mpcompile.measure.metric_comparison import MetricComparison
 from mpcompile.measure.whole_comparison import Outputs, WholeComparison, compare_whole
 from mpcompile.recipe.schema import DataChoice
 from mpcompile.report.part_schema import Part, PartInput
@@ -62,7 +64,8 @@ class OpenPart:
         row: the part for the report, without a comparison.
         head: how the whole model's primary output becomes a decision; None if it has no class scores.
         primary: the path of that output.
-        held_out: the held-out images of the whole model, with its labels.
+        held_out: the held-out images of the whole model, with its labels or targets.
+        metric: the user's own, of the whole model; None if there is none.
     """
 
     whole: Whole
@@ -70,6 +73,11 @@ class OpenPart:
     head: Head | None
     primary: str | None
     held_out: Split
+    metric: Metric | None = None
+
+    def judged_by(self, metric: Metric | None) -> "OpenPart":
+        """The part with a metric of the whole model. Raises UsageError if the held-out images have no targets."""
+        return replace(self, metric=metric, held_out=judged(Data(held_out=self.held_out), metric).held_out)
 
     def compared(self, model: Model) -> Part:
         """The part for the report, with the comparison of the whole models on the held-out images."""
@@ -79,13 +87,32 @@ class OpenPart:
         """The whole model with the compressed part beside the dense one; None without held-out images."""
         if not len(self.held_out):
             return None
-        return compare_whole(self.outputs(model), self.head, self.held_out.labelled, self.primary)
+        values: tuple[list[MetricValues], list[MetricValues]] = ([], [])  # of the dense and of the compressed model
+
+        def measured() -> Iterator[Outputs]:
+            targets = self.held_out.targets(self._batch)
+            for dense, compressed, labels in self.outputs(model):
+                if self.metric is not None:
+                    goal = next(targets)
+                    for found, outputs in zip(values, (dense, compressed), strict=True):
+                        found.append(self.metric.of_batch(outputs, goal))
+                yield dense, compressed, labels
+
+        found = compare_whole(measured(), self.head, self.held_out.labelled, self.primary)
+        if self.metric is None:
+            return found
+        return replace(found, metric=MetricComparison.between(self.metric.name, *values))
+
+    @property
+    def _batch(self) -> int:
+        """The images of one run of the whole model."""
+        return BATCH if self.whole.by_batch else 1
 
     def outputs(self, model: Model) -> Iterator[Outputs]:
         """For each batch of held-out images: what the dense model returns, what it returns with the compressed part in
         place, and the labels. A model whose outputs have no row for each image gets one image at a time.
         """
-        for images, labels in self.held_out.batches(BATCH if self.whole.by_batch else 1):
+        for images, labels in self.held_out.batches(self._batch):
             images = _in_type(images, self.whole)
             yield self.whole.run(images), self.whole.run_with(model, images), labels
 

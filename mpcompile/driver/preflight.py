@@ -35,11 +35,6 @@ def require_consistent(plan: RunPlan, with_images: bool) -> None:
         if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
             raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
     require_consistent_precision(recipe, plan.passes, plan.runtime, with_images)
-    if recipe.submodule is not None and recipe.metric is not None:
-        raise UsageError(
-            "--metric judges answers, and the outputs of a part (--submodule) are none; leave it out, and measure the "
-            'whole model that Artifact.load("torch") returns'
-        )
     if recipe.submodule is not None and recipe.gates.max_drop is not None:
         raise UsageError(
             "--max-drop limits a drop of accuracy, and the outputs of a part (--submodule) are no answers; leave it "

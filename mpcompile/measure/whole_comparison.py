@@ -17,6 +17,7 @@ from mpcompile.frontend.primary_output import ONE_TENSOR
 from mpcompile.ir.head import Head
 from mpcompile.ir.output_tree import flattened
 from mpcompile.measure.accuracy import Accuracy, accuracy
+from mpcompile.measure.metric_comparison import MetricComparison
 
 Outputs = tuple[Any, Any, Tensor]  # of the dense model, of the compressed one, and the labels of the images
 
@@ -47,6 +48,7 @@ class WholeComparison:
         agreement: share of images with the same decision; None if the outputs are no class scores.
         dense: accuracy of the dense model; None without labels or class scores.
         compressed: accuracy of the model with the compressed part.
+        metric: the user's own metric of both; None if there is none.
     """
 
     images: int
@@ -55,6 +57,7 @@ class WholeComparison:
     agreement: float | None = None
     dense: Accuracy | None = None
     compressed: Accuracy | None = None
+    metric: MetricComparison | None = None
 
 
 def compare_whole(pairs: Iterable[Outputs], head: Head | None, labelled: bool, primary: str | None) -> WholeComparison:

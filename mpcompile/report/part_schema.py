@@ -69,6 +69,12 @@ class Part(BaseModel):
                 f"{where}, top-1 of the whole model is {found.compressed.top1:.2%} with the compressed part and "
                 f"{found.dense.top1:.2%} dense."
             )
+        if found.metric is not None:
+            m = found.metric
+            sentences.append(
+                f"{where}, {m.name} of the whole model is {m.compressed:.4g} with the compressed part and "
+                f"{m.dense:.4g} dense ({m})."
+            )
         if found.agreement is not None:
             sentences.append(f"{where}, the whole model gives {found.agreement:.2%} of the dense model's answers.")
         if found.comparable < found.images:

@@ -232,3 +232,28 @@ def test_images_in_memory_keep_their_notes() -> None:
     _, data, part = captured_run(loaded, Request("a"), Data(notes=("mine",)), DataChoice(), "auto", "stage2")
     assert part is not None
     assert data.notes == ("mine", part.row.description)
+
+
+def test_a_metric_gets_what_the_whole_model_returns(tmp_path: Path) -> None:
+    """Its outputs are lists of dicts, one batch of one image each; targets are dicts."""
+    rng = torch.Generator().manual_seed(0)
+    samples = [(torch.rand(3, 12, 12, generator=rng), {"count": 8 + index % 2}) for index in range(12)]
+    seen: list[int] = []
+
+    def boxes(outputs: Any, targets: Any) -> list[float]:
+        seen.append(len(outputs))
+        assert set(outputs[0]) == {"boxes", "scores"}
+        return [float(len(one["boxes"]) == goal["count"]) for one, goal in zip(outputs, targets, strict=True)]
+
+    artifact = mpcompile.compile(
+        Detector(), recipe("backbone"), data={"train": samples[:8], "test": samples[8:]}, metric=boxes,
+        output=tmp_path / "out",
+    )  # fmt: skip
+    assert artifact.report.part is not None
+    assert artifact.report.part.whole is not None
+    found = artifact.report.part.whole.metric
+    assert found is not None
+    assert (found.name, found.count) == ("boxes", 4)
+    assert set(seen) == {1}
+    assert 0 <= found.dense <= 1
+    assert any("boxes of the whole model is" in sentence for sentence in artifact.report.verdict)
