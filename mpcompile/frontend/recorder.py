@@ -106,10 +106,12 @@ class Recorder(TorchFunctionMode):
         """Lets the graph work on copies of the inputs that the run wrote into: callers use their images again."""
         for tensor, version, node in self._inputs:
             if tensor._version != version:
+                users = list(node.users)
                 with self.graph.inserting_after(self._inputs[-1][2]):
                     copy = self.graph.call_method("clone", (node,))
                 self._describe(copy)
-                node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+                for user in users:
+                    user.replace_input_with(node, copy)
 
     # ---- calls of torch functions
 

@@ -99,7 +99,8 @@ def read_in_an_older_view(x: Tensor) -> Tensor:
 
 
 def read_where_it_was_filled(x: Tensor) -> Tensor:
-    return -x if torch.full_like(x, x.sum())[0, 0] > 1000 else x
+    filled = torch.full_like(x, fill_value=x.sum())[0, 0]  # type: ignore[arg-type]
+    return -x if filled[0, 0] > 1000 else x
 
 
 @pytest.mark.parametrize(
