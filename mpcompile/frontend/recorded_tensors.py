@@ -130,7 +130,7 @@ class RecordedTensors:
     def _constant(self, tensor: Tensor) -> str:
         """The name of the buffer of the root that holds a constant of the run, as it is now."""
         known, version = self._constants.get(tensor, (None, None))
-        current = None if tensor.is_inference() else tensor._version  # torch counts no writes in inference mode
+        current = version_of(tensor)
         if known is not None and current is not None and version == current:
             return str(known)
         while hasattr(self._root, name := f"_constant{self._constant_count}"):
@@ -144,6 +144,11 @@ def viewed(tensor: Tensor) -> Tensor:
     """The tensor that a view shows a part of; the tensor itself if it is no view."""
     whole: Tensor | None = tensor._base
     return tensor if whole is None else whole
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The number of writes into a tensor; None in inference mode, where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors_in(value: object) -> list[Tensor]:

@@ -44,7 +44,7 @@ from mpcompile.frontend.recorded_calls import (
     writes,
 )
 from mpcompile.frontend.recorded_int import RecordedInt, plain
-from mpcompile.frontend.recorded_tensors import RecordedTensors, tensors_in, viewed
+from mpcompile.frontend.recorded_tensors import RecordedTensors, tensors_in, version_of, viewed
 from mpcompile.frontend.source_lines import source_line, with_code
 from mpcompile.frontend.submodule import suggestion
 
@@ -81,14 +81,14 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self._root, self._leaves = root, leaves
         self._tensors = RecordedTensors(self.graph, root)
-        self._inputs: list[tuple[Tensor, int, fx.Node]] = []  # with the version of each tensor before the run
+        self._inputs: list[tuple[Tensor, int | None, fx.Node]] = []  # with the version of each tensor before the run
         self._stack: list[str] = []  # names of the modules that are being called
         self._types = {name: type(module) for name, module in root.named_modules()}
 
     def add_input(self, name: str, tensor: Tensor) -> None:
         """Adds a placeholder for an input tensor."""
         node = self.graph.placeholder(name)
-        self._inputs.append((tensor, tensor._version, node))
+        self._inputs.append((tensor, version_of(tensor), node))
         self._tensors.add_input(tensor, node)
 
     def finished(self, outputs: list[Tensor]) -> fx.GraphModule:
@@ -105,7 +105,7 @@ class Recorder(TorchFunctionMode):
     def _copy_written_inputs(self) -> None:
         """Lets the graph work on copies of the inputs that the run wrote into: callers use their images again."""
         for tensor, version, node in self._inputs:
-            if tensor._version != version:
+            if version is None or tensor._version != version:
                 users = list(node.users)
                 with self.graph.inserting_after(self._inputs[-1][2]):
                     copy = self.graph.call_method("clone", (node,))
