@@ -28,6 +28,11 @@ OTHER_BATCH = 3  # the example has 2 images
 
 def checked_outputs(module: nn.Module, inputs: CallInputs) -> tuple[Tensor, ...]:
     """The module's output tensors in the order of its own tree. Raises CaptureError unless they are usable."""
+    return _checked_tree(module, inputs)[1]
+
+
+def _checked_tree(module: nn.Module, inputs: CallInputs) -> tuple[Any, tuple[Tensor, ...]]:
+    """The tree of the module's outputs, and their tensors. Raises CaptureError unless they are usable."""
     kind = type(module).__name__
     shapes = " and ".join(str(tuple(one.shape)) for one in inputs.tensors.values())
     try:
@@ -51,15 +56,16 @@ def checked_outputs(module: nn.Module, inputs: CallInputs) -> tuple[Tensor, ...]
                 f"{kind} returns numbers that are not finite{f' in {name}' if name else ''}; check its weights for "
                 "NaN and infinity"
             )
-    if len(tensors) == 1 and (tensors[0][1].ndim < 2 or len(tensors[0][1]) != images):
+    one = tensors[0][1]
+    if len(tensors) == 1 and (one.ndim < 2 or len(one) != images or not one.numel()):
         raise CaptureError(
-            f"{kind} returns a tensor of shape {tuple(tensors[0][1].shape)} for a batch of {images}; "
+            f"{kind} returns a tensor of shape {tuple(one.shape)} for a batch of {images}; "
             "it must return one row of outputs for each image"
         )
     first = tensors[0][1]
     if first.ndim and len(first) > 1 and torch.equal(first, first[:1].expand_as(first)):
         log.warning("%s returns the same outputs for every image, so a comparison of outputs proves little", kind)
-    return tuple(one for _, one in tensors)
+    return tree, tuple(one for _, one in tensors)
 
 
 def require_repeatable(module: nn.Module, inputs: CallInputs, outputs: Sequence[Tensor]) -> None:
@@ -86,16 +92,22 @@ def require_same(model: Model, reference: nn.Module, inputs: CallInputs, order: 
 
     `order` has, for each output of the graph, its number among the module's outputs.
     """
-    expected = checked_outputs(reference, inputs)
+    tree, expected = _checked_tree(reference, inputs)
     _compare([expected[index] for index in order], lambda: run_example(model), len(model.example), model.graph)
     _require_same_on_one(model, reference, inputs, order)
     other = other_inputs(inputs, OTHER_BATCH)
-    wanted = checked_outputs(reference, other)
+    other_tree, wanted = _checked_tree(reference, other)
     if len(wanted) != len(order):
         raise CaptureError(
             f"{type(reference).__name__} returns {len(order)} tensors for {len(model.example)} images and "
             f"{len(wanted)} for {OTHER_BATCH}; a graph has one number of outputs{_part_instead(reference)}"
         )
+    for value, another in zip(other_values(tree), other_values(other_tree), strict=False):
+        if value != another:
+            raise CaptureError(
+                f"{type(reference).__name__} returns {value!r} beside its tensors for {len(model.example)} images and "
+                f"{another!r} for {OTHER_BATCH}; a graph returns the same value for all. Return a tensor instead"
+            )
     found = tuple(other.tensors.values())
     _compare([wanted[index] for index in order], lambda: model.outputs(found), OTHER_BATCH, model.graph, found)
 

@@ -38,7 +38,12 @@ UNROUNDED = 1e-3
 
 
 def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
-    """The relative difference max |found − expected| / max |expected|; infinite if any value is not finite."""
+    """The relative difference max |found − expected| / max |expected|; infinite if any value is not finite.
+
+    It is 0 for arrays without values.
+    """
+    if not expected.size:
+        return 0.0
     if not (np.isfinite(expected).all() and np.isfinite(found).all()):
         return float("inf")
     scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
