@@ -122,7 +122,7 @@ def _recorded(
     copies = {name: one.clone() for name, one in called.tensors.items()}  # forward may write into its inputs
     try:
         recorder, result = record(root, copies, lambda: called.run(root, copies), leaves)
-        outputs = outputs_in_order(result, kind, primary)
+        outputs = outputs_in_order(result, kind, primary, tuple(called.tensors))
         graph = recorder.finished([tensor for _, tensor in outputs.tensors])
     except CaptureError:
         raise
