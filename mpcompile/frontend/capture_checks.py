@@ -93,7 +93,8 @@ def require_same(model: Model, reference: nn.Module, inputs: CallInputs, order: 
     `order` has, for each output of the graph, its number among the module's outputs.
     """
     tree, expected = _checked_tree(reference, inputs)
-    _compare([expected[index] for index in order], lambda: run_example(model), len(model.example), model.graph)
+    _compare([expected[index] for index in order], model.graph, model.example_inputs)
+    run_example(model)  # records shapes
     _require_same_on_one(model, reference, inputs, order)
     other = other_inputs(inputs, OTHER_BATCH)
     other_tree, wanted = _checked_tree(reference, other)
@@ -109,7 +110,7 @@ def require_same(model: Model, reference: nn.Module, inputs: CallInputs, order: 
                 f"{another!r} for {OTHER_BATCH}; a graph returns the same value for all. Return a tensor instead"
             )
     found = tuple(other.tensors.values())
-    _compare([wanted[index] for index in order], lambda: model.outputs(found), OTHER_BATCH, model.graph, found)
+    _compare([wanted[index] for index in order], model.graph, found)
 
 
 def _require_same_on_one(model: Model, reference: nn.Module, inputs: CallInputs, order: Sequence[int]) -> None:
@@ -125,7 +126,7 @@ def _require_same_on_one(model: Model, reference: nn.Module, inputs: CallInputs,
         return
     if len(wanted) == len(order):
         found = tuple(alone.tensors.values())
-        _compare([wanted[index] for index in order], lambda: model.outputs(found), 1, model.graph, found)
+        _compare([wanted[index] for index in order], model.graph, found)
 
 
 def _remedy(module: nn.Module, inputs: CallInputs) -> str:
@@ -159,25 +160,34 @@ def other_inputs(inputs: CallInputs, batch: int) -> CallInputs:
     return inputs.with_tensors({name: another(tensor) for name, tensor in inputs.tensors.items()})
 
 
-def _compare(
-    wanted: Sequence[Tensor], run: Any, images: int, graph: fx.GraphModule, inputs: tuple[Tensor, ...] = ()
-) -> None:
+def _compare(wanted: Sequence[Tensor], graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
     """Raises CaptureError unless the graph's outputs are the wanted ones."""
+    images = len(inputs[0])
+    interpreter = fx.Interpreter(graph)  # a call of the graph would print the line that fails
+    interpreter.extra_traceback = False
     try:
-        found = all_outputs(run())
+        with torch.no_grad():
+            found = all_outputs(interpreter.run(*(one.clone() for one in inputs)))
     except Exception as error:
-        line = _failing_line(graph, inputs) if inputs else ""
+        line = _failing_line(graph, inputs)
         raise CaptureError(
             f"the captured graph does not run on a batch of {images}: {str(error).splitlines()[0]}.{line} Its forward "
             "probably computes a size from the batch size in floating point, loops over images, or keeps state from "
             "an earlier run; write that line with integer sizes of the tensor"
         ) from error
+    shapes = [" and ".join(str(tuple(one.shape)) for one in outputs) for outputs in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise CaptureError(
+            f"the captured graph returns {shapes[1]} for a batch of {images}, and the module {shapes[0]}. Its forward "
+            "probably loops over images, or uses torch.vmap; call torch functions on the whole batch"
+        )
     difference = _difference(wanted, found)
     if difference > CAPTURE_DRIFT:
         raise CaptureError(
             f"the captured graph computes something else: outputs on a batch of {images} differ by "
             f"{difference:.1e} of the largest output; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably uses "
-            "values that left torch (a compiled extension, a cached tensor), or branches on the batch size"
+            "values that left torch (a compiled extension, a cached tensor), branches on the batch size or computes "
+            "with it in floating point, or opens torch.autocast"
         )
 
 

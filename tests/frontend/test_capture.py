@@ -272,7 +272,7 @@ def test_a_forward_that_an_instance_was_given_is_not_taken_for_its_layer() -> No
     # The copy's forward is the original's closure, so a mask on the copy's weight would change nothing.
     module = TinyMLP()
     layer = module.head
-    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 3  # type: ignore[method-assign]
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 3  # type: ignore[assignment]
     model = capture(module, tiny_source())
     assert "head" not in [name for name, _ in model.layers()]
     with torch.no_grad():
