@@ -162,7 +162,8 @@ def _require_parity(
         called = call_inputs(module, images, {name: spec.example(len(images)) for name, spec in others.items()})
         with torch.no_grad():
             result = called.run(copied(module).cpu().float())
-        outputs = outputs_in_order(result, type(module).__name__, exported.output_names[0]).tensors[0][1].numpy()
+        name, taken = exported.output_names[0], tuple(called.tensors)
+        outputs = outputs_in_order(result, type(module).__name__, name, taken).tensors[0][1].numpy()
         inputs = tuple(called.tensors.values())
     else:
         model = captured_again(copied(module).cpu().float(), source, exported.output_names[0], others, part)

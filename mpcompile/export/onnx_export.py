@@ -12,7 +12,7 @@ In the 8-bit precisions activations are rounded by QuantizeLinear and Dequantize
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
 from mpcompile.export.half_precision import to_bfloat16, to_half
 from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
+from mpcompile.export.output_names import are_unique, provisional, rename_outputs
 from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
@@ -153,6 +154,18 @@ def _require_quantised_to(model: Model, precision: Precision) -> None:
 
 
 def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
+    """The graph as ONNX in float32, with the names of the model's outputs. Raises BuildError."""
+    for name in model.output_names:
+        if name in model.graph.state_dict():
+            raise BuildError(f"the output {name} has the name of a weight; return it under another key")
+    file = _exported(model, batch, opset, model.output_names)
+    if not are_unique(file, model.output_names):
+        file = _exported(model, batch, opset, provisional(model.output_names))
+        rename_outputs(file, model.output_names)
+    return file
+
+
+def _exported(model: Model, batch: int | None, opset: int, output_names: Sequence[str]) -> onnx.ModelProto:
     """The graph as ONNX in float32, from torch's exporter. Raises BuildError."""
     inputs = model.example_inputs
     if batch is not None:
@@ -169,7 +182,7 @@ def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
                 model.graph,
                 inputs,
                 input_names=list(model.input_names),
-                output_names=list(model.output_names),
+                output_names=list(output_names),
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=shapes,

@@ -28,8 +28,8 @@ class CallInputs:
     keywords: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Any:
-        """What the module returns for these tensors, by default the example's."""
-        given = self.tensors if tensors is None else tensors
+        """What the module returns for these tensors, by default copies of the example's, to write into."""
+        given = {name: one.clone() for name, one in self.tensors.items()} if tensors is None else tensors
         positional = [tensor for name, tensor in given.items() if name not in self.keywords]
         return module(*positional, **{keyword: given[name] for name, keyword in self.keywords.items()})
 

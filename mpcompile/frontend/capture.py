@@ -124,7 +124,7 @@ def _recorded(
     try:
         with empty_caches(root):
             recorder, result = record(root, copies, lambda: called.run(root, copies), leaves)
-        outputs = outputs_in_order(result, kind, primary)
+        outputs = outputs_in_order(result, kind, primary, tuple(called.tensors))
         graph = recorder.finished([tensor for _, tensor in outputs.tensors])
     except CaptureError:
         raise

@@ -28,6 +28,11 @@ OTHER_BATCH = 3  # the example has 2 images
 
 def checked_outputs(module: nn.Module, inputs: CallInputs) -> tuple[Tensor, ...]:
     """The module's output tensors in the order of its own tree. Raises CaptureError unless they are usable."""
+    return _checked_tree(module, inputs)[1]
+
+
+def _checked_tree(module: nn.Module, inputs: CallInputs) -> tuple[Any, tuple[Tensor, ...]]:
+    """The tree of the module's outputs, and their tensors. Raises CaptureError unless they are usable."""
     kind = type(module).__name__
     shapes = " and ".join(str(tuple(one.shape)) for one in inputs.tensors.values())
     try:
@@ -51,15 +56,16 @@ def checked_outputs(module: nn.Module, inputs: CallInputs) -> tuple[Tensor, ...]
                 f"{kind} returns numbers that are not finite{f' in {name}' if name else ''}; check its weights for "
                 "NaN and infinity"
             )
-    if len(tensors) == 1 and (tensors[0][1].ndim < 2 or len(tensors[0][1]) != images):
+    one = tensors[0][1]
+    if len(tensors) == 1 and (one.ndim < 2 or len(one) != images or not one.numel()):
         raise CaptureError(
-            f"{kind} returns a tensor of shape {tuple(tensors[0][1].shape)} for a batch of {images}; "
+            f"{kind} returns a tensor of shape {tuple(one.shape)} for a batch of {images}; "
             "it must return one row of outputs for each image"
         )
     first = tensors[0][1]
-    if first.ndim and torch.equal(first, first[:1].expand_as(first)):
+    if first.ndim and len(first) > 1 and torch.equal(first, first[:1].expand_as(first)):
         log.warning("%s returns the same outputs for every image, so a comparison of outputs proves little", kind)
-    return tuple(one for _, one in tensors)
+    return tree, tuple(one for _, one in tensors)
 
 
 def require_repeatable(module: nn.Module, inputs: CallInputs, outputs: Sequence[Tensor]) -> None:
@@ -86,17 +92,41 @@ def require_same(model: Model, reference: nn.Module, inputs: CallInputs, order: 
 
     `order` has, for each output of the graph, its number among the module's outputs.
     """
-    expected = checked_outputs(reference, inputs)
-    _compare([expected[index] for index in order], lambda: run_example(model), len(model.example), model.graph)
-    other = other_inputs(inputs)
-    wanted = checked_outputs(reference, other)
+    tree, expected = _checked_tree(reference, inputs)
+    _compare([expected[index] for index in order], model.graph, model.example_inputs)
+    run_example(model)  # records shapes
+    _require_same_on_one(model, reference, inputs, order)
+    other = other_inputs(inputs, OTHER_BATCH)
+    other_tree, wanted = _checked_tree(reference, other)
     if len(wanted) != len(order):
         raise CaptureError(
             f"{type(reference).__name__} returns {len(order)} tensors for {len(model.example)} images and "
             f"{len(wanted)} for {OTHER_BATCH}; a graph has one number of outputs{_part_instead(reference)}"
         )
+    for value, another in zip(other_values(tree), other_values(other_tree), strict=False):
+        if value != another:
+            raise CaptureError(
+                f"{type(reference).__name__} returns {value!r} beside its tensors for {len(model.example)} images and "
+                f"{another!r} for {OTHER_BATCH}; a graph returns the same value for all. Return a tensor instead"
+            )
     found = tuple(other.tensors.values())
-    _compare([wanted[index] for index in order], lambda: model.outputs(found), OTHER_BATCH, model.graph, found)
+    _compare([wanted[index] for index in order], model.graph, found)
+
+
+def _require_same_on_one(model: Model, reference: nn.Module, inputs: CallInputs, order: Sequence[int]) -> None:
+    """Raises CaptureError if graph and module differ on one image; passes if the module does not take one alone.
+
+    `if len(x) > 1` is decided by the example, which has more, and models are deployed on single images.
+    """
+    alone = other_inputs(inputs, 1)
+    try:
+        wanted = checked_outputs(reference, alone)
+    except CaptureError as refused:
+        log.info("%s was not compared on one image: %s", type(reference).__name__, refused)
+        return
+    if len(wanted) == len(order):
+        found = tuple(alone.tensors.values())
+        _compare([wanted[index] for index in order], model.graph, found)
 
 
 def _remedy(module: nn.Module, inputs: CallInputs) -> str:
@@ -116,7 +146,7 @@ def _part_instead(module: nn.Module) -> str:
     return f". {part[0].upper()}{part[1:]}" if part else ""
 
 
-def other_inputs(inputs: CallInputs) -> CallInputs:
+def other_inputs(inputs: CallInputs, batch: int) -> CallInputs:
     """Inputs of another batch size with other values; tensors that are not floating-point repeat their rows."""
     generator = torch.Generator().manual_seed(1)
 
@@ -124,31 +154,40 @@ def other_inputs(inputs: CallInputs) -> CallInputs:
         if tensor.ndim == 0:
             return tensor
         if tensor.is_floating_point():
-            return torch.randn(OTHER_BATCH, *tensor.shape[1:], generator=generator).to(tensor.dtype)
-        return tensor[torch.arange(OTHER_BATCH) % len(tensor)]
+            return torch.randn(batch, *tensor.shape[1:], generator=generator).to(tensor.dtype)
+        return tensor[torch.arange(batch) % len(tensor)]
 
     return inputs.with_tensors({name: another(tensor) for name, tensor in inputs.tensors.items()})
 
 
-def _compare(
-    wanted: Sequence[Tensor], run: Any, images: int, graph: fx.GraphModule, inputs: tuple[Tensor, ...] = ()
-) -> None:
+def _compare(wanted: Sequence[Tensor], graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
     """Raises CaptureError unless the graph's outputs are the wanted ones."""
+    images = len(inputs[0])
+    interpreter = fx.Interpreter(graph)  # a call of the graph would print the line that fails
+    interpreter.extra_traceback = False
     try:
-        found = all_outputs(run())
+        with torch.no_grad():
+            found = all_outputs(interpreter.run(*(one.clone() for one in inputs)))
     except Exception as error:
-        line = _failing_line(graph, inputs) if inputs else ""
+        line = _failing_line(graph, inputs)
         raise CaptureError(
             f"the captured graph does not run on a batch of {images}: {str(error).splitlines()[0]}.{line} Its forward "
             "probably computes a size from the batch size in floating point, loops over images, or keeps state from "
             "an earlier run; write that line with integer sizes of the tensor"
         ) from error
+    shapes = [" and ".join(str(tuple(one.shape)) for one in outputs) for outputs in (wanted, found)]
+    if shapes[0] != shapes[1]:
+        raise CaptureError(
+            f"the captured graph returns {shapes[1]} for a batch of {images}, and the module {shapes[0]}. Its forward "
+            "probably loops over images, or uses torch.vmap; call torch functions on the whole batch"
+        )
     difference = _difference(wanted, found)
     if difference > CAPTURE_DRIFT:
         raise CaptureError(
             f"the captured graph computes something else: outputs on a batch of {images} differ by "
             f"{difference:.1e} of the largest output; {CAPTURE_DRIFT:.0e} is allowed. Its forward probably uses "
-            "values that left torch (a compiled extension, a cached tensor), or branches on the batch size"
+            "values that left torch (a compiled extension, a cached tensor), branches on the batch size or computes "
+            "with it in floating point, or opens torch.autocast"
         )
 
 

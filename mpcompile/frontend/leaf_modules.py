@@ -32,8 +32,11 @@ def class_name(module: nn.Module) -> str:
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is recorded as one call: torch.nn's own ones and subclasses that inherit their forward.
 
+    A module with a forward of its own, as tools set it on an instance, is not: it may compute with other weights.
     Containers and torch's transformers are not: their layers are recorded one by one.
     """
+    if "forward" in vars(module):
+        return False
     if class_name(module) in PLAIN_CLASSES | NORM_CLASSES:
         return True
     defined_in = str(getattr(type(module).forward, "__module__", ""))

@@ -1,7 +1,8 @@
 """Which output of a model is the primary one: the one that agreement, certificates and distillation compare."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import Tensor
@@ -34,13 +35,14 @@ class Outputs:
     notes: tuple[str, ...]
 
 
-def outputs_in_order(result: Any, kind: str, asked: str | None) -> Outputs:
+def outputs_in_order(result: Any, kind: str, asked: str | None, taken: Collection[str] = ()) -> Outputs:
     """The outputs that a module of the class `kind` returned. Raises CaptureError.
 
-    `asked` is the path of the primary output; None takes the one with a usual name, or the first.
+    `asked` is the path of the primary output; None takes the one with a usual name, or the first. Paths that are equal,
+    or that are in `taken` since an input has the name, get a number behind them: names are unique in an ONNX file.
     """
     tree, tensors = flattened(result)
-    names = [name or ONE_TENSOR for name, _ in tensors]
+    names = _unique([name or ONE_TENSOR for name, _ in tensors], taken)
     if not tensors:
         raise CaptureError(f"{kind} returns {type(result).__name__} without tensors; it must return at least one")
     first, notes = _primary(names, kind, asked)
@@ -52,6 +54,16 @@ def outputs_in_order(result: Any, kind: str, asked: str | None) -> Outputs:
         rebuilt(tree, slots),
         notes,
     )
+
+
+def _unique(names: Sequence[str], taken: Collection[str]) -> list[str]:
+    """The names; one that is taken already gets the first free number behind it."""
+    unique: list[str] = []
+    for name in names:
+        used = {*taken, *unique, *names}
+        free = (f"{name}_{number}" for number in count(1))
+        unique.append(name if name not in {*taken, *unique} else next(one for one in free if one not in used))
+    return unique
 
 
 def _primary(names: Sequence[str], kind: str, asked: str | None) -> tuple[int, tuple[str, ...]]:

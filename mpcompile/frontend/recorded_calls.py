@@ -58,8 +58,12 @@ SHAPE_ONLY = frozenset(
     zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full
     """.split()  # noqa: SIM905
 )
-
-
+# In-place operators whose names do not end in one underscore (`x += 1` is the method `add_`).
+IN_PLACE_OPERATORS = frozenset(
+    "__iand__ __ior__ __ixor__ __ilshift__ __irshift__ __ifloordiv__ __imod__ __ipow__".split()  # noqa: SIM905
+)
+# Functions of Python's operator module whose names end like those of in-place methods.
+NOT_IN_PLACE = frozenset(["and_", "or_", "not_", "is_"])
 # Calls whose result has a size that depends on the values of the tensor.
 SIZED_BY_VALUES = frozenset(
     """
@@ -92,8 +96,13 @@ def property_of(function: Callable[..., Any]) -> str | None:
 def writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call writes into its first argument."""
     name = name_of(function)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "__setitem__" or kwargs.get("inplace") is True
+    return is_in_place(name) or name == "__setitem__" or kwargs.get("inplace") is True
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name writes into its first argument."""
+    underscored = name.endswith("_") and not name.endswith("__") and name not in NOT_IN_PLACE
+    return underscored or name in IN_PLACE_OPERATORS
 
 
 def appended(graph: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
@@ -121,8 +130,12 @@ def drop_unused(graph: fx.GraphModule) -> None:
         if node.op == "call_module":
             return getattr(modules[str(node.target)], "inplace", False) is True
         name = node.target if isinstance(node.target, str) else name_of(node.target)
-        in_place = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
-        return in_place or node.target is operator.setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs
+        return (
+            is_in_place(name)
+            or node.target is operator.setitem
+            or node.kwargs.get("inplace") is True
+            or "out" in node.kwargs
+        )
 
     graph.graph.eliminate_dead_code(is_impure_node=has_effects)
     graph.recompile()

@@ -38,8 +38,18 @@ class RecordedTensors:
         self._of_images.add(node)
 
     def is_recorded(self, tensor: object) -> bool:
-        """Whether a tensor is an input, or a result of a recorded call."""
-        return isinstance(tensor, Tensor) and tensor in self._nodes
+        """Whether a tensor is an input, a result of a recorded call, or a view of one of these."""
+        if not isinstance(tensor, Tensor):
+            return False
+        if tensor not in self._nodes and (whole := viewed(tensor)) is not tensor and whole in self._nodes:
+            # A view of a constant, which was taken before a recorded call wrote into the constant.
+            offset = tensor.storage_offset() - whole.storage_offset()
+            shape = (tuple(tensor.shape), tensor.stride(), offset)
+            node = self._graph.call_method("as_strided", (self.node_of(whole), *shape))
+            node.meta.update(self.node_of(whole).meta)
+            self.note_dependence(node)
+            self._nodes[tensor] = node
+        return tensor in self._nodes
 
     def owner_of(self, tensor: Tensor) -> str | None:
         """The name of the module's parameter or buffer that a tensor is; None for other tensors."""
@@ -52,7 +62,7 @@ class RecordedTensors:
         def look(leaf: Any) -> Any:
             nonlocal found
             found = found or isinstance(leaf, RecordedInt)
-            found = found or (isinstance(leaf, Tensor) and (id(leaf) in self._parameters or leaf in self._nodes))
+            found = found or (isinstance(leaf, Tensor) and (id(leaf) in self._parameters or self.is_recorded(leaf)))
             return leaf
 
         map_aggregate(value, look)
@@ -67,10 +77,12 @@ class RecordedTensors:
         if any(one in self._of_images for one in node.all_input_nodes):
             self._of_images.add(node)
 
-    def note_write(self, node: fx.Node) -> None:
-        """Notes that a call writes into its first argument."""
+    def note_write(self, written: Tensor, node: fx.Node) -> None:
+        """Notes that the call of `node` wrote into a tensor, and so into every tensor that shares its memory."""
         if node in self._of_images:
-            self._of_images.add(node.all_input_nodes[0])
+            memory = viewed(written)
+            shared = [tensor for tensor in self._nodes if viewed(tensor) is memory]
+            self._of_images.update(self.node_of(tensor) for tensor in shared)
 
     def nodes_in(self, value: Any) -> Any:
         """The arguments of a call with nodes in place of tensors and RecordedInts."""
@@ -80,7 +92,7 @@ class RecordedTensors:
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; a parameter, buffer or constant gets one of the kind `get_attr`."""
-        if tensor in self._nodes:
+        if self.is_recorded(tensor):
             entry = self._nodes[tensor]
             node: fx.Node = entry if isinstance(entry, fx.Node) else entry()
             self._nodes[tensor] = node
@@ -118,10 +130,27 @@ class RecordedTensors:
     def _constant(self, tensor: Tensor) -> str:
         """The name of the buffer of the root that holds a constant of the run, as it is now."""
         known, version = self._constants.get(tensor, (None, None))
-        if known is not None and version == tensor._version:
+        current = version_of(tensor)
+        if known is not None and current is not None and version == current:
             return str(known)
         while hasattr(self._root, name := f"_constant{self._constant_count}"):
             self._constant_count += 1
         self._root.register_buffer(name, tensor.detach().clone(), persistent=False)
-        self._constants[tensor] = name, tensor._version
+        self._constants[tensor] = name, current
         return name
+
+
+def viewed(tensor: Tensor) -> Tensor:
+    """The tensor that a view shows a part of; the tensor itself if it is no view."""
+    whole: Tensor | None = tensor._base
+    return tensor if whole is None else whole
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The number of writes into a tensor; None in inference mode, where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors of a value such as the argument `out`."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

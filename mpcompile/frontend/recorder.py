@@ -44,7 +44,7 @@ from mpcompile.frontend.recorded_calls import (
     writes,
 )
 from mpcompile.frontend.recorded_int import RecordedInt, plain
-from mpcompile.frontend.recorded_tensors import RecordedTensors
+from mpcompile.frontend.recorded_tensors import RecordedTensors, tensors_in, version_of, viewed
 from mpcompile.frontend.source_lines import in_assertion, source_line, with_code
 from mpcompile.frontend.submodule import suggestion
 
@@ -81,22 +81,37 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self._root, self._leaves = root, leaves
         self._tensors = RecordedTensors(self.graph, root)
+        self._inputs: list[tuple[Tensor, int | None, fx.Node]] = []  # with the version of each tensor before the run
         self._stack: list[str] = []  # names of the modules that are being called
         self._types = {name: type(module) for name, module in root.named_modules()}
 
     def add_input(self, name: str, tensor: Tensor) -> None:
         """Adds a placeholder for an input tensor."""
-        self._tensors.add_input(tensor, self.graph.placeholder(name))
+        node = self.graph.placeholder(name)
+        self._inputs.append((tensor, version_of(tensor), node))
+        self._tensors.add_input(tensor, node)
 
     def finished(self, outputs: list[Tensor]) -> fx.GraphModule:
         """The graph module that returns these tensors of the run: one tensor, or a tuple of several."""
         nodes = tuple(self._tensors.node_of(tensor) for tensor in outputs)
         self.graph.output(nodes if len(nodes) > 1 else nodes[0])
+        self._copy_written_inputs()
         free_names(self._root, self.graph)
         module = fx.GraphModule(self._root, self.graph, type(self._root).__name__)
         drop_unused(module)
         module.graph.lint()
         return module
+
+    def _copy_written_inputs(self) -> None:
+        """Lets the graph work on copies of the inputs that the run wrote into: callers use their images again."""
+        for tensor, version, node in self._inputs:
+            if version is None or tensor._version != version:
+                users = list(node.users)
+                with self.graph.inserting_after(self._inputs[-1][2]):
+                    copy = self.graph.call_method("clone", (node,))
+                self._describe(copy)
+                for user in users:
+                    user.replace_input_with(node, copy)
 
     # ---- calls of torch functions
 
@@ -105,6 +120,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Runs a torch function, and records the call if its result is no constant."""
         kwargs = kwargs or {}
+        if func is Tensor.__deepcopy__:
+            func, args, kwargs = Tensor.clone, args[:1], {}
         if (attribute := property_of(func)) is not None:
             return self._property(func, attribute, args)
         name = name_of(func)
@@ -127,20 +144,21 @@ class Recorder(TorchFunctionMode):
                 f"the size of a result depends on the values of the image ({name.strip('_')})",
                 "Keep all positions and mark the chosen ones with a mask",
             )
-        written = args[0] if writes(func, kwargs) else kwargs.get("out")
-        if isinstance(written, Tensor):
-            self._prepare_write(written, (args, kwargs))
+        written = tensors_in(args[0] if writes(func, kwargs) else kwargs.get("out"))
+        for tensor in written:
+            self._prepare_write(tensor)
         # Nodes of the arguments first: a call that writes into its argument gives this tensor a new node.
         node_args, node_kwargs = self._tensors.nodes_in(args), self._tensors.nodes_in(kwargs)
         result = func(*run_args, **run_kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)) and name != "__setitem__":
             return result  # a question about shape, type or layout
         node = appended(self.graph, func, tuple(node_args), dict(node_kwargs))
-        self._describe(node, shape_only=name in SHAPE_ONLY)
-        if name == "__setitem__":
-            self._tensors.note_write(node)
-            return result
-        self._tensors.bind(result, node)
+        values = (args[1:], kwargs)  # full_like(x, value) takes more than the shape of x
+        self._describe(node, shape_only=name in SHAPE_ONLY and not self._tensors.depends_on_images(values))
+        if name != "__setitem__":
+            self._tensors.bind(result, node)
+        for tensor in written:
+            self._tensors.note_write(tensor, node)
         return result
 
     def _property(self, func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> Any:
@@ -233,16 +251,20 @@ class Recorder(TorchFunctionMode):
             f"{keep_whole(owner)}{f', or {part}' if part else ''}"
         )
 
-    def _prepare_write(self, tensor: Tensor, value: object) -> None:
-        """Gives a constant that is written into a node of its own. Raises CaptureError for state of the module."""
+    def _prepare_write(self, tensor: Tensor) -> None:
+        """Gives a constant that is written into a node of its own. Raises CaptureError for state of the module.
+
+        If it is a view, the tensor that it views gets the node, since the write changes that one and all its views.
+        """
         if self._tensors.is_recorded(tensor):
             return
-        name = self._tensors.owner_of(tensor)
+        whole = viewed(tensor)
+        name = self._tensors.owner_of(whole)
         if name is not None:
             raise self._refused(f"forward writes into its own {name}", "Write into a copy")
-        node = self.graph.call_method("clone", (self._tensors.node_of(tensor),))
+        node = self.graph.call_method("clone", (self._tensors.node_of(whole),))
         self._describe(node)
-        self._tensors.bind(tensor, node)
+        self._tensors.bind(whole, node)
 
 
 def keep_whole(owner: str) -> str:

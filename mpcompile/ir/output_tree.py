@@ -1,6 +1,8 @@
 """Outputs as users have them (a tensor, a dict, a ModelOutput, …) and as a graph has them: flat tensors."""
 
+import copy
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +67,13 @@ def _mapped(value: Any, function: Any) -> Any:
         parts = {key: function(part, key) for key, part in value.items()}
         # A ModelOutput of transformers is a mapping and a dataclass; its constructor takes the fields by name.
         kind: Any = type(value)
+        if isinstance(value, defaultdict):
+            return kind(value.default_factory, parts)
         return kind(**parts) if dataclasses.is_dataclass(value) else kind(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type | Slot):
         parts = {row.name: function(getattr(value, row.name), row.name) for row in dataclasses.fields(value)}
-        return dataclasses.replace(value, **parts)
+        changed = copy.copy(value)  # dataclasses.replace would run __post_init__, and refuse fields with init=False
+        for name, part in parts.items():
+            object.__setattr__(changed, name, part)
+        return changed
     return value

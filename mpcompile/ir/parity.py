@@ -2,6 +2,9 @@
 
 Tolerances are on max |Δ| / max |expected| over the outputs of a batch:
 
+Values that are the same for every image in both, such as classes that a model masks with −1e9, are left out of
+max |expected|: beside them every other difference would be small.
+
 - float32 against float32, 1e-4: kernels sum in different orders. A hundred layers of sums over a few thousand terms
   differ by about 1e-6; a lost bias or a swapped axis differs by more than 1e-2.
 - bfloat16 against float32, 5e-2: weights have 8 significant bits (4e-3 each); the check on a CPU rounds nothing else.
@@ -38,17 +41,36 @@ UNROUNDED = 1e-3
 
 
 def relative_difference(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
-    """The relative difference max |found − expected| / max |expected|; infinite if any value is not finite."""
+    """The relative difference max |found − expected| / max |expected|; infinite if any value is not finite.
+
+    It is 0 for arrays without values.
+    """
+    if not expected.size:
+        return 0.0
     if not (np.isfinite(expected).all() and np.isfinite(found).all()):
         return float("inf")
-    scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    return float(np.abs(found - expected).max() / scale)
+    return float(np.abs(found - expected).max() / _scale(expected, found))
+
+
+def fixed_values(expected: NDArray[np.generic], found: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Where outputs (b, …) of two models are one value other than 0 for all of 2 or more images, shape (…)."""
+    if expected.ndim == 0 or len(expected) < 2:
+        return np.zeros(expected.shape[1:], dtype=np.bool_)
+    fixed: NDArray[np.bool_] = (expected == expected[:1]).all(0) & (found == expected).all(0) & (expected[0] != 0)
+    return fixed
+
+
+def _scale(expected: NDArray[np.floating], found: NDArray[np.floating]) -> float:
+    """The largest |expected| of the values that are not fixed; of all if all are."""
+    fixed = fixed_values(expected, found)
+    values = expected if fixed.all() or not fixed.any() else expected[:, ~fixed]
+    return max(float(np.abs(values).max()), float(np.finfo(np.float32).tiny))
 
 
 def is_constant(outputs: NDArray[np.floating]) -> bool:
     """Whether the outputs (b, …) of 2 or more images are the same, to rounding."""
     spread = float(np.ptp(outputs, axis=0).max())
-    return len(outputs) > 1 and spread <= EQUAL * max(float(np.abs(outputs).max()), float(np.finfo(np.float32).tiny))
+    return len(outputs) > 1 and spread <= EQUAL * _scale(outputs, outputs)
 
 
 def require_parity(
@@ -70,8 +92,7 @@ def require_parity(
         raise ParityError(f"{what}: the outputs have shape {found.shape}; the expected shape is {expected.shape}")
     difference = relative_difference(expected, found)
     if (merging or precision in QUANTIZED) and np.isfinite(difference):
-        scale = max(float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-        each = np.abs(found - expected).reshape(len(found), -1).max(1) / scale
+        each = np.abs(found - expected).reshape(len(found), -1).max(1) / _scale(expected, found)
         difference = float(np.quantile(each, PARITY_QUANTILE, method="higher"))
     if difference > TOLERANCE[precision]:
         raise ParityError(

@@ -277,3 +277,14 @@ def test_images_are_as_the_module_says() -> None:
     model = capture(module)
     assert model.example.shape[1:] == (1, 8, 8)
     assert (model.source.mean, model.source.std) == ((0.5,), (0.25,))
+
+
+def test_a_forward_that_an_instance_was_given_is_not_taken_for_its_layer() -> None:
+    # The copy's forward is the original's closure, so a mask on the copy's weight would change nothing.
+    module = TinyMLP()
+    layer = module.head
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 3  # type: ignore[assignment]
+    model = capture(module, tiny_source())
+    assert "head" not in [name for name, _ in model.layers()]
+    with torch.no_grad():
+        assert torch.equal(model(model.example), module(model.example))

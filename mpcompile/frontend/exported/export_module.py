@@ -1,9 +1,14 @@
 """Exports a module with torch.export and lifts the program: the way for modules that capture refuses."""
 
 import copy
+import io
+import logging
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,7 +42,7 @@ def exported(module: nn.Module, example: Inputs) -> fx.GraphModule:
     reasons = []
     for free in (True, False):
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), _quiet():
                 warnings.simplefilter("ignore")
                 program = program_of(_export(own, args, kwargs, free))
             return lift(program, kind)
@@ -49,6 +54,43 @@ def exported(module: nn.Module, example: Inputs) -> fx.GraphModule:
         f"torch.export cannot trace {kind} ({reasons[-1]}); change the line of its forward that this names, or pass "
         "the part of the model that does not contain it"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what torch.export prints and warns of in this thread: whole programs. The error has what a user needs."""
+    thread = threading.get_ident()
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+    def of_other_threads(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(of_other_threads)
+    shown = sys.stderr
+    sys.stderr = others = _OfOtherThreads(shown, thread)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_other_threads)
+        others.thread = None
+        if sys.stderr is others:
+            sys.stderr = shown
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """A stream that drops what one thread writes; all is written once `thread` is None."""
+
+    def __init__(self, stream: TextIO, thread: int | None) -> None:
+        self._stream, self.thread = stream, thread
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.thread else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: bool) -> ExportedProgram:
