@@ -66,6 +66,23 @@ class InputSpec:
         return torch.ones(shape, dtype=dtype)
 
 
+def require_kinds(module: object, example: object, inputs: Mapping[str, object]) -> None:
+    """Raises CaptureError for a model that is no module, and for inputs that are no tensors."""
+    if not isinstance(module, nn.Module):
+        found = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise CaptureError(f"the model is {found}; give an nn.Module, whose forward calls what you have")
+    if isinstance(example, Mapping):
+        named = {**example, **inputs}
+    else:
+        row = example if isinstance(example, tuple) else () if example is None else (example,)
+        named = {**{f"example[{index}]": one for index, one in enumerate(row)}, **inputs}
+    for name, one in named.items():
+        if not isinstance(one, Tensor):
+            raise CaptureError(f"the input {name} is a {type(one).__name__}; give a tensor with a row for each image")
+    if isinstance(example, tuple | Mapping) and not example:
+        raise CaptureError("the example has no inputs; give a tensor of images (b, c, h, w) first")
+
+
 def call_inputs(
     module: nn.Module, example: Tensor | tuple[Tensor, ...], others: Mapping[str, Tensor] | None = None
 ) -> CallInputs:

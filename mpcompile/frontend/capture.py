@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mpcompile.errors import CaptureError
 from mpcompile.frontend.cached_functions import empty_caches
-from mpcompile.frontend.call_inputs import CallInputs, call_inputs
+from mpcompile.frontend.call_inputs import CallInputs, call_inputs, require_kinds
 from mpcompile.frontend.capture_checks import checked_outputs, require_repeatable, require_same
 from mpcompile.frontend.capture_refusals import copy_refusal, record_refusal
 from mpcompile.frontend.conv1d import as_two_dimensional
@@ -62,6 +62,7 @@ def capture(
 
     Other threads may run modules meanwhile.
     """
+    require_kinds(module, example, inputs or {})
     while (inner := wrapped(module)) is not None:
         module = inner
     kind = type(module).__name__

@@ -1,12 +1,16 @@
 """What a refused capture says, and that it prints nothing beside."""
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import CaptureError
+from mpcompile.frontend.call_inputs import require_kinds
 from mpcompile.frontend.capture import capture
 from mpcompile.testing import tiny_source
 
@@ -53,3 +57,31 @@ def test_a_refusal_names_the_cause_and_prints_nothing(
     with pytest.raises(CaptureError, match=text):
         capture(Head(run), tiny_source())
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "inputs", "text"),
+    [
+        (Head, None, {}, "the model is the class Head; give an nn.Module"),
+        (lambda x: x, None, {}, "the model is a function; give an nn.Module"),
+        (Head(by_a_value), None, {"scale": 3.0}, "the input scale is a float; give a tensor"),
+        (Head(by_a_value), [1], {}, r"the input example\[0\] is a list; give a tensor"),
+        (Head(by_a_value), {}, {}, "the example has no inputs"),
+    ],
+)
+def test_arguments_of_other_kinds_are_named(module: Any, example: Any, inputs: Any, text: str) -> None:
+    with pytest.raises(CaptureError, match=text):
+        require_kinds(module, example, inputs)
+
+
+def refused(_: int) -> bool:
+    with pytest.raises(CaptureError):
+        capture(Head(by_a_value), tiny_source())
+    return True
+
+
+def test_the_stream_of_errors_is_as_it_was_after_captures_in_threads() -> None:
+    before = sys.stderr
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(refused, range(8)))
+    assert sys.stderr is before

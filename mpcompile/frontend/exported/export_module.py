@@ -20,6 +20,7 @@ from mpcompile.frontend.exported.program import program_of
 from mpcompile.frontend.exported.refusal import ProgramRefused
 
 LARGEST_BATCH = 2**16
+ONE_EXPORT = threading.Lock()  # sys.stderr is replaced meanwhile
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -65,26 +66,25 @@ def _quiet() -> Iterator[None]:
     def of_other_threads(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    logger.addFilter(of_other_threads)
-    shown = sys.stderr
-    sys.stderr = others = _OfOtherThreads(shown, thread)
-    try:
-        yield
-    finally:
-        logger.removeFilter(of_other_threads)
-        others.thread = None
-        if sys.stderr is others:
+    with ONE_EXPORT:
+        logger.addFilter(of_other_threads)
+        shown = sys.stderr
+        sys.stderr = _OfOtherThreads(shown, thread)
+        try:
+            yield
+        finally:
+            logger.removeFilter(of_other_threads)
             sys.stderr = shown
 
 
 class _OfOtherThreads(io.TextIOBase):
-    """A stream that drops what one thread writes; all is written once `thread` is None."""
+    """A stream that drops what one thread writes."""
 
-    def __init__(self, stream: TextIO, thread: int | None) -> None:
-        self._stream, self.thread = stream, thread
+    def __init__(self, stream: TextIO, thread: int) -> None:
+        self._stream, self._thread = stream, thread
 
     def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self.thread else self._stream.write(text)
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
 
     def flush(self) -> None:
         self._stream.flush()
