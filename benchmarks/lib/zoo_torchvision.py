@@ -86,7 +86,7 @@ def _narrow(classifier: nn.Module) -> None:
     first = classifier.get_submodule(linear[0])
     assert isinstance(first, nn.Linear)
     widths = [first.in_features, *[64] * (len(linear) - 1), 10]
-    for name, inputs, outputs in zip(linear, widths, widths[1:], strict=True):
+    for name, inputs, outputs in zip(linear, widths[:-1], widths[1:], strict=True):
         classifier.set_submodule(name, nn.Linear(inputs, outputs))
 
 
