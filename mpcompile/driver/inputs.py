@@ -173,7 +173,7 @@ def with_fitting_labels(data: Data, dense: Model) -> Data:
     _, labels = next(data.held_out.batches(1))
     if labels.ndim > 1:
         return data
-    note = "the images have one class each, and the head is multilabel: agreement is measured, and not accuracy"
+    note = "the images have one class each, and the head is multilabel: accuracy is not measured, and agreement is"
     return _without_labels(replace(data, notes=(*data.notes, note)))
 
 

@@ -247,7 +247,7 @@ def test_a_device_call_is_staged_with_the_settings() -> None:
             return lambda: (transfers, graph)
 
     images = np.zeros((1, 1, 2, 2), np.float32)
-    call = call_of(Device(), images, Settings(transfers=False, graph=True))  # type: ignore[arg-type]
+    call = call_of(Device(), (images,), Settings(transfers=False, graph=True))  # type: ignore[arg-type]
     assert call() == (False, True)
 
 
