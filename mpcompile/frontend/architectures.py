@@ -1,16 +1,13 @@
 """Builds the module for a state dict: a timm architecture, a class of transformers, or a function `pkg.mod:name`."""
 
-import contextlib
-import importlib
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mpcompile.errors import LoadError, UsageError, did_you_mean, first_line
 from mpcompile.frontend.hugging_face import build, is_hugging_face
+from mpcompile.system.user_functions import imported_function, working_folder_importable
 
 
 def is_factory(text: str) -> bool:
@@ -76,20 +73,12 @@ def call_factory(name: str, arch_args: Mapping[str, Any]) -> nn.Module:
     The working folder is importable, as with `python -m`. Raises LoadError if the function cannot be imported or
     raises, or returns no nn.Module.
     """
-    module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    factory = imported_function(name)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-            factory = getattr(importlib.import_module(module_name), attribute)
+        with working_folder_importable():
             module = factory(**arch_args)
-    except (Exception, SystemExit) as error:  # a script without a main guard may exit on import
+    except (Exception, SystemExit) as error:
         raise LoadError(f"{name} could not be called: {type(error).__name__}: {first_line(error)}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
     if not isinstance(module, nn.Module):
         raise LoadError(f"{name} returned a {type(module).__name__}; it must return a torch.nn.Module")
     return module

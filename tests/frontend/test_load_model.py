@@ -142,7 +142,7 @@ def test_a_wrong_architecture_lists_keys_of_each_kind(module: nn.Module, tmp_pat
         (Request("timm:vit_tinny_patch16_224"), UsageError, "timm has no architecture 'vit_tinny_patch16_224'"),
         (Request("timm:vit_tiny_patch16"), UsageError, "near it: vit_tiny_patch16_224"),
         (Request(f"timm:{ARCH}", arch_args={"wings": 2}), LoadError, "could not be built with {'wings': 2}"),
-        (Request("no_such_package.models:make"), LoadError, "could not be called: ModuleNotFoundError"),
+        (Request("no_such_package.models:make"), LoadError, "could not be imported: ModuleNotFoundError"),
         (Request("builtins:dict"), LoadError, "returned a dict; it must return a torch.nn.Module"),
     ],
 )
@@ -159,7 +159,7 @@ def test_code_that_exits_or_prints_does_no_harm(
         "import torch\ndef make():\n    print('building')\n    return torch.nn.Linear(2, 2)\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LoadError, match="could not be called: SystemExit"):
+    with pytest.raises(LoadError, match="could not be imported: SystemExit"):
         load(Request("exits:make"))
     load(Request("prints:make"))
     assert capsys.readouterr() == ("", "building\n")
