@@ -63,7 +63,7 @@ def test_a_folder_needs_no_other_option(tmp_path: Path) -> None:
     ("name", "masked"),
     [
         ("SwinForImageClassification", 8),
-        ("SegformerForSemanticSegmentation", 8),
+        pytest.param("SegformerForSemanticSegmentation", 8, marks=pytest.mark.slow),
         pytest.param("Dinov2ForImageClassification", 8, marks=pytest.mark.slow),
         pytest.param("ConvNextV2ForImageClassification", 8, marks=pytest.mark.slow),
         pytest.param("CLIPVisionModelWithProjection", 8, marks=pytest.mark.slow),
