@@ -62,7 +62,7 @@ def test_a_folder_needs_no_other_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "masked"),
     [
-        ("SwinForImageClassification", 8),
+        pytest.param("SwinForImageClassification", 8, marks=pytest.mark.slow),
         pytest.param("SegformerForSemanticSegmentation", 8, marks=pytest.mark.slow),
         pytest.param("Dinov2ForImageClassification", 8, marks=pytest.mark.slow),
         pytest.param("ConvNextV2ForImageClassification", 8, marks=pytest.mark.slow),
