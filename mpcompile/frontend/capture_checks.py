@@ -50,8 +50,8 @@ def _checked_tree(module: nn.Module, inputs: CallInputs) -> tuple[Any, tuple[Ten
             "lists, dicts and dataclasses of them. Wrap it in a module whose forward returns these"
         )
     images = len(next(iter(inputs.tensors.values())))
-    for name, one in tensors:
-        if one.is_floating_point() and not one.isfinite().all():
+    for name, each in tensors:
+        if each.is_floating_point() and not each.isfinite().all():
             raise CaptureError(
                 f"{kind} returns numbers that are not finite{f' in {name}' if name else ''}; check its weights for "
                 "NaN and infinity"
@@ -62,8 +62,7 @@ def _checked_tree(module: nn.Module, inputs: CallInputs) -> tuple[Any, tuple[Ten
             f"{kind} returns a tensor of shape {tuple(one.shape)} for a batch of {images}; "
             "it must return one row of outputs for each image"
         )
-    first = tensors[0][1]
-    if first.ndim and len(first) > 1 and torch.equal(first, first[:1].expand_as(first)):
+    if one.ndim and len(one) > 1 and torch.equal(one, one[:1].expand_as(one)):
         log.warning("%s returns the same outputs for every image, so a comparison of outputs proves little", kind)
     return tree, tuple(one for _, one in tensors)
 
@@ -163,13 +162,12 @@ def other_inputs(inputs: CallInputs, batch: int) -> CallInputs:
 def _compare(wanted: Sequence[Tensor], graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
     """Raises CaptureError unless the graph's outputs are the wanted ones."""
     images = len(inputs[0])
-    interpreter = fx.Interpreter(graph)  # a call of the graph would print the line that fails
-    interpreter.extra_traceback = False
+    interpreter = _Watched(graph)
     try:
         with torch.no_grad():
             found = all_outputs(interpreter.run(*(one.clone() for one in inputs)))
     except Exception as error:
-        line = _failing_line(graph, inputs)
+        line = f" At {with_code(interpreter.failing)}." if interpreter.failing else ""
         raise CaptureError(
             f"the captured graph does not run on a batch of {images}: {str(error).splitlines()[0]}.{line} Its forward "
             "probably computes a size from the batch size in floating point, loops over images, or keeps state from "
@@ -201,24 +199,18 @@ def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     )
 
 
-def _failing_line(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> str:
-    """A sentence with the line of model code whose node fails; empty if it is not known."""
-    failing: list[fx.Node] = []
+class _Watched(fx.Interpreter):
+    """Runs a graph and keeps the line of model code whose node fails; a call of the graph would print it."""
 
-    class Watching(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            try:
-                return super().run_node(n)
-            except Exception:
-                failing.append(n)
-                raise
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False
+        self.failing: str | None = None
 
-    interpreter = Watching(graph)
-    interpreter.extra_traceback = False
-    try:
-        with torch.no_grad():
-            interpreter.run(*(one.clone() for one in inputs))
-    except Exception:
-        line = failing[0].meta.get(SOURCE_LINE) if failing else None
-        return f" At {with_code(line)}." if line else ""
-    return ""
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's result."""
+        try:
+            return super().run_node(n)
+        except Exception:
+            self.failing = n.meta.get(SOURCE_LINE)
+            raise
