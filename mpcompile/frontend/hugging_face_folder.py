@@ -1,12 +1,12 @@
 """The parts of a folder that save_pretrained wrote: weights, class and config, size of the images, preprocessing."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpcompile.errors import LoadError, UsageError
+from mpcompile.frontend.config_file import config_beside
 from mpcompile.frontend.hugging_face import PREFIX, vision_class
 from mpcompile.frontend.hugging_face_config import part_of_config
 from mpcompile.frontend.preprocessing import Preprocessing
@@ -47,14 +47,8 @@ def weights_in(folder: Path) -> Path:
 
 def read_config(weights: Path) -> Mapping[str, Any] | None:
     """The `config.json` of transformers beside a file of weights; None if there is none. Raises LoadError."""
-    path = weights.with_name("config.json")
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict) or "architecture" in config:  # the latter is timm's
+    config = config_beside(weights)
+    if config is None or "architecture" in config:  # the latter is timm's
         return None
     return config if "architectures" in config or "model_type" in config else None
 

@@ -1,7 +1,6 @@
 """The architecture of a file of weights: the one that the user, the config beside the file, or the file names."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.architectures import is_factory
+from mpcompile.frontend.config_file import config_beside
 from mpcompile.frontend.hugging_face import is_hugging_face
 from mpcompile.frontend.hugging_face_config import size_in
 from mpcompile.frontend.hugging_face_folder import architecture_of, read_config
@@ -85,13 +85,8 @@ def _require_named_safely(arch: str, arch_args: Mapping[str, Any], path: Path) -
 def timm_config(path: Path) -> dict[str, Any] | None:
     """The timm `config.json` beside a file of weights; None if there is none. Raises LoadError."""
     beside = path.with_name("config.json")
-    if not beside.is_file():
-        return None
-    try:
-        config = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{beside} is not readable JSON: {error}") from error
-    if not isinstance(config, dict) or "architecture" not in config:
+    config = config_beside(path)
+    if config is None or "architecture" not in config:
         return None
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(config.get(key) or {}, dict):
