@@ -25,6 +25,8 @@ from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
 from mpcompile.export.half_precision import to_bfloat16, to_half
 from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
 from mpcompile.export.output_names import are_unique, provisional, rename_outputs
+from mpcompile.export.split_sizes import with_piece_sizes
+from mpcompile.export.translations import translations
 from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
@@ -179,7 +181,7 @@ def _exported(model: Model, batch: int | None, opset: int, output_names: Sequenc
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
-                model.graph,
+                with_piece_sizes(model.graph, inputs) if batch is None else model.graph,
                 inputs,
                 input_names=list(model.input_names),
                 output_names=list(output_names),
@@ -188,10 +190,7 @@ def _exported(model: Model, batch: int | None, opset: int, output_names: Sequenc
                 dynamic_shapes=shapes,
                 optimize=True,
                 verbose=False,
-                custom_translation_table={
-                    torch.ops.aten.sort.stable: _sorted_stably,
-                    torch.ops.mpcompile.fake_quantize.default: _rounded_21 if opset >= 21 else _rounded_20,
-                },
+                custom_translation_table=translations(opset),
             )
     except Exception as error:
         hint = "; try a fixed batch, --batch 1" if batch is None else ""
@@ -200,30 +199,31 @@ def _exported(model: Model, batch: int | None, opset: int, output_names: Sequenc
         ) from error
     if program is None:
         raise BuildError(f"torch.onnx returned nothing for {model.source.arch}")
+    _register_initializers(program.model)
     file: onnx.ModelProto = program.model_proto
+    if batch is None:
+        _require_free_batch(file, model)
     return file
 
 
-def _sorted_stably(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """torch.sort(stable=True), which the exporter lacks, as a TopK over all values: TopK breaks ties by index."""
-    from onnxscript import opset18
-
-    count: Any = opset18.Constant(value_ints=[values.shape[dim]])
-    return opset18.TopK(values, count, axis=dim, largest=int(descending), sorted=1)
-
-
-def _rounded_20(x: Any, scale: Any, zero_point: Any) -> Any:
-    """A Quantizer as a pair of QuantizeLinear and DequantizeLinear."""
-    from onnxscript import opset20
-
-    return opset20.DequantizeLinear(opset20.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+def _register_initializers(model: Any) -> None:
+    """Adds constants that nodes read and the file lacks: onnxscript's fusion of two Clips leaves its bounds out."""
+    for value in (value for node in model.graph for value in node.inputs if value is not None):
+        made_here = value.producer() is not None or value.is_graph_input() or value.is_initializer()
+        if value.const_value is not None and not made_here:
+            model.graph.initializers[value.name] = value
 
 
-def _rounded_21(x: Any, scale: Any, zero_point: Any) -> Any:
-    """A Quantizer as a pair of QuantizeLinear and DequantizeLinear of opset 21."""
-    from onnxscript import opset21
-
-    return opset21.DequantizeLinear(opset21.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+def _require_free_batch(file: onnx.ModelProto, model: Model) -> None:
+    """Raises BuildError if torch.onnx wrote the example's batch size into the file, which it does without a word."""
+    for given in file.graph.input:
+        sizes = given.type.tensor_type.shape.dim
+        if sizes and not sizes[0].dim_param:
+            raise BuildError(
+                f"torch.onnx cannot keep the batch of {model.source.arch} free: it fixed {given.name} to a batch of "
+                f"{sizes[0].dim_value}, because a size in the model depends on the batch in a way that torch.export "
+                "does not follow. Export one batch size: --batch 1"
+            )
 
 
 def _drop_build_traces(file: onnx.ModelProto) -> None:
