@@ -136,6 +136,7 @@ def undisturbed(tiny_files: Files, tmp_path_factory: pytest.TempPathFactory) -> 
     return load_file(folder / "one" / "model.safetensors")
 
 
+@pytest.mark.slow  # tests/test_resume.py kills a run within distill, too
 def test_a_killed_command_goes_on_to_the_same_weights(
     tmp_path: Path, tiny_files: Files, undisturbed: dict[str, Tensor]
 ) -> None:
