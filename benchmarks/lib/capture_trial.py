@@ -30,6 +30,7 @@ Inputs = Tensor | dict[str, Tensor]
 # Part of a name -> why rounding alone makes outputs differ, found by adding noise of its size to values of the graph.
 ROUNDED = {
     "caformer": "with random weights, a change of the images by 6e-08 alone changes outputs by 3e-01",
+    "convmixer": "with random weights, a change of the images by 6e-08 alone changes outputs by 1e-04",
     "RTDetr": "with random weights, its inverse sigmoid of box corners multiplies the rounding of ONNX Runtime's "
     "Sigmoid, 1.5e-07, by 1,000",
     "LwDetr": "with random weights, its exponential of box sizes reaches 5e+05, and a change of the images by 6e-08 "
