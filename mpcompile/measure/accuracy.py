@@ -14,6 +14,7 @@ from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
 from mpcompile.measure.dense_check import DenseCheck, check_dense, constant_check
+from mpcompile.measure.intervals import wilson_interval
 from mpcompile.measure.metric_comparison import MetricComparison
 from mpcompile.measure.value_errors import ValueDifferences, ValueErrors, value_errors
 
@@ -33,10 +34,7 @@ class Accuracy:
 
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of `top1` for images of the same distribution (Wilson), as shares."""
-        from scipy.stats import binomtest
-
-        found = binomtest(round(self.top1 * self.count), self.count).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
+        return wilson_interval(round(self.top1 * self.count), self.count)
 
 
 @dataclass(frozen=True, slots=True)
