@@ -34,6 +34,7 @@ from mpcompile.cli.options import (
     BudgetOption,
     CalibrationOption,
     ClassesOption,
+    ConfidenceOption,
     DataOption,
     ExcludeOption,
     ExifOption,
@@ -133,6 +134,7 @@ def compile_command(
             help="Try at most N recipes, from this one to milder ones. Use the fastest that keeps --max-drop.",
         ),
     ] = None,
+    confidence: ConfidenceOption = True,
     distill: Annotated[
         int | None,
         typer.Option(
@@ -199,7 +201,7 @@ def compile_command(
     budget_macs, tome_macs = parse.macs_by_pass(macs, tome, pattern)
     evidence: dict[str, dict[str, Any]] = {"batch-norm": {}}
     if not (submodule or given.submodule):
-        evidence["certify"] = {}  # the outputs of a part are no answers
+        evidence |= {"confidence": {}, "certify": {}}  # the outputs of a part are no answers
     recipe = overridden(
         given,
         budget={
@@ -219,6 +221,7 @@ def compile_command(
         quantize={"include": include, "exclude": exclude},
         exact={"drop-unread-tokens": {}},
         evidence=evidence if data else {},
+        confidence=confidence,
         top={
             "target": target,
             "precision": precision,

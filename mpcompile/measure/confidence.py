@@ -127,6 +127,19 @@ def mean_top_probability(outputs: Tensor | NDArray[Any], head: Head | None = Non
     return None if found is None else float(found.mean())
 
 
+def as_logits(outputs: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """The outputs as logits, and the head that decides by them; both unchanged if the outputs are no probabilities.
+
+    If one class is taken from outputs that end in a sigmoid each, the head becomes a multilabel one, whose divergence
+    is that of the sigmoids.
+    """
+    if not head.probabilities or not head.decides:
+        return outputs, head
+    threshold = _threshold(outputs, head)
+    kind = head.kind if head.kind != "softmax" or threshold is None else "multilabel"
+    return torch.cat([*_logits(outputs, head, threshold)]), Head(kind, threshold or 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Pair:
     """The logits of both models for a chunk of images, (images, outputs, …); `threshold` is None for a softmax."""

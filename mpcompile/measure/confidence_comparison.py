@@ -13,7 +13,7 @@ from mpcompile.measure.margin_agreement import MarginQuartile, agreement_by_marg
 
 
 @dataclass(frozen=True, slots=True)
-class Confidence:
+class ModelConfidence:
     """How confident one model is: the mean probability of its decisions, and their calibration if there are labels."""
 
     top_probability: float
@@ -34,8 +34,8 @@ class ConfidenceComparison:
         quartiles: the agreement by quartile of the dense margin, lowest margins first.
     """
 
-    dense: Confidence
-    compressed: Confidence
+    dense: ModelConfidence
+    compressed: ModelConfidence
     divergence: float
     best_factor: float
     least_divergence: float
@@ -61,7 +61,7 @@ def compare_confidence(
     return ConfidenceComparison(before, after, raw, best.factor, best.divergence, quartiles)
 
 
-def _confidence(outputs: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor | None, head: Head) -> Confidence:
+def _confidence(outputs: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor | None, head: Head) -> ModelConfidence:
     top = mean_top_probability(outputs, head)
     assert top is not None
-    return Confidence(top, None if labels is None else calibration(outputs, labels, head))
+    return ModelConfidence(top, None if labels is None else calibration(outputs, labels, head))
