@@ -146,6 +146,7 @@ def build_artifact(
     verdicts = one_per_weight(verdicts, weight_owners(layers))
     costs = charged_from_costs(dense_cost, cost_left, model)
     accelerated = _accelerated(plan, layers, verdicts)
+    factor = next((one.logit_factor for one in model.plan.values() if one.logit_factor), None)
     report = Report(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,6 +166,7 @@ def build_artifact(
         quantized=in_8_bits,
         comparison=comparison,
         tuning=tuning,
+        logit_factor=factor,
         part=in_whole,
         latency=latency,
         gates=gates_of(recipe, comparison),
@@ -186,6 +188,7 @@ def build_artifact(
             tuple(note for record in records for note in record.notes if note.startswith(ATTRIBUTION)),
             in_8_bits,
             in_whole,
+            factor,
         ),
     )
     write_report(report, folder)

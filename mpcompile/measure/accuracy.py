@@ -13,6 +13,7 @@ from mpcompile.data.metric import MetricValues
 from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
+from mpcompile.measure.confidence_comparison import ConfidenceComparison, compare_confidence
 from mpcompile.measure.dense_check import DenseCheck, check_dense, constant_check
 from mpcompile.measure.intervals import wilson_interval
 from mpcompile.measure.metric_comparison import MetricComparison
@@ -60,6 +61,7 @@ class Comparison:
     dense_check: DenseCheck | None = None  # whether the dense model's accuracy can be right
     values: ValueErrors | None = None  # relative error and cosine similarity of outputs that are values
     metric: MetricComparison | None = None  # the user's own, which then replaces accuracy in limits
+    confidence: ConfidenceComparison | None = None  # probabilities and their divergence; None for values
     positions: int = 1  # decisions for each image: the positions of a map
 
 
@@ -130,6 +132,7 @@ def compare(
         head=head,
         dense_check=check_dense(before, truth if labelled else None, head, claimed),
         metric=metric,
+        confidence=compare_confidence(before, after, truth if labelled else None, head),
         positions=math.prod(before.shape[2:]),
     )
 

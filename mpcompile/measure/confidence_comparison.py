@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpcompile.ir.head import Head, head_for
+from mpcompile.ir.results import MarginQuartile
 from mpcompile.measure.calibration import Calibration, calibration
 from mpcompile.measure.confidence import common_factor, divergence, mean_top_probability
-from mpcompile.measure.margin_agreement import MarginQuartile, agreement_by_margin
+from mpcompile.measure.margin_agreement import agreement_by_margin
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Agreement by quartile of the dense model's margin: decisions that were close are the first to change."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,30 +7,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpcompile.ir.head import Head, head_for
+from mpcompile.ir.results import MarginQuartile
 from mpcompile.measure.intervals import wilson_interval
 
 QUARTILES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class MarginQuartile:
-    """The decisions whose dense margin is in one quarter of all margins, and how many of them are the same.
-
-    The margin is the largest output minus the second, or the distance to the threshold; for several labels the smallest
-    distance. `interval` is the 95 % confidence interval of the agreement (Wilson); None if the decisions are those of
-    positions, which are not independent.
-    """
-
-    lowest: float  # margin
-    highest: float  # margin
-    count: int
-    agreeing: int
-    interval: tuple[float, float] | None
-
-    @property
-    def agreement(self) -> float:
-        """The share of the decisions that are the same."""
-        return self.agreeing / self.count
 
 
 def agreement_by_margin(

@@ -156,6 +156,7 @@ class Report(Value):
     comparison: Comparison | None
     quantized: Quantized | None = None  # dense models in 8 bits beside this one, if it is in 8 bits
     part: Part | None = None  # the part that was compressed (--submodule); None for the whole model
+    logit_factor: float | None = None  # of the pass confidence, in the last layers; None if it changed nothing
     tuning: Tuning | None = None  # the search that found the recipe, if there was one
     certificate: Certificate | None
     cost: Charged
