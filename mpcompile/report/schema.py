@@ -130,7 +130,8 @@ class Gate(Value):
     reason: str | None = None  # why it does not hold, if the two numbers do not say it
 
     def __str__(self) -> str:
-        return self.reason or f"{self.name} is {self.found:.2f}; {self.limit:g} is allowed"
+        digits = 4 if 0 < self.limit < 0.1 else 2
+        return self.reason or f"{self.name} is {self.found:.{digits}f}; {self.limit:g} is allowed"
 
 
 class Report(Value):
