@@ -8,6 +8,7 @@ if __name__ == "passes":  # this import would work in the repository root, and d
 
 from mpcompile.passes.batch_norm import BatchNorm
 from mpcompile.passes.certify import Certify
+from mpcompile.passes.confidence.confidence import Confidence
 from mpcompile.passes.distill.distill import Distill
 from mpcompile.passes.mp_budget.mp_budget import MPBudget
 from mpcompile.passes.nm_mask.nm_mask import NMMask
@@ -31,6 +32,7 @@ PASSES: Mapping[str, type[Pass]] = MappingProxyType(
             BatchNorm,
             Restore,
             Distill,
+            Confidence,
             ScaleMigration,
             Quantize,
             Certify,
@@ -42,6 +44,7 @@ __all__ = [
     "PASSES",
     "BatchNorm",
     "Certify",
+    "Confidence",
     "Distill",
     "DropUnreadTokens",
     "MPBudget",

@@ -41,6 +41,7 @@ from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
+from mpcompile.measure.margin_agreement import agreement_by_margin
 from mpcompile.passes.dense_comparison import BATCH, attribution, changed_layers, dense_layer, outputs_of
 from mpcompile.passes.reconstruct.second_moments import applied
 from mpcompile.pipeline.pass_manager import Effect
@@ -126,6 +127,7 @@ def certificate(before: Tensor, after: Tensor, confidence: float, head: Head | N
         explained=0.0,
         layers=(),
         head=head.kind,
+        quartiles=agreement_by_margin(before, after, head) or (),
     )
 
 

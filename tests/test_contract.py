@@ -13,7 +13,7 @@ from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import check_contract, tiny_data, tiny_mlp, tiny_vit
 
 BEFORE_MASKS = ("drop-unread-tokens", "mp-budget", "permute", "scale-migration")  # refused after masks
-NEED_IMAGES = ("distill", "quantize", "scale-migration")
+NEED_IMAGES = ("confidence", "distill", "quantize", "scale-migration")
 
 
 def skip_where_refused(name: str, model: Model) -> None:

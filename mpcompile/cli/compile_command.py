@@ -34,6 +34,7 @@ from mpcompile.cli.options import (
     BudgetOption,
     CalibrationOption,
     ClassesOption,
+    ConfidenceOption,
     DataOption,
     ExcludeOption,
     ExifOption,
@@ -119,11 +120,13 @@ def compile_command(
         int | None, typer.Option(help="ONNX opset, from 18 to 23. [default: 20; 21 for int8 and fp8; 22 for bf16]")
     ] = None,
     max_drop: Annotated[
-        float | None,
+        str | None,
         typer.Option(
+            metavar="LIMITS",
             help="Largest drop of top-1 accuracy, in points, or of --metric. Layers are restored to dense until the "
             "drop on validation images is within it. Fail (exit code 6) if the drop on held-out images is larger, or "
-            "if the dense accuracy cannot be right."
+            "if the dense accuracy cannot be right. top1=0.5,ece=0.02,kl=0.1 also limits the rise of the calibration "
+            "error and the divergence from the dense model in nats, on held-out images only.",
         ),
     ] = None,
     tune: Annotated[
@@ -133,6 +136,7 @@ def compile_command(
             help="Try at most N recipes, from this one to milder ones. Use the fastest that keeps --max-drop.",
         ),
     ] = None,
+    confidence: ConfidenceOption = True,
     distill: Annotated[
         int | None,
         typer.Option(
@@ -196,10 +200,11 @@ def compile_command(
 
     given = read_recipe(config) if config else Recipe()
     file_batch, batches = parse.batch(batch)
+    limits = parse.drop_limits(max_drop)
     budget_macs, tome_macs = parse.macs_by_pass(macs, tome, pattern)
     evidence: dict[str, dict[str, Any]] = {"batch-norm": {}}
     if not (submodule or given.submodule):
-        evidence["certify"] = {}  # the outputs of a part are no answers
+        evidence |= {"confidence": {}, "certify": {}}  # the outputs of a part are no answers
     recipe = overridden(
         given,
         budget={
@@ -214,11 +219,12 @@ def compile_command(
         permute={"strict": strict} if permute else None,
         mask={"criterion": criterion, "refit": refit},
         tome={"r": tome, "macs": tome_macs},
-        restore={"max_drop": max_drop} if data and max_drop is not None else {},
+        restore={"max_drop": limits["max_drop"]} if data and limits["max_drop"] is not None else {},
         distill={"epochs": distill} if distill is not None else {},
         quantize={"include": include, "exclude": exclude},
         exact={"drop-unread-tokens": {}},
         evidence=evidence if data else {},
+        confidence=confidence,
         top={
             "target": target,
             "precision": precision,
@@ -236,7 +242,7 @@ def compile_command(
                 **parse.reading(classes, exif, alpha, skip_broken),
             },
             "bench": {"threads": threads, "batches": batches},
-            "gates": {"max_drop": max_drop, "engine": require_engine or None},
+            "gates": {**limits, "engine": require_engine or None},
             "tune": {"evaluations": tune},
         },
     )

@@ -88,6 +88,16 @@ PermuteOption = Annotated[
 ]
 
 
+ConfidenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--confidence/--no-confidence",
+        help="Give the compressed model the dense model's confidence back, by one factor on the logits. It changes no "
+        "answer and costs no time. Needs --data.",
+    ),
+]
+
+
 StrictOption = Annotated[
     bool,
     typer.Option("--strict", help="Fail (exit code 4) if the channels of a layer to be masked cannot be reordered."),

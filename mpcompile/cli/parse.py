@@ -67,6 +67,33 @@ def reading(classes: Path | None, exif: str | None, alpha: str | None, skip_brok
     }
 
 
+def drop_limits(text: str | None) -> dict[str, float | None]:
+    """The limits of --max-drop as values of the recipe's section `gates`: a number of points, or NAME=NUMBER pairs.
+
+    Raises UsageError.
+    """
+    names = {"top1": "max_drop", "ece": "max_ece", "kl": "max_kl"}
+    limits: dict[str, float | None] = dict.fromkeys(names.values())
+    if text is None:
+        return limits
+    for part in text.split(","):
+        name, _, value = part.rpartition("=")
+        name = name.strip() or "top1"
+        if name not in names:
+            raise UsageError(_no_limits(text) + did_you_mean(name, names))
+        if limits[names[name]] is not None:
+            raise UsageError(f"{_no_limits(text)}; {name} is there twice")
+        try:
+            limits[names[name]] = float(value)
+        except ValueError as error:
+            raise UsageError(_no_limits(text)) from error
+    return limits
+
+
+def _no_limits(text: str) -> str:
+    return f"--max-drop {text!r} is not a limit; give points of top-1, such as 0.5, or top1=0.5,ece=0.02,kl=0.1"
+
+
 def head(text: str | None) -> str:
     """The value of --head; `auto` if it is not given. Raises UsageError."""
     from mpcompile.ir.head import HeadChoice  # imports numpy, which --help does without

@@ -16,6 +16,7 @@ from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
 from mpcompile.driver.compare_engines import Arrays, arrays, parity_of
+from mpcompile.driver.gates import gates_of
 from mpcompile.driver.part import OpenPart
 from mpcompile.driver.quantized_baselines import (
     dense_baselines,
@@ -38,7 +39,6 @@ from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import QUANTIZED
-from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
 from mpcompile.measure.output_errors import output_error
@@ -47,12 +47,11 @@ from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
 from mpcompile.recipe.schema import Recipe
-from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
-from mpcompile.report.schema import Captured, DataUsed, Gate, InputRow, LayerRow, OutputRow, Parity, Report
+from mpcompile.report.schema import Captured, DataUsed, InputRow, LayerRow, OutputRow, Parity, Report
 from mpcompile.report.search_schema import Tuning
 from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Runtime, has_sparse_kernel
@@ -146,6 +145,7 @@ def build_artifact(
     verdicts = one_per_weight(verdicts, weight_owners(layers))
     costs = charged_from_costs(dense_cost, cost_left, model)
     accelerated = _accelerated(plan, layers, verdicts)
+    factor = next((one.logit_factor for one in model.plan.values() if one.logit_factor), None)
     report = Report(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,6 +165,7 @@ def build_artifact(
         quantized=in_8_bits,
         comparison=comparison,
         tuning=tuning,
+        logit_factor=factor,
         part=in_whole,
         latency=latency,
         gates=gates_of(recipe, comparison),
@@ -186,31 +187,11 @@ def build_artifact(
             tuple(note for record in records for note in record.notes if note.startswith(ATTRIBUTION)),
             in_8_bits,
             in_whole,
+            factor,
         ),
     )
     write_report(report, folder)
     return report
-
-
-def gates_of(recipe: Recipe, comparison: Comparison | None) -> tuple[Gate, ...]:
-    """The recipe's accuracy gate with the measured drop of accuracy or of the metric; empty without a gate.
-
-    If the dense model's accuracy cannot be right, a second gate fails with the reason: no drop can be judged then.
-    """
-    limit = recipe.gates.max_drop
-    if limit is not None and comparison is not None and comparison.metric is not None:
-        found = comparison.metric
-        return (Gate(name=f"{found.name} drop", limit=limit, found=found.drop, holds=found.drop <= limit),)
-    if limit is None or comparison is None or comparison.dense is None or comparison.compressed is None:
-        return ()
-    drop = 100 * (comparison.dense.top1 - comparison.compressed.top1)
-    measure = accuracy_name(comparison.head)
-    gates = [Gate(name=f"{measure} drop in points", limit=limit, found=drop, holds=drop <= limit)]
-    reasons = comparison.dense_check.reasons if comparison.dense_check else ()
-    if reasons and recipe.gates.dense:
-        name = "contradictions of the dense model's accuracy"
-        gates.append(Gate(name=name, limit=0, found=len(reasons), holds=False, reason="; ".join(reasons)))
-    return tuple(gates)
 
 
 def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:

@@ -35,20 +35,23 @@ def require_consistent(plan: RunPlan, with_images: bool) -> None:
         if own := [what for what, origin in plan.origins.items() if origin.endswith(GIVEN)]:
             raise UsageError(f"tune cannot name {own[0]} in a recipe, as it is {GIVEN}; install it with an entry point")
     require_consistent_precision(recipe, plan.passes, plan.runtime, with_images)
-    if recipe.submodule is not None and recipe.gates.max_drop is not None:
+    if recipe.submodule is not None and recipe.gates.on_outputs:
         raise UsageError(
             "--max-drop limits a drop of accuracy, and the outputs of a part (--submodule) are no answers; leave it "
             "out. The report compares the whole model with the dense one"
         )
     if recipe.metric is not None and not with_images:
         raise UsageError("--metric is measured on images; give --data PKG.MOD:FN, which returns (inputs, target) pairs")
-    if recipe.gates.max_drop is not None and not with_images:
+    if (recipe.gates.max_drop is not None or recipe.gates.max_ece is not None) and not with_images:
         raise UsageError("a gate on accuracy (--max-drop) needs labelled images (--data)")
+    if recipe.gates.max_kl is not None and not with_images:
+        raise UsageError("a gate on the divergence (--max-drop kl=…) needs held-out images; give --data")
 
 
 def require_inputs(plan: RunPlan, dense: Model, images: Data) -> None:
     """Raises a MpcompileError if the gate or a pass cannot work with this model and these images."""
     _require_accuracy(plan, dense, images)
+    _require_probabilities(plan, dense, images)
     if plan.recipe.gates.max_drop is not None and not images.held_out.judged:
         raise UsageError(f"a gate on accuracy (--max-drop) needs labelled images; {'; '.join(images.notes)}")
     require_inputs_of_target(plan, dense, images)
@@ -89,6 +92,32 @@ def _require_accuracy(plan: RunPlan, dense: Model, images: Data) -> None:
         raise UsageError(
             f"--max-drop (max_drop) limits the loss of accuracy, and {named_output(dense)} is taken as "
             "values, which have none; give --metric PKG.MOD:FN, limit max_shift of restore, or give --head softmax"
+        )
+
+
+def _require_probabilities(plan: RunPlan, dense: Model, images: Data) -> None:
+    """Raises UsageError if a limit on calibration or divergence cannot be measured on these outputs and images."""
+    gates = plan.recipe.gates
+    if gates.max_ece is None and gates.max_kl is None:
+        return
+    headed, _ = with_head(dense, plan.recipe.head, None)
+    if headed.head is None or not headed.head.decides:
+        raise UsageError(
+            f"--max-drop ece and kl limit changes of probabilities, and {named_output(dense)} is taken as values, "
+            "which have none; leave them out, or give --head softmax"
+        )
+    if not len(images.held_out):
+        raise UsageError(f"a gate on the divergence (--max-drop kl=…) needs held-out images; {'; '.join(images.notes)}")
+    if gates.max_ece is None:
+        return
+    if headed.head.kind == "ordinal" or dense(dense.example_inputs).ndim > 2:
+        raise UsageError(
+            f"a gate on the calibration error (--max-drop ece=…) needs one label for each output that decides, and "
+            f"{named_output(dense)} gives ranks or maps; leave ece out"
+        )
+    if not images.held_out.labelled:
+        raise UsageError(
+            f"a gate on the calibration error (--max-drop ece=…) needs labelled images; {'; '.join(images.notes)}"
         )
 
 

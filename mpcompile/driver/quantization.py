@@ -29,20 +29,6 @@ def with_target_defaults(recipe: Recipe, runtime: Runtime) -> Recipe:
     return recipe
 
 
-def require_order(passes: Sequence[Pass]) -> None:
-    """Raises UsageError if a pass after `quantize` changes the model: its weights would not be in 8 bits any more."""
-    names = [step.name for step in passes]
-    if Quantize.name not in names:
-        return
-    for step in passes[names.index(Quantize.name) + 1 :]:
-        if step.name == Quantize.name:
-            raise UsageError("the recipe quantises twice; leave one of the two passes quantize out")
-        if step.effect is not Effect.ANALYSIS:
-            raise UsageError(
-                f"{step.name} comes after quantize and would change weights that are in 8 bits; put it before quantize"
-            )
-
-
 def require_consistent_precision(recipe: Recipe, passes: Sequence[Pass], runtime: Runtime, with_images: bool) -> None:
     """Raises UsageError if the precision, the pass `quantize`, the target and the images do not fit each other."""
     step = next((step for step in passes if isinstance(step, Quantize)), None)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from mpcompile.driver.pass_order import require_order
 from mpcompile.driver.plugins import (
     PASS_GROUP,
     RUNTIME_GROUP,
@@ -19,7 +20,7 @@ from mpcompile.driver.plugins import (
     installed_runtime,
     installed_runtimes,
 )
-from mpcompile.driver.quantization import require_order, with_target_defaults
+from mpcompile.driver.quantization import with_target_defaults
 from mpcompile.errors import RuntimeMissing, UsageError, did_you_mean
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.ir.model import Model

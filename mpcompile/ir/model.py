@@ -30,6 +30,7 @@ class LayerPlan:
     mask: Bool[Tensor, "..."] | None = None  # nm-mask; shaped like the weight, True where kept
     relative_error: float | None = None  # nm-mask; E‖y − W′x‖² / E‖y‖² on calibration images, y the refit target
     skipped: str | None = None  # why the layer stays dense, as a sentence
+    logit_factor: float | None = None  # confidence; the factor on the logits that is in the layer's weight and bias
     scale: Float[Tensor, " out"] | None = None  # quantize; the weight of output channel o is scale[o] × integers
     rounding_error: float | None = None  # quantize; relative_error of the rounded weight
     unquantized: str | None = None  # quantize; why the layer stays in floating point, as a sentence

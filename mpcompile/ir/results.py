@@ -27,6 +27,27 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
+class MarginQuartile:
+    """The decisions whose dense margin is in one quarter of all margins, and how many of them are the same.
+
+    The margin is the largest output minus the second, or the distance to the threshold; for several labels the smallest
+    distance. `interval` is the 95 % confidence interval of the agreement (Wilson); None if the decisions are those of
+    positions, which are not independent.
+    """
+
+    lowest: float  # margin
+    highest: float  # margin
+    count: int
+    agreeing: int
+    interval: tuple[float, float] | None
+
+    @property
+    def agreement(self) -> float:
+        """The share of the decisions that are the same."""
+        return self.agreeing / self.count
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCertificate:
     """The effect of one layer's change R = A − S, where A are its dense weights and S its compressed ones.
 
@@ -61,6 +82,7 @@ class Certificate:
     explained: float  # sum of the layers' shares: 1 if the logits are linear in the weights
     layers: tuple[LayerCertificate, ...]
     head: Kind = "softmax"  # the kind of decision (mpcompile/ir/head.py)
+    quartiles: tuple[MarginQuartile, ...] = ()  # agreement by quartile of the dense margin, lowest margins first
 
 
 @dataclass(frozen=True, slots=True)

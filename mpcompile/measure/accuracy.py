@@ -13,7 +13,9 @@ from mpcompile.data.metric import MetricValues
 from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
+from mpcompile.measure.confidence_comparison import ConfidenceComparison, compare_confidence
 from mpcompile.measure.dense_check import DenseCheck, check_dense, constant_check
+from mpcompile.measure.intervals import wilson_interval
 from mpcompile.measure.metric_comparison import MetricComparison
 from mpcompile.measure.value_errors import ValueDifferences, ValueErrors, value_errors
 
@@ -33,10 +35,7 @@ class Accuracy:
 
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence interval of `top1` for images of the same distribution (Wilson), as shares."""
-        from scipy.stats import binomtest
-
-        found = binomtest(round(self.top1 * self.count), self.count).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
+        return wilson_interval(round(self.top1 * self.count), self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,7 @@ class Comparison:
     dense_check: DenseCheck | None = None  # whether the dense model's accuracy can be right
     values: ValueErrors | None = None  # relative error and cosine similarity of outputs that are values
     metric: MetricComparison | None = None  # the user's own, which then replaces accuracy in limits
+    confidence: ConfidenceComparison | None = None  # probabilities and their divergence; None for values
     positions: int = 1  # decisions for each image: the positions of a map
 
 
@@ -132,6 +132,7 @@ def compare(
         head=head,
         dense_check=check_dense(before, truth if labelled else None, head, claimed),
         metric=metric,
+        confidence=compare_confidence(before, after, truth if labelled else None, head),
         positions=math.prod(before.shape[2:]),
     )
 

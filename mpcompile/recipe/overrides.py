@@ -8,7 +8,9 @@ from mpcompile.recipe.schema import Recipe, Step
 
 # Passes after which `tome`, `restore` and `distill` are inserted.
 MASKING = ("mp-budget", "permute", "nm-mask")
-FLOATING = (*MASKING, "tome", "batch-norm", "restore", "distill")  # passes after which `quantize` is inserted
+# Passes after which `quantize` is inserted.
+FLOATING = (*MASKING, "tome", "batch-norm", "restore", "distill", "confidence")
+CORRECTIONS = ("batch-norm", "confidence")  # of what masks and token merging lose
 OPTION_OF = {"signal": "budget"}  # parameter of mp-budget -> its option, if the two names differ
 
 
@@ -24,6 +26,7 @@ def overridden(
     quantize: dict[str, Any] | None = None,
     exact: dict[str, dict[str, Any]] | None = None,
     evidence: dict[str, dict[str, Any]] | None = None,
+    confidence: bool = True,
     top: dict[str, Any],
     nested: dict[str, dict[str, Any]],
 ) -> Recipe:
@@ -35,7 +38,8 @@ def overridden(
     passes.
     `quantize` is inserted if the precision is int8 or fp8 and it is missing, with `scale-migration` before all passes
     that lose accuracy. It gets the limit of `restore`. If the recipe then masks no layer, the
-    choice of layers belongs to `quantize` alone, and `batch-norm`, which corrects for masks, is not inserted.
+    choice of layers belongs to `quantize` alone, and `batch-norm` and `confidence`, which correct for masks, are not
+    inserted.
 
     Args:
         recipe: the recipe to start from; it is not changed.
@@ -48,7 +52,9 @@ def overridden(
         quantize: parameters of scale-migration and quantize: the choice of layers; used only in int8 and fp8.
         exact: parameters of the exact passes that serve every model (drop-unread-tokens), by name; they come after
             mp-budget and before all others.
-        evidence: pass name -> parameters, for the passes that correct and certify the result (batch-norm, certify).
+        evidence: pass name -> parameters, for the passes that correct and certify the result (batch-norm, confidence,
+            certify).
+        confidence: False removes the pass confidence.
         top: keys of the recipe itself.
         nested: section of the recipe -> its keys.
 
@@ -82,7 +88,7 @@ def overridden(
         if tome["r"] != "auto":  # `macs` of the recipe belongs to r: auto
             steps = [_without(step, "macs") if step.name == "tome" else step for step in steps]
     if not recipe.passes and (steps or in_8_bits):
-        kept = {name: params for name, params in (evidence or {}).items() if steps or name != "batch-norm"}
+        kept = {name: params for name, params in (evidence or {}).items() if steps or name not in CORRECTIONS}
         steps += [Step(name=name, params=params) for name, params in kept.items()]
     changes_floats = any(step.name in FLOATING for step in steps)
     if (
@@ -104,6 +110,8 @@ def overridden(
         steps = [step for step in steps if step.name != "permute"]
     elif order and all(step.name != "permute" for step in steps):
         raise UsageError(f"--{next(iter(order))} needs the permutation; add permute to the recipe's passes")
+    if not confidence:
+        steps = [step for step in steps if step.name != "confidence"]
     changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
     changes |= {"restore": restore or {}, "distill": distill or {}, "scale-migration": quantize}
     changes["quantize"] = {**quantize, **(restore or {} if not recipe.passes else {})}  # the same limit

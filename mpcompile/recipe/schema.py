@@ -115,11 +115,23 @@ class BenchOptions(Strict):
 
 
 class Gates(Strict):
-    """Limits of the result. If one does not hold, the command fails: exit code 6 for `max_drop`, 7 for `engine`."""
+    """Limits of the result on held-out images. If one does not hold, the command fails.
+
+    The exit code is 6 for `max_drop`, `max_ece` and `max_kl`, 7 for `engine`.
+    """
 
     max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, or of the metric
+    # Rise of the expected calibration error above the dense model's, in [0, 1].
+    max_ece: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    # Divergence KL(dense ‖ compressed) of the predicted probabilities, mean over images, in nats.
+    max_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     dense: bool = True  # with max_drop: fail if the dense model's own accuracy cannot be right
     engine: bool = False  # the target must build an engine on this machine; else a checked file is enough
+
+    @property
+    def on_outputs(self) -> bool:
+        """Whether any limit is on the outputs for held-out images."""
+        return any(limit is not None for limit in (self.max_drop, self.max_ece, self.max_kl))
 
 
 class Tune(Strict):

@@ -16,6 +16,11 @@ def shift_name(head: Head | None) -> str:
     return "logit shift" if head is None or head.decides else "change of an output"
 
 
+def confidence_name(head: Head | None) -> str:
+    """The name of the mean probability that a model gives to its decisions."""
+    return "mean top probability" if head is None or head.kind == "softmax" else "mean probability of a decision"
+
+
 def same_answer_name(comparison: Comparison) -> str:
     """The name of the share of equal decisions, of images or of the positions of a map."""
     return "same answer as dense" if comparison.positions == 1 else "positions with the dense model's class"

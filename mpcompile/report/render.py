@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mpcompile.report.confidence_tables as confidence_tables
 import mpcompile.report.layer_charts as layer_charts
 import mpcompile.report.layer_tables as layers
 import mpcompile.report.quantized_table as quantized_table
@@ -12,6 +13,7 @@ import mpcompile.report.run_charts as charts
 import mpcompile.report.run_tables as tables
 import mpcompile.report.search_chart as search_chart
 from mpcompile.report.chart import Chart
+from mpcompile.report.confidence_chart import reliability
 from mpcompile.report.head_words import agreement_sentence
 from mpcompile.report.quantized_sentences import methods
 from mpcompile.report.report_hashes import write_hashes
@@ -48,6 +50,7 @@ def html(report: Report) -> str:
         _variables(report),
         charts=charts,
         layer_charts=layer_charts,
+        reliability=reliability(report),
         search_chart=search_chart.tuning(report.tuning) if report.tuning else None,
         style=_read("chart.css") + _read("report.css"),
         script=script,
@@ -67,6 +70,7 @@ def _variables(report: Report) -> dict[str, Any]:
         "report": report,
         "tables": tables,
         "layers": layers,
+        "confidence_tables": confidence_tables,
         "versions": quantized_table.versions(report) if report.quantized else None,
         "methods": methods(report.quantized) if report.quantized else (),
         "verdict_table": verdict_table,

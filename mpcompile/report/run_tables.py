@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from mpcompile.measure.value_errors import ValueErrors
+from mpcompile.report.confidence_tables import confidence_rows
 from mpcompile.report.head_words import accuracy_name, same_answer_name, shift_name
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
@@ -43,6 +44,7 @@ def summary(report: Report) -> Table:
                 number(c.logit_shift_max, "({:.3f})", ".comparison.logit_shift_max"),
             )
         )
+    rows += confidence_rows(report)
     if report.certificate:
         p = report.certificate
         share = number(p.proven / p.images, "{:.2%}", ".certificate.proven / .certificate.images")

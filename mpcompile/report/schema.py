@@ -130,7 +130,8 @@ class Gate(Value):
     reason: str | None = None  # why it does not hold, if the two numbers do not say it
 
     def __str__(self) -> str:
-        return self.reason or f"{self.name} is {self.found:.2f}; {self.limit:g} is allowed"
+        digits = 4 if 0 < self.limit < 0.1 else 2
+        return self.reason or f"{self.name} is {self.found:.{digits}f}; {self.limit:g} is allowed"
 
 
 class Report(Value):
@@ -156,6 +157,7 @@ class Report(Value):
     comparison: Comparison | None
     quantized: Quantized | None = None  # dense models in 8 bits beside this one, if it is in 8 bits
     part: Part | None = None  # the part that was compressed (--submodule); None for the whole model
+    logit_factor: float | None = None  # of the pass confidence, in the last layers; None if it changed nothing
     tuning: Tuning | None = None  # the search that found the recipe, if there was one
     certificate: Certificate | None
     cost: Charged

@@ -6,6 +6,7 @@ from mpcompile.analysis.block_macs import Charged
 from mpcompile.ir.results import Certificate
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
+from mpcompile.report.confidence_sentences import on_confidence
 from mpcompile.report.head_words import accuracy_name, agreement_sentence
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.part_schema import Part
@@ -28,6 +29,7 @@ def verdict_on(
     notes: tuple[str, ...] = (),
     quantized: Quantized | None = None,
     part: Part | None = None,
+    logit_factor: float | None = None,
 ) -> tuple[str, ...]:
     """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
 
@@ -46,6 +48,7 @@ def verdict_on(
         notes: what passes report on token merging, such as why fewer tokens are merged than asked for.
         quantized: the dense models in 8 bits, if the compressed model is in 8 bits.
         part: the part of the model that was compressed; None for the whole model.
+        logit_factor: the factor on the logits that the pass confidence folded into the last layers.
     """
     counts = count_layers(layers)
     check = comparison.dense_check if comparison else None
@@ -106,6 +109,7 @@ def verdict_on(
         sentences.append(agreement_sentence(comparison))
     else:
         sentences.append("No images were given (--data), so accuracy was not measured.")
+    sentences += on_confidence(comparison, logit_factor)
     if quantized:
         sentences += loss_split(quantized, comparison)
     if idle and comparison:
@@ -137,6 +141,15 @@ def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
         margin, exceeds = "the distance of its logit to the threshold", "exceeds"
         if c.head != "sigmoid":
             margin = "the smallest distance of a logit to the threshold"
+    by_margin: tuple[tuple[str, str], ...] = ()
+    if c.quartiles and c.agreeing < c.images:
+        shares = ", ".join(f"{row.agreement:.1%}" for row in c.quartiles)
+        by_margin = (
+            (
+                f"The same predictions by quarter of the dense margin, lowest margins first: {shares}",
+                ". Predictions that were close in the dense model are the first to change.",
+            ),
+        )
     return (
         (
             f"{c.proven} predictions are proven unchanged",
@@ -145,6 +158,7 @@ def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
             "these images, and for every model whose logits differ no more from the dense ones.",
         ),
         (f"{c.agreeing} predictions are the same", ", whether proven or not. This is an observation."),
+        *by_margin,
         (
             f"At least {100 * c.agreement_bound:.2f} % of unseen images get the same prediction",
             f", with {100 * c.confidence:.0f} % confidence (Clopper–Pearson), if they have the distribution of these "

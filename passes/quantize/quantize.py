@@ -209,16 +209,26 @@ def _copy_statistics(graph: fx.GraphModule, reference: fx.GraphModule, norm: nn.
 def _reference(model: Model) -> tuple[fx.GraphModule, list[str]]:
     """The graph whose outputs are the targets, and a note if it is not the dense graph.
 
-    It is the graph before quantisation if the dense graph has other nodes, or if training came after it.
+    It is the graph before quantisation if the dense graph has other nodes, or if training came after it. Layers with a
+    factor on the logits have it in the dense graph too, so that no refit or bias takes it back.
     """
     if model.dense is None:
         return model.graph, []
     if not model.epochs and same_nodes(model.graph, model.dense):
-        return model.dense, []
+        return _with_logit_factors(model, model.dense), []
     cause = "was trained" if model.epochs else "got other operations"
     return model.graph, [
         f"weights are rounded towards the outputs before 8 bits, since the model {cause} after masking"
     ]
+
+
+def _with_logit_factors(model: Model, dense: fx.GraphModule) -> fx.GraphModule:
+    """The dense graph, in which layers that the pass confidence scaled have the weights and biases of the model."""
+    scaled = [name for name, plan in model.plan.items() if plan.logit_factor is not None]
+    graph = copy.deepcopy(dense) if scaled else dense
+    for name in scaled:
+        graph.get_submodule(name).load_state_dict(model.layer(name).state_dict())
+    return graph
 
 
 def _never_active(names: Sequence[str]) -> list[str]:

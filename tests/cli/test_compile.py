@@ -49,7 +49,7 @@ def test_compile_writes_a_folder_and_its_recipe_reproduces_it(
         assert word in done.stdout
     assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
         "load", "capture", "export dense", "mp-budget", "drop-unread-tokens", "permute", "nm-mask", "batch-norm",
-        "certify", "export compressed", "build", "evaluate", "time", "write",
+        "confidence", "certify", "export compressed", "build", "evaluate", "time", "write",
     ]  # fmt: skip
     assert saved.read_text() == (output / "recipe.yaml").read_text()
     assert yaml.safe_load(saved.read_text())["data"] == {
@@ -98,7 +98,7 @@ def test_max_drop_restores_layers_and_is_checked_on_held_out_images(
     assert done.returncode == 0, done.stderr
     assert "multiply-accumulates an image are left" in done.stderr
     report = json.loads((output / "report.json").read_text())
-    assert [step["name"] for step in report["passes"]][-3:] == ["batch-norm", "restore", "certify"]
+    assert [step["name"] for step in report["passes"]][-4:] == ["batch-norm", "restore", "confidence", "certify"]
     reasons = [row["reason"] for row in report["layers"] if row["reason"]]
     assert any("restored: masked, its share of the outputs' shift was" in reason for reason in reasons)
     assert report["certificate"]["images"] == 64

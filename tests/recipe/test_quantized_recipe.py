@@ -12,7 +12,7 @@ from mpcompile.runtimes import RUNTIMES
 from mpcompile.runtimes.nvidia import Gpu
 from mpcompile.runtimes.ort.int8 import saturates
 
-EVIDENCE: dict[str, dict[str, Any]] = {"batch-norm": {}, "certify": {}}
+EVIDENCE: dict[str, dict[str, Any]] = {"batch-norm": {}, "confidence": {}, "certify": {}}
 
 
 def merged(passes: list[Any], precision: str | None = "int8", **more: Any) -> Recipe:
@@ -38,6 +38,7 @@ def test_the_passes_are_inserted_around_all_that_change_floats(precision: str) -
         "batch-norm",
         "restore",
         "distill",
+        "confidence",
         "quantize",
         "certify",
     ]
@@ -60,8 +61,22 @@ def test_without_a_pattern_the_recipe_has_8_bit_passes_and_certify_alone() -> No
     assert names(limited) == ["scale-migration", "quantize", "certify"]
     assert limited.passes[1].params == {"max_drop": 1.0}
     assert names(merged([], evidence={})) == ["scale-migration", "quantize"]
-    assert names(merged([], "fp32", budget={"patterns": ("2:4",)}))[-2:] == ["batch-norm", "certify"]
+    assert names(merged([], "fp32", budget={"patterns": ("2:4",)}))[-2:] == ["confidence", "certify"]
     assert names(merged(["nm-mask"], None)) == ["nm-mask"]
+
+
+def test_without_confidence_no_recipe_has_the_pass() -> None:
+    given = {"budget": {"patterns": ("2:4",)}}
+    assert "confidence" in names(merged([], "fp32", **given))
+    assert "confidence" not in names(merged([], "fp32", **given, confidence=False))
+    assert names(merged(["nm-mask", "confidence"], None, confidence=False)) == ["nm-mask"]
+
+
+@pytest.mark.parametrize("late", ["nm-mask", "tome", "batch-norm", "restore", "distill"])
+def test_no_pass_that_changes_the_model_follows_confidence(late: str) -> None:
+    with pytest.raises(UsageError, match=f"{late} comes after confidence, whose factor on the logits would not fit"):
+        plan_of(Recipe.checked({"passes": ["confidence", late]}))
+    assert plan_of(Recipe.checked({"passes": [late, "confidence", "certify"]})).passes
 
 
 def test_the_choice_of_layers_goes_to_masks_and_to_quantize() -> None:

@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
         (
             Step(name="nm-musk"),
             "pass 'nm-musk' is unknown; the passes are mp-budget, drop-unread-tokens, permute, nm-mask, tome, "
-            "batch-norm, restore, distill, scale-migration, quantize, certify",
+            "batch-norm, restore, distill, confidence, scale-migration, quantize, certify",
         ),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
