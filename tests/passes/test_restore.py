@@ -15,7 +15,7 @@ from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.passes import NMMask, Restore
 from mpcompile.passes.restore import filled
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.testing import TinyMLP, assert_follows, tiny_cnn, tiny_data, tiny_source, tiny_vit
+from mpcompile.testing import TinyMLP, assert_follows, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 
 def shift(model: Model, dense: Model, data: Data) -> float:
@@ -110,6 +110,19 @@ def test_filling_keeps_used_weights_and_row_shared_patterns() -> None:
     assert pattern_violation(mask, NM(2, 4, rows=2)) is None
     assert bool(mask[used].all())
     assert int(mask.sum()) == 64
+
+
+def test_filling_keeps_a_vocabulary() -> None:
+    model = tiny_mlp()
+    pattern = NM(4, 8, vocabulary=2)
+    masked, _ = PassManager([NMMask(pattern, "magnitude")]).run(model, Data())
+    [name] = masked.masks()
+    mask = masked.masks()[name]
+    with torch.no_grad():  # as a refit may leave a kept weight
+        masked.layer(name).weight[tuple(mask.nonzero()[0])] = 0.0
+    result, _ = PassManager([Restore()]).run(masked, Data())
+    assert torch.equal(result.masks()[name], mask)
+    assert torch.equal(result.layer(name).weight, torch.where(mask, model.layer(name).weight, 0))
 
 
 def test_a_limit_without_images_or_labels_is_refused() -> None:
