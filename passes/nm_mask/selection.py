@@ -11,7 +11,6 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import grouped, ungrouped
 from mpcompile.passes.nm_mask.vocabulary import assigned, vocabularies
 
-REVISIONS = 1  # how often a projection chooses its vocabulary; choosing it in later rounds too gains nothing
 Projection = Callable[[Tensor], Tensor]  # from scores (out, in_, *taps) to the mask of a pattern
 
 
@@ -35,21 +34,23 @@ def nm_mask(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> Bool[Tensor, 
 def projection(pattern: NM) -> Projection:
     """A projection onto the masks of a pattern, for an iteration that calls it with the scores of one round at a time.
 
-    A vocabulary is chosen in the first REVISIONS rounds and then held, so that the iteration can settle.
+    A vocabulary is chosen in the first round and then held. On five layers of EfficientNet-Lite0, choosing it in the
+    first 4 or 8 rounds missed 2 to 15 % more power, and in all 36 rounds 3 % less to 3 % more, in up to four times the
+    time.
     """
     return _HeldVocabulary(pattern) if pattern.vocabulary else partial(nm_mask, pattern=pattern)
 
 
 class _HeldVocabulary:
-    """A projection onto the masks of a vocabulary that it chooses in its first calls."""
+    """A projection onto the masks of a vocabulary that it chooses at its first call."""
 
     def __init__(self, pattern: NM) -> None:
-        self.pattern, self.words, self.calls = pattern, torch.empty(0, dtype=torch.bool), 0
+        self.pattern = pattern
+        self.words: Tensor | None = None
 
     def __call__(self, score: Tensor) -> Tensor:
-        if self.calls < REVISIONS:
+        if self.words is None:
             self.words = vocabularies(score, self.pattern)
-        self.calls += 1
         return assigned(score, self.words)
 
 

@@ -23,6 +23,7 @@ from mpcompile.ir.weight_groups import grouped, pattern_codes, ungrouped
 
 CHUNK_BYTES = 128 << 20  # of G at once
 SWEEPS = 4  # of exchanges, over the P patterns of each block that the sweep before changed
+LARGEST = 1e30  # of a score; float32 sums over 10⁸ rows do not overflow
 ROUNDING = 1e-6  # relative, of a float32 sum: a smaller gain might be none
 
 
@@ -30,7 +31,7 @@ def vocabularies(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> Bool[Ten
     """The vocabulary of each block of M input channels that keeps most of the scores, all in one block at once."""
     every = all_patterns(pattern.keep, pattern.of)
     words = min(pattern.vocabulary, len(every))
-    blocks = grouped(score, pattern.of).transpose(0, 1).float()  # blocks, out, M
+    blocks = _blocks(score, pattern.of).float()
     step = max(1, CHUNK_BYTES // (4 * blocks.shape[1] * len(every)))
     chosen = [_chosen(part, every, words) for part in blocks.split(step)]
     return every[torch.cat(chosen)]
@@ -40,8 +41,8 @@ def assigned(
     score: Float[Tensor, "out in_ *taps"], words: Bool[Tensor, "blocks words of"]
 ) -> Bool[Tensor, "out in_ *taps"]:
     """The mask in which each row takes, in each block, the pattern of the block's vocabulary that keeps most."""
-    blocks = grouped(score, words.shape[-1]).transpose(0, 1).double()
-    return taken(words, (blocks @ words.mT.double()).argmax(-1), score.shape)
+    kept = _blocks(score, words.shape[-1]) @ words.mT.double()
+    return taken(words, kept.argmax(-1), score.shape)
 
 
 def taken(
@@ -56,6 +57,11 @@ def all_patterns(keep: int, of: int) -> Bool[Tensor, "patterns of"]:
     """All patterns that keep `keep` of `of`, in lexicographic order of the kept positions."""
     kept = torch.tensor(list(itertools.combinations(range(of), keep)))
     return torch.zeros(len(kept), of, dtype=torch.bool).scatter_(1, kept, True)
+
+
+def _blocks(score: Float[Tensor, "out in_ *taps"], of: int) -> Float[Tensor, "blocks out of"]:
+    """The scores by blocks of M input channels; an infinite score is finite, as it would make sums of others NaN."""
+    return grouped(score, of).transpose(0, 1).double().nan_to_num(nan=0.0).clamp(-LARGEST, LARGEST)
 
 
 def _chosen(

@@ -11,6 +11,7 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import parse_choice
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.passes import NMMask, Restore
 from mpcompile.passes.restore import filled
@@ -47,17 +48,18 @@ def test_layers_are_restored_until_the_limit_holds(caplog: pytest.LogCaptureFixt
         assert_follows(result.layer(name).weight, NM(1, 4))
 
 
-def test_a_milder_pattern_is_tried_before_dense() -> None:
+@pytest.mark.parametrize(("text", "found"), [("2:4", "2:4"), ("50%", "16:32")])
+def test_a_milder_pattern_is_tried_before_dense(text: str, found: str) -> None:
     model = tiny_vit()
     data = tiny_data(model)
     masked, _ = PassManager([NMMask(NM(1, 4))]).run(model, data)
     limit = 0.7 * shift(masked, model, data)
-    step = Restore(max_shift=limit, patterns=(NM(2, 4), NM(1, 4)))
+    step = Restore(max_shift=limit, patterns=(parse_choice(text), NM(1, 4)))
     result, _ = PassManager([NMMask(NM(1, 4)), step]).run(model, data)
-    milder = [name for name, plan in result.plan.items() if plan.mask is not None and plan.pattern == NM(2, 4)]
+    milder = [name for name, plan in result.plan.items() if plan.mask is not None and str(plan.pattern) == found]
     assert milder
     for name in milder:
-        assert_follows(result.layer(name).weight, NM(2, 4))
+        assert_follows(result.layer(name).weight, NM.parse(found))
     assert shift(result, model, data) <= limit
 
 
