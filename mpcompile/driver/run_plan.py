@@ -261,8 +261,9 @@ def auto_patterns(
     runtime = _runtime_for(target, precision)
     if of is not None:
         return tuple(NM(keep, of) for keep in range(1, of))
-    fast = fast_patterns(runtime, precision, rows) or tuple(NM(keep, 4) for keep in range(1, 4))
-    return tuple(freest(runtime, pattern, precision) for pattern in fast)
+    if fast := fast_patterns(runtime, precision, rows):
+        return tuple(freest(runtime, pattern, precision) for pattern in fast)
+    return tuple(choice_at(runtime, Fraction(quarters, 4), precision, rows) for quarters in (1, 2, 3))
 
 
 def density_patterns(target: str, density: Fraction, precision: Precision, rows: int = 1) -> NM | Alternatives:

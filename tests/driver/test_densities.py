@@ -13,13 +13,15 @@ from torch import nn
 
 from mpcompile.cli.parse import patterns
 from mpcompile.data.images import Data
+from mpcompile.driver.recipe_search import paths_of
 from mpcompile.driver.run_plan import density_patterns, plan_of
 from mpcompile.errors import UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import MPBudget, NMMask, Permute
 from mpcompile.recipe.schema import Recipe, Step
-from mpcompile.runtimes import native
+from mpcompile.runtimes import OnnxRuntime, choice_at, freest, native
+from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.native.equal_speed import SAME, SPEED_FP32, WIDEST_FP32
 from mpcompile.testing import tiny_source
 
@@ -60,6 +62,22 @@ def test_a_density_is_the_same_without_the_kernel(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "missing", lambda: "not built")
     assert density_patterns("ort", HALF, "int8") == found
+
+
+class OnlyTwoOfFour(Eager):
+    """A runtime of another package that has a kernel and says nothing of densities."""
+
+    def has_kernel(self, pattern: NM) -> bool:
+        return pattern.plain == NM(2, 4)
+
+
+def test_other_runtimes_get_the_patterns_that_they_have_kernels_for() -> None:
+    assert choice_at(OnlyTwoOfFour(), HALF, "fp32") == freest(OnlyTwoOfFour(), NM(2, 4), "fp32") == NM(2, 4)
+    assert str(choice_at(OnlyTwoOfFour(), Fraction(1, 4), "fp32")) == "8:32|4:16|2:8|1:4"  # all run as dense
+    vocabulary, wide = NM(4, 8, vocabulary=8), NM(32, 64)
+    assert freest(OnnxRuntime(), vocabulary, "fp32") == vocabulary
+    assert freest(OnnxRuntime(), wide, "fp32") == wide
+    assert str(freest(OnnxRuntime(), NM(1, 2), "int8")) == "8:16|4:8|2:4"
 
 
 def test_densities_that_the_int8_kernel_does_not_skip_take_the_freest() -> None:
@@ -130,6 +148,22 @@ def test_the_command_tells_the_pattern_of_each_layer(example: Path, tmp_path: Pa
     assert told["recipe"]["passes"][0]["mp-budget"]["patterns"] == ["16:32|8:16|4:8|2:4"]
     done = mpcompile(example / "model.safetensors", *words, "--target", "trt", "--pattern", "25%")
     refused(done, 2, "target trt runs 2:4 and no other pattern faster than dense")
+
+
+def test_analyze_plans_a_density(example: Path) -> None:
+    words = ("--pattern", "50%,25%", "--macs", 0.6, "--target", "eager", "--json", "--no-null")
+    done = mpcompile("analyze", example / "model.safetensors", *words)
+    assert done.returncode == 0, done.stderr
+    used = {row["pattern"] for row in json.loads(done.stdout)["layers"]}
+    assert used - {None} <= {"16:32", "8:32"}
+    assert used - {None}
+
+
+def test_tune_searches_each_density() -> None:
+    budget = Step(name="mp-budget", params={"patterns": ["50%", "25%"]})
+    recipe = plan_of(Recipe(passes=(budget, Step(name="nm-mask")))).recipe
+    names = [path.name for path in paths_of(recipe, lambda _: 0.5)]
+    assert names == ["16:32|8:16|4:8|2:4, masks", "8:32|4:16|2:8|1:4, masks"]
 
 
 def test_doctor_says_what_a_density_stands_for() -> None:
