@@ -87,6 +87,11 @@ class NM:
         """The N:M pattern in which every output channel has its own positions; every mask of this one follows it."""
         return NM(self.keep, self.of)
 
+    def __repr__(self) -> str:
+        # Without a vocabulary as before there was one: the keys of checkpoints contain it.
+        vocabulary = f", vocabulary={self.vocabulary}" if self.vocabulary else ""
+        return f"NM(keep={self.keep}, of={self.of}, rows={self.rows}{vocabulary})"
+
     def __str__(self) -> str:
         rows = f"x{self.rows}" if self.rows > 1 else ""
         return f"{self.keep}:{self.of}{rows}" + (f"v{self.vocabulary}" if self.vocabulary else "")

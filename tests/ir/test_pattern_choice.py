@@ -81,7 +81,7 @@ def test_every_pattern_is_read_back_from_its_text(data: st.DataObject) -> None:
     vocabulary = data.draw(st.integers(0, 70)) if of <= 8 else 0
     rows = 1 if vocabulary else data.draw(st.integers(1, 16))
     pattern = NM(keep, of, rows, vocabulary)
-    assert NM.parse(str(pattern)) == pattern == parse_choice(str(pattern))
+    assert NM.parse(str(pattern)) == pattern == parse_choice(str(pattern)) == eval(repr(pattern))
 
 
 @given(n=st.integers(1, 31), rows=st.integers(1, 4))
