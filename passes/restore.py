@@ -32,6 +32,7 @@ from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import PatternChoice, pattern_for
 from mpcompile.passes.dense_comparison import (
     accuracy_drop,
     attribution,
@@ -77,7 +78,7 @@ class Restore:
 
     max_drop: float | None = None
     max_shift: float | None = None
-    patterns: tuple[NM, ...] = ()
+    patterns: tuple[PatternChoice, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UsageError for a negative or infinite limit."""
@@ -165,7 +166,8 @@ class Restore:
             with on_layer(name):
                 layer, dense = model.layer(name), dense_layer(model, name).weight.detach()
                 used = plan.mask & (layer.weight.detach() != 0)
-                mask = filled(used, dense, plan.pattern)
+                # The mask of a vocabulary has no free slots but kept weights that are zero.
+                mask = plan.mask if plan.pattern.vocabulary else filled(used, dense, plan.pattern)
                 new = mask & ~used
                 if bool(new.any()):
                     with torch.no_grad():
@@ -228,8 +230,10 @@ class Restore:
         """The model with one layer, and those that share its weight, at a milder pattern or dense."""
         names = next(group for group in tied_layers(model, [other for other, _ in model.layers()]) if name in group)
         plan, position = model.plan_of(name), graph_positions(model).get(name)
-        milder = [p for p in self.patterns if plan.pattern and p.density > plan.pattern.density]
-        milder = sorted((p for p in milder if not reason_incompatible(model.layer(name), position, p)), key=_density)
+        layer = model.layer(name)
+        allowed = [p for p in self.patterns if not reason_incompatible(layer, position, p)]
+        own = [pattern_for(p, layer.weight.shape[1]) for p in allowed]
+        milder = sorted((p for p in own if plan.pattern and p.density > plan.pattern.density), key=_density)
         with torch.no_grad():
             _copy_dense(model, names)
             if milder:

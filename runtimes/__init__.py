@@ -6,6 +6,7 @@ from types import MappingProxyType
 if __name__ == "runtimes":  # this import works in the repository root, and would define every class twice
     raise ImportError("import mpcompile.runtimes, not runtimes")
 
+from mpcompile.runtimes.densities import ListsDensities, choice_at, freest
 from mpcompile.runtimes.eager import Eager
 from mpcompile.runtimes.ort.cpu import OnnxRuntime
 from mpcompile.runtimes.ort.cuda import OnnxRuntimeCuda
@@ -50,6 +51,7 @@ __all__ = [
     "Engine",
     "GemmShape",
     "HasQuantizedBaselines",
+    "ListsDensities",
     "LoadsFile",
     "MeasuresQuantized",
     "OnnxRuntime",
@@ -69,7 +71,9 @@ __all__ = [
     "TensorRT",
     "TensorRTForRTX",
     "TimesDevice",
+    "choice_at",
     "fast_patterns",
+    "freest",
     "has_sparse_kernel",
 ]
 

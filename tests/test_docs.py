@@ -179,7 +179,7 @@ def test_every_results_file_is_named_and_can_be_made_again() -> None:
             assert "bench-models" not in row["command"] or re.search("^bench-models:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["results", "paper", "fast-where"])
+@pytest.mark.parametrize("page", ["results", "paper", "fast-where", "patterns"])
 def test_numbers_found_are_those_of_the_files(page: str) -> None:
     """What stands in a column `found` stands in the file that its row names, digit by digit."""
     number = re.compile(r"\d+\.\d+|\d+(?=%)")

@@ -24,6 +24,7 @@ from mpcompile.frontend.leaf_modules import PLAIN_CLASSES, class_name
 from mpcompile.frontend.multihead_attention import reasons_whole
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM, TWO_OF_FOUR
+from mpcompile.ir.pattern_choice import Alternatives, pattern_for, reason_unfit
 
 # Operators that multiply by a weight, as functions or methods.
 WEIGHT_PRODUCT_NAMES = frozenset(
@@ -160,19 +161,16 @@ def _multiplies(user: fx.Node, weight: fx.Node) -> bool:
     return user.target in WEIGHT_FUNCTIONS and weight in (*user.args[1:2], user.kwargs.get("weight"))
 
 
-def reason_incompatible(layer: nn.Linear | nn.Conv2d, position: GraphPosition | None, pattern: NM) -> str | None:
-    """Why this layer cannot have the pattern, even if `include` matches it, or None."""
+def reason_incompatible(
+    layer: nn.Linear | nn.Conv2d, position: GraphPosition | None, choice: NM | Alternatives
+) -> str | None:
+    """Why this layer can have no pattern of the choice, even if `include` matches it, or None."""
     if reason := reason_uneditable(layer, position):
         return reason
     out, inputs = layer.weight.shape[:2]
     if is_depthwise(layer):
         return "depthwise: one input channel per filter leaves nothing to choose from"
-    if inputs % pattern.of:
-        per = " per group" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else ""
-        return f"{inputs} input channels{per} are not a multiple of {pattern.of}"
-    if out % pattern.rows:
-        return f"{out} output channels are not a multiple of the {pattern.rows} that share a pattern"
-    return None
+    return reason_unfit(choice, out, inputs, " per group" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else "")
 
 
 def reason_uneditable(layer: nn.Linear | nn.Conv2d, position: GraphPosition | None) -> str | None:
@@ -235,13 +233,13 @@ def unsupported_modules(model: Model) -> dict[str, str]:
 
 
 def eligible_patterns(
-    model: Model, pattern: NM | None, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: Model, pattern: NM | Alternatives | None, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, NM | str]:
     """The pattern of each layer, or the reason why it stays dense, by qualified name.
 
-    A layer's pattern is the one in its plan, or else `pattern`. If `pattern` is None, layers without a planned pattern
-    get 2:4, or stay dense if a budget planned patterns for other layers. `include` and `exclude` are as in
-    `eligible`, which raises the same UsageError.
+    A layer's pattern is the one in its plan, or else `pattern`; of alternatives, the first whose M divides its width.
+    If `pattern` is None, layers without a planned pattern get 2:4, or stay dense if a budget planned patterns for other
+    layers. `include` and `exclude` are as in `eligible`, which raises the same UsageError.
     """
     budgeted = any(plan.pattern is not None and plan.mask is None for plan in model.plan.values())
     default = pattern or (None if budgeted else TWO_OF_FOUR)
@@ -252,12 +250,12 @@ def eligible_patterns(
         if own is None:
             patterns[name] = plan.skipped or "no pattern was planned for it"
         else:
-            patterns[name] = reason or own
+            patterns[name] = reason or pattern_for(own, model.layer(name).weight.shape[1])
     return patterns
 
 
 def eligible(
-    model: Model, pattern: NM, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: Model, pattern: NM | Alternatives, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, str | None]:
     """For each module with a weight matrix, by qualified name: None if it is eligible, or why it stays dense.
 

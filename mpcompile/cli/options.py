@@ -22,10 +22,11 @@ PatternOption = Annotated[
     str | None,
     typer.Option(
         "--pattern",
-        help="N:M keeps N of every M weights, such as 2:4. With 2:4x4, four neighbouring rows share one pattern. "
-        "With 2:4,8:16, the budget chooses one for each layer. "
-        "With auto, it chooses from the patterns that are fast on the target in this precision; with auto:16, from all "
-        "N:16.",
+        help="N:M keeps N of every M weights, such as 2:4. 50% keeps half, in the freest pattern that the target runs "
+        "at the same speed. With 2:4x4, four neighbouring rows share one pattern. With 4:8v8, each row takes one of 8 "
+        "patterns, in every block of 8 input channels. With 2:4,8:16, the budget chooses one for each layer. "
+        "With auto, it chooses from the densities that are fast on the target in this precision; with auto:16, from "
+        "all N:16.",
     ),
 ]
 

@@ -1,12 +1,12 @@
 """Parses the text of options into values. A wrong text raises a UsageError that shows a correct one."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpcompile.errors import UsageError, did_you_mean
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import Alternatives, parse_choice, parse_density, patterns_in, with_rows
 
 if TYPE_CHECKING:
     from mpcompile.frontend.load_model import Request
@@ -204,16 +204,17 @@ def macs_by_pass(macs: float | None, tome: str | None, pattern: str | None) -> t
 
 def patterns(
     text: str | None, target: str, macs: float | None, rows: int | None = None, precision: str = "fp32"
-) -> tuple[NM, ...]:
-    """The patterns in `2:4`, `2:4,8:16`, `auto` or `auto:16`; empty if none are given.
+) -> tuple[NM | Alternatives, ...]:
+    """The patterns in `2:4`, `2:4,8:16`, `50%`, `auto` or `auto:16`; empty if none are given.
 
-    `auto` stands for the patterns that are fast on the target in this precision. With `rows` (--share-rows), that many
+    `auto` stands for the densities that are fast on the target in this precision, `50%` for the patterns of this
+    density that it runs at the same speed. With `rows` (--share-rows), that many
     output channels share each pattern. Raises UsageError.
     """
     if text is None:
         return ()
     if text.split(":")[0] != "auto":
-        return tuple(_with_rows(NM.parse(part), rows) for part in text.split(","))
+        return tuple(_with_rows(_choice(part, target, precision), rows) for part in text.split(","))
     group = text.partition(":")[2]
     if text != "auto" and not (group.isdecimal() and len(group) < 10):
         raise UsageError(f"--pattern {text!r} is neither auto nor auto:M; give for example auto:16")
@@ -235,9 +236,19 @@ def precision_named(text: str) -> "Precision":
     raise UsageError(f"--precision {text!r} is unknown; give {', '.join(PRECISIONS)}{did_you_mean(text, PRECISIONS)}")
 
 
-def _with_rows(pattern: NM, rows: int | None) -> NM:
+def _choice(text: str, target: str, precision: str) -> NM | Alternatives:
+    """One pattern of the list, or what a density stands for on the target. Raises UsageError."""
+    density = parse_density(text)
+    if density is None:
+        return parse_choice(text)
+    from mpcompile.driver.run_plan import density_patterns
+
+    return density_patterns(target, density[0], precision_named(precision), density[1])
+
+
+def _with_rows(choice: NM | Alternatives, rows: int | None) -> NM | Alternatives:
     if rows is None:
-        return pattern
-    if pattern.rows not in (1, rows):
-        raise UsageError(f"--share-rows {rows} contradicts the pattern {pattern}; leave one of them out")
-    return replace(pattern, rows=rows)
+        return choice
+    if patterns_in(choice)[0].rows not in (1, rows):
+        raise UsageError(f"--share-rows {rows} contradicts the pattern {choice}; leave one of them out")
+    return with_rows(choice, rows)

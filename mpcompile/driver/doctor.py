@@ -3,9 +3,12 @@
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mpcompile.driver.run_plan import Known, known
+from mpcompile.ir.pattern_choice import patterns_in
 from mpcompile.ir.precision import PRECISIONS
+from mpcompile.runtimes import choice_at
 from mpcompile.system.hardware import cpuinfo
 
 VECTOR_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
@@ -72,7 +75,9 @@ def _target(name: str, offered: Known) -> Finding:
     versions = ", ".join(f"{library} {version}" for library, version in runtime.versions().items())
     source = f"; from {origin}" if origin else ""
     precisions = ", ".join(one for one in PRECISIONS if runtime.refuses(one, None) is None)
-    found = f"{versions}; patterns with kernels: {runtime.kernels()}; precisions: {precisions}{source}"
+    half = " or ".join(map(str, patterns_in(choice_at(runtime, Fraction(1, 2), "fp32"))))
+    kernels = f"patterns with kernels: {runtime.kernels()}; --pattern 50% is {half}"
+    found = f"{versions}; {kernels}; precisions: {precisions}{source}"
     return Finding(f"target {name}", True, found)
 
 

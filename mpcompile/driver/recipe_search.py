@@ -20,6 +20,7 @@ from typing import Any
 
 from mpcompile.errors import UsageError
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import Alternatives, parse_choice
 from mpcompile.recipe.schema import Recipe, Step
 from mpcompile.report.search_schema import Point
 
@@ -144,7 +145,9 @@ def _by_pattern(recipe: Recipe) -> list[tuple[str, Recipe]]:
     if budget is None or budget.params.get("macs") is not None or len(patterns) < 2:
         return [("", recipe)]
     # Text, as in recipe.yaml: the chosen recipe equals the one that is read back.
-    texts = dict.fromkeys(str(item if isinstance(item, NM) else NM.parse(str(item))) for item in patterns)
+    texts = dict.fromkeys(
+        str(item if isinstance(item, NM | Alternatives) else parse_choice(str(item))) for item in patterns
+    )
     return [(f"{text}, ", recipe.with_params("mp-budget", {"patterns": [text]})) for text in texts]
 
 

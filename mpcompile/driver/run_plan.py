@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from mpcompile.driver.densities import with_densities
 from mpcompile.driver.pass_order import require_order
 from mpcompile.driver.plugins import (
     PASS_GROUP,
@@ -25,13 +27,14 @@ from mpcompile.errors import RuntimeMissing, UsageError, did_you_mean
 from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import Alternatives
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
 from mpcompile.passes import PASSES
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.recipe.schema import Recipe, Step, explained
 from mpcompile.recipe.truth_values import described, truth_as_number
-from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime, fast_patterns
+from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime, choice_at, fast_patterns, freest
 from mpcompile.runtimes.ort.session import cpu_engine
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "RunPlan",
     "auto_patterns",
     "build_pass",
+    "density_patterns",
     "known",
     "plan_of",
     "recipe_schema",
@@ -140,7 +144,7 @@ def plan_of(recipe: Recipe, passes: Sequence[Pass] | None = None, runtime: Runti
     if not recipe.passes:
         raise UsageError("the recipe has no passes; give --pattern, such as --pattern 2:4, or a recipe with passes")
     if passes is None:
-        recipe = with_target_defaults(recipe, runtime)
+        recipe = with_densities(with_target_defaults(recipe, runtime), runtime)
         passes = tuple(build_pass(step) for step in recipe.passes)
         offered = {step.name: installed_pass(step.name) for step in recipe.passes if step.name not in PASSES}
         origins |= {f"pass {name}": foreign.origin for name, foreign in offered.items() if foreign}
@@ -246,14 +250,35 @@ def recipe_schema(known: Known) -> dict[str, Any]:
     return schema
 
 
-def auto_patterns(target: str, of: int | None = None, precision: Precision = "fp32", rows: int = 1) -> tuple[NM, ...]:
+def auto_patterns(
+    target: str, of: int | None = None, precision: Precision = "fp32", rows: int = 1
+) -> tuple[NM | Alternatives, ...]:
     """The patterns that `auto` stands for. Raises UsageError if the target is unknown or cannot run the precision.
 
-    With `of`, all N:M with M = `of`. Otherwise the patterns that the target has fast kernels for in this precision, if
-    `rows` output channels share each; or all N:4 if it has none.
+    With `of`, all N:M with M = `of`. Otherwise one choice for each density that the target runs fast in this precision,
+    if `rows` output channels share each pattern; for each quarter if it has no sparse kernels. A layer takes the freest
+    pattern of a density that its width allows.
     """
+    runtime = _runtime_for(target, precision)
+    if of is not None:
+        return tuple(NM(keep, of) for keep in range(1, of))
+    if fast := fast_patterns(runtime, precision, rows):
+        return tuple(freest(runtime, pattern, precision) for pattern in fast)
+    return tuple(choice_at(runtime, Fraction(quarters, 4), precision, rows) for quarters in (1, 2, 3))
+
+
+def density_patterns(target: str, density: Fraction, precision: Precision, rows: int = 1) -> NM | Alternatives:
+    """What a density such as 50 % stands for on a target.
+
+    Raises UsageError if the target is unknown, cannot run the precision, or runs no pattern of the density faster than
+    dense although it has sparse kernels.
+    """
+    return choice_at(_runtime_for(target, precision), density, precision, rows)
+
+
+def _runtime_for(target: str, precision: Precision) -> Runtime:
+    """The runtime of a target. Raises UsageError if it is unknown or cannot run the precision."""
     runtime = runtime_named(target)
     if refused := runtime.refuses(precision, None):
         raise UsageError(f"target {target}: {refused}")
-    patterns = fast_patterns(runtime, precision, rows) if of is None else ()
-    return patterns or tuple(NM(keep, of or 4) for keep in range(1, of or 4))
+    return runtime

@@ -221,8 +221,14 @@ def verify_masks(
     return tuple(dict.fromkeys(replace(row, nodes=users[row.initializer]) for row in rows))
 
 
-def _kept_in_block(kept: torch.Tensor, pattern: NM) -> torch.Tensor:
-    """True where a row of the block that shares its pattern is not zero: kept weights may be rounded to zero."""
+def _completed(kept: torch.Tensor, mask: torch.Tensor, pattern: NM) -> torch.Tensor:
+    """The weights that are not zero, and those that the mask keeps and that are zero, as far as the pattern needs them.
+
+    Kept weights may be rounded to zero. Rows that share a pattern keep what one of them does. A row that takes its
+    pattern from a vocabulary keeps what the mask does, which was found to contain the weights that are not zero.
+    """
+    if pattern.vocabulary:
+        return mask
     if kept.shape[0] % pattern.rows:
         return kept
     blocks = kept.reshape(-1, pattern.rows, *kept.shape[1:])
@@ -239,8 +245,9 @@ def verify_mask(name: str, plan: LayerPlan, weight: FileWeight) -> ProvenMask:
     filled = int((kept & ~plan.mask).sum())
     if filled:
         raise MaskError(f"{name}: {filled} weights that the mask zeroes are not zero in {where} of the ONNX file")
-    if plan.pattern is not None and (broken := pattern_violation(_kept_in_block(kept, plan.pattern), plan.pattern)):
-        raise MaskError(f"{name}: {where} is not {plan.pattern}: {broken}")
+    pattern = plan.pattern
+    if pattern is not None and (broken := pattern_violation(_completed(kept, plan.mask, pattern), pattern)):
+        raise MaskError(f"{name}: {where} is not {pattern}: {broken}")
     return ProvenMask(
         layer=name,
         initializer=weight.initializer,

@@ -6,7 +6,7 @@ Groups of M run along the input channels: axis 1 of a Linear's (out, in_) and, t
 """
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from mpcompile.ir.model import LayerPlan
@@ -36,7 +36,8 @@ def ungrouped(groups: Shaped[Tensor, "out groups of"], shape: torch.Size) -> Sha
 def pattern_violation(mask: Bool[Tensor, "out in_ *taps"], pattern: NM) -> str | None:
     """How a mask violates a pattern, as a sentence; None if it does not.
 
-    Each group keeps at most `pattern.keep`; each block of `pattern.rows` rows keeps the same positions.
+    Each group keeps at most `pattern.keep`; each block of `pattern.rows` rows keeps the same positions; with a
+    vocabulary, at most so many different patterns occur in each block of M input channels.
     """
     if mask.shape[1] % pattern.of or mask.shape[0] % pattern.rows:
         return f"shape {tuple(mask.shape)} does not divide into {pattern}"
@@ -48,7 +49,25 @@ def pattern_violation(mask: Bool[Tensor, "out in_ *taps"], pattern: NM) -> str |
     unlike = int((shared != shared[:, :1]).any(dim=(1, 2, 3)).sum())
     if unlike:
         return f"{unlike} blocks of {pattern.rows} rows do not share their pattern"
-    return None
+    return _vocabulary_violation(groups, pattern.vocabulary) if pattern.vocabulary else None
+
+
+def pattern_codes(groups: Bool[Tensor, "*shape of"]) -> Int[Tensor, "*shape"]:
+    """A number for each group of M, bit i of which says whether position i is kept."""
+    return (groups.long() << torch.arange(groups.shape[-1])).sum(-1)
+
+
+def _vocabulary_violation(groups: Bool[Tensor, "out groups of"], vocabulary: int) -> str | None:
+    """Which blocks of input channels have more than `vocabulary` different patterns, as a sentence; None for none."""
+    occurs = torch.zeros(groups.shape[1], 1 << groups.shape[2], dtype=torch.bool)
+    counts = occurs.scatter_(1, pattern_codes(groups).T, True).sum(1)
+    over = int((counts > vocabulary).sum())
+    if not over:
+        return None
+    return (
+        f"{over} of {len(counts)} blocks of {groups.shape[2]} input channels have more than {vocabulary} patterns (up "
+        f"to {int(counts.max())})"
+    )
 
 
 def violation(layer: nn.Linear | nn.Conv2d, plan: LayerPlan) -> str | None:

@@ -29,6 +29,7 @@ from pydantic import (
 from mpcompile.errors import UsageError, did_you_mean
 from mpcompile.ir.head import HeadChoice
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import Alternatives
 from mpcompile.ir.precision import Precision
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
 from mpcompile.recipe.truth_values import described, truth_as_number
@@ -72,8 +73,8 @@ class Step(Strict):
 
 
 def _pattern_as_text(value: Any) -> Any:
-    """The value with each NM in it as text; other values are unchanged."""
-    if isinstance(value, NM):
+    """The value with each pattern in it as text; other values are unchanged."""
+    if isinstance(value, NM | Alternatives):
         return str(value)
     return type(value)(map(_pattern_as_text, value)) if type(value) in (list, tuple) else value
 

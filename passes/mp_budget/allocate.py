@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import grouped
+from mpcompile.passes.nm_mask.selection import nm_mask
 
 ROUNDING = 1e-12  # above the relative error of a sum of MACs
 
@@ -37,7 +38,10 @@ def densities(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
 
 
 def damage(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> float:
-    """The least sum of s² that a mask of this pattern can remove."""
+    """The least sum of s² that a mask of this pattern can remove; nearly the least if it has a vocabulary."""
+    if pattern.vocabulary:
+        squares = score.double().square()
+        return float(squares[~nm_mask(squares, pattern)].sum())
     cost = grouped(score, pattern.of).double().square()
     shared = cost.reshape(-1, pattern.rows, *cost.shape[1:]).sum(1)
     removed = shared.topk(pattern.of - pattern.keep, dim=-1, largest=False).values

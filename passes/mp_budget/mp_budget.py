@@ -25,6 +25,7 @@ from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM, TWO_OF_FOUR
+from mpcompile.ir.pattern_choice import Alternatives, PatternChoice, pattern_for
 from mpcompile.passes.mp_budget import scores as signals
 from mpcompile.passes.mp_budget.allocate import ROUNDING, Option, damage, least_damage
 from mpcompile.passes.mp_budget.attention_layers import attention_layers
@@ -88,7 +89,8 @@ class MPBudget:
     """Fits the Marchenko–Pastur law to each layer and plans a pattern for each eligible layer.
 
     Args:
-        patterns: the patterns that a layer may get.
+        patterns: the patterns that a layer may get. Of alternatives of one density (`50%`), a layer may get the first
+            whose M divides its width.
         macs: the share of the model's MACs to leave, in (0, 1). None: every eligible layer gets a pattern.
         signal: the score that decides which layers stay dense (passes/mp_budget/scores.py).
         include: shell patterns over qualified names; layers to mask that stay dense by default.
@@ -101,7 +103,7 @@ class MPBudget:
     effect: ClassVar[Effect] = Effect.ANALYSIS
     requires: ClassVar[tuple[str, ...]] = ()
 
-    patterns: tuple[NM, ...] = (TWO_OF_FOUR,)
+    patterns: tuple[PatternChoice, ...] = (TWO_OF_FOUR,)
     macs: float | None = None
     signal: Signal = "mp"
     include: tuple[str, ...] = ()
@@ -160,20 +162,23 @@ class MPBudget:
             unfitted=found if isinstance(found, str) else None,
         )
 
-    def _verdicts(self, model: Model) -> dict[NM, Mapping[str, str | None]]:
+    def _verdicts(self, model: Model) -> dict[NM | Alternatives, Mapping[str, str | None]]:
         """For each pattern and layer, the reason why the layer cannot have the pattern; None if it can."""
         return {pattern: eligible(model, pattern, self.include, self.exclude) for pattern in self.patterns}
 
-    def _able(self, model: Model, verdicts: Mapping[NM, Mapping[str, str | None]]) -> dict[tuple[str, ...], list[NM]]:
+    def _able(
+        self, model: Model, verdicts: Mapping[NM | Alternatives, Mapping[str, str | None]]
+    ) -> dict[tuple[str, ...], list[NM]]:
         """The patterns that each layer can have; layers that share a weight get one decision.
 
         Without a target, only the sparsest of them. Raises PassError if no layer can have a pattern.
         """
         names = [name for name, _ in model.layers() if any(verdict[name] is None for verdict in verdicts.values())]
-        able = {
-            layers: [p for p in self.patterns if not any(verdicts[p][name] for name in layers)]
-            for layers in tied_layers(model, names)
-        }
+        able = {}
+        for layers in tied_layers(model, names):
+            inputs = model.layer(layers[0]).weight.shape[1]
+            found = (pattern_for(p, inputs) for p in self.patterns if not any(verdicts[p][name] for name in layers))
+            able[layers] = list(dict.fromkeys(found))
         able = {layers: patterns for layers, patterns in able.items() if patterns}
         if not able:
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(verdicts[self.patterns[0]].items())[:3])

@@ -25,6 +25,7 @@ from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM, TWO_OF_FOUR
+from mpcompile.ir.pattern_choice import PatternChoice, pattern_for
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.criteria import CRITERIA, DEFAULT, DEFAULT_WITHOUT_REFIT
 from mpcompile.passes.nm_mask.criterion import Criterion, MaskProblem
@@ -57,8 +58,8 @@ class NMMask:
     reason in the plan (mpcompile/analysis/eligibility.py).
 
     Args:
-        pattern: the pattern of layers without a planned one. If None, they get 2:4, or stay dense if a budget planned
-            patterns for other layers.
+        pattern: the pattern of layers without a planned one, or alternatives of one density (`50%`). If None, they get
+            2:4, or stay dense if a budget planned patterns for other layers.
         criterion: how the kept weights are selected, a name in CRITERIA. Default: joint with calibration images and a
             refit, else magnitude.
         refit: what the kept weights are fitted to, on the inputs from the pruned layers before them. `model`: the
@@ -81,7 +82,7 @@ class NMMask:
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
 
-    pattern: NM | None = None
+    pattern: PatternChoice | None = None
     criterion: CriterionName | None = None
     refit: RefitTarget | None = None
     sequential: bool = True
@@ -131,8 +132,9 @@ class NMMask:
             with on_layer(name):
                 plan = model.plan_of(name)
                 if plan.mask is not None:  # from an earlier mask pass
-                    if choice == plan.pattern and self.pattern not in (None, choice):
-                        raise PassError(f"it is masked at {choice} already; exclude it from {self.pattern}")
+                    own = self.pattern and pattern_for(self.pattern, model.layer(name).weight.shape[1])
+                    if choice == plan.pattern and own not in (None, choice):
+                        raise PassError(f"it is masked at {choice} already; exclude it from {own}")
                 elif isinstance(choice, str):
                     if plan.skipped != choice:
                         plans[name] = replace(plan, skipped=choice)

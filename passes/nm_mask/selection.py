@@ -1,4 +1,7 @@
-"""Masks from scores: the N largest scores of every group of M, and the largest weights of a whole layer."""
+"""Masks from scores: for each kind of pattern the mask of the largest total score; the largest weights of a layer."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -6,20 +9,49 @@ from torch import Tensor
 
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import grouped, ungrouped
+from mpcompile.passes.nm_mask.vocabulary import assigned, vocabularies
+
+Projection = Callable[[Tensor], Tensor]  # from scores (out, in_, *taps) to the mask of a pattern
 
 
 def nm_mask(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> Bool[Tensor, "out in_ *taps"]:
     """The mask with the largest total score: True for the N highest of every M; of equal scores, the first.
 
     Groups of M are consecutive input channels, for each kernel tap. `pattern.rows` neighbouring output channels share
-    one pattern; their scores add up. Since groups do not interact, no other mask of the pattern has a larger total.
+    one pattern; their scores add up. Since groups do not interact, no other mask of the pattern has a larger total. For
+    a pattern with a vocabulary the total is nearly the largest (passes/nm_mask/vocabulary.py).
     """
+    if pattern.vocabulary:
+        return assigned(score, vocabularies(score, pattern))
     groups = grouped(score, pattern.of)
     shared = groups.reshape(-1, pattern.rows, *groups.shape[1:]).sum(1, dtype=torch.float64)
     # A stable sort, since topk does not specify which of two equal scores it selects.
     best = shared.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
     kept = torch.zeros_like(shared, dtype=torch.bool).scatter_(-1, best, True)
     return ungrouped(kept.repeat_interleave(pattern.rows, dim=0), score.shape)
+
+
+def projection(pattern: NM) -> Projection:
+    """A projection onto the masks of a pattern, for an iteration that calls it with the scores of one round at a time.
+
+    A vocabulary is chosen in the first round and then held. On five layers of EfficientNet-Lite0, choosing it in the
+    first 4 or 8 rounds missed 2 to 15 % more power, and in all 36 rounds 3 % less to 3 % more, in up to four times the
+    time.
+    """
+    return _HeldVocabulary(pattern) if pattern.vocabulary else partial(nm_mask, pattern=pattern)
+
+
+class _HeldVocabulary:
+    """A projection onto the masks of a vocabulary that it chooses at its first call."""
+
+    def __init__(self, pattern: NM) -> None:
+        self.pattern = pattern
+        self.words: Tensor | None = None
+
+    def __call__(self, score: Tensor) -> Tensor:
+        if self.words is None:
+            self.words = vocabularies(score, self.pattern)
+        return assigned(score, self.words)
 
 
 def largest(weight: Float[Tensor, "out columns"], density: float) -> Bool[Tensor, "out columns"]:

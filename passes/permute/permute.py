@@ -26,6 +26,7 @@ from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError, first_line
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import PatternChoice
 from mpcompile.passes.permute.constraints import Axis
 from mpcompile.passes.permute.coupling import Coupling, ExchangeableSet, Group, apply_order, couple
 from mpcompile.passes.permute.order_search import OrderFound, kept_score, search
@@ -144,7 +145,7 @@ class Permute:
     effect: ClassVar[Effect] = Effect.EXACT
     requires: ClassVar[tuple[str, ...]] = ()
 
-    pattern: NM | None = None
+    pattern: PatternChoice | None = None
     score: Literal["magnitude", "activation", "refit"] | None = None
     sweeps: int = 4
     include: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ build() uses it for the products that are measured to be faster with it.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,6 +62,12 @@ class OnnxRuntime:
 
         library = native.library()
         return auto.significantly_faster(auto.measured(library)) if library else ()
+
+    def patterns_at(self, density: Fraction, precision: Precision, rows: int) -> tuple[NM, ...]:
+        """Returns the patterns that the native kernel runs at one speed; the same where it cannot be used."""
+        from mpcompile.runtimes.native.equal_speed import equally_fast
+
+        return equally_fast(density, precision, rows)
 
     def predicted(self, products: Mapping[str, GemmShape]) -> Mapping[str, Speedup]:
         """Returns the measured speedup over dense of each product, on random weights; equal ones are measured once."""

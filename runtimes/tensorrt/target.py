@@ -8,16 +8,18 @@ the report lists the commands to run on a machine with a GPU.
 import importlib.util
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
 import torch
 
-from mpcompile.errors import RuntimeMissing
+from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.export.onnx_export import Exported
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import nested
 from mpcompile.ir.precision import Precision
 from mpcompile.runtimes.nvidia import Gpu, first_gpu, import_failure
 from mpcompile.runtimes.protocol import Build, Engine, Prepared
@@ -48,6 +50,16 @@ class TensorRT:
     def auto_patterns(self) -> tuple[NM, ...]:
         """Returns 2:4."""
         return (TWO_FOUR,)
+
+    def patterns_at(self, density: Fraction, precision: Precision, rows: int) -> tuple[NM, ...]:
+        """Returns 2:4 for 50 %. Raises UsageError for any other density."""
+        if density != Fraction(TWO_FOUR.keep, TWO_FOUR.of):
+            raise UsageError(
+                f"target {self.name} runs {TWO_FOUR} and no other pattern faster than dense, so a density of "
+                f"{float(100 * density):g}% gains no speed over 50%; give --pattern 50%, or name a pattern, such as "
+                f"{nested(density)[-1]}"
+            )
+        return (replace(TWO_FOUR, rows=rows),)
 
     def missing(self) -> str | None:
         """Returns why no engine can be built here and what to install, or None."""

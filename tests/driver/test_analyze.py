@@ -153,12 +153,12 @@ def test_auto_is_refused_if_no_pattern_is_significantly_faster(example: Path, mo
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_without_a_kernel_auto_is_all_patterns_of_4(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_kernel_auto_is_each_quarter(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     done = run(example / "model.safetensors", "--pattern", "auto", "--macs", 0.6, "--json", "--no-null")
     assert (done.returncode, done.stderr) == (0, "")
     used = {row["pattern"] for row in json.loads(done.stdout)["layers"]}
-    assert used <= {None, "1:4", "2:4", "3:4"}
+    assert used <= {None, "8:32", "16:32", "24:32"}
 
 
 def test_auto_patterns_are_measured_on_this_machine() -> None:

@@ -19,6 +19,7 @@ from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.weight_groups import violation
 from mpcompile.passes import NMMask
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.system.safetensors_io import read_tensors
@@ -61,6 +62,25 @@ def test_a_kept_weight_that_is_zero_does_not_break_a_pattern_that_rows_share(tmp
         weight[tuple(mask.nonzero()[0])] = 0.0
     [row, *_] = [row for row in lower(model, tmp_path / "m.onnx").masks if row.layer == "hidden"]
     assert row.zeros == weight.numel() // 2 + 1
+
+
+def test_a_vocabulary_is_proven_although_kept_weights_are_zero(tmp_path: Path) -> None:
+    model, _ = PassManager([NMMask(NM.parse("4:8v2"))]).run(tiny_mlp(), Data())
+    weight, mask = model.layer("hidden").weight, model.masks()["hidden"]
+    with torch.no_grad():
+        weight[tuple(mask.nonzero()[0])] = 0.0
+    [row, *_] = [row for row in lower(model, tmp_path / "m.onnx").masks if row.layer == "hidden"]
+    assert (row.pattern, row.zeros) == ("4:8v2", weight.numel() // 2 + 1)
+    assert row.nm == NM(4, 8, vocabulary=2)
+
+
+def test_a_mask_of_too_many_patterns_is_found(tmp_path: Path) -> None:
+    model, _ = PassManager([NMMask(NM.parse("4:8"))]).run(tiny_mlp(), Data())
+    made = lower(model, tmp_path / "m.onnx")
+    plan = {"hidden": replace(model.plan["hidden"], pattern=NM(4, 8, vocabulary=2))}
+    with pytest.raises(MaskError, match=r"hidden: .* is not 4:8v2: \d+ of \d+ blocks .* more than 2 patterns \(up to"):
+        verify_masks(onnx.load(made.onnx), plan, model.graph.state_dict())
+    assert "the mask itself is not 4:8v2" in str(violation(model.layer("hidden"), plan["hidden"]))
 
 
 def test_a_mask_on_the_wrong_axis_is_found(vit_file: Lowered) -> None:

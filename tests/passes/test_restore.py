@@ -11,11 +11,12 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import parse_choice
 from mpcompile.ir.weight_groups import pattern_violation
 from mpcompile.passes import NMMask, Restore
 from mpcompile.passes.restore import filled
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.testing import TinyMLP, assert_follows, tiny_cnn, tiny_data, tiny_source, tiny_vit
+from mpcompile.testing import TinyMLP, assert_follows, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 
 def shift(model: Model, dense: Model, data: Data) -> float:
@@ -47,17 +48,18 @@ def test_layers_are_restored_until_the_limit_holds(caplog: pytest.LogCaptureFixt
         assert_follows(result.layer(name).weight, NM(1, 4))
 
 
-def test_a_milder_pattern_is_tried_before_dense() -> None:
+@pytest.mark.parametrize(("text", "found"), [("2:4", "2:4"), ("50%", "16:32")])
+def test_a_milder_pattern_is_tried_before_dense(text: str, found: str) -> None:
     model = tiny_vit()
     data = tiny_data(model)
     masked, _ = PassManager([NMMask(NM(1, 4))]).run(model, data)
     limit = 0.7 * shift(masked, model, data)
-    step = Restore(max_shift=limit, patterns=(NM(2, 4), NM(1, 4)))
+    step = Restore(max_shift=limit, patterns=(parse_choice(text), NM(1, 4)))
     result, _ = PassManager([NMMask(NM(1, 4)), step]).run(model, data)
-    milder = [name for name, plan in result.plan.items() if plan.mask is not None and plan.pattern == NM(2, 4)]
+    milder = [name for name, plan in result.plan.items() if plan.mask is not None and str(plan.pattern) == found]
     assert milder
     for name in milder:
-        assert_follows(result.layer(name).weight, NM(2, 4))
+        assert_follows(result.layer(name).weight, NM.parse(found))
     assert shift(result, model, data) <= limit
 
 
@@ -110,6 +112,19 @@ def test_filling_keeps_used_weights_and_row_shared_patterns() -> None:
     assert pattern_violation(mask, NM(2, 4, rows=2)) is None
     assert bool(mask[used].all())
     assert int(mask.sum()) == 64
+
+
+def test_filling_keeps_a_vocabulary() -> None:
+    model = tiny_mlp()
+    pattern = NM(4, 8, vocabulary=2)
+    masked, _ = PassManager([NMMask(pattern, "magnitude")]).run(model, Data())
+    [name] = masked.masks()
+    mask = masked.masks()[name]
+    with torch.no_grad():  # as a refit may leave a kept weight
+        masked.layer(name).weight[tuple(mask.nonzero()[0])] = 0.0
+    result, _ = PassManager([Restore()]).run(masked, Data())
+    assert torch.equal(result.masks()[name], mask)
+    assert torch.equal(result.layer(name).weight, torch.where(mask, model.layer(name).weight, 0))
 
 
 def test_a_limit_without_images_or_labels_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Recipes: how their YAML is read, which errors a wrong recipe raises, and how options override it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mpcompile.driver.run_plan import build_pass, known, plan_of, recipe_schema
 from mpcompile.errors import RuntimeMissing, UsageError
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.pattern_choice import parse_choice
 from mpcompile.passes import PASSES, MPBudget, NMMask, Permute
 from mpcompile.recipe.overrides import overridden
 from mpcompile.recipe.schema import Recipe, Step, read_recipe
@@ -204,7 +206,10 @@ def test_the_schema_knows_every_pass_and_refuses_other_keys() -> None:
     assert schema["additionalProperties"] is False
     [names, budget, _, _, mask, *_] = schema["properties"]["passes"]["items"]["oneOf"]
     assert names == {"enum": list(PASSES)}
-    assert mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"] == r"^\d+:\d+(x\d+)?$"
+    text = mask["properties"]["nm-mask"]["properties"]["pattern"]["anyOf"][0]["pattern"]
+    right = ("2:4", "2:4x4", "4:8v8", "50%", "37.5%", "50%x4", "16:32|8:16|4:8|2:4")
+    assert all(re.search(text, pattern) and parse_choice(pattern) for pattern in right)
+    assert not any(re.search(text, wrong) for wrong in ("2/4", "50", "2:4v", "x4", "4:8|", "%", "2:4x4v8"))
     assert budget["properties"]["mp-budget"]["properties"]["signal"]["enum"][0] == "mp"
     assert mask["properties"]["nm-mask"]["additionalProperties"] is False
 

@@ -12,6 +12,9 @@ that ends within about 1 % of the best of all patterns, in a hundredth of the ti
 
 With a prior α > 0, the cost also counts α c̄ for every position where m differs from a given source mask. c̄ is the mean
 of u² E[x²] over the group, that is mean(diag Q). The source mask keeps the largest weights of the layer.
+
+For a pattern with a vocabulary a swap would leave the vocabulary. Instead every row takes, in each block, the pattern
+of Wanda's vocabulary with the lowest cost xᵀQx, prior included.
 """
 
 import torch
@@ -19,9 +22,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mpcompile.ir.pattern import NM
-from mpcompile.passes.nm_mask.criteria.wanda import wanda_mask
+from mpcompile.passes.nm_mask.criteria.wanda import wanda_mask, wanda_score
 from mpcompile.passes.nm_mask.criterion import MaskProblem
 from mpcompile.passes.nm_mask.selection import largest
+from mpcompile.passes.nm_mask.vocabulary import taken, vocabularies
 
 CHUNK_BYTES = 128 << 20  # of matrices Q at once
 
@@ -29,7 +33,34 @@ CHUNK_BYTES = 128 << 20  # of matrices Q at once
 def covariance_mask(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
     """Wanda's mask after all swaps within groups that lower rᵀ C r plus the cost of the prior, if any."""
     source = largest(problem.weight, problem.prior_density) if problem.prior else None
+    if problem.pattern.vocabulary:
+        words = vocabularies(wanda_score(problem), problem.pattern)
+        return reassigned(problem.best, problem.gram, words, problem.prior, source)
     return swapped(problem.best, problem.gram, wanda_mask(problem), problem.pattern, problem.prior, source)
+
+
+def reassigned(
+    weight: Float[Tensor, "out columns"],
+    gram: Float[Tensor, "groups columns columns"],
+    words: Bool[Tensor, "blocks words of"],
+    prior: float = 0.0,
+    source: Bool[Tensor, "out columns"] | None = None,
+) -> Bool[Tensor, "out columns"]:
+    """The mask in which each row takes, in each block, the pattern of the block's vocabulary of the lowest cost."""
+    of = words.shape[-1]
+    grams = diagonal_blocks(gram, of)  # groups, blocks, M, M
+    u = weight.double().reshape(len(gram), -1, grams.shape[1], of)
+    near = None if source is None else source.reshape(u.shape)
+    costs = []
+    for word in words.unbind(1):  # one pattern of each block
+        removed = torch.where(word, 0, u)
+        cost = torch.einsum("grbm,gbmn,grbn->grb", removed, grams, removed)
+        if near is not None and prior:
+            scale = (u.square() * grams.diagonal(dim1=-2, dim2=-1)[:, None]).mean(-1)
+            cost += prior * scale * (near != word).sum(-1)
+        costs.append(cost)
+    choice = torch.stack(costs, -1).argmin(-1).flatten(0, 1)  # out, blocks
+    return taken(words, choice.T, weight.shape)
 
 
 def diagonal_blocks(gram: Float[Tensor, "groups columns columns"], of: int) -> Float[Tensor, "groups blocks of of"]:

@@ -10,6 +10,8 @@ scaled to unit mean square, so that the projection keeps the largest |w|·rms(x)
 
     W ← (V C + ρ(Z − U)) (C + ρI)⁻¹,    Z ← the N largest of every M of W + U,    U ← U + W − Z.
 
+For a pattern with a vocabulary, that is chosen for V, and Z takes for each row the pattern that keeps most of W + U.
+
 ρ grows by a fifth per round, until the support has not changed for STABLE_ROUNDS rounds. C is diagonalized once, so
 a round costs two matrix products. They are float32, which is enough to select the support; the weights themselves come
 from the exact refit on it.
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.criterion import MaskProblem
-from mpcompile.passes.nm_mask.selection import nm_mask
+from mpcompile.passes.nm_mask.selection import projection
 
 RHO = 0.01
 RHO_GROWTH = 1.2  # slower growth finds supports with a 2 % lower error after the refit, in twice the time
@@ -44,11 +46,12 @@ def joint_support(
     v = (best.reshape(shape) * scale[:, None]).float()
     target = ((v @ vectors) * values[:, None]) @ vectors.mT  # V C
     z, u, rho, stable_rounds = v, torch.zeros_like(v), RHO, 0
-    kept = nm_mask(v.reshape(best.shape).square(), pattern)
+    project = projection(pattern)
+    kept = project(v.reshape(best.shape).square())
     for _ in range(ROUNDS):
         w = (((target + rho * (z - u)) @ vectors) / (values[:, None] + rho)) @ vectors.mT
         w += u
-        now = nm_mask(w.reshape(best.shape).square(), pattern)
+        now = project(w.reshape(best.shape).square())
         z = torch.where(now.reshape(shape), w, 0)
         u = w - z
         stable_rounds = stable_rounds + 1 if torch.equal(now, kept) else 0

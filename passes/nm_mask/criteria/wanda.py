@@ -4,7 +4,7 @@ The cost is the increase of the squared output error if that weight alone is rem
 weights. With a refit, V are the weights that fit the targets best with every weight kept.
 """
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mpcompile.passes.nm_mask.criterion import MaskProblem
@@ -13,4 +13,9 @@ from mpcompile.passes.nm_mask.selection import nm_mask
 
 def wanda_mask(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
     """The mask with the largest sum of V² E[x²]."""
-    return nm_mask(problem.best.square() * problem.input_power(), problem.pattern)
+    return nm_mask(wanda_score(problem), problem.pattern)
+
+
+def wanda_score(problem: MaskProblem) -> Float[Tensor, "out columns"]:
+    """V² E[x²] of each weight."""
+    return problem.best.square() * problem.input_power()

@@ -200,6 +200,12 @@ def test_a_mask_whose_zeros_the_kernel_multiplies_is_told(
         assert choice.reason.endswith("are kept: give a --pattern of 2:4, 4:8, 8:16 or sparser")
 
 
+def test_the_zeros_of_a_vocabulary_are_skipped(monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path) -> None:
+    hand_in(monkeypatch)
+    found = selected(int8_vit(tmp_path, "4:8v3"), library, 2)
+    assert all(choice.native and choice.skips_zeros for choice in found.choices)
+
+
 @pytest.mark.parametrize(("kept", "columns", "skips"), [(8, 32, True), (9, 32, False), (8, 24, True), (1, 3, True)])
 def test_zeros_are_skipped_at_most_8_kept_of_16(kept: int, columns: int, skips: bool) -> None:
     weight = np.zeros((columns, 4), np.int8)

@@ -28,7 +28,13 @@ def library() -> Path:
 
 @pytest.mark.parametrize(
     ("make", "batch", "pattern"),
-    [(tiny_vit, None, "2:4"), (tiny_vit, 3, "2:4x4"), (tiny_cnn, None, "4:8x2"), (tiny_cnn, 3, "2:4")],
+    [
+        (tiny_vit, None, "2:4"),
+        (tiny_vit, 3, "2:4x4"),
+        (tiny_cnn, None, "4:8x2"),
+        (tiny_cnn, 3, "2:4"),
+        (tiny_vit, None, "4:8v3"),
+    ],
 )
 def test_replaced_files_compute_the_same(
     library: Path, tmp_path: Path, make: Callable[[], Model], batch: int | None, pattern: str
