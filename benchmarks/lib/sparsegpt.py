@@ -9,6 +9,7 @@ dense weights.
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 
@@ -48,9 +49,24 @@ def pruned(weight: Tensor, gram: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
     return torch.where(mask, w, 0), mask
 
 
-@torch.no_grad()
 def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Model:
     """Returns the model with these layers pruned and updated as in the paper."""
+    return pruned_in_order(model, images, pattern, names, pruned)
+
+
+@torch.no_grad()
+def pruned_in_order(
+    model: Model,
+    images: Split,
+    pattern: NM,
+    names: list[str],
+    prune: Callable[[Tensor, Tensor, NM], tuple[Tensor, Tensor]],
+) -> Model:
+    """Returns the model with these layers pruned, each on the outputs of the pruned layers before it.
+
+    `prune` takes a weight as (rows, columns), the uncentred second moment of its inputs, and the pattern; it returns
+    the new weight and its mask.
+    """
     model = replace(model, graph=copy.deepcopy(model.graph))
     plans = {}
     for step in layerwise(model, None, images, names):
@@ -58,7 +74,7 @@ def sparsegpt(model: Model, images: Split, pattern: NM, names: list[str]) -> Mod
         [name] = step.weight.names
         gram, weight = step.moments.problem(centred=False).gram, step.layer.weight
         rows = flat(weight).reshape(len(gram), -1, gram.shape[-1])
-        results = [pruned(part, g, pattern) for part, g in zip(rows, gram, strict=True)]
+        results = [prune(part, g, pattern) for part, g in zip(rows, gram, strict=True)]
         updated, mask = (torch.cat(parts) for parts in zip(*results, strict=True))
         weight.copy_(unflat(updated, weight.shape))
         plans[name] = replace(model.plan_of(name), pattern=pattern, mask=unflat(mask, weight.shape))

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.analysis.eligibility import eligible_patterns
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError, on_layer
@@ -29,15 +28,10 @@ from mpcompile.ir.pattern_choice import PatternChoice, pattern_for
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.criteria import CRITERIA, DEFAULT, DEFAULT_WITHOUT_REFIT
 from mpcompile.passes.nm_mask.criterion import Criterion, MaskProblem
+from mpcompile.passes.reconstruct.cross_validation import DAMPINGS, refit_problem
 from mpcompile.passes.reconstruct.dense_layers import layers_to_repair
 from mpcompile.passes.reconstruct.layerwise import LayerStep, layerwise
-from mpcompile.passes.reconstruct.least_squares import (
-    damped,
-    moments_with_residual,
-    of_layer,
-    refit,
-    unconstrained,
-)
+from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, unconstrained
 from mpcompile.passes.reconstruct.tied_weight import Layer, write
 from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
@@ -71,7 +65,8 @@ class NMMask:
             layers, nor layers excluded by name.
         residual: with the refit to the model, fit layers before a residual add to compensate the error of the skip
             branch too.
-        damping: λ of the ridge term, relative to the mean second moment of the inputs.
+        damping: λ of the ridge term, relative to the mean second moment of the inputs. If None, it is chosen for each
+            layer by cross-validation (passes/reconstruct/cross_validation.py), or is 0.02 with the refit to the layer.
         prior: α of the prior of the criterion covariance, which favours the layer's largest weights; 0 for none.
         prior_density: the share of weights that the prior favours, between 0 and 1.
         include: shell patterns over qualified names; layers to mask that stay dense by default.
@@ -88,7 +83,7 @@ class NMMask:
     sequential: bool = True
     repair: bool = True
     residual: bool = True
-    damping: float = DAMPING
+    damping: float | None = None
     prior: float = 0.0
     prior_density: float = 0.65
     include: tuple[str, ...] = ()
@@ -104,8 +99,8 @@ class NMMask:
                 f"the criterion {self.criterion} selects weights for their refit, and refit is none; set refit to "
                 "model or layer"
             )
-        if not 0 < self.damping < float("inf"):
-            raise UsageError(f"damping is {self.damping}; give a number above 0, as {DAMPING}")
+        if self.damping is not None and not 0 < self.damping < float("inf"):
+            raise UsageError(f"damping is {self.damping}; give a number above 0, as {DAMPINGS[0]}")
         if self.prior < 0:
             raise UsageError(f"prior is {self.prior}; give a number of 0 or more")
         if not 0 < self.prior_density < 1:
@@ -226,18 +221,17 @@ class NMMask:
         self, step: LayerStep, pattern: NM | None, criterion: Criterion, target: RefitTarget
     ) -> dict[str, Tensor]:
         """The tensors to write for one weight: `mask`, `weight`, `relative_error`, and `bias` if the mean is free."""
-        moments = moments_with_residual(step, self.damping)
-        assert moments is not None  # collected for every weight that is not finished
+        assert step.moments is not None  # collected for every weight that is not finished
         layer, own = step.layer, flat(step.layer.weight)
         centred = step.weight.centred and target != "none"
-        problem = moments.problem(centred)
-        if target == "layer":
-            problem = of_layer(problem, own, layer.bias if step.weight.biased else None)
-        if target == "none":
-            best, fitted = own.double(), problem
+        if target == "model":
+            problem, fitted = refit_problem(step, self.damping)
+        elif target == "layer":
+            problem = of_layer(step.moments.problem(centred), own, layer.bias if step.weight.biased else None)
+            fitted = damped(problem, own, DAMPINGS[0] if self.damping is None else self.damping)
         else:
-            fitted = damped(problem, own, self.damping)
-            best = unconstrained(fitted)
+            problem = fitted = step.moments.problem(centred)
+        best = own.double() if target == "none" else unconstrained(fitted)
         if pattern is None:
             mask, weight = torch.ones_like(own, dtype=torch.bool), best
         else:

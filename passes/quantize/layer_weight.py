@@ -11,15 +11,16 @@ from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.quantize.lane_rule import BLOCK, PAIRS, TOP, LaneRule, block_rule, float32_above, most_kept
 from mpcompile.passes.quantize.placement import quantizers_before
 from mpcompile.passes.quantize.rounding import rounded, row_scales
+from mpcompile.passes.reconstruct.cross_validation import refit_problem
 from mpcompile.passes.reconstruct.layerwise import LayerStep
-from mpcompile.passes.reconstruct.least_squares import damped, moments_with_residual, refit
+from mpcompile.passes.reconstruct.least_squares import refit
 
 Lanes = Literal["none", "pairs", "blocks"]
 LARGEST_BIAS = 2.0**30  # of the int32 in which files store biases; half the largest, since the refit moves biases
 
 
 def quantised_weight(
-    model: Model, step: LayerStep, kind: ActivationType, lanes: Lanes, damping: float, *, refitted: bool
+    model: Model, step: LayerStep, kind: ActivationType, lanes: Lanes, damping: float | None, *, refitted: bool
 ) -> dict[str, Tensor]:
     """The tensors to write for one weight: `weight`, `scale`, `rounding_error`, and `bias` if the mean is free.
 
@@ -28,15 +29,12 @@ def quantised_weight(
         step: the weight and the moments of its inputs, quantised.
         kind: the stored type of activations; with fp8, weights are E4M3 values.
         lanes: as in `Quantize`.
-        damping: λ of the ridge term, relative to the mean second moment of the inputs.
+        damping: λ of the ridge term, relative to the mean second moment of the inputs; None to choose it for the layer.
         refitted: whether the weights are refitted before they are rounded.
     """
-    moments = moments_with_residual(step, damping)
-    assert moments is not None
     own, plan = flat(step.layer.weight), model.plan_of(step.weight.names[0])
-    problem = moments.problem(step.weight.centred)
+    problem, fitted = refit_problem(step, damping)
     mask = torch.ones_like(own, dtype=torch.bool) if plan.mask is None else flat(plan.mask)
-    fitted = damped(problem, own, damping)
     best, least = refit(fitted, mask) if refitted else own.double(), _smallest_scale(model, step)
     if kind == "fp8":
         scale = float32_above(row_scales(best, least) * (TOP / LARGEST_FP8))

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from mpcompile.analysis.activation_stats import DAMPING
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
@@ -34,6 +33,7 @@ from mpcompile.passes.quantize.mixed_precision import Limit, within_limit
 from mpcompile.passes.quantize.observers import OBSERVERS
 from mpcompile.passes.quantize.placement import PREFIX, Outputs, insert, sites
 from mpcompile.passes.quantize.policy import quantizable
+from mpcompile.passes.reconstruct.cross_validation import DAMPINGS
 from mpcompile.passes.reconstruct.layerwise import layerwise
 from mpcompile.passes.reconstruct.tied_weight import write
 from mpcompile.pipeline.pass_manager import Effect
@@ -63,7 +63,7 @@ class Quantize:
         max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Layers are
             given back to floating point until it holds, and the others quantised again, about log₂ of the number of
             layers times (passes/quantize/mixed_precision.py).
-        damping: λ of the ridge term of the refit, relative to the mean second moment of the inputs.
+        damping: λ of the ridge term of the refit, as in NMMask.
         include: shell patterns over qualified names; layers to quantise that stay in floating point by default.
         exclude: shell patterns over qualified names; layers that stay in floating point. Wins over `include`.
     """
@@ -78,7 +78,7 @@ class Quantize:
     refit: bool | None = None
     lanes: Lanes = "none"
     max_drop: float | None = None
-    damping: float = DAMPING
+    damping: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -96,8 +96,8 @@ class Quantize:
             )
         if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
             raise UsageError(f"max_drop is {self.max_drop}; give a limit of 0 or more")
-        if not 0 < self.damping < float("inf"):
-            raise UsageError(f"damping is {self.damping}; give a number above 0, as {DAMPING}")
+        if self.damping is not None and not 0 < self.damping < float("inf"):
+            raise UsageError(f"damping is {self.damping}; give a number above 0, as {DAMPINGS[0]}")
 
     def require_inputs(self, model: Model, data: Data) -> None:
         """Raises PassError if there are no calibration images, or no labels for `max_drop`."""

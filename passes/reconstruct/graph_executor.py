@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 
 
 class LayerCall(NamedTuple):
-    """One application of a layer's weight to one batch."""
+    """One application of a layer's weight to one batch; `output` is None if it was not computed."""
 
     name: str
     input: Tensor
-    output: Tensor
+    output: Tensor | None
 
 
 class GraphExecutor:
@@ -38,6 +38,14 @@ class GraphExecutor:
         for unused in self.interpreter.user_to_last_uses.get(node, ()):
             del self.values[batch][unused]
         return calls
+
+    def layer_inputs(self, node: fx.Node, batch: int) -> list[LayerCall]:
+        """The layer calls at the node, which is run only if it does not just call a layer on one value."""
+        name, sources = str(node.target), node.all_input_nodes
+        layer = self.interpreter.module.get_submodule(name) if node.op == "call_module" else None
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or node.args != (*sources,) or node.kwargs:
+            return self.peek(node, batch)
+        return [LayerCall(name, self.values[batch][sources[0]], None)]
 
     @torch.no_grad()
     def peek(self, node: fx.Node, batch: int) -> list[LayerCall]:

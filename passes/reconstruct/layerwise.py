@@ -24,12 +24,14 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import quantizers
 from mpcompile.passes.reconstruct.calibration_batches import calibration_batches
 from mpcompile.passes.reconstruct.graph_executor import GraphExecutor, LayerCall
+from mpcompile.passes.reconstruct.layer_rows import product, rows_of
 from mpcompile.passes.reconstruct.residual import residual_add_after
-from mpcompile.passes.reconstruct.second_moments import SecondMoments, product, rows_of
+from mpcompile.passes.reconstruct.sampled_positions import positions_per_image, sampled_positions
+from mpcompile.passes.reconstruct.second_moments import SecondMoments
 from mpcompile.passes.reconstruct.tied_weight import Layer, TiedWeight, tied_weights
 from mpcompile.system.progress import tracked
 
-PARTS = 4  # of the calibration images, for the cross-validation of the residual error
+PARTS = 4  # of the calibration images, for cross-validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,9 @@ class LayerStep:
         weight: the weight, and the layers that share it.
         layer: the first of these layers, in the graph being rewritten.
         moments: inputs and target outputs over all calibration images; None if the weight is in `finished`.
-        parts: before a residual add, the same moments of 4 disjoint parts of the images; else empty. Moments then have
-            2 targets: the dense output, and the residual error at the add (passes/reconstruct/residual.py).
+        parts: the same moments of 4 disjoint parts of the images; empty for a weight that several nodes apply. Before a
+            residual add, moments have 2 targets: the dense output, and the residual error at the add
+            (passes/reconstruct/residual.py).
     """
 
     weight: TiedWeight
@@ -110,17 +113,17 @@ def layerwise(
             collecting = [weight for weight in reached if weight in unfinished and not weight.reused]
             is_layer = any(weight.names == (node.target,) for weight in collecting)
             add = residual_add_after(model, node) if residual and sequential and is_layer else None
-            parts = {weight: tuple(SecondMoments() for _ in range(PARTS if add else 1)) for weight in collecting}
+            parts = {weight: tuple(SecondMoments() for _ in range(PARTS)) for weight in collecting}
             for batch in range(len(batches)):
                 dense_calls = dense_run.execute(dense_node, batch)
-                calls = pruned_run.peek(node, batch) if sequential and collecting else dense_calls
+                calls = pruned_run.layer_inputs(node, batch) if sequential and collecting else dense_calls
                 error = None
                 if add is not None:
                     dense_skip = dense_run.values[batch][dense_nodes[add.skip]]
                     error = add.error_at_layer(dense_skip, pruned_run.values[batch][add.skip])
                 for weight in collecting:
-                    part = parts[weight][batch % len(parts[weight])]
-                    _collect(part, weight, model, dense, node, calls, dense_calls, error)
+                    rows = _Rows(len(images), len(batches[batch][0]), f"{weight.names[0]} {batch}")
+                    _collect(parts[weight][batch % PARTS], rows, weight, model, dense, node, calls, dense_calls, error)
             for weight in reached:
                 yield _step(model, weight, parts.pop(weight, ()), reused.pop(weight, None))
             if sequential:
@@ -137,7 +140,27 @@ def _step(
         moments = sum(parts, SecondMoments()) if parts else of_reused
         if moments is not None and not moments.finite:
             raise PassError("its inputs on the calibration images are not finite")
-    return LayerStep(weight, model.layer(name), moments, parts if len(parts) > 1 else ())
+    return LayerStep(weight, model.layer(name), moments, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Which rows of a batch enter the moments: `images` of all, `batch` of them here, `key` for the random draw."""
+
+    images: int
+    batch: int
+    key: str
+
+    def positions(self, layer: Layer, x: Tensor, rows: int) -> Tensor | None:
+        """The positions to sample, for inputs `x` that unfold to `rows` rows; None for all."""
+        available, rest = divmod(rows, self.batch)
+        columns = layer.weight[0].numel()
+        count = positions_per_image(available, columns, self.images)
+        # A Conv2d applied to crops, say, has several of them for an image.
+        by_image = not rest and (isinstance(layer, nn.Linear) or len(x) == self.batch)
+        if not by_image or count == available:
+            return None
+        return sampled_positions(available, count, self.batch, self.key)
 
 
 @torch.no_grad()
@@ -159,6 +182,7 @@ def _collect_from_dense(
 @torch.no_grad()
 def _collect(
     moments: SecondMoments,
+    rows: _Rows,
     weight: TiedWeight,
     model: Model,
     dense: fx.GraphModule,
@@ -175,5 +199,7 @@ def _collect(
         if call.name == dense_call.name == name:
             # If the graph fetches the weight, its bias cannot be set, so the target leaves the bias out.
             called = node.op == "call_module"
+            assert dense_call.output is not None
             target = rows_of(layer, dense_call.output) if called else product(dense_layer, dense_call.input)
-            moments.add(layer, call.input, target, *([] if error is None else [rows_of(layer, error)]))
+            targets = [target] if error is None else [target, rows_of(layer, error)]
+            moments.add(layer, call.input, *targets, positions=rows.positions(layer, call.input, len(target)))

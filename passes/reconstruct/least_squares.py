@@ -14,16 +14,13 @@ it removes.
 On every support, the objective at W′ is at most that at W restricted to the support; with λ = 0, so is the error alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mpcompile.ir.weight_groups import flat
-from mpcompile.passes.reconstruct.layerwise import LayerStep
-from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
+from mpcompile.passes.reconstruct.second_moments import LeastSquares
 
 CHUNK_BYTES = 512 << 20  # of submatrices of C that are solved at once
 REFINEMENTS = 8  # at most, before the system is solved in float64
@@ -60,10 +57,10 @@ def damped(problem: LeastSquares, weight: Float[Tensor, "out columns"], damping:
 
 def unconstrained(problem: LeastSquares) -> Float[Tensor, "out columns"]:
     """The optimal weights V with a full support. Raises torch.linalg.LinAlgError if C is singular."""
-    return _solved(torch.linalg.cholesky(problem.gram), problem.cross)
+    return solved(torch.linalg.cholesky(problem.gram), problem.cross)
 
 
-def _solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor, "out columns"]) -> Tensor:
+def solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor, "out columns"]) -> Tensor:
     """G C⁻¹, from the Cholesky factor of C."""
     by_group = cross.reshape(len(factor), -1, factor.shape[-1])
     return torch.cholesky_solve(by_group.mT, factor).mT.reshape(cross.shape)
@@ -146,41 +143,3 @@ class _System:
         if bool(kept.all()):
             return blocks
         return blocks * kept[:, :, None] * kept[:, None] + torch.diag_embed(1 - kept)
-
-
-def moments_with_residual(step: LayerStep, damping: float) -> SecondMoments | None:
-    """The second moments of a step with one target: the dense output plus the share of the residual error to fit.
-
-    None if the step has no moments. Without a residual error, the moments of the step as they are.
-    """
-    if step.moments is None or not step.parts:
-        return step.moments
-    share = residual_share(step.parts, flat(step.layer.weight), step.weight.centred, damping)
-    return step.moments.combined(torch.stack([torch.ones_like(share), share]))
-
-
-def residual_share(
-    parts: Sequence[SecondMoments], weight: Float[Tensor, "out columns"], centred: bool, damping: float
-) -> Float[Tensor, " out"]:
-    """Per output, the share η in [0, 1] of the residual error Δ to add to the target y, by cross-validation.
-
-    The moments of each part have two targets, y and Δ. On few images Δ is partly chance, and fitting chance costs
-    accuracy in y. So for each part, weights V for y and D for Δ are fitted on the other parts. η minimizes the sum over
-    the parts of E(y + Δ − (V + ηD)x)², each measured on the part left out. With fewer than two parts that hold
-    images, η is 0.
-    """
-    gain = size = torch.zeros(len(weight), dtype=torch.float64)
-    parts = [part for part in parts if part.count]
-    if len(parts) < 2:
-        return gain
-    y, delta = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
-    for index, left_out in enumerate(parts):
-        others = sum(parts[:index] + parts[index + 1 :], SecondMoments())
-        own = damped(others.combined(y).problem(centred), weight, damping)
-        factor = torch.linalg.cholesky(own.gram)
-        v, d = _solved(factor, own.cross), _solved(factor, others.combined(delta).problem(centred).cross)
-        check = left_out.combined(y + delta).problem(centred)
-        d_gram = (check.by_group(d) @ check.gram).reshape(d.shape)  # D C
-        gain = gain + (check.cross * d).sum(-1) - (d_gram * v).sum(-1)
-        size = size + (d_gram * d).sum(-1)
-    return torch.where(size > 0, gain / size.clamp_min(torch.finfo(torch.float64).tiny), 0.0).clamp(0, 1)

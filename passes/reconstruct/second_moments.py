@@ -1,79 +1,24 @@
 """SecondMoments: second moments of a layer's inputs and target outputs, summed batch by batch.
 
-For a layer W with inputs x (one row per output position or token, see `columns`) and target outputs y, a least-squares
-problem in W needs only
+For a layer W with inputs x (one row per output position or token, see passes/reconstruct/layer_rows.py) and target
+outputs y, a least-squares problem in W needs only
 
     C = E[x xᵀ],  G = E[y xᵀ],  E[x],  E[y],  E[y²],
 
 whose size does not grow with the number of images. Products of one chunk are float32. They are taken after subtracting
 the mean of the first chunk, so that a large mean costs no digits. Sums over chunks are float64.
-
-`columns` (im2col) turns a convolution into a Linear on unfolded inputs, with the taps outside and the input channels
-inside. That is the order of mpcompile.ir.weight_groups.flat, in which groups of M run along the input channels of one
-tap.
 """
 
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mpcompile.errors import PassError
-from mpcompile.ir.weight_groups import flat
+from mpcompile.passes.reconstruct.layer_rows import columns, columns_at
 
 CHUNK_BYTES = 128 << 20  # of unfolded inputs (im2col) at once
-
-
-def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups rows columns"]:
-    """The inputs unfolded (im2col): one row per output position or token, one column per weight of an output."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, layer.in_features)
-    groups, taps = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
-    if taps == 1 and layer.stride == (1, 1) and not any(_padding(layer, x)):
-        rows = x.movedim(1, -1).reshape(-1, groups, x.shape[1] // groups)
-        return rows.movedim(1, 0)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, _padding(layer, x), mode=mode)
-    unfolded = F.unfold(
-        padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride
-    )  # b, in·taps, positions
-    by_channel = unfolded.reshape(len(x), groups, x.shape[1] // groups, taps, -1)
-    return by_channel.permute(1, 0, 4, 3, 2).reshape(groups, -1, taps * (x.shape[1] // groups))
-
-
-def _padding(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
-    """The padding of this input in pixels: left, right, top, bottom."""
-    if type(layer).__name__ == "Conv2dSame" or layer.padding == "same":
-        sides: list[int] = []
-        for size, kernel, stride, dilation in zip(
-            x.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
-        ):
-            total = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
-            sides = [total // 2, total - total // 2, *sides]
-        return (sides[0], sides[1], sides[2], sides[3])
-    if isinstance(layer.padding, str):  # "valid"
-        return (0, 0, 0, 0)
-    top, left = layer.padding
-    return (left, left, top, top)
-
-
-def rows_of(layer: nn.Linear | nn.Conv2d, y: Tensor) -> Float[Tensor, "rows out"]:
-    """The layer's outputs as a matrix, with the rows of `columns`."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, y.shape[1])
-
-
-def applied(layer: nn.Linear | nn.Conv2d, matrix: Float[Tensor, "out columns"], x: Tensor) -> Float[Tensor, "rows out"]:
-    """The layer's outputs with `matrix` as its flat weight and without bias, with the rows of `columns`."""
-    rows = columns(layer, x)
-    by_group = rows @ matrix.reshape(len(rows), -1, matrix.shape[1]).mT
-    return by_group.movedim(0, 1).reshape(rows.shape[1], -1)
-
-
-def product(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows out"]:
-    """The layer's outputs without its bias, with the rows of `columns`."""
-    return applied(layer, flat(layer.weight.detach()), x)
 
 
 @dataclass
@@ -89,16 +34,28 @@ class SecondMoments:
     sum_yx: Tensor = field(default_factory=lambda: torch.empty(0))  # targets, out, columns
     sum_yy: Tensor = field(default_factory=lambda: torch.empty(0))  # targets, targets, out
 
-    def add(self, layer: nn.Linear | nn.Conv2d, x: Tensor, *targets: Float[Tensor, "rows out"]) -> None:
+    def add(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        x: Tensor,
+        *targets: Float[Tensor, "rows out"],
+        positions: Int[Tensor, "images k"] | None = None,
+    ) -> None:
         """Adds a batch of the layer's inputs, and one or more targets with the rows of `columns`.
+
+        With `positions`, only the rows of these positions are added (`columns_at`).
 
         Raises PassError if the targets do not have the rows of the inputs.
         """
         y = torch.stack(targets)
-        positions = y.shape[1] // len(x)  # output positions or tokens of one image
-        images = max(1, CHUNK_BYTES // (positions * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
+        if positions is not None:
+            first = torch.arange(len(positions))[:, None] * (y.shape[1] // len(positions))  # row of each image
+            self._add_rows(columns_at(layer, x, positions), y[:, (first + positions).flatten()])
+            return
+        rows_each = y.shape[1] // len(x)
+        images = max(1, CHUNK_BYTES // (rows_each * layer.weight[0].numel() * getattr(layer, "groups", 1) * 4))
         for start in range(0, len(x), images):
-            rows = slice(start * positions, (start + images) * positions)
+            rows = slice(start * rows_each, (start + images) * rows_each)
             self._add_rows(columns(layer, x[start : start + images]), y[:, rows])
 
     @property

@@ -146,14 +146,14 @@ def test_the_target_is_the_dense_model() -> None:
 
 
 def test_weights_that_the_masks_refitted_are_not_refitted_again() -> None:
-    def weight(refit: bool | None, masks: NMMask | None) -> Tensor:
-        steps = [replace(PLAIN, refit=refit)] if masks is None else [masks, replace(PLAIN, refit=refit)]
-        return run(tiny_mlp(), *steps)[0].layer("hidden").weight.detach()
+    def weight(refit: bool | None, masks: NMMask) -> Tensor:
+        return run(tiny_mlp(), masks, replace(PLAIN, refit=refit))[0].layer("hidden").weight.detach()
 
-    assert torch.equal(weight(None, NMMask(NM(2, 4))), weight(False, NMMask(NM(2, 4))))
-    assert not torch.equal(weight(None, NMMask(NM(2, 4))), weight(True, NMMask(NM(2, 4))))
-    assert torch.equal(weight(None, None), weight(True, None))
-    assert not torch.equal(weight(None, None), weight(False, None))
+    refitted, masked = NMMask(NM(2, 4)), NMMask(NM(2, 4), "magnitude", "none")
+    assert torch.equal(weight(None, refitted), weight(False, refitted))
+    assert not torch.equal(weight(None, refitted), weight(True, refitted))
+    assert torch.equal(weight(None, masked), weight(True, masked))
+    assert not torch.equal(weight(None, masked), weight(False, masked))
 
 
 def test_a_dense_model_is_its_own_target() -> None:

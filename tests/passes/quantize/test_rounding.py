@@ -16,8 +16,9 @@ from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.quantize import integer_search
 from mpcompile.passes.quantize.lane_rule import EIGHT_OF_16, FOUR_OF_16, LIMIT, PAIRS, LaneRule, reach
 from mpcompile.passes.quantize.rounding import SMALLEST, Rounded, nearest, rounded, row_scales
+from mpcompile.passes.reconstruct.layer_rows import product
 from mpcompile.passes.reconstruct.least_squares import damped, refit, unconstrained
-from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments, product
+from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
 
 RULES = (None, PAIRS, EIGHT_OF_16, FOUR_OF_16)
 PATTERNS = {None: NM(2, 4), PAIRS: NM(2, 4), EIGHT_OF_16: NM(2, 4), FOUR_OF_16: NM(1, 4)}

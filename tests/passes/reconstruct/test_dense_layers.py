@@ -11,8 +11,10 @@ from mpcompile.data.images import Data
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask, Restore
+from mpcompile.passes.reconstruct import cross_validation
+from mpcompile.passes.reconstruct.cross_validation import Strength
 from mpcompile.passes.reconstruct.dense_layers import layers_downstream, layers_to_repair
-from mpcompile.passes.reconstruct.second_moments import columns, rows_of
+from mpcompile.passes.reconstruct.layer_rows import columns, rows_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
 
@@ -63,9 +65,11 @@ def test_no_other_layer_changes(step: NMMask) -> None:
     assert {name for name, plan in without.plan.items() if plan.relative_error is not None} == masked
 
 
-def test_the_fit_is_the_least_squares_solution() -> None:
+@pytest.mark.parametrize(("damping", "share"), [(0.02, 1.0), (0.3, 0.6)])
+def test_the_fit_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch, damping: float, share: float) -> None:
+    monkeypatch.setattr(cross_validation, "chosen_strength", lambda *_: Strength(damping, share))
     model = tiny_cnn()
-    data, damping = tiny_data(model), MASK.damping
+    data = tiny_data(model)
     result = run(MASK, model, data)
     images = data.calibration.first(len(data.calibration))
     x, _ = inputs_and_outputs(result, "depthwise", images)
@@ -76,7 +80,8 @@ def test_the_fit_is_the_least_squares_solution() -> None:
     power = [np.var(channel, axis=0).mean() for channel in rows]
     for channel in range(16):
         # Ridge regression towards the layer's own weights, as extra rows of the system; about the means.
-        a, b = rows[channel] - rows[channel].mean(0), y[:, channel] - y[:, channel].mean()
+        a = rows[channel] - rows[channel].mean(0)
+        b = share * (y[:, channel] - y[:, channel].mean()) + (1 - share) * a @ own[channel]
         pull = np.sqrt(damping * power[channel] * len(a))
         system = np.concatenate([a, pull * np.eye(9)])
         weight = np.linalg.lstsq(system, np.concatenate([b, pull * own[channel]]), rcond=None)[0]

@@ -21,8 +21,8 @@ from mpcompile.passes import NMMask
 from mpcompile.passes.quantize.placement import insert, sites
 from mpcompile.passes.reconstruct import calibration_batches
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
+from mpcompile.passes.reconstruct.layer_rows import columns
 from mpcompile.passes.reconstruct.layerwise import layerwise
-from mpcompile.passes.reconstruct.second_moments import columns
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
-from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, residual_share, unconstrained
-from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments, columns, product, rows_of
+from mpcompile.passes.reconstruct.layer_rows import columns, product, rows_of
+from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, unconstrained
+from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
 
 LAYERS = (
     nn.Linear(12, 8),
@@ -212,78 +213,3 @@ def test_combined_targets_equal_the_target_of_their_sum(layer: nn.Linear | nn.Co
     found, wanted = both.combined(share).problem(centred), sum_of_both.problem(centred)
     for one, other in zip(problem_values(found), problem_values(wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # float32, as above
-
-
-def halves(x: Tensor, y: Tensor, more: Tensor, layer: nn.Linear) -> tuple[SecondMoments, SecondMoments]:
-    found = SecondMoments(), SecondMoments()
-    for index, half in enumerate(found):
-        half.add(layer, x[index::2], y[index::2], more[index::2])
-    return found
-
-
-@torch.no_grad()
-def test_the_share_is_high_for_a_predictable_error_and_low_for_chance() -> None:
-    rng = torch.Generator().manual_seed(0)
-    layer = nn.Linear(8, 3)
-    x = torch.randn(400, 8, generator=rng)
-    y = layer(x)
-    predictable = x @ torch.randn(8, generator=rng)
-    # Residual errors: 0 is a function of the inputs, 1 is independent of them, 2 is the mean of both.
-    chance = torch.randn(400, generator=rng) * predictable.std()
-    more = torch.stack([predictable, chance, (predictable + chance) / 2], 1)
-    share = residual_share(halves(x, y, more, layer), layer.weight, centred=True, damping=1e-6)
-    assert share[0] == pytest.approx(1, abs=1e-4)  # there is no noise in it
-    assert share[1] < 0.6  # of 200 rows and 8 inputs: D is chance, and on the other half of the rows worth nothing
-    assert 0.8 < share[2] <= 1
-    few = residual_share(halves(x[:24], y[:24], chance[:24, None].expand(-1, 3), layer), layer.weight, True, 1e-6)
-    assert float(few.max()) < 0.3
-
-
-@given(problems(), st.booleans(), st.floats(0, 2))
-@settings(max_examples=40)
-def test_the_share_minimizes_the_error_on_the_part_left_out(
-    case: tuple[nn.Linear, Tensor, Tensor, Tensor], centred: bool, scale: float
-) -> None:
-    layer, x, y, _ = case
-    assume(len(x) > 1)
-    weight, damping = layer.weight.detach(), 0.02
-    more = scale * y.flip(0)
-    parts = halves(x, y, more, layer)
-    share = residual_share(parts, weight, centred, damping)
-    assert bool(((share >= 0) & (share <= 1)).all())
-
-    def error(eta: float) -> np.ndarray:
-        """E(y + Δ − (V + ηD)x)² on each half, with weights fitted on the other, in NumPy."""
-        total = np.zeros(len(weight))
-        for fitted, left_out in ((0, 1), (1, 0)):
-            fit, check = slice(fitted, None, 2), slice(left_out, None, 2)
-            a, b, c = (t[fit].double().numpy() for t in (x, y, more))
-            rows, target = x[check].double().numpy(), (y + more)[check].double().numpy()
-            if centred:
-                a, b, c = (t - t.mean(0) for t in (a, b, c))
-                rows, target = rows - rows.mean(0), target - target.mean(0)
-            gram = a.T @ a / len(a)
-            strength = damping * gram.trace() / len(gram) if gram.trace() > 0 else 1.0
-            gram = gram + strength * np.eye(len(gram))
-            own = weight.double().numpy()
-            v = np.linalg.solve(gram, (b.T @ a / len(a) + strength * own).T).T
-            d = np.linalg.solve(gram, (c.T @ a / len(a)).T).T
-            total += np.square(target - rows @ (v + eta * d).T).mean(0)
-        return total
-
-    best = np.array([error(float(eta))[row] for row, eta in enumerate(share)])
-    power = float((y + more).square().mean()) + 1e-9
-    for other in (0.0, 0.25, 0.5, 0.75, 1.0):
-        # Moments are sums of float32 products.
-        assert (best <= error(other) + 1e-4 * power).all()
-
-
-def test_the_share_is_zero_with_fewer_than_two_parts() -> None:
-    layer = nn.Linear(8, 3)
-    half = SecondMoments()
-    half.add(layer, torch.randn(9, 8), torch.randn(9, 3), torch.randn(9, 3))
-    assert residual_share((half, SecondMoments()), layer.weight.detach(), centred=True, damping=0.02).tolist() == [
-        0,
-        0,
-        0,
-    ]

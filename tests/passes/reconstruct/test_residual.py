@@ -18,8 +18,10 @@ from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
+from mpcompile.passes.reconstruct import cross_validation
+from mpcompile.passes.reconstruct.cross_validation import Strength
+from mpcompile.passes.reconstruct.layer_rows import columns
 from mpcompile.passes.reconstruct.residual import residual_add_after
-from mpcompile.passes.reconstruct.second_moments import columns
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_source, tiny_vit
 
@@ -177,7 +179,11 @@ def test_the_error_is_zero_in_channels_with_a_tiny_factor() -> None:
     assert [int(c) for c in (error[0, :, 0, 0] == 0).nonzero()] == [3, 5]
 
 
-def test_the_refit_is_the_least_squares_solution_for_the_sum() -> None:
+@pytest.mark.parametrize("strength", [Strength(0.02, 1.0, 1.0), Strength(0.3, 0.6, 0.25)])
+def test_the_refit_is_the_least_squares_solution_for_the_sum(
+    monkeypatch: pytest.MonkeyPatch, strength: Strength
+) -> None:
+    monkeypatch.setattr(cross_validation, "chosen_strength", lambda *_: strength)
     model = branch("permuted")
     data, step = tiny_data(model), NMMask(NM(2, 4))
     result, _ = PassManager([step]).run(model, data)
@@ -192,13 +198,14 @@ def test_the_refit_is_the_least_squares_solution_for_the_sum() -> None:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_var is not None
     factor = (norm.weight.detach() / (norm.running_var + norm.eps).sqrt() * gamma).double()
-    wanted = (dense["last"].movedim(1, -1).reshape(-1, 16).double() + lost / factor).numpy()
     a = (rows - rows.mean(0)).numpy()
     power = np.square(a).mean()
     own = model.layer("last").weight.detach().double().flatten(1).numpy()
+    outputs, error = dense["last"].movedim(1, -1).reshape(-1, 16).double().numpy(), (lost / factor).numpy()
+    wanted = strength.dense * outputs + (1 - strength.dense) * a @ own.T + strength.residual * error
     for channel in range(16):
         kept = mask[channel].flatten().numpy()
-        pull = np.sqrt(step.damping * power * len(a))
+        pull = np.sqrt(strength.damping * power * len(a))
         system = np.concatenate([a[:, kept], pull * np.eye(kept.sum())])
         b = wanted[:, channel] - wanted[:, channel].mean()
         weight = np.linalg.lstsq(system, np.concatenate([b, pull * own[channel, kept]]), rcond=None)[0]
