@@ -111,20 +111,27 @@ def top_probabilities(outputs: Tensor | NDArray[Any], head: Head | None = None) 
     rule = head_for(head, _tensor(outputs))
     if not rule.decides:
         return None
-    threshold, found = _threshold(outputs, rule), []
-    for logits in _logits(outputs, rule, threshold):
-        if rule.kind == "softmax" or threshold is None:
-            found.append((logits.softmax(1) if threshold is None else logits.sigmoid()).amax(1).flatten())
+    return torch.cat([*_top_by_chunk(outputs, rule)])
+
+
+def _top_by_chunk(outputs: Tensor | NDArray[Any], head: Head) -> Iterator[Tensor]:
+    """The predicted probability of each decision of a chunk of images, float64, flattened."""
+    threshold = _threshold(outputs, head)
+    for logits in _logits(outputs, head, threshold):
+        if head.kind == "softmax" or threshold is None:
+            yield (logits.softmax(1) if threshold is None else logits.sigmoid()).amax(1).flatten()
         else:
             sides = torch.where(logits > threshold, logits, -logits).sigmoid()
-            found.append((sides.movedim(1, -1) if sides.ndim > 2 else sides).flatten())
-    return torch.cat(found)
+            yield (sides.movedim(1, -1) if sides.ndim > 2 else sides).flatten()
 
 
 def mean_top_probability(outputs: Tensor | NDArray[Any], head: Head | None = None) -> float | None:
     """The mean predicted probability of the decisions; None for outputs that are values."""
-    found = top_probabilities(outputs, head)
-    return None if found is None else float(found.mean())
+    rule = head_for(head, _tensor(outputs))
+    if not rule.decides:
+        return None
+    sums = [(float(chunk.sum()), len(chunk)) for chunk in _top_by_chunk(outputs, rule)]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 def as_logits(outputs: Tensor, head: Head) -> tuple[Tensor, Head]:
@@ -212,13 +219,18 @@ def _threshold(outputs: Tensor | NDArray[Any], head: Head) -> float | None:
 
 def _logits(outputs: Tensor | NDArray[Any], head: Head, threshold: float | None) -> Iterator[Tensor]:
     """Logits of chunks of images in float64; `threshold` is None for a softmax."""
-    every = _tensor(outputs)
-    for chunk in every.split(max(1, CHUNK // max(1, every[:1].numel()))):
+    for chunk in in_chunks(_tensor(outputs)):
         values = chunk.double()
         if not head.probabilities:
             yield values
         else:
             yield values.clamp_min(TINY).log() if threshold is None else _logit(values)
+
+
+def in_chunks(outputs: Tensor) -> tuple[Tensor, ...]:
+    """The outputs in chunks of images of at most CHUNK values, or of one image."""
+    chunks: tuple[Tensor, ...] = outputs.split(max(1, CHUNK // max(1, outputs[:1].numel())))
+    return chunks
 
 
 def _logit(probabilities: Tensor) -> Tensor:

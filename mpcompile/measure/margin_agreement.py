@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.results import MarginQuartile
+from mpcompile.measure.confidence import in_chunks
 from mpcompile.measure.intervals import wilson_interval
 
 QUARTILES = 4
@@ -24,7 +25,7 @@ def agreement_by_margin(
     rule = head_for(head, before)
     if not rule.decides:
         return None
-    margins = dense_margins(before, rule).flatten()
+    margins = torch.cat([dense_margins(chunk, rule).flatten() for chunk in in_chunks(before)])
     order = margins.sort(stable=True).indices
     same = rule.same(before, after).flatten()
     return tuple(

@@ -41,6 +41,6 @@ def by_margin(found: ConfidenceComparison) -> tuple[str, ...]:
     if len(rows) < 2 or all(row.agreeing == row.count for row in rows):
         return ()
     return (
-        f"Decisions that were close in the dense model change first: in the lowest quarter of its margins "
-        f"{rows[0].agreement:.2%} are the same, in the highest {rows[-1].agreement:.2%}.",
+        f"Where the dense model's decisions were closest, in the lowest quarter of its margins, "
+        f"{rows[0].agreement:.2%} of them are the same; in the highest quarter {rows[-1].agreement:.2%}.",
     )

@@ -49,13 +49,13 @@ def confidence(report: Report) -> Table:
             (
                 Cell("divergence from dense, nats"),
                 Cell(),
-                number(found.divergence, "{:.4f}", f"{KEY}.divergence"),
+                number(found.divergence, "{:.3g}", f"{KEY}.divergence"),
                 Cell(),
             ),
             (
                 Cell("divergence after the best common factor on the logits"),
                 Cell(),
-                number(found.least_divergence, "{:.4f}", f"{KEY}.least_divergence"),
+                number(found.least_divergence, "{:.3g}", f"{KEY}.least_divergence"),
                 number(found.best_factor, "factor {:.3f}", f"{KEY}.best_factor"),
             ),
         ]

@@ -147,7 +147,7 @@ def proven(certificate: Certificate) -> tuple[tuple[str, str], ...]:
         by_margin = (
             (
                 f"The same predictions by quarter of the dense margin, lowest margins first: {shares}",
-                ". Predictions that were close in the dense model are the first to change.",
+                ". A low margin means that another prediction was close.",
             ),
         )
     return (

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from mpcompile.ir.head import Head
+from mpcompile.measure import confidence
 from mpcompile.measure.accuracy import accuracy
 from mpcompile.measure.calibration import calibration, calibration_of
 from mpcompile.measure.confidence_comparison import compare_confidence
@@ -94,6 +95,18 @@ def test_margins_are_those_of_the_head() -> None:
     found = agreement_by_margin(torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[3.0, 1.0, 0.0]]))
     assert found is not None
     assert found[0].lowest == pytest.approx(2.0)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(0)
+    dense, compressed = torch.randn(30, 4, 2, generator=rng), torch.randn(30, 4, 2, generator=rng)
+    whole = compare_confidence(dense, compressed, None, Head())
+    monkeypatch.setattr(confidence, "CHUNK", 20)
+    parts = compare_confidence(dense, compressed, None, Head())
+    assert whole is not None
+    assert parts is not None
+    assert parts.quartiles == whole.quartiles
+    assert parts.compressed.top_probability == pytest.approx(whole.compressed.top_probability, rel=1e-12)
 
 
 def test_positions_have_quartiles_and_no_interval() -> None:

@@ -47,7 +47,7 @@ def test_sentences_name_probability_calibration_and_factor(reported: Artifact) -
     assert "; the expected calibration error is " in first
     assert folded == "A factor of 1.70 on the logits, which changes no answer, is in the last layers."
     assert best.startswith(f"A factor of {one.best_factor:.2f} on these logits would bring the probabilities closest")
-    assert "in the lowest quarter of its margins" in close
+    assert "in the lowest quarter of its margins, " in close
 
 
 def test_without_labels_there_is_no_calibration_error(reported: Artifact) -> None:

@@ -19,6 +19,8 @@ from mpcompile.measure.confidence import as_logits, divergence
 from mpcompile.passes import Certify, Confidence, NMMask, Quantize
 from mpcompile.passes.confidence.confidence import FEWEST, LEFT, _why_not
 from mpcompile.passes.dense_comparison import outputs_of
+from mpcompile.pipeline.checkpoint_file import rest_of, restored
+from mpcompile.pipeline.fingerprint import tensors_of
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
 
@@ -257,6 +259,13 @@ def test_no_answer_changes_whatever_was_lost(keep: float, seed: int) -> None:
     before, after = outputs(model, data), outputs(result, data)
     chosen = after.gather(1, before.argmax(1, keepdim=True))
     assert bool((after.amax(1, keepdim=True) - chosen <= 1e-5 * after.abs().max()).all())
+
+
+def test_a_checkpoint_keeps_the_factor() -> None:
+    result, _, factor = run(*faded(lambda m, x: m.one(pooled(x))))
+    assert factor > 2
+    back = restored(result, rest_of(result), tensors_of(result))
+    assert back.plan_of("one").logit_factor == factor
 
 
 def test_parts_are_at_least_two() -> None:
