@@ -9,9 +9,10 @@ the training set: dense top-1 is higher than on the validation set. So read diff
 chooses 500 calibration and 100 validation images; nothing sees the other 400.
 
 Every method gets the same confidence step (passes/confidence), so that the rows differ in masks and weights alone. The
-divergence stands there before that step and after it. "ours" permutes channels for the pattern, masks with `joint`, and
-refits with the strength that cross-validation chooses. "ours, fixed strength" is the refit before that: λ = 0.02, and
-the dense targets in full. `--add` measures only rows that are not there yet.
+divergence stands there before that step and after it. "ours" are the passes of `mpcompile MODEL --pattern N:M`: channels
+permuted for the pattern, `joint` masks, a refit with the strength that cross-validation chooses, and batch-norm
+statistics that give channels their variance back. "ours, fixed strength" is the refit without that choice: λ = 0.02,
+and the dense targets in full. `--add` measures only rows that are not there yet.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def fixed_strength() -> Iterator[None]:
 def at_fixed_strength(model: Model, data: Data, pattern: NM) -> Model:
     """Returns the model that our passes gave before cross-validation chose the strength of a refit."""
     with fixed_strength():
-        return passes(Permute(pattern), NMMask(pattern))(model, data)
+        return passes(Permute(pattern), NMMask(pattern), BatchNorm())(model, data)
 
 
 METHODS: dict[str, Pruner] = {
@@ -95,8 +96,9 @@ METHODS: dict[str, Pruner] = {
     "SparseGPT": lambda m, d, p: sparsegpt(m, d.calibration, p, masked_names(m, p)),
     "exact OBS": lambda m, d, p: exact_obs(m, d.calibration, p, masked_names(m, p)),
     "ours, fixed strength": at_fixed_strength,
-    OURS: lambda m, d, p: passes(Permute(p), NMMask(p))(m, d),
-    INT8: lambda m, d, p: passes(Permute(p), NMMask(p), Confidence(), Quantize())(m, d),
+    "ours, without batch-norm": lambda m, d, p: passes(Permute(p), NMMask(p))(m, d),
+    OURS: lambda m, d, p: passes(Permute(p), NMMask(p), BatchNorm())(m, d),
+    INT8: lambda m, d, p: passes(Permute(p), NMMask(p), BatchNorm(), Confidence(), Quantize())(m, d),
 }
 
 

