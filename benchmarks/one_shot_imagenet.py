@@ -9,10 +9,10 @@ the training set: dense top-1 is higher than on the validation set. So read diff
 chooses 500 calibration and 100 validation images; nothing sees the other 400.
 
 Every method gets the same confidence step (passes/confidence), so that the rows differ in masks and weights alone. The
-divergence stands there before that step and after it. "ours" are the passes of `mpcompile MODEL --pattern N:M`: channels
-permuted for the pattern, `joint` masks, a refit with the strength that cross-validation chooses, and batch-norm
-statistics that give channels their variance back. "ours, fixed strength" is the refit without that choice: λ = 0.02,
-and the dense targets in full. `--add` measures only rows that are not there yet.
+divergence stands there before that step and after it. "ours" are the passes of `mpcompile MODEL --pattern N:M`:
+channels permuted for the pattern, `joint` masks, a refit with the strength that cross-validation chooses, and
+batch-norm statistics that give channels their variance back. "ours, fixed strength" is the refit without that choice:
+λ = 0.02, and the dense targets in full. `--add` measures only rows that are not there yet.
 """
 
 import argparse

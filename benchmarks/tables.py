@@ -202,7 +202,7 @@ def small_models() -> list[tuple[str, ...]]:
 
 
 def accuracy() -> str:
-    """Returns top-1 of each model: dense, 2:4 by magnitude without refit, three patterns as compiled, and dense int8."""
+    """Returns top-1 of each model: dense, 2:4 by magnitude without refit, each of PATTERNS, and dense int8."""
 
     def percent(rows: list[dict[str, Any]], key: str = "top1") -> str:
         values = [100 * row[key] for row in rows]
