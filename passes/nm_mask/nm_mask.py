@@ -28,6 +28,7 @@ from mpcompile.ir.pattern_choice import PatternChoice, pattern_for
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.criteria import CRITERIA, DEFAULT, DEFAULT_WITHOUT_REFIT
 from mpcompile.passes.nm_mask.criterion import Criterion, MaskProblem
+from mpcompile.passes.reconstruct.channel_gain import channel_gains
 from mpcompile.passes.reconstruct.cross_validation import DAMPINGS, refit_problem
 from mpcompile.passes.reconstruct.dense_layers import layers_to_repair
 from mpcompile.passes.reconstruct.layerwise import LayerStep, layerwise
@@ -65,6 +66,8 @@ class NMMask:
             layers, nor layers excluded by name.
         residual: with the refit to the model, fit layers before a residual add to compensate the error of the skip
             branch too.
+        gain: with the refit to the model, whether each output channel is scaled to the variance of the dense output, if
+            the layer's bias or the batch normalization after it can absorb a change of the mean.
         damping: λ of the ridge term, relative to the mean second moment of the inputs. If None, it is chosen for each
             layer by cross-validation (passes/reconstruct/cross_validation.py), or is 0.02 with the refit to the layer.
         prior: α of the prior of the criterion covariance, which favours the layer's largest weights; 0 for none.
@@ -83,6 +86,7 @@ class NMMask:
     sequential: bool = True
     repair: bool = True
     residual: bool = True
+    gain: bool = True
     damping: float | None = None
     prior: float = 0.0
     prior_density: float = 0.65
@@ -224,8 +228,10 @@ class NMMask:
         assert step.moments is not None  # collected for every weight that is not finished
         layer, own = step.layer, flat(step.layer.weight)
         centred = step.weight.centred and target != "none"
+        dense_power = None
         if target == "model":
-            problem, fitted = refit_problem(step, self.damping)
+            found = refit_problem(step, self.damping)
+            problem, fitted, dense_power = found.reported, found.solved, found.dense_power
         elif target == "layer":
             problem = of_layer(step.moments.problem(centred), own, layer.bias if step.weight.biased else None)
             fitted = damped(problem, own, DAMPINGS[0] if self.damping is None else self.damping)
@@ -237,6 +243,8 @@ class NMMask:
         else:
             mask = criterion.select(MaskProblem(own, best, fitted.gram, pattern, self.prior, self.prior_density))
             weight = torch.where(mask, own.double(), 0) if target == "none" else refit(fitted, mask)
+        if self.gain and centred and dense_power is not None:
+            weight = weight * channel_gains(problem, weight, dense_power)[:, None]
         power = problem.power.sum()
         result = {
             "mask": unflat(mask, layer.weight.shape),

@@ -33,7 +33,8 @@ def quantised_weight(
         refitted: whether the weights are refitted before they are rounded.
     """
     own, plan = flat(step.layer.weight), model.plan_of(step.weight.names[0])
-    problem, fitted = refit_problem(step, damping)
+    fit = refit_problem(step, damping)
+    problem, fitted = fit.reported, fit.solved
     mask = torch.ones_like(own, dtype=torch.bool) if plan.mask is None else flat(plan.mask)
     best, least = refit(fitted, mask) if refitted else own.double(), _smallest_scale(model, step)
     if kind == "fp8":

@@ -48,19 +48,31 @@ class Strength:
     residual: float = 0.0
 
 
-def refit_problem(step: LayerStep, damping: float | None) -> tuple[LeastSquares, LeastSquares]:
-    """The problem whose error is reported, and the regularised one that the refit solves.
+@dataclass(frozen=True, slots=True)
+class RefitProblem:
+    """What a layer is fitted to.
 
-    Both have the target y + η_Δ Δ; the second replaces the share 1 − η_y of y by the layer's own outputs, and adds the
-    ridge term. `damping` is λ, or None to choose it too. The step must have moments.
+    Attributes:
+        reported: the problem with the target y + η_Δ Δ, whose error is reported.
+        solved: the one that the refit solves. It replaces the share 1 − η_y of y by the layer's own outputs, and has
+            the ridge term.
+        dense_power: E[y²] of each dense output, about its mean if the layer's mean is free.
     """
+
+    reported: LeastSquares
+    solved: LeastSquares
+    dense_power: Float[Tensor, " out"]
+
+
+def refit_problem(step: LayerStep, damping: float | None) -> RefitProblem:
+    """The problem of a step with moments. `damping` is λ, or None to choose it too."""
     assert step.moments is not None
     weight, centred = flat(step.layer.weight), step.weight.centred
     strength = chosen_strength(step.parts, weight, centred, DAMPINGS if damping is None else (damping,))
     problem = _of_targets(step.moments, 1.0, strength.residual).problem(centred)
     dense = _of_targets(step.moments, 1.0, 0.0).problem(centred)
     pulled = replace(problem, cross=problem.cross - (1 - strength.dense) * _correction(dense, weight))
-    return problem, damped(pulled, weight, strength.damping)
+    return RefitProblem(problem, damped(pulled, weight, strength.damping), dense.power)
 
 
 def chosen_strength(

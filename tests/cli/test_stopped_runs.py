@@ -47,7 +47,7 @@ def test_a_kill_loses_no_finished_layer(
     assert not kept & set(computed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "quick.yaml"]
     passes = json.loads((output / "report.json").read_text())["passes"]
-    assert [row["resumed"] for row in passes] == [True, True, True, False, False, False]
+    assert [row["resumed"] for row in passes] == [True, True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

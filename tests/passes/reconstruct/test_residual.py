@@ -185,7 +185,7 @@ def test_the_refit_is_the_least_squares_solution_for_the_sum(
 ) -> None:
     monkeypatch.setattr(cross_validation, "chosen_strength", lambda *_: strength)
     model = branch("permuted")
-    data, step = tiny_data(model), NMMask(NM(2, 4))
+    data, step = tiny_data(model), NMMask(NM(2, 4), gain=False)
     result, _ = PassManager([step]).run(model, data)
     images = data.calibration.first(len(data.calibration))
     layer, mask = result.layer("last"), result.plan_of("last").mask
