@@ -195,6 +195,14 @@ def test_numbers_found_are_those_of_the_files(page: str) -> None:
     assert checked
 
 
+def test_published_shares_follow_from_their_rows() -> None:
+    [table] = [table for table in tables(PAGES["results-accuracy"]) if "dense → result" in table[0]]
+    rows = [(row["dense → result"].split(" → "), row["of dense"]) for row in table if "→" in row["dense → result"]]
+    assert len(rows) >= 20
+    for (dense, result), share in rows:
+        assert share == f"{100 * float(result) / float(dense):.1f} %", (dense, result)
+
+
 @functools.cache
 def texts_of_the_source() -> list[tuple[str, int | None]]:
     """Every text of the source but docstrings, its fields as …, and the exit code where it is that of an error."""
