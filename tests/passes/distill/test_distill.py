@@ -20,7 +20,7 @@ from mpcompile.ir.model import Model
 from mpcompile.passes import ToMe
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
-from mpcompile.passes.distill.trainer import used_parameters, weight_decay_groups
+from mpcompile.passes.distill.parameters import used_parameters, weight_decay_groups
 from mpcompile.system.distributed import ProcessRank
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
