@@ -1,10 +1,13 @@
 """The parameters that a training changes, in groups for the optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-SMALLEST_SIZE = 1e-3  # of a parameter, for its learning rate: a bias of zeros can leave zero
+SMALLEST_SIZE = 1e-3  # of a parameter: a bias of zeros can leave zero
+SMALLEST_ROW = 1e-2  # of a row, relative to the whole parameter: a row of zeros can leave zero
 
 
 def used_parameters(graph: fx.GraphModule) -> set[str]:
@@ -38,17 +41,42 @@ def weight_decay_groups(graph: fx.GraphModule, weight_decay: float) -> list[dict
     return [group for group in found if group["params"]]
 
 
-def groups_by_size(graph: fx.GraphModule) -> list[dict[str, Any]]:
-    """The trained parameters, each in a group of its own whose learning rate is relative to the parameter's size.
+class RelativeSteps:
+    """Makes the steps of an optimizer relative to the size of each weight's row, so that one rate fits all layers.
 
-    `lr_scale`, which timm's schedules multiply the rate by, is the root mean square of the values that are not zero.
-    The weights of layers differ by orders of magnitude, and Adam moves each of them by about the rate in a step.
+    Adam moves every value by about the rate. But rows of a layer differ by orders of magnitude where a normalization
+    follows, and such a step destroys the small ones. So after each step of the optimizer, the change of a value is
+    multiplied by the root mean square of the row's values that are not zero: of its output channel for weights, of
+    the whole parameter for biases. This is exact for optimizers whose step does not depend on the values, as Adam
+    without weight decay.
     """
-    groups = []
-    for parameter in graph.parameters():
-        if parameter.requires_grad:
-            values = parameter.detach().double()
-            used = values[values != 0]
-            size = float(used.square().mean().sqrt()) if len(used) else 0.0
-            groups.append({"params": [parameter], "weight_decay": 0.0, "lr_scale": max(size, SMALLEST_SIZE)})
-    return groups
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        """Takes the sizes of the trained parameters as they are now."""
+        self._sizes = [
+            (parameter, _size(parameter.detach(), by_row=parameter.ndim > 1 or name.endswith("weight")))
+            for name, parameter in graph.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    @torch.no_grad()
+    def take(self, step: Callable[[], object]) -> None:
+        """Runs `step`, which changes the parameters, and scales its changes."""
+        before = [parameter.clone() for parameter, _ in self._sizes]
+        step()
+        for (parameter, size), old in zip(self._sizes, before, strict=True):
+            parameter.copy_(old + size * (parameter - old))
+
+
+def _size(values: Tensor, by_row: bool) -> Tensor:
+    """The root mean square of the values that are not zero, by row or of all, broadcastable to the values."""
+    whole = _root_mean_square(values.reshape(1, -1)).clamp_min(SMALLEST_SIZE)
+    if not by_row:
+        return whole.reshape([1] * values.ndim)
+    rows = _root_mean_square(values.reshape(len(values), -1))
+    return torch.maximum(rows, SMALLEST_ROW * whole).reshape(-1, *[1] * (values.ndim - 1))
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    """Of the values of each row that are not zero; 0 for a row of zeros."""
+    return (rows.double().square().sum(1) / (rows != 0).sum(1).clamp_min(1)).sqrt().to(rows.dtype)

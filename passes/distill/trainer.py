@@ -31,7 +31,7 @@ from mpcompile.ir.model import Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
-from mpcompile.passes.distill.parameters import groups_by_size, used_parameters, weight_decay_groups
+from mpcompile.passes.distill.parameters import RelativeSteps, used_parameters, weight_decay_groups
 from mpcompile.passes.distill.spectra import spectra
 from mpcompile.pipeline.partial_results import PartialResults
 from mpcompile.system.distributed import all_reduced, broadcast, process_rank
@@ -55,7 +55,7 @@ class Schedule:
     """Length, learning rate, optimizer and precision of a training; fields as in Distill.
 
     With `steps`, the training ends after so many steps, and no epoch is recorded. `relative` makes the learning rate
-    relative to the size of each parameter; the weight decay is then 0.
+    relative to the size of each weight's row (RelativeSteps); it needs a weight decay of 0.
     """
 
     epochs: int
@@ -135,8 +135,9 @@ class Training:
         for name, parameter in graph.named_parameters():
             parameter.requires_grad_(name in reached)
         self._dtype = next(graph.parameters()).dtype
-        groups = groups_by_size(graph) if schedule.relative else weight_decay_groups(graph, schedule.weight_decay)
+        groups = weight_decay_groups(graph, schedule.weight_decay)
         self._optimizer = create_optimizer_v2(groups, opt=schedule.optimizer, lr=schedule.rate)
+        self._relative = RelativeSteps(graph) if schedule.relative else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self._step = 0
         self._sums = torch.zeros(3, dtype=torch.float64)  # over this epoch: loss, loss on labels, distillation loss
@@ -211,7 +212,10 @@ class Training:
         if self._schedule.clip is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._graph.parameters(), self._schedule.clip)
-        self._scaler.step(self._optimizer)
+        if self._relative is None:
+            self._scaler.step(self._optimizer)
+        else:
+            self._relative.take(lambda: self._scaler.step(self._optimizer))
         self._scaler.update()
 
     def _losses(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> Tensor:

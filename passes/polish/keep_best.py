@@ -1,5 +1,6 @@
 """Keeps the best weights of a training by checks on validation images, and ends it if it does not improve any more."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 from mpcompile.ir.results import Closeness
 from mpcompile.passes.polish.budget import StepPlan
 
+log = logging.getLogger(__name__)
 FEWEST_WAITED = 4  # checks in a row without a lower divergence that end a training, and at least half of its checks:
 # in the first half the learning rate is high, and the divergence can be higher than at the start
 
@@ -46,6 +48,7 @@ class KeepBest:
         if step % self.plan.interval and step != self.plan.training:
             return
         found = self.judge(graph)
+        log.info("step %d: divergence %.4g, agreement %s", step, found.divergence, found.agreement)
         self.waited = 0 if found.divergence < self.lowest else self.waited + 1
         self.lowest = min(self.lowest, found.divergence)
         if found.divergence < self.best.divergence and not below(found.agreement, self.start.agreement):

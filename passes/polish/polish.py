@@ -6,7 +6,8 @@ that the steps are not spent on confidence, which the pass `confidence` gives ba
 
 1. The start is compared with the dense model on the validation images. If it loses nothing, nothing is trained.
 2. The time of a step and of a comparison gives the number of steps that the minutes allow (budget.py).
-3. A fifth of the steps tries learning rates, each from the start. The rate with the least divergence is taken.
+3. A fifth of the steps tries learning rates, each from the start. The largest rate whose divergence is within 2 % of
+   the least is taken.
 4. The training is compared on validation images again and again. The best weights are kept, and it ends if the
    divergence does not fall any more (keep_best.py).
 
@@ -41,12 +42,13 @@ from mpcompile.system.distributed import process_rank
 from mpcompile.system.hashing import sha256
 
 log = logging.getLogger(__name__)
-RATES = (2e-4, 6e-4, 2e-3)  # relative to the size of a weight
+RATES = (5e-5, 1.5e-4, 5e-4)  # relative to the size of a weight
 FEWEST_IMAGES = 16  # for validation: with fewer, the best of several checks is chance
 LONGEST = 1440.0  # minutes: one day
 NOTHING_LOST = 1e-3  # nats; below it nobody reads the difference. A hundredth of what 2:4 costs a compact network
 SAME_VALUES = 1e-4  # relative squared error of outputs that are values: 1 % of their spread
 TRIAL_IMAGES = 64  # of the validation images, on which learning rates are compared
+ABOUT_LEAST = 1.02  # times the least divergence of a trial
 TIMED_STEPS = 4  # the first is not counted
 KEPT = "the model is left as it was"  # begins the note if nothing is trained
 
@@ -109,7 +111,7 @@ class Polish:
         if len(data.validation) < FEWEST_IMAGES:
             raise PassError(
                 f"there are {len(data.validation)} validation images, on which the training is judged, and "
-                f"{FEWEST_IMAGES} are needed; give more images with --data, or leave polish out"
+                f"{FEWEST_IMAGES} are needed; give more images with --data, or fewer for calibration (--calibration)"
             )
         if process_rank().size > 1:
             raise UsageError("polish runs in one process; start it without torchrun, or use --distill")
@@ -225,9 +227,15 @@ def _trial(runs: TrainingRuns, finished: PartialResults, rate: float, plan: Step
 
 
 def best_rate(trials: tuple[RateTrial, ...]) -> float | None:
-    """The rate with the least divergence, the smallest of equal ones; None if no trial is finite."""
+    """The largest rate whose divergence is about the least; None if no trial is finite.
+
+    A short trial disadvantages large rates: their noise is averaged out only in a longer training.
+    """
     finite = [(trial.after.divergence, trial.rate) for trial in trials if trial.after is not None]
-    return min(finite)[1] if finite else None
+    if not finite:
+        return None
+    least = min(divergence for divergence, _ in finite)
+    return max(rate for divergence, rate in finite if divergence <= ABOUT_LEAST * least)
 
 
 def _told(polished: Polished) -> str:
