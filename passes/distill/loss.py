@@ -70,21 +70,13 @@ def teacher_loss(
     dense: Float[Tensor, "b ..."],
     temperature: float,
     head: Head = SOFTMAX,
-    factor: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images; for values a squared error.
-
-    `factor` multiplies z, or its distance to the threshold of the head; it is ignored for values and probabilities.
-    """
+    """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images; for values a squared error."""
     if not head.decides:
         theirs = dense.float()
         variance = (theirs - theirs.mean()).square().mean().clamp_min(SMALLEST)
         return (outputs.float() - theirs).square().mean() / variance
-    ours, theirs = _logits(outputs, head), _logits(dense, head) / temperature
-    if factor != 1 and not head.probabilities:
-        pivot = 0.0 if head.kind == "softmax" else head.threshold
-        ours = pivot + factor * (ours - pivot)
-    ours = ours / temperature
+    ours, theirs = _logits(outputs, head) / temperature, _logits(dense, head) / temperature
     if head.kind == "softmax":
         log_p, log_q = F.log_softmax(ours, dim=1), F.log_softmax(theirs, dim=1)
         return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)

@@ -77,14 +77,13 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Weights of the parts of the loss (passes/distill/loss.py), and a common factor on the logits in it."""
+    """Weights of the parts of the loss (passes/distill/loss.py)."""
 
     alpha: float
     temperature: float
     smoothing: float
     net: ElasticNet
     head: Head | None = None  # None: by the number of outputs
-    factor: float = 1.0
 
 
 @runtime_checkable
@@ -226,7 +225,7 @@ class Training:
             with torch.no_grad():
                 dense = primary(self._teacher(pixels))
         head = head_for(objective.head, dense)
-        teacher = teacher_loss(logits, dense, objective.temperature, head, objective.factor)
+        teacher = teacher_loss(logits, dense, objective.temperature, head)
         answered = teacher.new_zeros(()) if labels is None else labels_loss(logits, labels, objective.smoothing, head)
         alpha = 1.0 if labels is None else objective.alpha
         loss = (1 - alpha) * answered + alpha * teacher

@@ -1,8 +1,8 @@
 """Polish: trains the masked model on the dense model's outputs for given minutes; never worse than its start.
 
 The training loop is that of `distill` (passes/distill/trainer.py): no labels, masks applied after every step,
-batch-norm statistics fixed. The loss is KL(dense ‖ compressed) with the start's best common factor on the logits, so
-that the steps are not spent on confidence, which the pass `confidence` gives back for nothing.
+batch-norm statistics fixed. The loss is KL(dense ‖ compressed). A common factor on the logits in the loss was
+measured and is worse: the factor of other images is too large for images that the weights were fitted to.
 
 1. The start is compared with the dense model on the validation images. If it loses nothing, nothing is trained.
 2. The time of a step and of a comparison gives the number of steps that the minutes allow (budget.py).
@@ -150,7 +150,7 @@ class Polish:
             raise PassError("the outputs on validation images are not finite; leave polish out, or check the images")
         if start.divergence < (NOTHING_LOST if judge.head.decides else SAME_VALUES):
             return replace(record, kept_start="it loses nothing that a training could give back"), None
-        runs = TrainingRuns(model, judge.on_first(TRIAL_IMAGES), images, source, self, start.factor or 1.0)
+        runs = TrainingRuns(model, judge.on_first(TRIAL_IMAGES), images, source, self)
         finished = PartialResults(lambda: self._key(model, data))
         rates = RATES if self.rate is None else (self.rate,)
         steps = self._steps(runs, finished, started, check_seconds, len(data.validation), len(rates))

@@ -75,7 +75,6 @@ class TrainingRuns:
         images: what is trained on.
         source: preprocessing and size of the images in training.
         settings: options of the pass.
-        factor: on the logits in the loss: the start's best common one.
     """
 
     model: Model
@@ -83,7 +82,6 @@ class TrainingRuns:
     images: Split
     source: Source
     settings: Settings
-    factor: float
 
     def train(self, rate: float, steps: int, watch: Watch | None, finished: PartialResults | None) -> bool:
         """Trains a copy for some steps with this learning rate. Returns whether the loss stayed finite."""
@@ -120,7 +118,7 @@ class TrainingRuns:
             steps=steps,
             relative=True,
         )
-        objective = Objective(1.0, 1.0, 0.0, ElasticNet(), self.judge.head, self.factor)
+        objective = Objective(1.0, 1.0, 0.0, ElasticNet(), self.judge.head)
         training = Training(graph, model.dense, model.masks(), schedule, objective, self.judge.device)
         augmentation = Augmentation(options.scale, options.flip, None, 0.0)
         try:
