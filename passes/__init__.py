@@ -13,6 +13,7 @@ from mpcompile.passes.distill.distill import Distill
 from mpcompile.passes.mp_budget.mp_budget import MPBudget
 from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.passes.permute.permute import Permute
+from mpcompile.passes.polish.polish import Polish
 from mpcompile.passes.quantize.quantize import Quantize
 from mpcompile.passes.quantize.scale_migration import ScaleMigration
 from mpcompile.passes.restore import Restore
@@ -32,6 +33,7 @@ PASSES: Mapping[str, type[Pass]] = MappingProxyType(
             BatchNorm,
             Restore,
             Distill,
+            Polish,
             Confidence,
             ScaleMigration,
             Quantize,
@@ -50,6 +52,7 @@ __all__ = [
     "MPBudget",
     "NMMask",
     "Permute",
+    "Polish",
     "Quantize",
     "Restore",
     "ScaleMigration",

@@ -82,6 +82,7 @@ PASSES: Mapping[str, str] = {
     "batch-norm": "correct batch-norm statistics",
     "restore": "restore layers to dense",
     "distill": "fine-tune against the dense model",
+    "polish": "train against the dense model for some minutes, without labels",
     "confidence": "give back lost confidence by a factor on the logits",
     "scale-migration": "move the spread of activations into the weights after layer norms",
     "quantize": "quantise weights and activations to 8 bits",

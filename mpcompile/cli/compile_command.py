@@ -44,6 +44,7 @@ from mpcompile.cli.options import (
     MacsOption,
     PatternOption,
     PermuteOption,
+    PolishOption,
     QuietOption,
     SeedOption,
     ShareRowsOption,
@@ -143,6 +144,7 @@ def compile_command(
             metavar="EPOCHS", help="Fine-tune on --data against the dense model for this many epochs, masks fixed."
         ),
     ] = None,
+    polish: PolishOption = None,
     calibration: CalibrationOption = None,
     held_out: Annotated[int | None, typer.Option(help="Number of held-out images to evaluate. [default: all]")] = None,
     seed: SeedOption = None,
@@ -221,6 +223,7 @@ def compile_command(
         tome={"r": tome, "macs": tome_macs},
         restore={"max_drop": limits["max_drop"]} if data and limits["max_drop"] is not None else {},
         distill={"epochs": distill} if distill is not None else {},
+        polish={"minutes": polish} if polish is not None else {},
         quantize={"include": include, "exclude": exclude},
         exact={"drop-unread-tokens": {}},
         evidence=evidence if data else {},
@@ -269,6 +272,8 @@ def compile_command(
         _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides
     if distill is not None and not data:
         raise UsageError("--distill needs images to train on; give --data")
+    if polish is not None and not data:
+        raise UsageError("--polish needs images to train on; give --data")
     if dry_run:
         plan = preview(request, recipe, data, output, force)
         show_preview(plan, Recipe.checked(plan["recipe"]), as_json)

@@ -99,6 +99,16 @@ ConfidenceOption = Annotated[
 ]
 
 
+PolishOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MINUTES",
+        help="Train the masked model against the dense one for at most this many minutes, without labels, masks fixed. "
+        "Keeps the best weights on validation images, or those it began with. Needs --data.",
+    ),
+]
+
+
 StrictOption = Annotated[
     bool,
     typer.Option("--strict", help="Fail (exit code 4) if the channels of a layer to be masked cannot be reordered."),

@@ -160,6 +160,7 @@ def build_artifact(
         certificate=model.certificate,
         cost=costs,
         epochs=model.epochs,
+        polished=model.polished,
         accelerated=accelerated,
         parity=(*parities, *built.parity),
         quantized=in_8_bits,
@@ -188,6 +189,7 @@ def build_artifact(
             in_8_bits,
             in_whole,
             factor,
+            model.polished,
         ),
     )
     write_report(report, folder)
@@ -233,7 +235,7 @@ def _data_used(data: Data, model: Model, recipe: Recipe) -> DataUsed:
     return DataUsed(
         calibration=len(data.calibration),
         validation=len(data.validation),
-        training=len(data.for_training()) if model.epochs else 0,
+        training=len(data.for_training()) if model.epochs or model.polished else 0,
         held_out=len(data.held_out),
         seed=recipe.data.seed,
         notes=data.notes,

@@ -72,8 +72,8 @@ def require_inputs_of_target(plan: RunPlan, dense: Model, images: Data) -> None:
         raise UsageError(
             f"the model takes {names}, and {plan.recipe.precision} is for models with one input; use fp32 or fp16"
         )
-    if any(step.name == "distill" for step in plan.passes):
-        raise UsageError(f"the model takes {names}, and distill trains models with one input; leave it out")
+    if trains := next((step.name for step in plan.passes if step.name in ("distill", "polish")), None):
+        raise UsageError(f"the model takes {names}, and {trains} trains models with one input; leave it out")
     for split in (images.calibration, images.validation, images.training, images.held_out):
         if len(split) and len(split.first_inputs(1)) != len(dense.input_names):
             raise UsageError(

@@ -52,8 +52,8 @@ def writes_dense(plan: RunPlan) -> bool:
 
 def part_in_float(plan: RunPlan) -> str:
     """The name of what the passes before `quantize` do, such as `masks alone`."""
-    kinds = {"nm-mask": "masks", "tome": "merged tokens", "distill": "training"}
-    found = [kind for name, kind in kinds.items() if plan.recipe.step(name)]
+    kinds = {"nm-mask": "masks", "tome": "merged tokens", "distill": "training", "polish": "training"}
+    found = list(dict.fromkeys(kind for name, kind in kinds.items() if plan.recipe.step(name)))
     return f"{' and '.join(found) or 'other passes'} alone"
 
 

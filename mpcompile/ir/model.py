@@ -13,7 +13,7 @@ from mpcompile.ir.batch import Tensors, all_outputs, arguments, primary
 from mpcompile.ir.head import Head
 from mpcompile.ir.output_tree import ONE, rebuilt
 from mpcompile.ir.pattern import NM
-from mpcompile.ir.results import Certificate, Epoch, Spectrum
+from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -85,6 +85,7 @@ class Model:
     dense: fx.GraphModule | None = None  # the graph before the first lossy pass; None before that
     certificate: Certificate | None = None  # of this graph; None if not certified, or changed since
     epochs: tuple[Epoch, ...] = ()  # every distillation epoch so far
+    polished: Polished | None = None  # of the last pass polish
     notes: tuple[str, ...] = ()  # of the pass that returned this model, for its row in the report
     head: Head | None = None  # how outputs become decisions; None: by the number of outputs (`head_for`)
     others: tuple[Tensor, ...] = ()  # examples of the inputs after the images
@@ -126,6 +127,11 @@ class Model:
     def with_plan(self, plans: Mapping[str, LayerPlan]) -> "Model":
         """A model with the same graph and the plans of these layers replaced."""
         return replace(self, plan=MappingProxyType({**self.plan, **plans}))
+
+    @property
+    def trained(self) -> bool:
+        """Whether a training changed weights after masking."""
+        return bool(self.epochs) or (self.polished is not None and self.polished.kept_start is None)
 
     @property
     def example_inputs(self) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Results of passes that the report shows: spectra, certificates, distillation epochs."""
+"""Results of passes that the report shows: spectra, certificates, training epochs, a polish."""
 
 from dataclasses import dataclass
 
@@ -96,3 +96,46 @@ class Epoch:
     rate: float  # learning rate of the last step
     edge: float | None  # mean bulk edge σ₊ (a singular value) of the masked layers; None if no law can be fitted
     spikes: int | None  # singular values above the noise edge, summed over the masked layers
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """How close a compressed model's outputs are to the dense ones on validation images.
+
+    Attributes:
+        divergence: KL(dense ‖ compressed) in nats with the best common factor on the logits; for outputs that are
+            values the squared error relative to the variance of the dense values.
+        factor: that factor; None for values.
+        agreement: the share of decisions that are the same; None for values.
+    """
+
+    divergence: float
+    factor: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RateTrial:
+    """A learning rate that was tried from the start for some steps. The rate is relative to the size of a weight."""
+
+    rate: float
+    steps: int
+    after: Closeness | None  # None: the loss or the outputs were not finite
+
+
+@dataclass(frozen=True, slots=True)
+class Polished:
+    """A training of limited minutes on the dense outputs: what it did, and what it changed on validation images."""
+
+    minutes: float  # the limit
+    steps: int  # of the whole limit, with those of the trials; 0 if no training was needed or possible
+    taken: int  # steps of the training itself; fewer than planned if it did not improve any more
+    batch: int  # images of a step
+    size: tuple[int, ...]  # (channels, height, width) of an image in training
+    rate: float | None  # learning rate, relative to the size of a weight; None without training
+    trials: tuple[RateTrial, ...]  # of the rates, if more than one was tried
+    training: int  # images that were trained on
+    validation: int  # images that `before` and `after` are measured on
+    before: Closeness
+    after: Closeness  # equal to `before` if the model is left as it was
+    kept_start: str | None  # why the model is left as it was, as a sentence; None if it was trained

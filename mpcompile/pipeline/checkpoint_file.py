@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
-from mpcompile.ir.results import Certificate, Epoch, Spectrum
+from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
 from mpcompile.pipeline.fingerprint import structure_of, tensors_of
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.system.hashing import sha256, sha256_of
@@ -80,6 +80,7 @@ def rest_of(model: Model) -> dict[str, Any]:
         "plan": {name: _plan_rest(plan) for name, plan in model.plan.items()},
         "certificate": None if model.certificate is None else asdict(model.certificate),
         "epochs": [asdict(epoch) for epoch in model.epochs],
+        "polished": None if model.polished is None else asdict(model.polished),
     }
     as_json: dict[str, Any] = json.loads(json.dumps(rest))  # turns tuples into lists, as a file is read back
     return as_json
@@ -115,10 +116,11 @@ def restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor
         decoded["pattern"] = NM.parse(pattern) if pattern else None
         decoded["spectrum"] = Spectrum(**spectrum) if spectrum else None
         plan[name] = LayerPlan(**{**values, **decoded})
-    certificate = rest["certificate"]
+    certificate, polished = rest["certificate"], rest.get("polished")
     return replace(
         model,
         plan=MappingProxyType(plan),
         certificate=None if certificate is None else TypeAdapter(Certificate).validate_python(certificate),
         epochs=tuple(Epoch(**epoch) for epoch in rest["epochs"]),
+        polished=None if polished is None else TypeAdapter(Polished).validate_python(polished),
     )

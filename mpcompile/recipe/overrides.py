@@ -6,10 +6,10 @@ from mpcompile.errors import UsageError
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.recipe.schema import Recipe, Step
 
-# Passes after which `tome`, `restore` and `distill` are inserted.
+# Passes after which `tome`, `restore`, `distill` and `polish` are inserted.
 MASKING = ("mp-budget", "permute", "nm-mask")
 # Passes after which `quantize` is inserted.
-FLOATING = (*MASKING, "tome", "batch-norm", "restore", "distill", "confidence")
+FLOATING = (*MASKING, "tome", "batch-norm", "restore", "distill", "polish", "confidence")
 CORRECTIONS = ("batch-norm", "confidence")  # of what masks and token merging lose
 OPTION_OF = {"signal": "budget"}  # parameter of mp-budget -> its option, if the two names differ
 
@@ -23,6 +23,7 @@ def overridden(
     tome: dict[str, Any] | None = None,
     restore: dict[str, Any] | None = None,
     distill: dict[str, Any] | None = None,
+    polish: dict[str, Any] | None = None,
     quantize: dict[str, Any] | None = None,
     exact: dict[str, dict[str, Any]] | None = None,
     evidence: dict[str, dict[str, Any]] | None = None,
@@ -33,9 +34,9 @@ def overridden(
     """The recipe, with its values replaced by those of the command-line options. None and empty options change nothing.
 
     If the recipe has neither mp-budget nor nm-mask and patterns are given, mp-budget, permute and nm-mask are appended.
-    If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome` and `distill` are
-    inserted if they are given and missing. `exact`, `restore` and `evidence` are inserted only if the recipe has no
-    passes.
+    If it has nm-mask but no mp-budget, nm-mask gets the pattern and the choice of layers. `tome`, `distill` and
+    `polish` are inserted if they are given and missing. `exact`, `restore` and `evidence` are inserted only if the
+    recipe has no passes.
     `quantize` is inserted if the precision is int8 or fp8 and it is missing, with `scale-migration` before all passes
     that lose accuracy. It gets the limit of `restore`. If the recipe then masks no layer, the
     choice of layers belongs to `quantize` alone, and `batch-norm` and `confidence`, which correct for masks, are not
@@ -49,6 +50,7 @@ def overridden(
         tome: parameters of tome.
         restore: parameters of restore.
         distill: parameters of distill.
+        polish: parameters of polish.
         quantize: parameters of scale-migration and quantize: the choice of layers; used only in int8 and fp8.
         exact: parameters of the exact passes that serve every model (drop-unread-tokens), by name; they come after
             mp-budget and before all others.
@@ -97,6 +99,8 @@ def overridden(
         steps = _with(steps, "restore", after=(*MASKING, "tome", "batch-norm"))
     if distill:
         steps = _with(steps, "distill", after=(*MASKING, "tome", "batch-norm", "restore"))
+    if polish:
+        steps = _with(steps, "polish", after=(*MASKING, "tome", "batch-norm", "restore", "distill"))
     if in_8_bits and all(step.name != "quantize" for step in steps):
         steps = _with(steps, "quantize", after=FLOATING)
         place = next(index for index, step in enumerate(steps) if step.name in (*FLOATING[1:], "quantize"))
@@ -113,7 +117,7 @@ def overridden(
     if not confidence:
         steps = [step for step in steps if step.name != "confidence"]
     changes = {"mp-budget": budget, "permute": order, "nm-mask": mask, "tome": tome}
-    changes |= {"restore": restore or {}, "distill": distill or {}, "scale-migration": quantize}
+    changes |= {"restore": restore or {}, "distill": distill or {}, "polish": polish or {}, "scale-migration": quantize}
     changes["quantize"] = {**quantize, **(restore or {} if not recipe.passes else {})}  # the same limit
     content = recipe.model_dump(mode="json")
     # Steps, not their text: patterns stay NM values, and are not parsed again.

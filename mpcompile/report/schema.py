@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mpcompile.analysis.block_macs import Charged
 from mpcompile.ir.model import Source
-from mpcompile.ir.results import Certificate, Epoch, Spectrum
+from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup, Timing
@@ -162,6 +162,7 @@ class Report(Value):
     certificate: Certificate | None
     cost: Charged
     epochs: tuple[Epoch, ...]
+    polished: Polished | None = None  # of the pass polish, also if it left the model as it was
     latency: tuple[Latency, ...]
     gates: tuple[Gate, ...]
     files: tuple[FileRow, ...]

@@ -3,13 +3,14 @@
 import shlex
 
 from mpcompile.analysis.block_macs import Charged
-from mpcompile.ir.results import Certificate
+from mpcompile.ir.results import Certificate, Polished
 from mpcompile.measure.accuracy import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
 from mpcompile.report.confidence_sentences import on_confidence
 from mpcompile.report.head_words import accuracy_name, agreement_sentence
 from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.part_schema import Part
+from mpcompile.report.polish_sentences import on_polish
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.quantized_sentences import beside_dense, loss_split, on_8_bit_kernels, without_kernel
 from mpcompile.report.schema import Latency, LayerRow, Report
@@ -30,6 +31,7 @@ def verdict_on(
     quantized: Quantized | None = None,
     part: Part | None = None,
     logit_factor: float | None = None,
+    polished: Polished | None = None,
 ) -> tuple[str, ...]:
     """The verdict: sentences on speed, masks, tokens, accuracy and proofs. It claims only what this run measured.
 
@@ -49,6 +51,7 @@ def verdict_on(
         quantized: the dense models in 8 bits, if the compressed model is in 8 bits.
         part: the part of the model that was compressed; None for the whole model.
         logit_factor: the factor on the logits that the pass confidence folded into the last layers.
+        polished: what the pass polish trained and changed; None without it.
     """
     counts = count_layers(layers)
     check = comparison.dense_check if comparison else None
@@ -86,6 +89,7 @@ def verdict_on(
             "which is less work on any target."
         )
     sentences += [f"{note[0].upper()}{note[1:]}." for note in notes]
+    sentences += on_polish(polished)
     if comparison and comparison.metric:
         m = comparison.metric
         sentences.append(

@@ -8,13 +8,10 @@ a small model need a higher rate.
 Under torchrun, each rank trains on its share of every batch, and all ranks end with the same weights.
 """
 
-import hashlib
 import logging
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import numpy as np
-import torch
 from torch import Tensor, fx
 
 from mpcompile.data.images import Data, Split
@@ -24,13 +21,11 @@ from mpcompile.ir.model import Model, Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation
 from mpcompile.passes.distill.loss import ElasticNet
-from mpcompile.passes.distill.trainer import Objective, Schedule, Training
-from mpcompile.pipeline.partial_results import PartialResults, run_key
+from mpcompile.passes.distill.trainer import Objective, Schedule, Training, training_device
+from mpcompile.passes.distill.training_key import training_key
+from mpcompile.pipeline.partial_results import PartialResults
 from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.distributed import PicklableGraph, broadcast, process_rank
-
-SAMPLED_IMAGES = 64  # images whose pixels identify the training set, beside its size and order
-
 
 log = logging.getLogger(__name__)
 
@@ -193,20 +188,7 @@ class Distill:
 
     def _key(self, model: Model, images: Split) -> str:
         """A key that identifies this training: options, model, dense model, masks and images."""
-        digest = hashlib.sha256(repr(replace(self, workers=0, minutes=0.0)).encode())
-        digest.update(repr((model.source, images.labelled, images.order, model.head)).encode())
-        for node in model.graph.graph.nodes:
-            digest.update(f"{node.op} {node.name} {node.target if node.op != 'call_function' else ''} ".encode())
-            digest.update(f"{node.args} {node.kwargs}".encode())
-        assert model.dense is not None
-        for name, value in [*model.dense.state_dict().items(), *model.masks().items()]:
-            digest.update(name.encode() + value.detach().contiguous().numpy(force=True).tobytes())
-        # All labels if they are known without decoding images; else those of the first images.
-        labels = getattr(images.images, "labels", None)
-        some = replace(images, order=images.order[:SAMPLED_IMAGES])
-        known = [label for _, batch in some.batches() for label in batch.tolist()] if labels is None else list(labels)
-        digest.update(repr([np.asarray(label).tolist() for label in known]).encode())
-        return run_key(digest.hexdigest(), model, {}, some)
+        return training_key(repr(replace(self, workers=0, minutes=0.0)), model, images)
 
     def _trained(
         self,
@@ -224,8 +206,8 @@ class Distill:
             graph,
             dense,
             masks,
-            Schedule(**{field: getattr(self, field) for field in Schedule.__dataclass_fields__}),
+            Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__ if hasattr(self, name)}),
             Objective(self.alpha, self.tau, self.smoothing, net, head),
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+            training_device(),
         )
         return training.run(images, source, self._augmentation, finished)

@@ -66,7 +66,10 @@ def labels_loss(
 
 
 def teacher_loss(
-    outputs: Float[Tensor, "b ..."], dense: Float[Tensor, "b ..."], temperature: float, head: Head = SOFTMAX
+    outputs: Float[Tensor, "b ..."],
+    dense: Float[Tensor, "b ..."],
+    temperature: float,
+    head: Head = SOFTMAX,
 ) -> Float[Tensor, ""]:
     """The distillation loss τ² KL(softmax(z_T/τ) ‖ softmax(z/τ)), the mean over images; for values a squared error."""
     if not head.decides:

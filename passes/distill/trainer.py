@@ -1,8 +1,10 @@
-"""The training loop of distillation: steps, masks held, a record of each epoch, and exact resume from checkpoints.
+"""The training loop of `distill` and `polish`: steps, masks held, a record of each epoch, and exact resume.
 
 A step depends only on the checkpoint and on its number. The checkpoint holds the weights, the optimizer's moments and
 the sums of the epoch; the number determines the order of images, their augmentation, the learning rate and the softness
 of masks. So a run that was killed and resumed ends with the same weights as one that was not.
+
+A `Watch` looks at the model after steps, and can end the training. Its state is in the checkpoint, too.
 
 The graph is trained in evaluation mode: no dropout, and fixed batch-norm statistics. So one process computes the same
 on a batch as several on their shares of it, up to rounding.
@@ -11,17 +13,16 @@ on a batch as several on their shares of it, up to rounding.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mpcompile.analysis.spectrum import NoFitError, analyse
 from mpcompile.data.images import Split
 from mpcompile.errors import PassError
 from mpcompile.ir.batch import primary
@@ -30,6 +31,8 @@ from mpcompile.ir.model import Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
+from mpcompile.passes.distill.parameters import RelativeSteps, used_parameters, weight_decay_groups
+from mpcompile.passes.distill.spectra import spectra
 from mpcompile.pipeline.partial_results import PartialResults
 from mpcompile.system.distributed import all_reduced, broadcast, process_rank
 from mpcompile.system.progress import tracked
@@ -43,9 +46,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARMUP_START_LR = 1e-6  # share of the learning rate at the first warm-up step
 
 
+class NotFiniteError(PassError):
+    """The loss of a step is not finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Length, learning rate, optimizer and precision of a training; fields as in Distill."""
+    """Length, learning rate, optimizer and precision of a training; fields as in Distill.
+
+    With `steps`, the training ends after so many steps, and no epoch is recorded. `relative` makes the learning rate
+    relative to the size of each weight's row (RelativeSteps); it needs a weight decay of 0.
+    """
 
     epochs: int
     batch: int
@@ -60,6 +71,8 @@ class Schedule:
     seed: int
     workers: int
     minutes: float
+    steps: int | None = None
+    relative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +86,35 @@ class Objective:
     head: Head | None = None  # None: by the number of outputs
 
 
+@runtime_checkable
+class Watch(Protocol):
+    """Looks at a training after each of its steps, for example to keep the best weights."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the training ends before the next step."""
+        ...
+
+    def after_step(self, step: int, graph: fx.GraphModule) -> None:
+        """Called after step number `step`, from 1, with the graph, whose weights it must not change."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the watch."""
+        ...
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Takes the state of a checkpoint."""
+        ...
+
+
+def training_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 class Training:
-    """The state of one distillation. Trains `graph` in place."""
+    """The state of one training. Trains `graph` in place."""
 
     def __init__(
         self,
@@ -94,40 +134,56 @@ class Training:
         for name, parameter in graph.named_parameters():
             parameter.requires_grad_(name in reached)
         self._dtype = next(graph.parameters()).dtype
-        self._optimizer = create_optimizer_v2(
-            weight_decay_groups(graph, schedule.weight_decay), opt=schedule.optimizer, lr=schedule.rate
-        )
+        groups = weight_decay_groups(graph, schedule.weight_decay)
+        self._optimizer = create_optimizer_v2(groups, opt=schedule.optimizer, lr=schedule.rate)
+        self._relative = RelativeSteps(graph) if schedule.relative else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self._step = 0
         self._sums = torch.zeros(3, dtype=torch.float64)  # over this epoch: loss, loss on labels, distillation loss
         self._epochs: list[Epoch] = []
 
     def run(
-        self, images: Split, source: Source, augmentation: Augmentation, finished: PartialResults
+        self,
+        images: Split,
+        source: Source,
+        augmentation: Augmentation,
+        finished: PartialResults | None,
+        watch: Watch | None = None,
     ) -> tuple[Epoch, ...]:
         """Trains to the end, from the checkpoint in `finished` if there is one. Returns a record of each epoch.
 
-        Raises PassError if the loss is not finite, or if a removed weight is not zero at the end.
+        Raises NotFiniteError if the loss is not finite, PassError if a removed weight is not zero at the end.
         """
         schedule, here = self._schedule, process_rank()
-        if kept := broadcast((finished.get("training") or {}) if here.first else None):
+        stored = finished.get("training") if finished is not None and here.first else None
+        if kept := broadcast((stored or {}) if here.first else None):
             self._restore(kept)
+            if watch is not None:
+                watch.restore(_under("watch.", kept))
             log.info("resumed after step %d", self._step)
-        order = Batches(images.order, schedule.batch, schedule.epochs, schedule.seed, here, self._step)
-        total, saved = schedule.epochs * order.per_epoch, time.monotonic()
+        epochs = schedule.epochs if schedule.steps is None else -(-schedule.steps // (len(images) // schedule.batch))
+        order = Batches(images.order, schedule.batch, epochs, schedule.seed, here, self._step)
+        total, saved = schedule.steps or epochs * order.per_epoch, time.monotonic()
         rates = cosine_schedule(self._optimizer, total, min(schedule.warmup, total // 2), schedule.rate)
         model = self._graph if here.size == 1 else DistributedDataParallel(self._graph)
         read = loader(TrainingImages(images, source, augmentation, schedule.seed), order, schedule.workers)
-        for (pixels, labels), step in zip(read, tracked(range(self._step, total), "step {}".format), strict=True):
+        # The steps come first: with `steps`, the last epoch has more batches.
+        for step, (pixels, labels) in zip(tracked(range(self._step, total), "step {}".format), read, strict=False):
+            if watch is not None and watch.ended:
+                break
             rates.step_update(step)
             answers = labels.to(self._device) if images.labelled else None
             self._train(model, pixels.to(self._device, self._dtype), answers)
             self._step = step + 1
             self._hold_masks(total)
-            if self._step % order.per_epoch == 0:
+            if schedule.steps is None and self._step % order.per_epoch == 0:
                 self._close_epoch(order.per_epoch, images.labelled)
-            if here.first and (self._step == total or time.monotonic() - saved > 60 * schedule.minutes):
-                finished.put("training", self._state())
+            if watch is not None:
+                watch.after_step(self._step, self._graph)
+            last = self._step == total or (watch is not None and watch.ended)
+            if finished is not None and here.first and (last or time.monotonic() - saved > 60 * schedule.minutes):
+                looked = {} if watch is None else {f"watch.{name}": value for name, value in watch.state().items()}
+                finished.put("training", {**self._state(), **looked})
                 saved = time.monotonic()
         self._require_masks()
         for graph in (self._graph, self._teacher):
@@ -137,7 +193,7 @@ class Training:
     def _train(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> None:
         """One optimizer step on one batch, with gradients accumulated over its parts.
 
-        Raises PassError if the loss is not finite.
+        Raises NotFiniteError if the loss is not finite.
         """
         parts = pixels.tensor_split(min(self._schedule.accumulate, len(pixels)))
         answers = [None] * len(parts) if labels is None else labels.tensor_split(len(parts))
@@ -151,11 +207,14 @@ class Training:
                 self._scaler.scale(share * losses[0]).backward()
             self._sums += share * losses.detach().double().cpu()
         if not self._sums.isfinite().all():
-            raise PassError(f"the loss is not finite at step {self._step}; try a smaller rate, or precision fp32")
+            raise NotFiniteError(f"the loss is not finite at step {self._step}; try a smaller rate, or precision fp32")
         if self._schedule.clip is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._graph.parameters(), self._schedule.clip)
-        self._scaler.step(self._optimizer)
+        if self._relative is None:
+            self._scaler.step(self._optimizer)
+        else:
+            self._relative.take(lambda: self._scaler.step(self._optimizer))
         self._scaler.update()
 
     def _losses(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> Tensor:
@@ -246,37 +305,6 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def used_parameters(graph: fx.GraphModule) -> set[str]:
-    """The names of the parameters that a node of the graph uses. The modules may have others, which are not trained."""
-    used: list[str] = []
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            used.append(str(node.target))
-        elif node.op == "call_module":
-            used += [f"{node.target}.{name}" for name, _ in graph.get_submodule(str(node.target)).named_parameters()]
-    values = {id(value) for name, value in graph.named_parameters(remove_duplicate=False) if name in used}
-    return {name for name, value in graph.named_parameters() if id(value) in values}
-
-
-def weight_decay_groups(graph: fx.GraphModule, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters, in one group with weight decay and one without.
-
-    Only weights of layers decay. Biases, norms, and parameters that the graph reads directly, such as class tokens and
-    position embeddings, do not.
-    """
-    fetched = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    layers = {
-        f"{name}.weight" for name, m in graph.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
-    }
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in graph.named_parameters():
-        if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and (name in layers or name not in fetched)
-            groups[decayed].append(parameter)
-    found = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
-    return [group for group in found if group["params"]]
-
-
 def cosine_schedule(optimizer: torch.optim.Optimizer, total: int, warmup: int, rate: float) -> "CosineLRScheduler":
     """The learning-rate schedule by step: linear warm-up, then a cosine."""
     from timm.scheduler import CosineLRScheduler
@@ -289,16 +317,3 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, total: int, warmup: int, r
         warmup_prefix=False,
         t_in_epochs=False,
     )
-
-
-def spectra(weights: Sequence[Tensor]) -> tuple[float | None, int | None]:
-    """Mean edge σ₊ and total number of spikes, over the weights that a Marchenko–Pastur law can be fitted to."""
-    fits = []
-    for weight in weights:
-        try:
-            fits.append(analyse(weight.numpy(force=True), null=False).fit)
-        except NoFitError:
-            continue
-    if not fits:
-        return None, None
-    return float(np.mean([fit.bulk_edge for fit in fits])), sum(fit.spikes for fit in fits)

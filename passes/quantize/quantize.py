@@ -214,9 +214,9 @@ def _reference(model: Model) -> tuple[fx.GraphModule, list[str]]:
     """
     if model.dense is None:
         return model.graph, []
-    if not model.epochs and same_nodes(model.graph, model.dense):
+    if not model.trained and same_nodes(model.graph, model.dense):
         return _with_logit_factors(model, model.dense), []
-    cause = "was trained" if model.epochs else "got other operations"
+    cause = "was trained" if model.trained else "got other operations"
     return model.graph, [
         f"weights are rounded towards the outputs before 8 bits, since the model {cause} after masking"
     ]

@@ -27,7 +27,7 @@ def names(recipe: Recipe) -> list[str]:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_the_passes_are_inserted_around_all_that_change_floats(precision: str) -> None:
-    options = {"tome": {"r": "8"}, "restore": {"max_drop": 1.0}, "distill": {"epochs": 1}}
+    options = {"tome": {"r": "8"}, "restore": {"max_drop": 1.0}, "distill": {"epochs": 1}, "polish": {"minutes": 1}}
     whole = merged([], precision, budget={"patterns": ("2:4",)}, **options)
     assert names(whole) == [
         "mp-budget",
@@ -38,6 +38,7 @@ def test_the_passes_are_inserted_around_all_that_change_floats(precision: str) -
         "batch-norm",
         "restore",
         "distill",
+        "polish",
         "confidence",
         "quantize",
         "certify",

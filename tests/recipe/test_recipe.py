@@ -105,7 +105,7 @@ def test_mistakes_are_one_line_that_names_the_key(text: str, error: str) -> None
         (
             Step(name="nm-musk"),
             "pass 'nm-musk' is unknown; the passes are mp-budget, drop-unread-tokens, permute, nm-mask, tome, "
-            "batch-norm, restore, distill, confidence, scale-migration, quantize, certify",
+            "batch-norm, restore, distill, polish, confidence, scale-migration, quantize, certify",
         ),
         (
             Step(name="nm-mask", params={"patern": "2:4"}),
@@ -225,6 +225,9 @@ def test_flags_put_passes_into_a_recipe_or_override_those_there() -> None:
         "distill",
         "certify",
     ]
+    steps = merged_with(["nm-mask", "distill", "confidence", "certify"], polish={"minutes": 3.0})
+    assert [step.name for step in steps] == ["nm-mask", "distill", "polish", "confidence", "certify"]
+    assert steps[2].params == {"minutes": 3.0}
     [_, train] = merged_with(["nm-mask", {"distill": {"epochs": 1, "batch": 8}}], distill={"epochs": 3})
     assert train.params == {"epochs": 3, "batch": 8}
     assert [s.name for s in merged_with(["distill", "certify"], tome={"r": "8"})] == ["tome", "distill", "certify"]

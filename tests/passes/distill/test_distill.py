@@ -20,7 +20,7 @@ from mpcompile.ir.model import Model
 from mpcompile.passes import ToMe
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
-from mpcompile.passes.distill.trainer import used_parameters, weight_decay_groups
+from mpcompile.passes.distill.parameters import RelativeSteps, used_parameters, weight_decay_groups
 from mpcompile.system.distributed import ProcessRank
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
@@ -161,6 +161,36 @@ def test_class_tokens_and_positions_are_not_decayed() -> None:
     names = {id(parameter): name for name, parameter in graph.named_parameters()}
     assert {"cls_token", "pos_embed", "head.bias", "norm.weight"} <= {names[id(p)] for p in free}
     assert {names[id(p)] for p in decayed} == {f"{name}.weight" for name, _ in tiny_vit().layers()}
+
+
+def test_relative_steps_are_those_of_a_row() -> None:
+    graph = tiny_cnn().graph
+    name, layer = next((n, m) for n, m in graph.named_modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        layer.weight[0] = 100.0
+        layer.weight[1] = 0.0
+        layer.weight[2, 0] = 0.0  # removed weights do not count
+        layer.weight[2, 1:] = 3.0
+    before = {key: value.detach().clone() for key, value in graph.named_parameters()}
+
+    def step() -> None:
+        with torch.no_grad():
+            for parameter in graph.parameters():
+                parameter.add_(0.5)
+
+    RelativeSteps(graph).take(step)
+    moved = (graph.get_parameter(f"{name}.weight") - before[f"{name}.weight"]).detach()
+    assert moved[0].flatten().tolist() == pytest.approx([50.0] * moved[0].numel(), rel=1e-5)
+    assert (moved[1] > 0).all()
+    assert (moved[1] < 1).all()
+    if before[f"{name}.weight"].shape[1] > 1:
+        assert moved[2].flatten().tolist() == pytest.approx([1.5] * moved[2].numel(), rel=1e-4)
+    biases = [key for key in before if key.endswith("bias") and before[key].abs().sum() > 0]
+    assert biases
+    for key in biases:
+        size = float(before[key][before[key] != 0].square().mean().sqrt())
+        moved = (graph.get_parameter(key) - before[key]).detach()
+        assert float(moved.mean()) == pytest.approx(0.5 * size, rel=1e-3)
 
 
 def test_l2_shrinks_the_bulk() -> None:
