@@ -54,13 +54,16 @@ def int8_coverage(
         if node.op_type in KERNELS or node.op_type.startswith(GEMM):
             for name in node.input:
                 users.setdefault(name, []).append(node)
+    native = {node.name: node for node in optimised.graph.node if node.op_type.startswith(GEMM)}
     ends = ends_of(model, FUSED_STEPS)
     nodes = {node.name: node for node in model.graph.node}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     readers = {name: node for node in model.graph.node for name in node.input}
     found = []
     for row in rows:
-        ran = [node for node in users.get(row.initializer, ()) if node.name in times_ms]
+        # A native operator has its product's name, and the weight of a Gemm under a name of its own.
+        turned = [native[name] for name in row.nodes if name in native and row.initializer not in native[name].input]
+        ran = [node for node in (*users.get(row.initializer, ()), *turned) if node.name in times_ms]
         whole = len(ran) >= len(row.nodes)
         reason = None if whole else _reason(row, len(ran), nodes, ends, types, readers)
         kernel, ms = _kernel(row, ran, optimised, times_ms, whole)

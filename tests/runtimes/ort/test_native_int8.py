@@ -9,14 +9,19 @@ import pytest
 from int8_files import VIT, int8_vit
 from kernel_trials import shorten_trials
 from numpy.typing import NDArray
+from quantized_models import quantised_by_hand
 
-from mpcompile.export.onnx_export import Lowered
+from mpcompile.export.onnx_export import Lowered, lower
 from mpcompile.ir.pattern import NM
 from mpcompile.runtimes import Build, OnnxRuntime, native
+from mpcompile.runtimes.native import int8_products, int8_rewrite
+from mpcompile.runtimes.native.build import HERE, LIBRARY
 from mpcompile.runtimes.ort import saturation
+from mpcompile.runtimes.ort.int8_coverage import int8_coverage
 from mpcompile.runtimes.ort.native_kernel import NMEngine
 from mpcompile.runtimes.ort.saturation import note, pairs_saturate
 from mpcompile.runtimes.ort.session import cpu_engine, fast_engine
+from mpcompile.testing import tiny_mlp
 
 native_kernel = pytest.mark.skipif(native.missing() is not None, reason="the native kernel cannot be used here")
 MISSING = "mpcompile.runtimes.native.missing"
@@ -154,3 +159,17 @@ def test_a_file_that_saturates_without_the_native_kernel_says_so_once(
     assert "if model.native.onnx is run with its library" in text
     assert text.endswith("give the pass quantize `lanes: pairs` in the recipe")
     assert note(int8_vit(tmp_path, None)) == ()
+
+
+@native_kernel
+def test_a_gemm_whose_weight_is_stored_turned_counts_as_run_in_8_bits(tmp_path: Path) -> None:
+    """The native operator reads the weight of such a Gemm under another name than the file's."""
+    file = tmp_path / "m.onnx"
+    lower(quantised_by_hand(tiny_mlp(), ["hidden"]), file, precision="int8", batch=2)
+    plain = onnx.load(file)
+    products = int8_products.find(plain)
+    assert products
+    onnx.save(int8_rewrite.replace(plain, products, {}), file)
+    [row] = int8_coverage(file, np.zeros((2, 1, 8, 8), np.float32), 1, HERE / LIBRARY)
+    assert row.in_8_bits, row.reason
+    assert str(row.kernel).startswith("NMGemmInt8")
