@@ -10,9 +10,10 @@ chooses 500 calibration and 100 validation images; nothing sees the other 400.
 
 Every method gets the same confidence step (passes/confidence), so that the rows differ in masks and weights alone. The
 divergence stands there before that step and after it. "ours" are the passes of `mpcompile MODEL --pattern N:M`:
-channels permuted for the pattern, `joint` masks, a refit with the strength that cross-validation chooses, and
-batch-norm statistics that give channels their variance back. "ours, fixed strength" is the refit without that choice:
-λ = 0.02, and the dense targets in full. `--add` measures only rows that are not there yet.
+channels permuted for the pattern, `joint` masks, a refit with the strength that cross-validation chooses and a gain
+for each channel, and the correction of batch-norm statistics where it still pays. "ours, fixed strength, no gain" is
+the refit without the choice and the gain: λ = 0.02, and the dense targets in full.
+`--add` measures only rows that are not there yet.
 """
 
 import argparse
@@ -85,9 +86,9 @@ def fixed_strength() -> Iterator[None]:
 
 
 def at_fixed_strength(model: Model, data: Data, pattern: NM) -> Model:
-    """Returns the model that our passes gave before cross-validation chose the strength of a refit."""
+    """Returns the model of our passes without the choice of the strength and without gains."""
     with fixed_strength():
-        return passes(Permute(pattern), NMMask(pattern), BatchNorm())(model, data)
+        return passes(Permute(pattern), NMMask(pattern, gain=False))(model, data)
 
 
 METHODS: dict[str, Pruner] = {
@@ -95,8 +96,8 @@ METHODS: dict[str, Pruner] = {
     "Wanda, statistics moved": lambda m, d, p: passes(NMMask(p, "wanda", "none"), BatchNorm())(m, d),
     "SparseGPT": lambda m, d, p: sparsegpt(m, d.calibration, p, masked_names(m, p)),
     "exact OBS": lambda m, d, p: exact_obs(m, d.calibration, p, masked_names(m, p)),
-    "ours, fixed strength": at_fixed_strength,
-    "ours, without batch-norm": lambda m, d, p: passes(Permute(p), NMMask(p))(m, d),
+    "ours, fixed strength, no gain": at_fixed_strength,
+    "ours, no gain": lambda m, d, p: passes(Permute(p), NMMask(p, gain=False))(m, d),
     OURS: lambda m, d, p: passes(Permute(p), NMMask(p), BatchNorm())(m, d),
     INT8: lambda m, d, p: passes(Permute(p), NMMask(p), BatchNorm(), Confidence(), Quantize())(m, d),
 }

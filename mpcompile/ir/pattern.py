@@ -12,6 +12,7 @@ check of a mask (mpcompile/ir/weight_groups.py) and its selection from scores (p
 
 import re
 from dataclasses import dataclass
+from math import comb
 from typing import TYPE_CHECKING, Any
 
 from mpcompile.errors import UsageError
@@ -61,6 +62,11 @@ class NM:
         if self.vocabulary and self.of > WIDEST_VOCABULARY:
             raise UsageError(
                 f"pattern {self}: a vocabulary needs M ≤ {WIDEST_VOCABULARY}; give for example 4:8v8: {EXAMPLE}"
+            )
+        if self.vocabulary > (existing := comb(self.of, self.keep)):
+            raise UsageError(
+                f"pattern {self}: only {existing} patterns of {self.plain} exist, so this vocabulary restricts "
+                f"nothing; give {self.plain}"
             )
 
     @classmethod

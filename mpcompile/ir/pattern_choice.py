@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 WIDEST, NARROWEST = 32, 4  # the M that a density stands for, unless the target runs others
-PERCENT = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*(?:x\s*(\d{1,9}))?\s*")
+PERCENT = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*(?:x\s*(\d{1,9}))?\s*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,11 @@ def parse_choice(text: str) -> NM | Alternatives:
         return choice_of(nested(*density))
     if "|" in text:
         return Alternatives.parse(text)
+    if "%" in text:
+        raise UsageError(
+            f"pattern {text!r} is no density: give a share of the weights to keep, such as 50%, or 50%x4 for four "
+            "neighbouring output channels that share a pattern; a vocabulary needs an N:M, such as 4:8v8"
+        )
     if near := _density_meant(text):
         raise UsageError(
             f"pattern {text!r} is neither N:M, such as 2:4, nor a density in percent; did you mean {near}?"
@@ -109,6 +114,8 @@ def parse_density(text: str) -> tuple[Fraction, int] | None:
     if match is None:
         return None
     density, rows = Fraction(match[1]) / 100, int(match[2] or 1)
+    if rows < 1:
+        raise UsageError(f"pattern {text!r}: the number of rows that share a pattern is at least 1")
     if not 0 < density < 1 or density.denominator > WIDEST:
         nearest = min((Fraction(n, WIDEST) for n in range(1, WIDEST)), key=lambda other: abs(other - density))
         proposal = f"{_percent(nearest)} ({NM(nearest.numerator, nearest.denominator)})"

@@ -1,6 +1,7 @@
 """Patterns and densities as text: what they stand for, and the errors of wrong ones."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import pytest
@@ -78,7 +79,7 @@ def test_wrong_patterns_are_refused(text: str, message: str) -> None:
 def test_every_pattern_is_read_back_from_its_text(data: st.DataObject) -> None:
     of = data.draw(st.integers(2, 64))
     keep = data.draw(st.integers(1, of - 1))
-    vocabulary = data.draw(st.integers(0, 70)) if of <= 8 else 0
+    vocabulary = data.draw(st.integers(0, math.comb(of, keep))) if of <= 8 else 0
     rows = 1 if vocabulary else data.draw(st.integers(1, 16))
     pattern = NM(keep, of, rows, vocabulary)
     assert NM.parse(str(pattern)) == pattern == parse_choice(str(pattern)) == eval(repr(pattern))
@@ -105,3 +106,19 @@ def test_a_layer_takes_the_freest_pattern_that_its_width_allows(inputs: int) -> 
     else:
         assert reason == f"{inputs} input channels are not a multiple of 32 or 16 or 8 or 4"
     assert patterns_in(choice)[-1] == NM(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("4:8v71", "pattern 4:8v71: only 70 patterns of 4:8 exist, so this vocabulary restricts nothing; give 4:8"),
+        ("50%x0", "pattern '50%x0': the number of rows that share a pattern is at least 1"),
+        ("50%v8", "pattern '50%v8' is no density: give a share of the weights to keep, such as 50%, or 50%x4"),
+        ("50%%", "pattern '50%%' is no density"),
+        ("١%", "pattern '١%' is no density"),
+    ],
+)
+def test_what_is_nearly_a_pattern_is_refused_in_its_own_words(text: str, found: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_choice(text)
+    assert found in str(caught.value)
