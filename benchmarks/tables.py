@@ -206,8 +206,10 @@ def accuracy() -> str:
 
     def percent(rows: list[dict[str, Any]], key: str = "top1") -> str:
         values = [100 * row[key] for row in rows]
+        if not values:
+            return "–"
         spread = f" [{min(values):.2f}, {max(values):.2f}]" if max(values) > min(values) else ""
-        return f"{sum(values) / len(values):.2f} %{spread}" if values else "–"
+        return f"{sum(values) / len(values):.2f} %{spread}"
 
     def of(model: str, method: str, pattern: str | None = None) -> str:
         return percent([r for r in shot if (r["model"], r["method"], r.get("pattern")) == (model, method, pattern)])
@@ -239,7 +241,10 @@ def accuracy() -> str:
             for method in (MAGNITUDE_IMAGENET, OURS_IMAGENET)
             for pattern in PATTERNS
         }
-        dense = percent(by_method[OURS_IMAGENET, "2:4"], "dense_top1")
+        compressed = [row for rows in by_method.values() for row in rows]
+        if not compressed:
+            continue
+        dense = percent(by_method[OURS_IMAGENET, "2:4"] or compressed, "dense_top1")
         ours = (percent(by_method[OURS_IMAGENET, pattern]) for pattern in PATTERNS)
         table.append((name, dense, percent(by_method[MAGNITUDE_IMAGENET, "2:4"]), *ours, "–"))
     heads = ("model, held-out images", "dense", "2:4 by magnitude, no refit", *PATTERNS, "dense int8")
