@@ -26,7 +26,7 @@ INFINITE = Closeness(float("inf"), None, None)
 
 
 @runtime_checkable
-class Settings(Protocol):
+class PolishSettings(Protocol):
     """The options of the pass that a training takes."""
 
     @property
@@ -81,7 +81,7 @@ class TrainingRuns:
     judge: Judge
     images: Split
     source: Source
-    settings: Settings
+    settings: PolishSettings
 
     def train(self, rate: float, steps: int, watch: Watch | None, finished: PartialResults | None) -> bool:
         """Trains a copy for some steps with this learning rate. Returns whether the loss stayed finite."""
