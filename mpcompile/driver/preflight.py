@@ -12,6 +12,7 @@ from mpcompile.driver.plugins import GIVEN
 from mpcompile.driver.quantization import require_consistent_precision
 from mpcompile.driver.run_plan import RunPlan
 from mpcompile.errors import ResourceError, UsageError
+from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.passes.mp_budget.mp_budget import MPBudget
@@ -87,12 +88,17 @@ def _require_accuracy(plan: RunPlan, dense: Model, images: Data) -> None:
     limited = [step.name for step in plan.passes if getattr(step, "max_drop", None) is not None]
     if images.held_out.metric is not None or (plan.recipe.gates.max_drop is None and not limited):
         return
-    headed, _ = with_head(dense, plan.recipe.head, None)
-    if headed.head is None or not headed.head.decides:
+    if _deciding_head(plan, dense) is None:
         raise UsageError(
             f"--max-drop (max_drop) limits the loss of accuracy, and {named_output(dense)} is taken as "
             "values, which have none; give --metric PKG.MOD:FN, limit max_shift of restore, or give --head softmax"
         )
+
+
+def _deciding_head(plan: RunPlan, dense: Model) -> Head | None:
+    """The recipe's head on these outputs; None if the outputs are values, which have no decision."""
+    headed, _ = with_head(dense, plan.recipe.head, None)
+    return headed.head if headed.head is not None and headed.head.decides else None
 
 
 def _require_probabilities(plan: RunPlan, dense: Model, images: Data) -> None:
@@ -100,8 +106,8 @@ def _require_probabilities(plan: RunPlan, dense: Model, images: Data) -> None:
     gates = plan.recipe.gates
     if gates.max_ece is None and gates.max_kl is None:
         return
-    headed, _ = with_head(dense, plan.recipe.head, None)
-    if headed.head is None or not headed.head.decides:
+    head = _deciding_head(plan, dense)
+    if head is None:
         raise UsageError(
             f"--max-drop ece and kl limit changes of probabilities, and {named_output(dense)} is taken as values, "
             "which have none; leave them out, or give --head softmax"
@@ -110,7 +116,7 @@ def _require_probabilities(plan: RunPlan, dense: Model, images: Data) -> None:
         raise UsageError(f"a gate on the divergence (--max-drop kl=…) needs held-out images; {'; '.join(images.notes)}")
     if gates.max_ece is None:
         return
-    if headed.head.kind == "ordinal" or dense(dense.example_inputs).ndim > 2:
+    if head.kind == "ordinal" or dense(dense.example_inputs).ndim > 2:
         raise UsageError(
             f"a gate on the calibration error (--max-drop ece=…) needs one label for each output that decides, and "
             f"{named_output(dense)} gives ranks or maps; leave ece out"

@@ -70,7 +70,7 @@ def refit_problem(step: LayerStep, damping: float | None) -> RefitProblem:
     weight, centred = flat(step.layer.weight), step.weight.centred
     strength = chosen_strength(step.parts, weight, centred, DAMPINGS if damping is None else (damping,))
     problem = _of_targets(step.moments, 1.0, strength.residual).problem(centred)
-    dense = _of_targets(step.moments, 1.0, 0.0).problem(centred)
+    dense = _of_targets(step.moments, 1.0, 0.0).problem(centred) if strength.residual else problem
     pulled = replace(problem, cross=problem.cross - (1 - strength.dense) * _correction(dense, weight))
     return RefitProblem(problem, damped(pulled, weight, strength.damping), dense.power)
 
