@@ -12,6 +12,7 @@ from typing import no_type_check
 import pytest
 import torch
 from distill_runs import MASKS, QUICK, assert_same_weights, run, weights
+from failing_images import Failing
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,27 +23,9 @@ from mpcompile.passes import ToMe
 from mpcompile.passes.distill.distill import OPTIMIZERS, SKIPPED
 from mpcompile.pipeline.partial_results import keeping
 from mpcompile.system.distributed import ProcessRank, broadcast, process_group, process_rank
-from mpcompile.testing import Noise, tiny_data, tiny_source, tiny_vit
+from mpcompile.testing import tiny_data, tiny_source, tiny_vit
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class Stopped(Exception):
-    """What a test stops a training with."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Failing(Noise):
-    """Fails where it has been read so often."""
-
-    reads: list[int] = dataclasses.field(default_factory=list)
-    most: int = 1 << 30
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.reads.append(index)
-        if len(self.reads) > self.most:
-            raise Stopped
-        return super().__getitem__(index)
 
 
 def of_noise(most: int = 1 << 30, labels: int = 10) -> Data:

@@ -1,8 +1,7 @@
 """Models and images for tests of the pass polish."""
 
-import dataclasses
-
 import torch
+from failing_images import Failing
 from torch import Tensor
 
 from mpcompile.data.images import Data, Split
@@ -13,24 +12,6 @@ from mpcompile.testing import Noise
 
 MASKS = NMMask(criterion="magnitude", refit="none")
 SHORT = Polish(steps=40, batch=8)
-
-
-class StoppedError(Exception):
-    """What a test stops a training with."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Failing(Noise):
-    """Fails where it has been read so often."""
-
-    reads: list[int] = dataclasses.field(default_factory=list)
-    most: int = 1 << 30
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.reads.append(index)
-        if len(self.reads) > self.most:
-            raise StoppedError
-        return super().__getitem__(index)
 
 
 def images(most: int = 1 << 30, count: int = 64) -> Data:
