@@ -1,8 +1,9 @@
 """Finds the layers that compute the logits, so that a factor on the logits can be folded into their weights and biases.
 
 From the primary output back to these layers, only operations with f(a x) = a f(x) for a > 0 are allowed: reshaping,
-slicing, dropout, means and pooling, products with constants, and sums or concatenations of several heads. A softmax or
-sigmoid at the end is allowed if the head's outputs are probabilities.
+slicing, dropout, means and pooling, products with numbers and with values that are the same for every image (a learned
+scale), and sums or concatenations of several heads. A softmax or sigmoid at the end is allowed if the head's outputs
+are probabilities.
 """
 
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from mpcompile.ir.model import Model
 
 CONVERSIONS = frozenset(["float", "to", "type", "type_as", "contiguous", "clone", "detach", "dropout"])
 ONE_INPUT = DATA_MOVEMENT_NAMES | RESHAPE_AS_NAMES | CONVERSIONS | SPATIAL_NAMES | {"mean", "sum"}
+FUNCTIONAL_LAYERS = frozenset(["linear", "matmul", "mm", "addmm", "bmm", "einsum", "conv1d", "conv2d", "conv3d"])
 PRODUCTS = frozenset(["mul", "mul_", "div", "div_", "truediv"])
 # Of these, a constant that is added to every logit does not come out as the same constant.
 MOVES_CONSTANTS = frozenset(["sum", "sub", "avg_pool2d"]) | CONCATENATION_NAMES
@@ -69,7 +71,7 @@ def logit_layers(model: Model, head: Head) -> LogitLayers:
     trace = _Trace(model, head, {node: name for name, nodes in nodes_of.items() for node in nodes})
     output = next(node for node in model.graph.graph.nodes if node.op == "output")
     returned = tuple(output.args[0]) if isinstance(output.args[0], tuple | list) else (output.args[0],)
-    if not isinstance(returned[0], fx.Node):
+    if not isinstance(returned[0], fx.Node) or not _depends_on_input(returned[0]):
         raise NotFoldable("the output is a constant")
     _follow(trace, returned[0], 1.0, last=True)
     for node in trace.seen:
@@ -94,14 +96,13 @@ def _follow(trace: _Trace, node: fx.Node, gain: float, last: bool) -> None:
         for part in _parts(node):
             _follow(trace, part, gain, last=False)
     elif name in PRODUCTS:
-        factor = _constant(node)
-        if not factor:
-            raise NotFoldable(f"the logits are a product of two computed values ({node.name})")
-        _follow(trace, _first(node), gain * (1 / factor if "div" in name else factor), last=False)
+        value, factor = _scaled(node)
+        trace.keeps_constants &= factor is not None  # a learned scale may differ between outputs
+        _follow(trace, value, gain * (factor or 1.0), last=False)
     elif name in ONE_INPUT:
         _follow(trace, _first(node), gain, last and name not in SPATIAL_NAMES | {"mean", "sum"})
     else:
-        raise NotFoldable(f"the logits come from {_kind(trace.model.graph, node)} ({node.name}), not from a layer")
+        raise NotFoldable(_not_a_layer(trace.model.graph, node))
 
 
 def _take(trace: _Trace, node: fx.Node, gain: float) -> None:
@@ -158,11 +159,16 @@ def _name(graph: fx.GraphModule, node: fx.Node) -> str:
     return ""
 
 
-def _kind(graph: fx.GraphModule, node: fx.Node) -> str:
-    """What a node is, in a sentence."""
+def _not_a_layer(graph: fx.GraphModule, node: fx.Node) -> str:
+    """Why the search for layers ends at a node, as the end of a sentence."""
+    if node.op in ("placeholder", "get_attr"):
+        return f"the logits come from {'an input' if node.op == 'placeholder' else 'a parameter'} ({node.name})"
+    name = _name(graph, node)
+    if name in FUNCTIONAL_LAYERS:
+        return f"the logits come from a call of {name} ({node.name}) whose weights belong to no layer"
     if node.op == "call_module":
-        return type(graph.get_submodule(str(node.target))).__name__
-    return _name(graph, node) or {"placeholder": "an input", "get_attr": "a parameter"}.get(node.op, node.op)
+        name = type(graph.get_submodule(str(node.target))).__name__
+    return f"the logits come from {name or node.op} ({node.name}), through which no factor passes"
 
 
 def _probability_names(head: Head) -> tuple[str, ...]:
@@ -185,13 +191,39 @@ def _parts(node: fx.Node) -> Iterator[fx.Node]:
     """The values that a sum, a difference or a concatenation reads. Raises NotFoldable for a constant among them."""
     given = node.args[0] if node.args and isinstance(node.args[0], tuple | list) else node.args[:2]
     for one in given:
-        if not isinstance(one, fx.Node):
+        if not isinstance(one, fx.Node) or not _depends_on_input(one):
             raise NotFoldable(f"a constant is added to the logits ({node.name})")
         yield one
 
 
-def _constant(node: fx.Node) -> float | None:
-    """The constant in a product of a value and a constant; None for a product of two values or a constant divided."""
-    numbers = [one for one in node.args[:2] if isinstance(one, int | float) and not isinstance(one, bool)]
-    divided = isinstance(node.args[1], fx.Node) and "div" in str(getattr(node.target, "__name__", node.target))
-    return float(numbers[0]) if len(numbers) == 1 and not divided else None
+def _scaled(node: fx.Node) -> tuple[fx.Node, float | None]:
+    """The value of a product or quotient that depends on the input, and its factor if that is a number.
+
+    Raises NotFoldable unless the factor is the same for every input, or if it is 0.
+    """
+    divides = "div" in str(getattr(node.target, "__name__", node.target))
+    one, other = node.args[:2]
+    if not divides and not _depends_on_input(one):
+        one, other = other, one
+    if _depends_on_input(other):
+        what = "divided by a value that depends" if divides else "a product of two values that depend"
+        raise NotFoldable(f"the logits are {what} on the input ({node.name})")
+    assert isinstance(one, fx.Node)
+    if not isinstance(other, int | float):
+        return one, None
+    if other == 0:
+        raise NotFoldable(f"the logits are a value times 0 ({node.name})")
+    return one, 1 / other if divides else float(other)
+
+
+def _depends_on_input(value: object) -> bool:
+    """Whether a value of the graph is computed from an input, rather than from parameters and numbers alone."""
+    waiting, seen = [value], set[object]()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            if node.op == "placeholder":
+                return True
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False

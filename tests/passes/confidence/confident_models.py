@@ -27,6 +27,7 @@ class Headed(nn.Module):
         self.one = nn.Linear(8, outputs, bias=bias)
         self.other = nn.Linear(8, outputs)
         self.maps = nn.Conv2d(8, outputs, 1)
+        self.scale = nn.Parameter(torch.tensor(1.5))
         self._finish = finish
 
     @no_type_check  # it is run with proxies, which beartype's checks of annotations reject

@@ -36,6 +36,7 @@ FOLDED: dict[str, tuple[Finish, Head]] = {
     "labels": (lambda m, x: m.one(pooled(x)), Head("multilabel")),
     "labels with a threshold": (lambda m, x: m.one(pooled(x)), Head("multilabel", -0.8)),
     "label probabilities": (lambda m, x: m.one(pooled(x)).sigmoid(), Head("multilabel", 0.5, True)),
+    "a learned scale": (lambda m, x: m.scale.exp() * m.one(pooled(x)) / m.scale, Head()),
     "ranks": (lambda m, x: m.maps(x).mean((2, 3)), Head("ordinal", 0.4)),
 }  # fmt: skip
 
@@ -91,7 +92,13 @@ def test_one_output_is_scaled_around_its_threshold() -> None:
 
 REFUSED: dict[str, tuple[Finish, Head, str]] = {
     "rectifier": (lambda m, x: m.one(pooled(x)).relu(), Head(), "relu"),
-    "product of two values": (lambda m, x: m.one(pooled(x)) * m.other(pooled(x)), Head(), "product of two computed"),
+    "product of two values": (lambda m, x: m.one(pooled(x)) * m.other(pooled(x)), Head(), "product of two values"),
+    "quotient": (lambda m, x: m.one(pooled(x)) / m.other(pooled(x)), Head(), "divided by a value that depends"),
+    "reciprocal": (lambda m, x: 1.0 / m.one(pooled(x)), Head(), "divided by a value that depends"),
+    "parameter added": (lambda m, x: m.one(pooled(x)) + m.scale * m.one.bias, Head(), "a constant is added"),
+    "times zero": (lambda m, x: m.one(pooled(x)) * 0.0, Head(), "times 0"),
+    "no layer": (lambda m, x: pooled(x) @ m.one.weight.T, Head(), "whose weights belong to no layer"),
+    "learned scale, threshold": (lambda m, x: m.one(pooled(x)) * m.scale, Head("multilabel", 1.0), "cannot pass"),
     "constant added": (lambda m, x: m.one(pooled(x)) + 1.0, Head(), "a constant is added"),
     "values used elsewhere": (lambda m, x: (m.one(pooled(x)), m.one(pooled(x)).relu()), Head(), "applied elsewhere"),
     "another output": (lambda m, x: (lambda z: (z, z.relu()))(m.one(pooled(x))), Head(), "beside the logits"),
