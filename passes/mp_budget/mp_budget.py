@@ -149,6 +149,12 @@ class MPBudget:
             pattern = chosen.get(name)
             reason = None if pattern else verdicts[self.patterns[0]][name] or "the budget keeps it dense"
             plans[name] = self._plan(model.plan_of(name), pattern, reason, fits.get(name))
+        densities = {pattern.density for pattern in self.patterns}
+        if self.macs is None and len(densities) > 1:
+            note = (
+                f"without macs (--macs), every layer gets the sparsest pattern of {', '.join(map(str, self.patterns))}"
+            )
+            model = replace(model, notes=(*model.notes, f"{note} that it can have; macs mixes them"))
         return model.with_plan(plans)
 
     def _plan(

@@ -242,6 +242,13 @@ def test_amplification_is_the_mean_squared_derivative() -> None:
         assert found[name] == pytest.approx(expected, rel=0.15)
 
 
+def test_several_densities_without_macs_are_told() -> None:
+    (note,) = plan_by(tiny_vit(), MPBudget((NM(2, 4), NM(1, 4)), null=False)).notes
+    assert note.startswith("without macs (--macs), every layer gets the sparsest pattern of 2:4, 1:4")
+    assert not plan_by(tiny_vit(), MPBudget((NM(2, 4), NM(4, 8)), null=False)).notes
+    assert not plan_by(tiny_vit(), MPBudget((NM(2, 4), NM(1, 4)), macs=0.7, null=False)).notes
+
+
 def test_amplification_leaves_the_model_as_it_was() -> None:
     model = tiny_mlp()
     model.layer("stem").weight.requires_grad_(False)
