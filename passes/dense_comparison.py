@@ -13,6 +13,7 @@ from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.tied_weight import tied_weights
+from mpcompile.system.device import CPU, makes_tensors_on
 
 BATCH = 32
 
@@ -66,8 +67,9 @@ def accuracy_drop(outputs: Tensor, dense: Tensor, images: Split, head: Head | No
     if images.metric is not None:
         sides: list[float] = []
         for rows in (dense, outputs):
-            targets, parts = images.targets(BATCH), rows.split(BATCH)
-            sides.append(mean_of([images.metric.of_batch(*pair) for pair in zip(parts, targets, strict=True)]))
+            targets, parts = images.targets(BATCH), rows.cpu().split(BATCH)
+            with makes_tensors_on(CPU):  # the metric is the user's own
+                sides.append(mean_of([images.metric.of_batch(*pair) for pair in zip(parts, targets, strict=True)]))
         return sides[0] - sides[1]
     labels = torch.cat([labels for _, labels in images.batches()])
     decides = head_for(head, dense)

@@ -30,6 +30,11 @@ SIGNALS: Mapping[str, str] = {
     "owl": "outlier-weighted layerwise sparsity",
     "sensitivity": "measured loss on calibration images",
 }
+DEVICES: Mapping[str, str] = {
+    "auto": "a CUDA GPU if there is one",
+    "cpu": "the processor",
+    "cuda": "a CUDA GPU; cuda:N for one of several",
+}
 CRITERIA: Mapping[str, str] = {
     "magnitude": "the largest weights",
     "wanda": "weight times input norm",

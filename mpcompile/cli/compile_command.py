@@ -7,7 +7,7 @@ import typer
 
 import mpcompile.cli.parse as parse
 from mpcompile.cli.app import EXIT_CODES, Command, app
-from mpcompile.cli.choices import CRITERIA, PASSES, PRECISIONS, REFITS, completion, listed
+from mpcompile.cli.choices import CRITERIA, DEVICES, PASSES, PRECISIONS, REFITS, completion, listed
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.model_options import (
     AllowPickleOption,
@@ -153,6 +153,14 @@ def compile_command(
     alpha: AlphaOption = None,
     skip_broken: SkipBrokenOption = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its own choice]")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where passes run: auto (a CUDA GPU if there is one), cpu, cuda or cuda:N. Engines run where the "
+            "target does. [default: auto]",
+            autocompletion=completion(DEVICES),
+        ),
+    ] = None,
     arch: ArchOption = None,
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
@@ -231,6 +239,7 @@ def compile_command(
         top={
             "target": target,
             "precision": precision,
+            "device": device,
             "batch": file_batch,
             "opset": opset,
             "head": head,
@@ -282,7 +291,7 @@ def compile_command(
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
     failure = None
     try:
-        with process_group() as here, progress(quiet or as_json or not here.first) as observe:
+        with process_group(recipe.device) as here, progress(quiet or as_json or not here.first) as observe:
             if not here.first:
                 follow(request, recipe, data)
                 return

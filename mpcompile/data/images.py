@@ -1,6 +1,6 @@
 """Image sets, splits of them, and the four splits of a run: calibration, validation, training and held-out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpcompile.data.metric import Metric
 from mpcompile.ir.batch import arguments, stacked
+from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.hashing import sha256, sha256_of
 from mpcompile.system.progress import tracked
 
@@ -61,6 +62,7 @@ class Split:
     labelled: bool
     decoded: DecodedImages | None = field(default=None, repr=False, compare=False)
     metric: Metric | None = None  # replaces accuracy
+    device: torch.device = CPU  # where batches are put
 
     @property
     def judged(self) -> bool:
@@ -79,7 +81,8 @@ class Split:
         """All inputs of a model, the images first, and labels; as `batches` for models with one input."""
         for start in range(0, len(self.order), size):
             pairs = [self._image(index) for index in self.order[start : start + size]]
-            yield stacked([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+            labels = torch.tensor([label for _, label in pairs], device=CPU).to(self.device)
+            yield self._placed([image for image, _ in pairs]), labels
 
     def targets(self, size: int = BATCH) -> Iterator[list[Any]]:
         """What a metric compares the outputs with, batch by batch: the targets of the images, or else their labels.
@@ -103,14 +106,18 @@ class Split:
 
     def first_inputs(self, count: int) -> tuple[Tensor, ...]:
         """All inputs of a model for the first `count` images, the images first."""
-        return stacked([self._image(index)[0] for index in self.order[:count]])
+        return self._placed([self._image(index)[0] for index in self.order[:count]])
+
+    def _placed(self, rows: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The inputs of a batch, from those of each image, on the device."""
+        return tuple(one.to(self.device) for one in stacked(rows))
 
     def hashes(self) -> Iterator[str]:
         """The `image_hash` of each image in order; an image that was hashed when it was decoded is not read again."""
         decoded, target = self._decoded_here(), getattr(self.images, "target_key", None)
         known: Mapping[int, str] = {} if decoded is None else decoded.hashes
         for index in self.order:
-            pixels = known[index] if index in known else image_hash(*self.images[index])
+            pixels = known[index] if index in known else image_hash(*self._image(index))
             yield pixels if self.metric is None or target is None else sha256(pixels, target(index))
 
     def _image(self, index: int) -> tuple[Any, Label]:
@@ -118,7 +125,8 @@ class Split:
         decoded = self._decoded_here()
         if decoded is not None and index in decoded.pixels:
             return decoded.pixels[index]
-        return self.images[index]
+        with makes_tensors_on(CPU):
+            return self.images[index]
 
     def _decoded_here(self) -> DecodedImages | None:
         """The decoded images of this very set, or None: `dataclasses.replace` may have put another set in its place."""
@@ -167,11 +175,15 @@ class Data:
 
     def judged_by(self, metric: Metric | None) -> "Data":
         """The data with a metric that replaces accuracy; None changes nothing."""
-        if metric is None:
-            return self
+        return self if metric is None else self._each_split(metric=metric)
+
+    def on(self, device: torch.device) -> "Data":
+        """The data whose batches are put on a device."""
+        return self if device == CPU else self._each_split(device=device)
+
+    def _each_split(self, **changes: Any) -> "Data":
         names = ("calibration", "held_out", "validation", "training")
-        splits = {name: replace(getattr(self, name), metric=metric) for name in names}
-        return replace(self, **splits)
+        return replace(self, **{name: replace(getattr(self, name), **changes) for name in names})
 
     def for_passes(self) -> "Data":
         """The data without held-out images, for passes that change the model."""

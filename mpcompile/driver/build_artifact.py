@@ -58,6 +58,7 @@ from mpcompile.runtimes import Runtime, has_sparse_kernel
 from mpcompile.runtimes.ort.overflow import require_finite
 from mpcompile.runtimes.ort.session import cpu_engine
 from mpcompile.runtimes.ort.unrounded import require_unrounded_parity
+from mpcompile.system.device import device_name
 from mpcompile.system.hardware import environment
 
 PARITY_IMAGES = 32
@@ -105,7 +106,7 @@ def build_artifact(
             with TemporaryDirectory() as temporary:
                 in_float.extend(outputs_in_float(plan, model, data.held_out, Path(temporary) / COMPRESSED))
 
-    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints, before_pass)
+    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints, before_pass, plan.device)
     dense_cost, cost_left = cost(dense), cost(model)
     observe("export compressed")
     after = plan.lower(model, folder / COMPRESSED, metadata)
@@ -153,7 +154,8 @@ def build_artifact(
         captured=_captured(dense, model, data),
         recipe=recipe,
         recipe_sha256=recipe.sha256,
-        environment=environment({**_versions(plan.runtime), **plan.origins}, built.dense.device),
+        environment=environment({**_versions(plan.runtime), **plan.origins}, built.dense.device)
+        | {"passes": device_name(plan.device)},
         data=_data_used(data, model, recipe),
         passes=records,
         layers=layers,

@@ -190,7 +190,7 @@ def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: Any = 
     dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
     for step in plan.passes:
         if isinstance(step, Distributed):
-            step.follow(images, dense.source)
+            step.follow(images.on(plan.device), dense.source)
 
 
 def stages(recipe: Recipe, dense_quantized: bool = False) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def part_in_float(plan: RunPlan) -> str:
 def lower_dense(plan: RunPlan, dense: Model, data: Data, folder: Path, metadata: Mapping[str, str]) -> Lowered:
     """The dense model through the recipe's passes of the dense model in 8 bits alone, as an ONNX file in the folder."""
     steps = [step for step in plan.passes if isinstance(step, DENSE_QUANTIZED)]
-    model, _ = PassManager(steps).run(dense, data)
+    model, _ = PassManager(steps).run(dense, data, device=plan.device)
     return plan.lower(model, folder / dense_quantized_file(plan.recipe), metadata)
 
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
@@ -36,6 +37,7 @@ from mpcompile.recipe.schema import Recipe, Step, explained
 from mpcompile.recipe.truth_values import described, truth_as_number
 from mpcompile.runtimes import RUNTIMES, Build, Engine, Runtime, choice_at, fast_patterns, freest
 from mpcompile.runtimes.ort.session import cpu_engine
+from mpcompile.system.device import chosen_device
 
 __all__ = [
     "PASSES",
@@ -71,6 +73,11 @@ class RunPlan:
     runtime: Runtime
     idle: str | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that runs the passes. Raises UsageError if this machine does not have it."""
+        return chosen_device(self.recipe.device)
 
     def lower(self, model: Model, path: Path, metadata: Mapping[str, str] | None = None) -> Lowered:
         """The model as an ONNX file in the recipe's precision, batch and opset. Raises BuildError or MaskError.

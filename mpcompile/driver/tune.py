@@ -60,7 +60,7 @@ class Trial:
         """The measurements of a candidate. If its recipe fails, `failed` is the reason."""
         try:
             passes = passes_to_last_change(plan_of(candidate.recipe).passes)
-            model, _ = PassManager(passes).run(self.dense, self.data)
+            model, _ = PassManager(passes).run(self.dense, self.data, device=self.plan.device)
             engine = self.plan.build_engine(self.plan.lower(model, self.folder / "model.onnx"), self.build)
         except MpcompileError as error:
             return Point(candidate.name, failed=" ".join(str(error).split()))

@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from mpcompile.data.images import Data
 from mpcompile.errors import LayerFailure, MaskError, MpcompileError, PassError, UsageError
 from mpcompile.ir.model import LayerPlan, Model, Source
 from mpcompile.ir.parity import relative_difference
+from mpcompile.ir.placement import placed
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import merge_tokens, merges_tokens
 from mpcompile.ir.weight_groups import violation
+from mpcompile.system.device import CPU, makes_tensors_on
 
 # An exact pass may reorder float32 sums. Each of some hundred layers then adds a rounding error of about 1e-7 times the
 # square root of a few thousand terms. A difference above 1e-4 of the largest output is not rounding.
@@ -137,13 +140,17 @@ class PassManager:
         observe: Observer = lambda name: None,
         checkpoints: CheckpointStore | None = None,
         before_pass: Callable[[str, Model], None] = lambda name, model: None,
+        device: torch.device = CPU,
     ) -> tuple[Model, tuple[PassRecord, ...]]:
         """The model after all passes, and one record per pass; `model` is not changed.
 
         `observe` is called with the name of each pass before it runs. A pass that `checkpoints` can load is not run;
         the loaded model is verified like a result. `before_pass` is called with the name of each pass that is run and
-        the model that it gets, which it must not change. Raises PassError if a pass fails or changes the outputs by
-        more than its effect allows, MaskError if a mask no longer holds.
+        the model that it gets, which it must not change.
+
+        A pass gets its model and images on `device`, and the tensors that it makes without naming a device are there,
+        too. Between passes, where the model is verified and saved, it is on the CPU. Raises PassError if a pass fails
+        or changes the outputs by more than its effect allows, MaskError if a mask no longer holds.
         """
         # A deep copy of graph, modules, weights and masks, so that no pass can edit the caller's model.
         model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
@@ -165,10 +172,13 @@ class PassManager:
             before_pass(step.name, model)
             started = time.perf_counter()
             images = data if self.shows_held_out(index) else data.for_passes()
-            result = _run(step, replace(model, notes=()), images, earlier)
+            given = _placed(replace(model, notes=()), device)
+            with makes_tensors_on(device):
+                result = _run(step, given, images.on(device), earlier)
+            changed = _changed(given, result)
+            result = _placed(result, CPU)
             seconds = time.perf_counter() - started
             outputs, drift = _verify(step, model, result, outputs, earlier)
-            changed = _changed(model, result)
             record = PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result))
             model = result
             records.append(record if checkpoints is None else checkpoints.save(index, model, record))
@@ -187,6 +197,11 @@ class PassManager:
     def shows_held_out(self, index: int) -> bool:
         """Whether pass `index` gets held-out images: only if it and all passes after it are analyses."""
         return all(step.effect is Effect.ANALYSIS for step in self.passes[index:])
+
+
+def _placed(model: Model, device: torch.device) -> Model:
+    """The model on a device; the model itself if it is there."""
+    return model if model.example.device == device else placed(model, device)
 
 
 def _run(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Model:

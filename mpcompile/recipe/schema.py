@@ -37,6 +37,7 @@ from mpcompile.system.moved_modules import renamed_names
 from mpcompile.system.user_functions import is_function_name
 
 MAX_BYTES = 1_000_000
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 MAX_BATCH = 65536  # upper bound of a dynamic batch in the exported file
 MAX_THREADS = 4096
 MAX_ERRORS_SHOWN = 5  # in one line
@@ -77,6 +78,14 @@ def _pattern_as_text(value: Any) -> Any:
     if isinstance(value, NM | Alternatives):
         return str(value)
     return type(value)(map(_pattern_as_text, value)) if type(value) in (list, tuple) else value
+
+
+def _device(text: str) -> str:
+    if text == "mps":
+        raise ValueError("the passes solve in float64, which MPS does not have; give cpu")
+    if not DEVICE.fullmatch(text):
+        raise ValueError(f"{text!r} is no device on which passes run; give auto, cpu, cuda or cuda:N")
+    return text
 
 
 def _head(text: str) -> str:
@@ -151,6 +160,7 @@ class Recipe(Strict):
     passes: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
     target: str = "ort"
     precision: Precision = "fp32"
+    device: Annotated[str, AfterValidator(_device)] = "auto"  # where passes run: auto, cpu, cuda or cuda:N
     batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None  # None: dynamic
     opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
     head: Annotated[str, AfterValidator(_head)] = "auto"  # how outputs become decisions (mpcompile/ir/head.py)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, fx, nn
 
 from mpcompile.errors import UsageError
+from mpcompile.system.device import chosen_device
 
 T = TypeVar("T")
 BROADCAST_TIMEOUT = timedelta(days=2)  # the other ranks wait while rank 0 compresses
@@ -44,8 +45,10 @@ def process_rank() -> ProcessRank:
 
 
 @contextmanager
-def process_group() -> Iterator[ProcessRank]:
+def process_group(device: str = "auto") -> Iterator[ProcessRank]:
     """Initialises the process group of torchrun, and destroys it at the end. Does nothing for a single process.
+
+    `device` is the recipe's: tensors are sent by NCCL between GPUs, else by Gloo.
 
     Raises UsageError if torchrun's variables are incomplete.
     """
@@ -58,9 +61,10 @@ def process_group() -> Iterator[ProcessRank]:
     missing = [name for name in NEEDED if name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is {size}, and {', '.join(missing)} are not set; start it with torchrun")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=BROADCAST_TIMEOUT)
+    chosen = chosen_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=BROADCAST_TIMEOUT)
     try:
         yield process_rank()
     finally:

@@ -80,6 +80,11 @@ def shortage(
         out_of_memory = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
         if out_of_memory or any(part in text for part in MEMORY_TEXTS):
             found_size = ASKED.search(str(cause))
+            if "cuda" in text:
+                return (
+                    f"the memory of the GPU ran out during {during}; use fewer calibration images (--calibration), or "
+                    "--device cpu"
+                )
             asked = f"{_size(found_size)} more were needed" if found_size else "more was needed"
             return (
                 f"memory ran out during {during}: {asked}, and {_memory_left()}; use fewer calibration images "

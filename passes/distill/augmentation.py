@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mpcompile.data.images import MODES, Label, Split
 from mpcompile.data.transform import in_channel_order
 from mpcompile.ir.model import Source
+from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.distributed import ProcessRank
 
 Key = tuple[int, int]  # epoch, and index of the image in the split
@@ -149,6 +150,18 @@ class Batches(Sampler[list[Key]]):
                 yield [(epoch, int(index)) for index in whole[self._process.rank :: self._process.size]]
 
 
-def loader(images: TrainingImages, batches: Batches, workers: int) -> "DataLoader[tuple[Tensor, int | Tensor]]":
-    """A DataLoader over the batches with this number of worker processes."""
-    return DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available())
+def loader(images: TrainingImages, batches: Batches, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches with their labels, read by this number of worker processes, or by this one if it is 0.
+
+    They are read and augmented on the CPU, whatever device makes the tensors of the pass.
+    """
+    with makes_tensors_on(CPU):
+        waiting = iter(
+            DataLoader(images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available())
+        )
+    while True:
+        with makes_tensors_on(CPU):
+            batch = next(waiting, None)
+        if batch is None:
+            return
+        yield batch

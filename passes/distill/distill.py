@@ -21,7 +21,7 @@ from mpcompile.ir.model import Model, Source
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation
 from mpcompile.passes.distill.loss import ElasticNet
-from mpcompile.passes.distill.trainer import Objective, Schedule, Training, training_device
+from mpcompile.passes.distill.trainer import Objective, Schedule, Training
 from mpcompile.passes.distill.training_key import training_key
 from mpcompile.pipeline.partial_results import PartialResults
 from mpcompile.pipeline.pass_manager import Effect
@@ -208,6 +208,6 @@ class Distill:
             masks,
             Schedule(**{name: getattr(self, name) for name in Schedule.__dataclass_fields__ if hasattr(self, name)}),
             Objective(self.alpha, self.tau, self.smoothing, net, head),
-            training_device(),
+            images.device,
         )
         return training.run(images, source, self._augmentation, finished)

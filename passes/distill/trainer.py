@@ -28,6 +28,7 @@ from mpcompile.errors import PassError
 from mpcompile.ir.batch import primary
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Source
+from mpcompile.ir.placement import place
 from mpcompile.ir.results import Epoch
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
@@ -108,11 +109,6 @@ class Watch(Protocol):
         ...
 
 
-def training_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 class Training:
     """The state of one training. Trains `graph` in place."""
 
@@ -128,7 +124,9 @@ class Training:
         from timm.optim import create_optimizer_v2
 
         self._device, self._schedule, self._objective = device, schedule, objective
-        self._graph, self._teacher = graph.to(device).eval(), teacher.to(device).eval()
+        for one in (graph, teacher):
+            place(one, device)
+        self._graph, self._teacher = graph.eval(), teacher.eval()
         self._masked = [(graph.get_parameter(f"{name}.weight"), mask.to(device)) for name, mask in masks.items()]
         reached = used_parameters(graph)
         for name, parameter in graph.named_parameters():
@@ -139,7 +137,9 @@ class Training:
         self._relative = RelativeSteps(graph) if schedule.relative else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=schedule.precision == "fp16")
         self._step = 0
-        self._sums = torch.zeros(3, dtype=torch.float64)  # over this epoch: loss, loss on labels, distillation loss
+        self._sums = torch.zeros(
+            3, dtype=torch.float64, device="cpu"
+        )  # over this epoch: loss, loss on labels, distillation loss
         self._epochs: list[Epoch] = []
 
     def run(
@@ -187,7 +187,7 @@ class Training:
                 saved = time.monotonic()
         self._require_masks()
         for graph in (self._graph, self._teacher):
-            graph.to("cpu").requires_grad_(True)
+            graph.requires_grad_(True)
         return tuple(self._epochs)
 
     def _train(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> None:
@@ -220,7 +220,8 @@ class Training:
     def _losses(self, model: nn.Module, pixels: Tensor, labels: Tensor | None) -> Tensor:
         """The loss, the loss on labels (0 without labels) and the distillation loss, as a tensor of 3 values."""
         objective, dtype = self._objective, DTYPES[self._schedule.precision]
-        with torch.autocast(self._device.type, dtype, enabled=dtype is not torch.float32):
+        single = dtype is torch.float32
+        with nullcontext() if single else torch.autocast(self._device.type, dtype):
             logits = primary(model(pixels))
             with torch.no_grad():
                 dense = primary(self._teacher(pixels))

@@ -27,7 +27,7 @@ def amplification(model: Model, images: Split, names: Sequence[str], seed: int =
     """The amplification a(ℓ) of each layer; 0 if its weight is all zero or the logits do not depend on it."""
     weights = [model.layer(name).weight for name in names]
     needed = [weight.requires_grad for weight in weights]
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator("cpu").manual_seed(seed)  # the same numbers on every device
     sums = [0.0] * len(names)
     try:
         for weight in weights:
@@ -35,7 +35,7 @@ def amplification(model: Model, images: Split, names: Sequence[str], seed: int =
         for inputs, _ in images.announced(BATCH):
             with torch.enable_grad():
                 logits = primary(model.graph(*arguments(inputs, model.example.dtype)))
-                signs = torch.randint(0, 2, logits.shape, generator=rng).to(logits.dtype) * 2 - 1
+                signs = torch.randint(0, 2, logits.shape, generator=rng, device="cpu").to(logits) * 2 - 1
                 slopes = torch.autograd.grad((logits * signs).sum(), weights, allow_unused=True)
             for index, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
                 if slope is not None:

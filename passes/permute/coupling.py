@@ -177,4 +177,4 @@ def apply_order(model: Model, channels: ExchangeableSet, order: "np.ndarray") ->
         index = np.arange(tensor.shape[axis.dim])
         index[positions] = positions[order]
         part = tensor if axis.rows is None else tensor[slice(*axis.rows)]
-        part.copy_(part.index_select(axis.dim, torch.from_numpy(index)))
+        part.copy_(part.index_select(axis.dim, torch.from_numpy(index).to(part.device)))

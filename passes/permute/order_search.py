@@ -142,7 +142,7 @@ class _Partition:
 
         candidates = self.groups[:, slot].clone()
         values = self._values(slot, candidates).double()
-        rows, groups = linear_sum_assignment(values.numpy(), maximize=True)
+        rows, groups = linear_sum_assignment(values.numpy(force=True), maximize=True)
         gain = float(values[rows, groups].sum() - values.diagonal().sum())
         if gain <= 1e-7 * float(values.abs().sum()) / len(values):  # the resolution of float32 distances
             return False

@@ -222,7 +222,7 @@ class Permute:
         """
         channels = problem.channels
         order = np.arange(channels.size)
-        order[problem.movable] = problem.movable[result.order.numpy()]
+        order[problem.movable] = problem.movable[result.order.numpy(force=True)]
         shared = any(pattern.rows > 1 for pattern in patterns.values())
         before = total_kept(scores_by_axis(model, patterns, scales)) if shared else 0.0
         apply_order(model, channels, order)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.data.images import Split
-from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.head import Head
 from mpcompile.ir.results import Closeness
 from mpcompile.measure.confidence import as_logits, common_factor
-from mpcompile.passes.dense_comparison import BATCH
+from mpcompile.passes.dense_comparison import outputs_of
 
 SMALLEST_VARIANCE = 1e-12  # of outputs that are values
 
@@ -23,24 +22,23 @@ class Judge:
         images: the validation images.
         dense: the dense model's outputs for them, (images, outputs, …).
         head: the decision rule of the outputs.
-        device: where graphs are when they are judged.
     """
 
     images: Split
     dense: Tensor
     head: Head
-    device: torch.device
 
     def on_first(self, count: int) -> "Judge":
         """The same comparison on the first `count` images."""
         return replace(self, images=replace(self.images, order=self.images.order[:count]), dense=self.dense[:count])
 
+    @torch.no_grad()
     def of(self, graph: fx.GraphModule) -> Closeness:
         """The divergence with the best common factor on the logits, and the agreement.
 
         For outputs that are values, the squared error relative to the variance of the dense values, and no agreement.
         """
-        now = outputs_on(self.device, graph, self.images)
+        now = outputs_of(graph, self.images)
         if not bool(now.isfinite().all()):
             return Closeness(float("inf"), None, 0.0 if self.head.decides else None)
         if not self.head.decides:
@@ -53,14 +51,3 @@ class Judge:
         assert found is not None
         agreement = float(self.head.same(self.dense, now).double().mean())
         return Closeness(found.divergence, found.factor, agreement)
-
-
-@torch.no_grad()
-def outputs_on(device: torch.device, graph: fx.GraphModule, images: Split) -> Tensor:
-    """The graph's primary outputs for all images, on the CPU; the graph is on `device`."""
-    dtype = next((parameter.dtype for parameter in graph.parameters()), torch.float32)
-    found = []
-    for inputs, _ in images.inputs(BATCH):
-        moved = [one.to(device) for one in arguments(inputs, dtype)]
-        found.append(primary(graph(*moved)).cpu())
-    return torch.cat(found)

@@ -30,10 +30,10 @@ from mpcompile.ir.head import head_for
 from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import quantizers
 from mpcompile.ir.results import Closeness, Polished, RateTrial
-from mpcompile.passes.distill.trainer import training_device
+from mpcompile.passes.dense_comparison import outputs_of
 from mpcompile.passes.distill.training_key import training_key
 from mpcompile.passes.polish.budget import FEWEST, StepPlan, affordable_steps, step_plan
-from mpcompile.passes.polish.closeness import Judge, outputs_on
+from mpcompile.passes.polish.closeness import Judge
 from mpcompile.passes.polish.keep_best import KeepBest, as_closeness, as_tensor
 from mpcompile.passes.polish.runs import StepTimes, TrainingRuns, training_source
 from mpcompile.pipeline.partial_results import PartialResults
@@ -136,12 +136,11 @@ class Polish:
     def _polished(self, model: Model, data: Data) -> tuple[Polished, dict[str, Tensor] | None]:
         """What the training did, and the weights to use; None if the model stays as it was."""
         assert model.dense is not None
-        started, device = time.monotonic(), training_device()
+        started = time.monotonic()
         images, source = data.for_training(), training_source(model, data.for_training())
-        judge = _judge(model, data.validation, device)
+        judge = _judge(model, data.validation)
         begun = time.monotonic()
-        start = judge.of(model.graph.to(device).eval())
-        model.graph.to("cpu")
+        start = judge.of(model.graph.eval())
         check_seconds = time.monotonic() - begun
         record = Polished(
             self.minutes, 0, 0, self.batch, source.size, None, (), len(images), len(data.validation), start, start, None
@@ -206,12 +205,12 @@ class Polish:
         return sha256(key, *data.validation.hashes())[:32]
 
 
-def _judge(model: Model, images: Split, device: torch.device) -> Judge:
+def _judge(model: Model, images: Split) -> Judge:
     """Compares graphs with the dense model on these images."""
     assert model.dense is not None
-    dense = outputs_on(device, model.dense.to(device).eval(), images)
-    model.dense.to("cpu")
-    return Judge(images, dense, head_for(model.head, dense), device)
+    with torch.no_grad():
+        dense = outputs_of(model.dense.eval(), images)
+    return Judge(images, dense, head_for(model.head, dense))
 
 
 def _trial(runs: TrainingRuns, finished: PartialResults, rate: float, plan: StepPlan) -> RateTrial:

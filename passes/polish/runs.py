@@ -92,12 +92,12 @@ class TrainingRuns:
         graph = self._trained(rate, steps, None, None)
         if graph is None:
             return INFINITE
-        return self.judge.of(graph.to(self.judge.device))
+        return self.judge.of(graph)
 
     def _trained(
         self, rate: float, steps: int, watch: Watch | None, finished: PartialResults | None
     ) -> fx.GraphModule | None:
-        """A trained copy, on the CPU; None if the loss was not finite."""
+        """A trained copy; None if the loss was not finite."""
         options, model = self.settings, self.model
         assert model.dense is not None
         graph = copy.deepcopy(model.graph)
@@ -119,12 +119,12 @@ class TrainingRuns:
             relative=True,
         )
         objective = Objective(1.0, 1.0, 0.0, ElasticNet(), self.judge.head)
-        training = Training(graph, model.dense, model.masks(), schedule, objective, self.judge.device)
+        training = Training(graph, model.dense, model.masks(), schedule, objective, self.images.device)
         augmentation = Augmentation(options.scale, options.flip, None, 0.0)
         try:
             training.run(replace(self.images, labelled=False), self.source, augmentation, finished, watch)
         except NotFiniteError:
-            model.dense.to("cpu").requires_grad_(True)
+            model.dense.requires_grad_(True)
             return None
         return graph
 

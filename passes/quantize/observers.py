@@ -56,7 +56,7 @@ def least_divergence(values: Float[Tensor, " n"]) -> Range:
     centres, counts = _histogram(values)
     # The zeros that a rectifier leaves are exact on every grid, and would outweigh everything that clipping costs.
     zero = int(centres.abs().argmin())
-    counts[zero] = counts[[i for i in (zero - 1, zero + 1) if 0 <= i < BINS]].mean()
+    counts[zero] = torch.cat([counts[max(zero - 1, 0) : zero], counts[zero + 1 : zero + 2]]).mean()
     total = counts.sum()
 
     def divergence(low: float, high: float) -> float:

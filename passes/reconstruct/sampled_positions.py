@@ -28,5 +28,7 @@ def sampled_positions(available: int, count: int, images: int, key: str) -> Int[
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
     bounds = torch.arange(count + 1) * available // count
     size = bounds.diff()
-    drawn = torch.rand(images, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.rand(
+        images, count, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
     return bounds[:-1] + (drawn * size).long().clamp_max(size - 1)

@@ -35,7 +35,7 @@ RUST = RuntimeError("I/O error: No space left on device (os error 28)")
         (MemoryError(), "memory ran out during write: more was needed, and .* are free; use fewer calibration images"),
         (MemoryError("Unable to allocate 1.50 GiB for an array with shape"), "1.50 GiB more were needed"),
         (RuntimeError(TORCH.format(123456789)), "memory ran out during write: 123.5 MB more were needed"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory ran out"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "of the GPU ran out during write"),
         (RuntimeError("std::bad_alloc"), "memory ran out"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
         (caused(PassError("nm-mask failed"), MemoryError()), "memory ran out"),

@@ -66,7 +66,7 @@ def test_it_is_never_worse_than_its_start(rate: float, seed: int, build: Callabl
     assert masked.dense is not None
     pictures = data.validation.first(32)
     dense = masked(pictures) if masked.dense is None else dataclasses.replace(masked, graph=masked.dense)(pictures)
-    judge = Judge(data.validation, dense, Head(), torch.device("cpu"))
+    judge = Judge(data.validation, dense, Head())
     start, end = judge.of(masked.graph), judge.of(result.graph)
     assert end.divergence <= start.divergence
     assert end.agreement is not None
