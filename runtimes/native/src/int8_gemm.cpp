@@ -13,6 +13,7 @@ using mpcompile::CHUNK;
 using mpcompile::Int8Call;
 using mpcompile::Int8Layout;
 using mpcompile::Int8Weights;
+using mpcompile::U8Scale;
 
 // The shape of a tile: `GROUPS` groups of rows, each with `SHARED` vectors of rows that share their patterns, times
 // `TOKENS` tokens, as many sums as registers allow beside the operands.
@@ -174,27 +175,38 @@ MultiplyChunk chosen(const Int8Weights& w) {
     return by_kept<false>(w);
 }
 
-// The results of one token and one chunk of rows, from its sums in the order of the rows.
-template <Activation ACTIVATION>
-NM_INLINE void finish(const Int8Weights& w, const Int8Call& call, int64_t row, const int32_t* sums,
-                      const float* residual, float* floats, uint8_t* bytes) {
+// (v - zero) * scale for LANES bytes.
+NM_INLINE Floats dequantised(const uint8_t* p, const U8Scale& of) {
+    return (to_floats(load_low_bytes(p)) - all(of.zero)) * all(of.scale);
+}
+
+// The results of one token and `count` rows, from their sums in the order of the rows; `count` is rounded up to LANES.
+template <Activation ACTIVATION, bool ADDS>
+NM_INLINE void finish(const Int8Weights& w, const Int8Call& call, int64_t row, int64_t count, const int32_t* sums,
+                      const float* residual, const uint8_t* added, float* floats, uint8_t* bytes) {
     const Floats inverse = all(call.inverse_scale), zero = all(call.zero);
-    for (int64_t i = 0; i < CHUNK; i += LANES) {
+    const Floats low = all(call.low - call.zero), high = all(call.high - call.zero);
+    for (int64_t i = 0; i < count; i += LANES) {
         const Bytes sum = add32(load_bytes(sums + i), load_bytes(w.start + row + i));
         Floats value = multiply_add(to_floats(sum), load_floats(w.scale + row + i), load_floats(w.bias + row + i));
         if (residual) value = value + load_floats(residual + i);
         if constexpr (ACTIVATION == Activation::RELU) value = largest(value, all(0));
         if constexpr (ACTIVATION == Activation::GELU) value = gelu(value);
         if constexpr (ACTIVATION == Activation::GELU_TANH) value = gelu_tanh(value);
+        if constexpr (ADDS) {
+            const Floats lowest = all(-call.branch.zero), highest = all(255 - call.branch.zero);
+            const Floats step = nearest_integer(least(largest(value * all(1 / call.branch.scale), lowest), highest));
+            value = step * all(call.branch.scale) + dequantised(added + i, call.added_scale);
+        }
         if (floats) store_floats(floats + i, value);
-        if (bytes) store_quantised(bytes + i, value, inverse, zero);
+        if (bytes) store_quantised(bytes + i, value, inverse, zero, low, high);
     }
 }
 
-template <Activation ACTIVATION>
+template <Activation ACTIVATION, bool ADDS>
 void finish_chunk(const Int8Weights& w, const Int8Call& call, int64_t chunk, int64_t first, int64_t tokens,
                   const int32_t* sums) {
-    const int64_t row = chunk * CHUNK, left = w.rows - row;
+    const int64_t row = chunk * CHUNK, left = w.rows - row < CHUNK ? w.rows - row : CHUNK;
     for (int64_t t = 0; t < tokens; t++, sums += CHUNK) {
         alignas(64) int32_t ordered[CHUNK];
         if (w.position)
@@ -202,16 +214,17 @@ void finish_chunk(const Int8Weights& w, const Int8Call& call, int64_t chunk, int
         const int32_t* from = w.position ? ordered : sums;
         const int64_t at = (first + t) * w.rows + row;
         const float* residual = call.residual ? call.residual + at : nullptr;
-        if (left >= CHUNK) {
-            finish<ACTIVATION>(w, call, row, from, residual, call.floats ? call.floats + at : nullptr,
-                               call.bytes ? call.bytes + at : nullptr);
+        if (left % LANES == 0) {
+            finish<ACTIVATION, ADDS>(w, call, row, left, from, residual, ADDS ? call.added + at : nullptr,
+                                     call.floats ? call.floats + at : nullptr, call.bytes ? call.bytes + at : nullptr);
             continue;
         }
-        float floats[CHUNK], added[CHUNK] = {};
-        uint8_t bytes[CHUNK];
-        if (residual) memcpy(added, residual, left * sizeof(float));
-        finish<ACTIVATION>(w, call, row, from, residual ? added : nullptr, call.floats ? floats : nullptr,
-                           call.bytes ? bytes : nullptr);
+        float floats[CHUNK], values[CHUNK] = {};
+        uint8_t bytes[CHUNK], added[CHUNK] = {};
+        if (residual) memcpy(values, residual, left * sizeof(float));
+        if (ADDS) memcpy(added, call.added + at, left);
+        finish<ACTIVATION, ADDS>(w, call, row, left, from, residual ? values : nullptr, added,
+                                 call.floats ? floats : nullptr, call.bytes ? bytes : nullptr);
         if (call.floats) memcpy(call.floats + at, floats, left * sizeof(float));
         if (call.bytes) memcpy(call.bytes + at, bytes, left);
     }
@@ -236,10 +249,11 @@ void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_
              int64_t begin, int64_t end) {
     alignas(64) int32_t sums[MOST_TOKENS * CHUNK];
     const MultiplyChunk multiply_chunk = chosen(w);
-    const auto finish = call.activation == Activation::RELU        ? finish_chunk<Activation::RELU>
-                        : call.activation == Activation::GELU      ? finish_chunk<Activation::GELU>
-                        : call.activation == Activation::GELU_TANH ? finish_chunk<Activation::GELU_TANH>
-                                                                   : finish_chunk<Activation::NONE>;
+    const auto finish = call.added                                 ? finish_chunk<Activation::NONE, true>
+                        : call.activation == Activation::RELU      ? finish_chunk<Activation::RELU, false>
+                        : call.activation == Activation::GELU      ? finish_chunk<Activation::GELU, false>
+                        : call.activation == Activation::GELU_TANH ? finish_chunk<Activation::GELU_TANH, false>
+                                                                   : finish_chunk<Activation::NONE, false>;
     for (int64_t chunk = begin; chunk < end; chunk++) {
         multiply_chunk(w, chunk, x, stride, last - first, sums);
         finish(w, call, chunk, first, last - first, sums);
@@ -251,6 +265,6 @@ void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_
 namespace mpcompile {
 
 extern const Int8Kernel NM_INT8_GEMM;
-const Int8Kernel NM_INT8_GEMM = {LANES, !NM_VNNI, layout, compute};
+const Int8Kernel NM_INT8_GEMM = {LANES, !NM_VNNI, layout, compute, true};
 
 }  // namespace mpcompile

@@ -46,6 +46,11 @@ struct Int8Weights {
     int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
 };
 
+// A number is (integer - zero) * scale.
+struct U8Scale {
+    float scale = 1, zero = 0;
+};
+
 struct Int8Call {
     const uint8_t* x;       // [tokens][columns]
     const float* residual;  // [tokens][rows], added to the result; or null
@@ -54,6 +59,10 @@ struct Int8Call {
     int64_t tokens;
     Activation activation;
     float inverse_scale, zero;  // of `bytes`
+    // Only kernels with `adds_bytes` read the following. They come after the activation.
+    float low = 0, high = 255;  // limits of `bytes`
+    const uint8_t* added = nullptr;  // [tokens][rows], or null; then the result is quantised like `branch` before the sum
+    U8Scale branch, added_scale;
 };
 
 struct Int8Layout {
@@ -70,6 +79,7 @@ struct Int8Kernel {
     // one token to the next, with at least steps * step_columns readable bytes in each.
     void (*compute)(const Int8Weights&, const Int8Call&, const uint8_t* x, size_t stride, int64_t first, int64_t last,
                     int64_t begin, int64_t end);
+    bool adds_bytes;  // `compute` applies the limits of Int8Call and adds its 8-bit tensor
 };
 
 }  // namespace mpcompile

@@ -254,6 +254,8 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
 
 }  // namespace
 
+int most_kept(const int8_t* values, int64_t rows, int64_t columns) { return Matrix(values, rows, columns).kept(); }
+
 std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel& baseline, std::vector<int8_t> values,
                                       int64_t rows, int64_t columns, const float* scale, const float* bias,
                                       float x_scale, int32_t x_zero) {
