@@ -3,7 +3,8 @@
 All tensors have the channels last, and are u8. The weight is s8 (rows, channels, height, width), as a Conv has it.
 
     NMConvInt8      x, weight, scale and bias (rows) -> u8, clipped between the integers `low` and `high`
-    NMConvInt8Add   the same; the product is quantised, then the u8 tensor `residual` is added, and the sum quantised
+    MaxPoolInt8     x -> u8, the largest of each window
+    NMConvInt8Add   the same as NMConvInt8; the product is quantised, then the u8 tensor `residual` is added, and the sum quantised
 
 A rectifier before the result needs no operator of its own: quantisation is monotone, so clipping the number and then
 quantising it is the same as clipping the integer.
@@ -19,21 +20,41 @@ from mpcompile.runtimes.native.int8_ops import attribute, parameters
 
 CONV = "NMConvInt8"
 CONV_ADD = f"{CONV}Add"
+POOL = "MaxPoolInt8"
+OPERATORS = (CONV, CONV_ADD, POOL)
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # the order of axes of a Transpose to and from channels last
 WINDOW = ("strides", "pads", "dilations")
 
 
 def function(op: str, opset: int) -> onnx.FunctionProto:
-    """Returns the fallback of CONV or CONV_ADD in standard operators of `opset`, the opset of the file."""
+    """Returns the fallback of one of OPERATORS in standard operators of `opset`, the opset of the file."""
+    inputs, attributes, body = (["x"], [*WINDOW, "kernel_shape"], _pool()) if op == POOL else _conv(op == CONV_ADD)
+    return helper.make_function(DOMAIN, op, inputs, ["y"], body, [helper.make_opsetid("", opset)], attributes)
+
+
+def _pool() -> list[onnx.NodeProto]:
     node = helper.make_node
-    adds = op == CONV_ADD
-    convolution = node("Conv", ["inputs", "weights", "bias"], ["product"])
-    for name in WINDOW:
-        convolution.attribute.add(name=name, ref_attr_name=name, type=AttributeProto.INTS)
+    return [
+        node("Transpose", ["x"], ["first"], perm=TO_FIRST),
+        _windowed("MaxPool", ["first"], "pooled", (*WINDOW, "kernel_shape")),
+        node("Transpose", ["pooled"], ["y"], perm=TO_LAST),
+    ]
+
+
+def _windowed(op: str, inputs: Sequence[str], output: str, attributes: Sequence[str]) -> onnx.NodeProto:
+    """Returns a node with attributes of integers that are those of the function."""
+    made = helper.make_node(op, inputs, [output])
+    for name in attributes:
+        made.attribute.add(name=name, ref_attr_name=name, type=AttributeProto.INTS)
+    return made
+
+
+def _conv(adds: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]]:
+    node = helper.make_node
     body = [
         *_dequantised("x", "inputs"),
         node("DequantizeLinear", ["weight", "scale"], ["weights"], axis=0),
-        convolution,
+        _windowed("Conv", ["inputs", "weights", "bias"], "product", WINDOW),
     ]
     if adds:
         body += [
@@ -53,16 +74,9 @@ def function(op: str, opset: int) -> onnx.FunctionProto:
         node("Clip", ["integers", "low", "high"], ["clipped"]),
         node("Transpose", ["clipped"], ["y"], perm=TO_LAST),
     ]
-    inputs = ["x", "weight", "scale", "bias", *(["residual"] if adds else [])]
-    return helper.make_function(
-        DOMAIN, op, inputs, ["y"], body, [helper.make_opsetid("", opset)], attribute_names(adds)
-    )
-
-
-def attribute_names(adds: bool) -> list[str]:
-    """Returns the attributes of CONV_ADD or CONV."""
     tensors = ("x", "y", *(("branch", "residual") if adds else ()))
-    return [*WINDOW, "low", "high", *(f"{tensor}_{part}" for tensor in tensors for part in ("scale", "zero"))]
+    attributes = [*WINDOW, "low", "high", *(f"{tensor}_{part}" for tensor in tensors for part in ("scale", "zero"))]
+    return ["x", "weight", "scale", "bias", *(["residual"] if adds else [])], attributes, body
 
 
 def _dequantised(tensor: str, result: str) -> Sequence[onnx.NodeProto]:

@@ -2,6 +2,8 @@
 
 Each operator gets a Transpose before and after it. Two Transposes that meet cancel out, so tensors between native
 convolutions stay with the channels last.
+
+A MaxPool before a QuantizeLinear is computed after it, on bytes: quantisation is monotone, so the result is the same.
 """
 
 from collections.abc import Sequence
@@ -10,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from mpcompile.runtimes.native.custom_op import DOMAIN, initializer
-from mpcompile.runtimes.native.graph_reading import constant
-from mpcompile.runtimes.native.int8_conv_ops import CONV, CONV_ADD, TO_FIRST, TO_LAST
+from mpcompile.runtimes.native.graph_reading import constant, only_reader, producer
+from mpcompile.runtimes.native.int8_conv_ops import CONV, CONV_ADD, POOL, TO_FIRST, TO_LAST
 from mpcompile.runtimes.native.int8_convolutions import Int8Convolution
 
 
@@ -19,7 +21,9 @@ def replace_convolutions(
     graph: ir.Graph, values: dict[str, ir.Value], convolutions: Sequence[Int8Convolution]
 ) -> set[str]:
     """Replaces the convolutions in place, `values` being those of the graph by name; returns the operators used."""
-    used = {_replace(graph, values, convolution) for convolution in convolutions}
+    pooled = [_quantise_before_pooling(graph, values, name) for name in {c.x: None for c in convolutions}]
+    used = {POOL} if any(pooled) else set()
+    used |= {_replace(graph, values, convolution) for convolution in convolutions}
     _cancel(graph)
     return used
 
@@ -70,6 +74,35 @@ def _replace(graph: ir.Graph, values: dict[str, ir.Value], convolution: Int8Conv
     ir.convenience.replace_nodes_and_values(graph, old[-1], old, [*before, native, after], [output], after.outputs)
     values[convolution.y] = after.outputs[0]
     return op
+
+
+def _quantise_before_pooling(graph: ir.Graph, values: dict[str, ir.Value], u8: str) -> bool:
+    """Swaps the QuantizeLinear that computes a tensor with the MaxPool before it; returns whether it did."""
+    quantise = producer(values[u8], "QuantizeLinear")
+    pool = None if quantise is None else producer(quantise.inputs[0], "MaxPool")
+    if quantise is None or pool is None or len(pool.outputs) > 1 or only_reader(pool.outputs[0]) is None:
+        return False
+    given = pool.attributes
+    window = given.get_ints("kernel_shape", ())
+    if len(window) != 2 or given.get_int("ceil_mode", 0) or given.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return False
+    attributes = {
+        "kernel_shape": window,
+        "strides": given.get_ints("strides", (1, 1)),
+        "pads": given.get_ints("pads", (0, 0, 0, 0)),
+        "dilations": given.get_ints("dilations", (1, 1)),
+    }
+    quantised = ir.node(
+        "QuantizeLinear", [pool.inputs[0], *quantise.inputs[1:]], quantise.attributes, name=f"{quantise.name}.native"
+    )
+    before = ir.node("Transpose", quantised.outputs, {"perm": TO_LAST}, name=f"{pool.name}.native.last")
+    native = ir.node(POOL, before.outputs, attributes, domain=DOMAIN, name=f"{pool.name}.native")
+    after = ir.node("Transpose", native.outputs, {"perm": TO_FIRST}, name=f"{pool.name}.native.first")
+    ir.convenience.replace_nodes_and_values(
+        graph, quantise, [pool, quantise], [quantised, before, native, after], [quantise.outputs[0]], after.outputs
+    )
+    values[u8] = after.outputs[0]
+    return True
 
 
 def _cancel(graph: ir.Graph) -> None:

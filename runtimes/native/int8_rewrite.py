@@ -79,7 +79,7 @@ def replace(
     used |= replace_convolutions(graph, values, convolutions)
     RemoveUnusedNodesPass()(model)
     for op in sorted(used):
-        function = int8_conv_ops.function if op.startswith(int8_conv_ops.CONV) else int8_ops.function
+        function = int8_conv_ops.function if op in int8_conv_ops.OPERATORS else int8_ops.function
         fallback = ir.serde.deserialize_function(function(op, opset))
         model.functions.setdefault(fallback.identifier(), fallback)
     graph.opset_imports.setdefault(DOMAIN, VERSION)

@@ -22,8 +22,9 @@ from mpcompile.errors import BuildError, cause_of
 from mpcompile.export.mask_check import ProvenMask
 from mpcompile.export.quantized_weights import quantized_weights
 from mpcompile.measure.timing import Speedup
-from mpcompile.runtimes.native import attention_match, int8_ops, int8_products, int8_rewrite
+from mpcompile.runtimes.native import attention_match, int8_convolutions, int8_ops, int8_products, int8_rewrite
 from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION
+from mpcompile.runtimes.native.int8_convolutions import Int8Convolution
 from mpcompile.runtimes.native.int8_products import Int8Product
 from mpcompile.runtimes.native.kernel_selection import Accelerated, Choice, OtherKernels, compare_whole, dropped
 from mpcompile.runtimes.native.microbenchmark import OneNode, compared, session
@@ -58,18 +59,27 @@ class _File:
         model: the file.
         products: all 8-bit products.
         attentions: all attentions.
+        convolutions: all 8-bit convolutions.
+        refused: why each other convolution, by name, does not run on the native operator.
         shapes: of the float32 tensors around the products, for a batch of at least 2 if the batch is free.
     """
 
     model: onnx.ModelProto
     products: tuple[Int8Product, ...]
     attentions: tuple[attention_match.FileAttention, ...]
+    convolutions: tuple[Int8Convolution, ...]
+    refused: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
 
     def rewritten(self, names: Names, attention: bool) -> onnx.ModelProto:
         """Returns the file with the native operators for the named products."""
-        chosen = [product for product in self.products if product.name in names]
-        return int8_rewrite.replace(self.model, chosen, self.shapes, self.attentions if attention else ())
+        return int8_rewrite.replace(
+            self.model,
+            [product for product in self.products if product.name in names],
+            self.shapes,
+            self.attentions if attention else (),
+            convolutions=[convolution for convolution in self.convolutions if convolution.name in names],
+        )
 
 
 def accelerate(
@@ -181,9 +191,12 @@ def inspected(file: onnx.ModelProto, images: NDArray[np.float32]) -> _File:
     run = runner(file, images)
     computed = {name for node in file.graph.node for name in node.output}
     sums = {name for node in file.graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}
-    values = run(sorted({product.y for product in products} | (sums & computed)))
+    ends = {name for node in file.graph.node if node.op_type == "Conv" for name in (node.input[0], node.output[0])}
+    values = run(sorted({product.y for product in products} | ((sums | ends) & computed)))
     shapes = {name: value.shape for name, value in values.items()}
-    return _File(file, products, tuple(attention_match.find(file, run)) if products else (), shapes)
+    convolutions, refused = int8_convolutions.find(file, shapes)
+    attentions = tuple(attention_match.find(file, run)) if products else ()
+    return _File(file, products, attentions, tuple(convolutions), refused, shapes)
 
 
 def runner(

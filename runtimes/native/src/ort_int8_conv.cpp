@@ -20,6 +20,7 @@
 #include "ort_int8.h"
 #include "ort_operators.h"
 #include "ort_values.h"
+#include "ort_window.h"
 
 namespace mpcompile {
 namespace {
@@ -54,28 +55,6 @@ OrtStatus* limit_of(Api api, const OrtKernelInfo* info, const char* name, float&
     if (OrtStatus* failed = ort::GetAttributeInt::call(api, info, name, &integer)) return failed;
     found = float(integer);
     return integer >= 0 && integer <= 255 ? nullptr : refuse(api, "NMConvInt8: a limit is not between 0 and 255");
-}
-
-// `count` integers of at least `least`.
-OrtStatus* integers_of(Api api, const OrtKernelInfo* info, const char* name, size_t count, int64_t least,
-                       int64_t* found) {
-    size_t size = count;
-    if (OrtStatus* failed = ort::GetAttributeInts::call(api, info, name, found, &size)) return failed;
-    bool right = size == count;
-    for (size_t i = 0; right && i < count; i++) right = found[i] >= least && found[i] < INT32_MAX / 2;
-    return right ? nullptr : refuse(api, "NMConvInt8: strides and dilations must be two positive numbers, pads four");
-}
-
-OrtStatus* window_of(Api api, const OrtKernelInfo* info, Window& window) {
-    int64_t pads[4];
-    if (OrtStatus* failed = integers_of(api, info, "strides", 2, 1, window.stride)) return failed;
-    if (OrtStatus* failed = integers_of(api, info, "dilations", 2, 1, window.dilation)) return failed;
-    if (OrtStatus* failed = integers_of(api, info, "pads", 4, 0, pads)) return failed;
-    for (int axis = 0; axis < 2; axis++) {
-        window.before[axis] = pads[axis];
-        window.after[axis] = pads[2 + axis];
-    }
-    return nullptr;
 }
 
 // The fastest kernel that adds bytes.
