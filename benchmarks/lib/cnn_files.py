@@ -6,6 +6,7 @@ maximum on two images. Where 16-bit lanes saturate, a row's scale is the least a
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ class _Block(nn.Module):
 def _cifar_resnet() -> nn.Module:
     """Returns the ResNet-20 for images of 32 pixels, with 16, 32 and 64 channels."""
     channels = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [_Block(a, b) for a, b in zip(channels, channels[1:], strict=False)]
+    blocks = [_Block(a, b) for a, b in pairwise(channels)]
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 

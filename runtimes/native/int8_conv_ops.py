@@ -3,8 +3,8 @@
 All tensors have the channels last, and are u8. The weight is s8 (rows, channels, height, width), as a Conv has it.
 
     NMConvInt8      x, weight, scale and bias (rows) -> u8, clipped between the integers `low` and `high`
+    NMConvInt8Add   the same, but the product is quantised, `residual` (u8) is added, and the sum is quantised
     MaxPoolInt8     x -> u8, the largest of each window
-    NMConvInt8Add   the same as NMConvInt8; the product is quantised, then the u8 tensor `residual` is added, and the sum quantised
 
 A rectifier before the result needs no operator of its own: quantisation is monotone, so clipping the number and then
 quantising it is the same as clipping the integer.

@@ -7,6 +7,7 @@ A MaxPool before a QuantizeLinear is computed after it, on bytes: quantisation i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +29,7 @@ def replace_convolutions(
     return used
 
 
-def attributes(convolution: Int8Convolution) -> dict[str, float | int | Sequence[int]]:
+def attributes(convolution: Int8Convolution) -> dict[str, Any]:
     """Returns the attributes of the native operator."""
     tensors = {"x": convolution.x_quantization, "y": convolution.y_quantization}
     if convolution.residual is not None:
@@ -66,9 +67,7 @@ def _replace(graph: ir.Graph, values: dict[str, ir.Value], convolution: Int8Conv
     ]
     x, *residual = (node.outputs[0] for node in before)
     op = CONV_ADD if residual else CONV
-    native = ir.node(
-        op, [x, weight, *stored, *residual], attributes(convolution), domain=DOMAIN, name=convolution.name
-    )
+    native = ir.node(op, [x, weight, *stored, *residual], attributes(convolution), domain=DOMAIN, name=convolution.name)
     native.metadata_props.update(old[0].metadata_props)
     after = ir.node("Transpose", native.outputs, {"perm": TO_FIRST}, name=f"{prefix}.first")
     ir.convenience.replace_nodes_and_values(graph, old[-1], old, [*before, native, after], [output], after.outputs)
@@ -84,7 +83,7 @@ def _quantise_before_pooling(graph: ir.Graph, values: dict[str, ir.Value], u8: s
         return False
     given = pool.attributes
     window = given.get_ints("kernel_shape", ())
-    if len(window) != 2 or given.get_int("ceil_mode", 0) or given.get_string("auto_pad", "NOTSET") != "NOTSET":
+    if len(window) != 2 or given.get_int("ceil_mode", 0) != 0 or given.get_string("auto_pad", "NOTSET") != "NOTSET":
         return False
     attributes = {
         "kernel_shape": window,

@@ -44,6 +44,7 @@ class Int8Convolution:
     Attributes:
         name: of the Conv.
         x: the u8 tensor that it reads.
+        source: the same in float32.
         x_quantization: its scale and zero point.
         product: the float32 result of the Conv.
         y: the u8 result.
@@ -62,6 +63,7 @@ class Int8Convolution:
 
     name: str
     x: str
+    source: str
     x_quantization: U8Quantization
     product: str
     y: str
@@ -76,6 +78,11 @@ class Int8Convolution:
     pads: tuple[int, ...]
     dilations: tuple[int, ...]
     residual: Residual | None = None
+
+    @property
+    def window(self) -> tuple[tuple[int, ...], ...]:
+        """Strides, pads and dilations."""
+        return self.strides, self.pads, self.dilations
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +133,14 @@ def _convolution(node: ir.Node) -> Int8Convolution:
     left, right = (producer(value, "DequantizeLinear") for value in node.inputs[:2])
     x_quantization = None if left is None else scalar_quantization(left)
     u8 = None if left is None else left.inputs[0]
-    if x_quantization is None or u8 is None or u8.is_initializer():
+    if left is None or x_quantization is None or u8 is None or u8.is_initializer():
         raise _Refused(OTHER_INPUT)
     weight_value, scale = (None, None) if right is None else (right.inputs[0], constant(right.inputs[1]))
     weight = constant(weight_value)
     if right is None or weight_value is None or weight is None or weight.dtype != np.int8 or scale is None:
         raise _Refused(OTHER_WEIGHT)
     rows, whole = len(weight), scale.size == 1
-    if scale.dtype != np.float32 or not symmetric(right) or right.attributes.get_int("block_size", 0):
+    if scale.dtype != np.float32 or not symmetric(right) or right.attributes.get_int("block_size", 0) != 0:
         raise _Refused(OTHER_WEIGHT)
     if not whole and (scale.shape != (rows,) or right.attributes.get_int("axis", 1) != 0):
         raise _Refused(OTHER_WEIGHT)
@@ -155,6 +162,7 @@ def _convolution(node: ir.Node) -> Int8Convolution:
     return Int8Convolution(
         name=str(node.name),
         x=str(u8.name),
+        source=str(left.outputs[0].name),
         x_quantization=x_quantization,
         product=str(output.name),
         y=str(end.y.name),
@@ -180,7 +188,9 @@ def _end(value: ir.Value) -> _End | None:
         nodes.append(str(value.name))
         if reader.op_type == "QuantizeLinear":
             quantization = scalar_quantization(reader)
-            return None if quantization is None else _End(value, quantization, _integers(limits, quantization), (*nodes,))
+            return (
+                None if quantization is None else _End(value, quantization, _integers(limits, quantization), (*nodes,))
+            )
         rectifier = _rectifier(reader)
         if rectifier is None:
             return None
