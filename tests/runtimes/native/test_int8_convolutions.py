@@ -47,9 +47,7 @@ LAYERS = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(layer=LAYERS, size=st.tuples(st.integers(9, 14), st.integers(13, 17)), seed=st.integers(0, 99))
-def test_sums_are_those_of_torch_in_float64(
-    library: Path, layer: Layer, size: tuple[int, int], seed: int
-) -> None:
+def test_sums_are_those_of_torch_in_float64(library: Path, layer: Layer, size: tuple[int, int], seed: int) -> None:
     """The result may be one step off where the float64 number lies in the middle between two steps."""
     file, weight = one_convolution(layer, seed)
     x = images(layer, size)

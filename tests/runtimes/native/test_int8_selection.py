@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from int8_files import in_int8, int8_vit
+from int8_files import int8_vit
 from native_models import Array, built_library
 from numpy.typing import NDArray
 from onnx import helper
@@ -23,7 +23,6 @@ from mpcompile.runtimes.native.int8_selection import WITHOUT_ATTENTION, accelera
 from mpcompile.runtimes.native.kernel_selection import Accelerated
 from mpcompile.runtimes.native.microbenchmark import session
 from mpcompile.runtimes.ort.session import cpu_engine
-from mpcompile.testing import tiny_cnn
 
 LAYERS = 8
 Compared = list[tuple[int, int, str]]  # native products, batch size and baseline of each comparison
