@@ -36,7 +36,8 @@ def weight_of(layer: Layer, rng: np.random.Generator) -> NDArray[np.int8]:
         scores = rng.random((-(-layer.rows // layer.sharing), *block.shape[1:]))
         dropped = scores.argsort(1).argsort(1) >= layer.keep
         block[np.repeat(dropped, layer.sharing, 0)[: layer.rows]] = 0
-    return weight.astype(np.int8)
+    result: NDArray[np.int8] = weight.astype(np.int8)
+    return result
 
 
 def add_convolution(
