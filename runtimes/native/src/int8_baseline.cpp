@@ -105,7 +105,7 @@ void normalise(const LayerNorm& n, const float* x, uint8_t* y, int64_t tokens) {
 extern const Int8Kernels int8_baseline;
 const Int8Kernels int8_baseline = {
     "int8_baseline",
-    {0, false, [](int, int) { return Int8Layout{1, 1, 1, 64}; }, compute, true},
+    {0, false, [](int, int) { return Int8Layout{1, 1, 1, 64}; }, compute, true, nullptr},
     {attention_scratch, attend},
     normalise,
 };

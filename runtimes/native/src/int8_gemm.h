@@ -41,7 +41,8 @@ struct Int8Weights {
     int64_t rows, columns;
     int64_t steps, step_columns;
     int kept, shared;
-    bool wide;  // each 16-bit lane holds the sum of two products rather than four: twice the work, more range
+    bool wide;    // each 16-bit lane holds the sum of two products rather than four: twice the work, more range
+    bool narrow;  // the layout for few columns
 
     int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
 };
@@ -80,6 +81,8 @@ struct Int8Kernel {
     void (*compute)(const Int8Weights&, const Int8Call&, const uint8_t* x, size_t stride, int64_t first, int64_t last,
                     int64_t begin, int64_t end);
     bool adds_bytes;  // `compute` applies the limits of Int8Call and adds its 8-bit tensor
+    // A layout without splits for weights of few columns whose rows share no patterns; null if there is none.
+    Int8Layout (*narrow_layout)(int kept);
 };
 
 }  // namespace mpcompile

@@ -62,7 +62,10 @@ NM_INLINE void interleave4(const Bytes* from, int32_t* to) {
 template <int TOKENS, int GROUPS, int SHARED, int PARTS>
 NM_INLINE void store_sums(const Bytes* sums, int32_t* to, int64_t stride) {
     constexpr int VECTORS = GROUPS * SHARED;
-    if constexpr (PARTS == 1) {
+    if constexpr (PARTS == 1 && SHARED == 1) {
+        NM_UNROLL for (int t = 0; t < TOKENS; t++) NM_UNROLL for (int g = 0; g < GROUPS; g++)
+            store_bytes(to + t * stride + 16 * g, sums[t * GROUPS + g]);
+    } else if constexpr (PARTS == 1) {
         static_assert(GROUPS == 1 && SHARED == 4, "other shapes have four parts");
         NM_UNROLL for (int t = 0; t < TOKENS; t++) interleave4(sums + t * VECTORS, to + t * stride);
     } else {
