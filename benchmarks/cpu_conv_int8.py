@@ -75,10 +75,11 @@ def layer(shape: tuple[int, int, int, int], pattern: NM | None, rng: np.random.G
     if pattern is not None:
         weight *= random_mask(pattern, (weight.size // rows, rows), rng).reshape(weight.shape)
     floats = np.full(rows, 0.01, np.float32)
-    window = {"strides": (1, 1), "dilations": (1, 1), "pads": (taps // 2,) * 4}
+    pad = taps // 2
     return Int8Convolution(
         "conv", "x", "floats", U8Quantization(0.02, 128), "product", "y", U8Quantization(1.0, 128), (128, 255), ("y",),
-        "weight", np.ascontiguousarray(weight.transpose(3, 2, 0, 1)), floats, floats, **window,
+        "weight", np.ascontiguousarray(weight.transpose(3, 2, 0, 1)), floats, floats, (1, 1),
+        (pad, pad, pad, pad), (1, 1),
     )  # fmt: skip
 
 
@@ -205,21 +206,32 @@ def report(rows: list[dict[str, Any]]) -> None:
         if layers:
             names = list(layers[0]["speedup"])
             lines = [
-                ("{} → {}, {}×{}, {} px".format(row["layer"][1], row["layer"][0], *row["layer"][2:3] * 2, row["layer"][3]),
-                 f"{row['theirs_us']:.0f}", *(speedup_cell(tuple(row["speedup"][name])) for name in names))
+                (
+                    layer_name(row),
+                    f"{row['theirs_us']:.0f}",
+                    *(speedup_cell(tuple(row["speedup"][name])) for name in names),
+                )
                 for row in layers
-            ]  # fmt: skip
+            ]
             table = markdown(("Convolution", "ONNX Runtime's int8, µs", *names), lines)
             parts.append(f"Single convolutions, batch 1, one thread, over ONNX Runtime's dense int8:\n\n{table}")
         for row in (row for row in own if "model" in row):
             used = "".join(f"; {key} {version}" for key, version in row["openvino"].items())
             title = f"{row['model']}, batch {row['batch']}, {row['threads']} thread(s), {row['clock']} time{used}"
-            lines = [
-                (key, f"{ms:.2f}", *(speedup_cell(tuple(row[column][key])) if key in row[column] else "–" for column in OVER))
-                for key, ms in row["ms"].items()
-            ]  # fmt: skip
+            lines = [(key, f"{ms:.2f}", *cells(row, key)) for key, ms in row["ms"].items()]
             parts.append(f"{title}:\n\n{markdown(('', 'ms', *OVER.values()), lines)}")
     (RESULTS / "cpu_conv_int8.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def layer_name(row: dict[str, Any]) -> str:
+    """Returns the channels, the taps and the size of a convolution."""
+    rows, channels, taps, size = row["layer"]
+    return f"{channels} → {rows}, {taps}×{taps}, {size} px"
+
+
+def cells(row: dict[str, Any], key: str) -> list[str]:
+    """Returns the speed of one engine over each baseline."""
+    return [speedup_cell(tuple(row[column][key])) if key in row[column] else "–" for column in OVER]
 
 
 if __name__ == "__main__":
