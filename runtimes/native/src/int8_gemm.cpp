@@ -21,7 +21,8 @@ using mpcompile::U8Scale;
 template <int KEPT, int SHARED, bool NARROW>
 struct Shape {
     static constexpr bool DENSE = KEPT == 16;
-    static constexpr int SPLITS = DENSE || SHARED == 4 || NARROW ? 1 : ::SPLITS, ROWS = LANES / SPLITS;  // rows of a vector
+    static constexpr int SPLITS = DENSE || SHARED == 4 || NARROW ? 1 : ::SPLITS;
+    static constexpr int ROWS = LANES / SPLITS;  // of a vector
 #if NM_VNNI
     static constexpr int GROUPS = SHARED == 1 ? 2 : 1;
     static constexpr int TOKENS = SHARED == 1 ? 10 : SHARED == 2 ? 10 : 5;
@@ -192,7 +193,7 @@ struct Ends {
     int64_t stride;
 };
 
-// The results of some tokens and `count` rows, from their sums in the order of the rows; `count` is rounded up to LANES.
+// The results of some tokens and `count` rows, rounded up to LANES, from their sums in the order of the rows.
 template <Activation ACTIVATION, bool ADDS>
 NM_INLINE void finish(const Int8Weights& w, const Int8Call& call, int64_t row, int64_t count, int64_t tokens,
                       const int32_t* sums, const Ends& ends) {
@@ -211,8 +212,8 @@ NM_INLINE void finish(const Int8Weights& w, const Int8Call& call, int64_t row, i
             if constexpr (ACTIVATION == Activation::GELU_TANH) value = gelu_tanh(value);
             if constexpr (ADDS) {
                 const Floats lowest = all(-call.branch.zero), highest = all(255 - call.branch.zero);
-                const Floats step = nearest_integer(least(largest(value * all(1 / call.branch.scale), lowest), highest));
-                value = step * all(call.branch.scale) + dequantised(ends.added + at, call.added_scale);
+                const Floats scaled = least(largest(value * all(1 / call.branch.scale), lowest), highest);
+                value = nearest_integer(scaled) * all(call.branch.scale) + dequantised(ends.added + at, call.added_scale);
             }
             if (ends.floats) store_floats(ends.floats + at, value);
             if (ends.bytes) store_quantised(ends.bytes + at, value, inverse, zero, low, high);

@@ -61,8 +61,8 @@ struct Int8Call {
     Activation activation;
     float inverse_scale, zero;  // of `bytes`
     // Only kernels with `adds_bytes` read the following. They come after the activation.
-    float low = 0, high = 255;  // limits of `bytes`
-    const uint8_t* added = nullptr;  // [tokens][rows], or null; then the result is quantised like `branch` before the sum
+    float low = 0, high = 255;       // limits of `bytes`
+    const uint8_t* added = nullptr;  // [tokens][rows], added to the result after that is rounded like `branch`; or null
     U8Scale branch, added_scale;
 };
 

@@ -194,8 +194,7 @@ std::vector<Group> groups_of(const Matrix& matrix, int64_t first, int64_t last, 
 }
 
 // Vector operations for one token with a layout for rows that share no patterns: shuffles, products, the loads of
-// activations where they are broadcast, and the sums of the parts of a vector. Measured on Zen 4, where all of them take
-// about as long.
+// activations where they are broadcast, and the sums of the parts of a vector. All take about as long on Zen 4.
 int64_t operations(const Int8Layout& layout, const Int8Weights& w, int lanes) {
     const int64_t panel_rows = layout.groups * lanes / layout.splits;
     const int64_t steps = (w.columns + layout.step_columns - 1) / layout.step_columns;

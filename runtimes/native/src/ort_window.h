@@ -13,7 +13,10 @@ inline OrtStatus* integers_of(Api api, const OrtKernelInfo* info, const char* na
     if (OrtStatus* failed = ort::GetAttributeInts::call(api, info, name, found, &size)) return failed;
     bool right = size == count;
     for (size_t i = 0; right && i < count; i++) right = found[i] >= least && found[i] < INT32_MAX / 2;
-    return right ? nullptr : refuse(api, "mpcompile: strides, dilations and kernel_shape must be two positive numbers, pads four that are not negative");
+    return right ? nullptr
+                 : refuse(api,
+                          "mpcompile: strides, dilations and kernel_shape must be two positive numbers, and pads four "
+                          "that are not negative");
 }
 
 // Gets strides, dilations and pads; the size of the window is left to be set.
