@@ -213,7 +213,8 @@ NM_INLINE void finish(const Int8Weights& w, const Int8Call& call, int64_t row, i
             if constexpr (ADDS) {
                 const Floats lowest = all(-call.branch.zero), highest = all(255 - call.branch.zero);
                 const Floats scaled = least(largest(value * all(1 / call.branch.scale), lowest), highest);
-                value = nearest_integer(scaled) * all(call.branch.scale) + dequantised(ends.added + at, call.added_scale);
+                value = nearest_integer(scaled) * all(call.branch.scale) +
+                        dequantised(ends.added + at, call.added_scale);
             }
             if (ends.floats) store_floats(ends.floats + at, value);
             if (ends.bytes) store_quantised(ends.bytes + at, value, inverse, zero, low, high);
