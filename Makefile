@@ -96,6 +96,7 @@ bench-cpu: bench-models
 	$(BIN)/python benchmarks/cpu_vit.py --threads 2
 	$(BIN)/python benchmarks/cpu_int8_gemm.py $(if $(OPENVINO),--openvino $(OPENVINO))
 	$(BIN)/python benchmarks/cpu_vit_int8.py $(if $(OPENVINO),--openvino $(OPENVINO))
+	$(BIN)/python benchmarks/cpu_conv_int8.py $(if $(OPENVINO),--openvino $(OPENVINO))
 	$(BIN)/python benchmarks/cpu_choice.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/tables.py

@@ -281,7 +281,7 @@ def blocks() -> dict[str, str]:
         "accuracy": accuracy(),
         "faster": readme_speeds(),
         "faster_int8": readme_int8_speeds(),
-        "cpu_vit_int8": sections("cpu_vit_int8"),
+        **{name: sections(name) for name in ("cpu_vit_int8", "cpu_conv_int8")},
         "cpu_int8_gemm": first_table("cpu_int8_gemm"),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
         "spectra": first_table("spectra"),

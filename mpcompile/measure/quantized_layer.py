@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NATIVE = "NMGemmInt8"  # with which the names of mpcompile's own 8-bit products begin
+NATIVE = ("NMGemmInt8", "NMConvInt8")  # the first part of the names of mpcompile's own 8-bit operators
 
 
 @dataclass(frozen=True, slots=True)

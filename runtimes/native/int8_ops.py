@@ -68,7 +68,7 @@ def function(op: str, opset: int) -> onnx.FunctionProto:
         inputs, attributes, body = _attention(op.startswith("Biased"))
     if quantises:
         attributes += ["y_scale", "y_zero"]
-        body += [*_parameters("y"), helper.make_node("QuantizeLinear", ["result", "y_scale", "y_zero"], ["y"])]
+        body += [*parameters("y"), helper.make_node("QuantizeLinear", ["result", "y_scale", "y_zero"], ["y"])]
     else:
         body[-1].output[0] = "y"
     return helper.make_function(DOMAIN, op, inputs, ["y"], body, [helper.make_opsetid("", opset)], attributes)
@@ -77,7 +77,7 @@ def function(op: str, opset: int) -> onnx.FunctionProto:
 def _gemm(op: str) -> tuple[list[str], list[str], list[onnx.NodeProto]]:
     node = helper.make_node
     body = [
-        *_parameters("x"),
+        *parameters("x"),
         node("DequantizeLinear", ["x", "x_scale", "x_zero"], ["inputs"]),
         node("DequantizeLinear", ["weight", "scale"], ["weights"], axis=1),
         node("MatMul", ["inputs", "weights"], ["product"]),
@@ -109,20 +109,20 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
         _ints("tokens", [1]),
         _ints("channels", [2]),
         _ints("one", [1]),
-        *(_attribute(name, f"{name}_value") for name in ("heads", "dim")),
+        *(attribute(name, f"{name}_value") for name in ("heads", "dim")),
         *(node("Reshape", [f"{name}_value", "one"], [name]) for name in ("heads", "dim")),
         node("Mul", ["heads", "dim"], ["width"]),
         _ints("kept", [0, 0]),
         node("Concat", ["kept", "heads", "dim"], ["by_head"], axis=0),
-        _attribute("scale", "scale", is_float=True),
-        *(_attribute(name, f"{name}_value") for name in ("first_query", "queries")),
+        attribute("scale", "scale", is_float=True),
+        *(attribute(name, f"{name}_value") for name in ("first_query", "queries")),
         *(node("Reshape", [f"{name}_value", "one"], [name]) for name in ("first_query", "queries")),
         node("Add", ["first_query", "queries"], ["end_query"]),
         node("Slice", ["q", "first_query", "end_query", "tokens"], ["q_tokens"]),
     ]
     for name, order in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
         body += [
-            _attribute(f"{name}_offset", f"{name}_value"),
+            attribute(f"{name}_offset", f"{name}_value"),
             node("Reshape", [f"{name}_value", "one"], [f"{name}_start"]),
             node("Add", [f"{name}_start", "width"], [f"{name}_end"]),
             node(
@@ -146,16 +146,16 @@ def _attention(biased: bool) -> tuple[list[str], list[str], list[onnx.NodeProto]
     return inputs, ["heads", "dim", "q_offset", "k_offset", "v_offset", "first_query", "queries", "scale"], body
 
 
-def _parameters(tensor: str) -> list[onnx.NodeProto]:
+def parameters(tensor: str) -> list[onnx.NodeProto]:
     """Returns nodes that give the attributes `tensor_scale` and `tensor_zero` as values, the zero point as u8."""
     return [
-        _attribute(f"{tensor}_scale", f"{tensor}_scale", is_float=True),
-        _attribute(f"{tensor}_zero", f"{tensor}_zero_value"),
+        attribute(f"{tensor}_scale", f"{tensor}_scale", is_float=True),
+        attribute(f"{tensor}_zero", f"{tensor}_zero_value"),
         helper.make_node("Cast", [f"{tensor}_zero_value"], [f"{tensor}_zero"], to=TensorProto.UINT8),
     ]
 
 
-def _attribute(name: str, value: str, *, is_float: bool = False) -> onnx.NodeProto:
+def attribute(name: str, value: str, *, is_float: bool = False) -> onnx.NodeProto:
     """Returns a node that gives the operator's attribute `name`, a float or an int, as a value."""
     node = helper.make_node("Constant", [], [value])
     kind = AttributeProto.FLOAT if is_float else AttributeProto.INT

@@ -65,7 +65,7 @@ def _product(node: ir.Node) -> Int8Product | None:
         return None
     if u8 is None or u8.is_initializer():
         return None
-    if weight.dtype != np.int8 or weight.ndim != 2 or not _zero(right):
+    if weight.dtype != np.int8 or weight.ndim != 2 or not symmetric(right):
         return None
     # A scale of two dimensions holds one for each block of input or output channels.
     if scale.dtype != np.float32 or scale.ndim > 1 or right.attributes.get_int("block_size", 0) != 0:
@@ -85,7 +85,7 @@ def _product(node: ir.Node) -> Int8Product | None:
     bias = np.zeros(rows, np.float32)
     if node.op_type == "Gemm":
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            stored = _dequantised(node.inputs[2])
+            stored = dequantised(node.inputs[2])
             if stored is None or stored.shape not in ((rows,), (1, rows)):
                 return None
             bias = stored.reshape(-1)
@@ -110,25 +110,25 @@ def _bias_after(output: ir.Value, rows: int) -> tuple[ir.Node, Float32[np.ndarra
     add = only_reader(output)
     if add is None or add.op_type != "Add":
         return None
-    stored = _dequantised(next(value for value in add.inputs if value is not output))
+    stored = dequantised(next(value for value in add.inputs if value is not output))
     return (add, stored) if stored is not None and stored.shape == (rows,) else None
 
 
-def _dequantised(value: ir.Value | None) -> np.ndarray | None:
+def dequantised(value: ir.Value | None) -> np.ndarray | None:
     """Returns a constant in float32, also if it is stored as integers behind a DequantizeLinear."""
     stored = constant(value)
     if stored is not None:
         return stored.astype(np.float32) if stored.dtype == np.float32 else None
     node = producer(value, "DequantizeLinear")
     integers, scale = (None, None) if node is None else (constant(node.inputs[0]), constant(node.inputs[1]))
-    if node is None or integers is None or scale is None or scale.dtype != np.float32 or not _zero(node):
+    if node is None or integers is None or scale is None or scale.dtype != np.float32 or not symmetric(node):
         return None
     if scale.size != 1 and (integers.ndim != 1 or scale.shape != integers.shape):
         return None
     return (integers.astype(np.float64) * scale.astype(np.float64)).astype(np.float32)
 
 
-def _zero(dequantise: ir.Node) -> bool:
+def symmetric(dequantise: ir.Node) -> bool:
     """Whether the zero points of a DequantizeLinear are 0 or absent."""
     if len(dequantise.inputs) < 3 or dequantise.inputs[2] is None:
         return True

@@ -6,6 +6,8 @@ The native operator of a product (int8_products.py) takes over its neighbours:
 - or the addition of another tensor of the same shape, the residual;
 - the LayerNormalization before a QuantizeLinear becomes LayerNormQuantize;
 - an attention (attention_match.py) becomes one operator, with an 8-bit result if a QuantizeLinear follows.
+
+Convolutions are replaced by int8_conv_rewrite.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +18,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mpcompile.errors import BuildError
-from mpcompile.runtimes.native import int8_ops
+from mpcompile.runtimes.native import int8_conv_ops, int8_ops
 from mpcompile.runtimes.native.attention_match import FileAttention
 from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION, initializer
 from mpcompile.runtimes.native.graph_reading import constant, only_reader
+from mpcompile.runtimes.native.int8_conv_rewrite import replace_convolutions
+from mpcompile.runtimes.native.int8_convolutions import Int8Convolution
 from mpcompile.runtimes.native.int8_ops import U8Quantization
 from mpcompile.runtimes.native.int8_products import Int8Product, scalar_quantization
 
@@ -39,25 +43,27 @@ def replace(
     shapes: Mapping[str, tuple[int, ...]],
     attentions: Sequence[FileAttention] = (),
     norms: bool = True,
+    convolutions: Sequence[Int8Convolution] = (),
 ) -> onnx.ModelProto:
-    """Returns a new file with the native operators for these products and attentions.
+    """Returns a new file with the native operators for these products, attentions and convolutions.
 
     The weight of a Gemm that transposes it is stored once more, turned; all others are read as they are. Biases
     become float32.
 
     Args:
         file: the file.
-        products: those to replace; without products and attentions the file itself is returned.
+        products: those to replace; without products, attentions and convolutions the file itself is returned.
         shapes: of all float32 tensors, for a batch above 1; a residual is only added by a product if the shapes agree.
         attentions: those to replace.
         norms: whether LayerNormalizations before a QuantizeLinear are replaced.
+        convolutions: those to replace.
 
     Raises BuildError if the opset is older than int8_ops.OLDEST_OPSET.
     """
     opset = next(entry.version for entry in file.opset_import if entry.domain in ("", "ai.onnx"))
     if opset < int8_ops.OLDEST_OPSET:
         raise BuildError(f"the file has opset {opset}; the int8 operators need {int8_ops.OLDEST_OPSET} or newer")
-    if not products and not attentions:
+    if not products and not attentions and not convolutions:
         return file
     model = ir.from_proto(file)
     graph = model.graph
@@ -70,9 +76,11 @@ def replace(
         used.add(_replace_product(graph, values, product, shapes))
     if norms:
         used |= set(_replace_norms(graph, values, read))
+    used |= replace_convolutions(graph, values, convolutions)
     RemoveUnusedNodesPass()(model)
     for op in sorted(used):
-        fallback = ir.serde.deserialize_function(int8_ops.function(op, opset))
+        function = int8_conv_ops.function if op in int8_conv_ops.OPERATORS else int8_ops.function
+        fallback = ir.serde.deserialize_function(function(op, opset))
         model.functions.setdefault(fallback.identifier(), fallback)
     graph.opset_imports.setdefault(DOMAIN, VERSION)
     return ir.to_proto(model)

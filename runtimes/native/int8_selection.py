@@ -1,7 +1,7 @@
-"""Selects the 8-bit products of a file that run on the native int8 operators, by measurement on this machine.
+"""Selects the 8-bit products and convolutions of a file that run on native operators, by measurement on this machine.
 
-Each product is timed alone: the native operator against the one that ONNX Runtime has for it. Equal ones are timed
-once. A product is a candidate unless it is significantly slower alone, because the native operator also takes over its
+Each of them is timed alone: the native operator against the one that ONNX Runtime has for it. Equal ones are timed
+once. It is a candidate unless it is significantly slower alone, because the native operator also takes over its
 neighbours (int8_rewrite.py), which the time alone does not show. The file with all candidates must then be
 significantly faster than the file as ONNX Runtime runs it, at every batch size (whole_file.py); otherwise candidates
 are dropped. Attentions are replaced if the whole file gains by that at every batch size, too.
@@ -16,25 +16,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from mpcompile.errors import BuildError, cause_of
 from mpcompile.export.mask_check import ProvenMask
 from mpcompile.export.quantized_weights import quantized_weights
 from mpcompile.measure.timing import Speedup
-from mpcompile.runtimes.native import attention_match, int8_ops, int8_products, int8_rewrite
-from mpcompile.runtimes.native.custom_op import DOMAIN, VERSION
+from mpcompile.runtimes.native import attention_match, int8_convolutions, int8_products, int8_rewrite
+from mpcompile.runtimes.native.int8_convolutions import Int8Convolution
+from mpcompile.runtimes.native.int8_microbenchmark import (
+    by_columns,
+    measure_convolution,
+    measure_product,
+    skips_zeros,
+)
 from mpcompile.runtimes.native.int8_products import Int8Product
 from mpcompile.runtimes.native.kernel_selection import Accelerated, Choice, OtherKernels, compare_whole, dropped
-from mpcompile.runtimes.native.microbenchmark import OneNode, compared, session
+from mpcompile.runtimes.native.microbenchmark import session
 from mpcompile.runtimes.native.whole_file import Names, accept
 
 if TYPE_CHECKING:
     import onnxruntime
 
-OPSET = 21
 MOST_COLUMNS = 1 << 16  # input channels that the operator takes; its 32-bit sums cannot overflow
-BLOCK, MOST_KEPT = 16, 8  # the kernel skips the zeros of a weight that keeps at most 8 of each 16 input channels
 FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's"
 NOT_FASTER = "the native int8 kernel is {} times as fast as ONNX Runtime's; it runs there because the whole file gains"
 SLOWER = "the native int8 kernel is slower: {} times as fast as ONNX Runtime's, which runs it"
@@ -58,18 +61,43 @@ class _File:
         model: the file.
         products: all 8-bit products.
         attentions: all attentions.
+        convolutions: all 8-bit convolutions.
+        refused: why each other convolution, by name, does not run on the native operator.
         shapes: of the float32 tensors around the products, for a batch of at least 2 if the batch is free.
     """
 
     model: onnx.ModelProto
     products: tuple[Int8Product, ...]
     attentions: tuple[attention_match.FileAttention, ...]
+    convolutions: tuple[Int8Convolution, ...]
+    refused: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def layers(self) -> list[Int8Product | Int8Convolution]:
+        """All products, then all convolutions."""
+        return [*self.products, *self.convolutions]
+
+    def refusal(self, mask: ProvenMask) -> str:
+        """Returns why the native operators do not compute a masked layer that is none of these."""
+        return self.refused.get(mask.nodes[0], NOT_A_PRODUCT.format(mask.op))
+
+    def input_of(self, each: Int8Product | Int8Convolution, batch: int) -> tuple[int, ...]:
+        """Returns the shape of the u8 tensor that a native operator reads at a batch."""
+        if isinstance(each, Int8Convolution):
+            _, channels, height, width = self.shapes[each.source]
+            return batch, height, width, channels
+        return batch, *self.shapes[each.y][1:-1], len(each.weight)
 
     def rewritten(self, names: Names, attention: bool) -> onnx.ModelProto:
         """Returns the file with the native operators for the named products."""
-        chosen = [product for product in self.products if product.name in names]
-        return int8_rewrite.replace(self.model, chosen, self.shapes, self.attentions if attention else ())
+        return int8_rewrite.replace(
+            self.model,
+            [product for product in self.products if product.name in names],
+            self.shapes,
+            self.attentions if attention else (),
+            convolutions=[convolution for convolution in self.convolutions if convolution.name in names],
+        )
 
 
 def accelerate(
@@ -91,30 +119,34 @@ def accelerate(
     by_initializer = {mask.initializer: mask for mask in masks}
     layers = {node: row.layers for row in quantized_weights(file) for node in row.nodes}
     measured: dict[tuple[object, ...], Any] = {}
-    replaceable = {product.initializer for product in found.products}
+    replaceable = {each.initializer for each in found.layers}
     choices = [
-        Choice((mask.layer,), mask.nodes[0], False, NOT_A_PRODUCT.format(mask.op), mask.pattern)
+        Choice((mask.layer,), mask.nodes[0], False, found.refusal(mask), mask.pattern)
         for mask in masks
         if mask.initializer not in replaceable
     ]
-    for product in found.products:
-        columns, rows = product.weight.shape
-        shape, mask = found.shapes[product.y], by_initializer.get(product.initializer)
-        x = (len(images), *shape[1:-1], columns)
+    for each in found.layers:
+        mask = by_initializer.get(each.initializer)
         pattern = None if mask is None else mask.pattern
-        key = (product.weight.shape, pattern, x)
+        x, weight = found.input_of(each, len(images)), by_columns(each)
+        columns, rows = weight.shape
+        key = (each.weight.shape, pattern, x, each.window if isinstance(each, Int8Convolution) else None)
         if key not in measured:
-            measured[key] = measure_product(product, x, library, threads, seconds)
+            measured[key] = (
+                measure_convolution(each, x, library, threads, seconds)
+                if isinstance(each, Int8Convolution)
+                else measure_product(each, x, library, threads, seconds)
+            )
         dense, sparse, ratio = measured[key]
         slower = ratio.conclusion == "slower"
         reason = (FASTER if ratio.faster else SLOWER if slower else NOT_FASTER).format(ratio.with_interval())
-        skips = skips_zeros(product.weight)
+        skips = skips_zeros(weight)
         if pattern and not skips and not slower:
             reason += MULTIPLIES_ZEROS
         choices.append(
             Choice(
-                layers=layers.get(product.name, ()),
-                name=product.name,
+                layers=layers.get(each.name, ()),
+                name=each.name,
                 native=not slower,
                 reason=reason,
                 pattern=pattern,
@@ -156,13 +188,6 @@ def accelerate(
     )
 
 
-def skips_zeros(weight: NDArray[np.int8]) -> bool:
-    """Whether the native kernel skips the zeros of a weight (columns, rows)."""
-    padded = np.pad(weight != 0, ((0, -len(weight) % BLOCK), (0, 0)))
-    kept = padded.reshape(-1, BLOCK, weight.shape[1]).sum(1)
-    return bool((kept <= MOST_KEPT).all())
-
-
 def _gains(
     before: "onnxruntime.InferenceSession",
     after: "onnxruntime.InferenceSession",
@@ -181,9 +206,12 @@ def inspected(file: onnx.ModelProto, images: NDArray[np.float32]) -> _File:
     run = runner(file, images)
     computed = {name for node in file.graph.node for name in node.output}
     sums = {name for node in file.graph.node if node.op_type == "Add" for name in (*node.input, *node.output)}
-    values = run(sorted({product.y for product in products} | (sums & computed)))
+    ends = {name for node in file.graph.node if node.op_type == "Conv" for name in (node.input[0], node.output[0])}
+    values = run(sorted({product.y for product in products} | ((sums | ends) & computed)))
     shapes = {name: value.shape for name, value in values.items()}
-    return _File(file, products, tuple(attention_match.find(file, run)) if products else (), shapes)
+    convolutions, refused = int8_convolutions.find(file, shapes)
+    attentions = tuple(attention_match.find(file, run)) if products else ()
+    return _File(file, products, attentions, tuple(convolutions), refused, shapes)
 
 
 def runner(
@@ -212,63 +240,3 @@ def runner(
         return dict(zip(names, values, strict=True))
 
     return run
-
-
-def measure_product(
-    product: Int8Product, x: tuple[int, ...], library: Path, threads: int | None, seconds: float
-) -> tuple[Any, Any, Speedup]:
-    """Returns the times of ONNX Runtime's node and of the native one for a product, and the speedup."""
-    rng = np.random.default_rng(0)
-    activations = rng.integers(0, 256, x, dtype=np.uint8)
-    runs = []
-    for model, used in ((standard_node(product), None), (native_node(product), library)):
-        node = OneNode(model, used, threads)
-        node.bind(activations, np.empty((*x[:-1], len(product.scale)), np.float32))
-        runs.append(node)
-    return compared(runs[0], runs[1], x[0], seconds)
-
-
-def standard_node(product: Int8Product) -> onnx.ModelProto:
-    """Returns the product in standard operators, as a model x u8 -> y float32 that ONNX Runtime runs in 8 bits."""
-    node = helper.make_node
-    nodes = [
-        node("DequantizeLinear", ["x", "x_scale", "x_zero"], ["inputs"]),
-        node("DequantizeLinear", ["weight", "scale", "zeros"], ["weights"], axis=1),
-        node("MatMul", ["inputs", "weights"], ["product"]),
-        node("Add", ["product", "bias"], ["y"]),
-    ]
-    quantization = product.x_quantization
-    stored: dict[str, NDArray[Any]] = {
-        "x_scale": np.array(quantization.scale, np.float32),
-        "x_zero": np.array(quantization.zero, np.uint8),
-        "zeros": np.zeros(len(product.scale), np.int8),
-    }
-    return _model(nodes, product, stored)
-
-
-def native_node(product: Int8Product) -> onnx.ModelProto:
-    """Returns the product as the native operator, as a model x u8 -> y float32."""
-    quantization = product.x_quantization
-    native = helper.make_node(
-        int8_ops.GEMM, ["x", "weight", "scale", "bias"], ["y"], domain=DOMAIN,
-        x_scale=quantization.scale, x_zero=quantization.zero,
-    )  # fmt: skip
-    model = _model([native], product, {})
-    model.functions.append(int8_ops.function(int8_ops.GEMM, OPSET))
-    model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
-    return model
-
-
-def _model(
-    nodes: Sequence[onnx.NodeProto], product: Int8Product, stored: Mapping[str, NDArray[Any]]
-) -> onnx.ModelProto:
-    """Returns a model x u8 -> y float32 of any shape, with the product's weight, scale and bias beside `stored`."""
-    arrays = {**stored, "weight": product.weight, "scale": product.scale, "bias": product.bias}
-    graph = helper.make_graph(
-        list(nodes),
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, None)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)

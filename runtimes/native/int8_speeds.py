@@ -17,9 +17,9 @@ from mpcompile.ir.pattern import NM
 from mpcompile.measure.timing import Call, speedup
 from mpcompile.runtimes.native.auto_patterns import CHANNELS, TOKENS
 from mpcompile.runtimes.native.custom_op import GEMM
+from mpcompile.runtimes.native.int8_microbenchmark import native_node, standard_node
 from mpcompile.runtimes.native.int8_ops import U8Quantization
 from mpcompile.runtimes.native.int8_products import Int8Product
-from mpcompile.runtimes.native.int8_selection import native_node, standard_node
 from mpcompile.runtimes.native.microbenchmark import (
     OneNode,
     Samples,

@@ -21,6 +21,7 @@ from mpcompile.errors import BuildError, cause_of
 from mpcompile.export.eight_bit_ends import Ends, ends_of
 from mpcompile.export.quantized_weights import QuantizedWeight, quantized_weights
 from mpcompile.measure.quantized_layer import QuantizedLayer
+from mpcompile.runtimes.native.int8_conv_ops import CONV
 from mpcompile.runtimes.native.int8_ops import GEMM
 
 PROVIDER = "CPUExecutionProvider"
@@ -28,6 +29,7 @@ KERNELS = frozenset({
     "QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
     "DynamicQuantizeMatMul",
 })  # fmt: skip
+NATIVE = (GEMM, CONV)  # the first part of the names of native operators
 FUSED_STEPS = ("Relu", "Clip")  # with a convolution, before its output is quantised
 IN_FILE = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
 UNKNOWN = "ONNX Runtime runs it in floating point and gives no reason"
@@ -51,10 +53,10 @@ def int8_coverage(
         raise BuildError(f"ONNX Runtime cannot profile {file.name}: {cause_of(error)}") from error
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in optimised.graph.node:
-        if node.op_type in KERNELS or node.op_type.startswith(GEMM):
+        if node.op_type in KERNELS or node.op_type.startswith(NATIVE):
             for name in node.input:
                 users.setdefault(name, []).append(node)
-    native = {node.name: node for node in optimised.graph.node if node.op_type.startswith(GEMM)}
+    native = {node.name: node for node in optimised.graph.node if node.op_type.startswith(NATIVE)}
     ends = ends_of(model, FUSED_STEPS)
     nodes = {node.name: node for node in model.graph.node}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}

@@ -21,6 +21,8 @@ from mpcompile.export.onnx_export import INLINE_LIMIT_BYTES, Exported
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.runtimes import native
 from mpcompile.runtimes.native import int8_selection
+from mpcompile.runtimes.native.int8_conv_ops import CONV
+from mpcompile.runtimes.native.int8_ops import GEMM
 from mpcompile.runtimes.native.kernel_selection import Choice, accelerate
 from mpcompile.runtimes.ort.session import OrtEngine, native_file, session_on
 from mpcompile.runtimes.protocol import Build
@@ -41,13 +43,14 @@ class NMEngine(OrtEngine):
     ) -> tuple[LayerVerdict, ...]:
         """Returns one row per masked layer, from the measurements made when the engine was built."""
         by_layer = {mask.layer: mask for mask in masks}
-        kernel = f"NMGemm, {native.instruction_set()}" if self.exact else f"NMGemmInt8, {native.int8_instruction_set()}"
+        instructions = native.instruction_set() if self.exact else native.int8_instruction_set()
         rows = []
         for choice in self.choices:
             for layer in choice.layers:
                 mask = by_layer.get(layer)
                 if mask is None:  # a dense layer in 8 bits
                     continue
+                operator = "NMGemm" if self.exact else CONV if mask.op == "Conv" else GEMM
                 eligible = choice.dense is not None and choice.skips_zeros
                 chosen = choice.native and choice.skips_zeros
                 rows.append(
@@ -60,7 +63,7 @@ class NMEngine(OrtEngine):
                         rule="measured" if eligible else "kernel",
                         reason=choice.reason,
                         chosen=chosen,
-                        kernel=kernel if chosen else None,
+                        kernel=f"{operator}, {instructions}" if chosen else None,
                         dense_ms=choice.dense.p50_ms if choice.dense else None,
                         sparse_ms=choice.sparse.p50_ms if choice.sparse else None,
                     )

@@ -23,11 +23,13 @@ float activated(Activation activation, float x) {
     }
 }
 
-// NaN gives 0, as in the other kernels.
-uint8_t quantised(float value, float inverse_scale, float zero) {
+// The limits are those of the integers. NaN gives the lower one, as in the other kernels.
+uint8_t quantised(float value, float inverse_scale, float zero, float low = 0, float high = 255) {
     const float scaled = rintf(value * inverse_scale);
-    return uint8_t(scaled > -zero ? scaled < 255 - zero ? scaled + zero : 255.0f : 0.0f);
+    return uint8_t(scaled > low - zero ? scaled < high - zero ? scaled + zero : high : low);
 }
+
+float dequantised(uint8_t integer, const U8Scale& of) { return (float(integer) - of.zero) * of.scale; }
 
 void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_t stride, int64_t first, int64_t last,
              int64_t begin, int64_t end) {
@@ -41,8 +43,12 @@ void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_
             const int64_t at = t * w.rows + row;
             if (call.residual) value += call.residual[at];
             value = activated(call.activation, value);
+            if (call.added) {
+                const uint8_t step = quantised(value, 1 / call.branch.scale, call.branch.zero);
+                value = dequantised(step, call.branch) + dequantised(call.added[at], call.added_scale);
+            }
             if (call.floats) call.floats[at] = value;
-            if (call.bytes) call.bytes[at] = quantised(value, call.inverse_scale, call.zero);
+            if (call.bytes) call.bytes[at] = quantised(value, call.inverse_scale, call.zero, call.low, call.high);
         }
 }
 
@@ -99,7 +105,7 @@ void normalise(const LayerNorm& n, const float* x, uint8_t* y, int64_t tokens) {
 extern const Int8Kernels int8_baseline;
 const Int8Kernels int8_baseline = {
     "int8_baseline",
-    {0, false, [](int, int) { return Int8Layout{1, 1, 1, 64}; }, compute},
+    {0, false, [](int, int) { return Int8Layout{1, 1, 1, 64}; }, compute, true, nullptr},
     {attention_scratch, attend},
     normalise,
 };

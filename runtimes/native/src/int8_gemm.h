@@ -41,9 +41,15 @@ struct Int8Weights {
     int64_t rows, columns;
     int64_t steps, step_columns;
     int kept, shared;
-    bool wide;  // each 16-bit lane holds the sum of two products rather than four: twice the work, more range
+    bool wide;    // each 16-bit lane holds the sum of two products rather than four: twice the work, more range
+    bool narrow;  // the layout for few columns
 
     int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
+};
+
+// A number is (integer - zero) * scale.
+struct U8Scale {
+    float scale = 1, zero = 0;
 };
 
 struct Int8Call {
@@ -54,6 +60,10 @@ struct Int8Call {
     int64_t tokens;
     Activation activation;
     float inverse_scale, zero;  // of `bytes`
+    // Only kernels with `adds_bytes` read the following. They come after the activation.
+    float low = 0, high = 255;       // limits of `bytes`
+    const uint8_t* added = nullptr;  // [tokens][rows], added to the result after that is rounded like `branch`; or null
+    U8Scale branch, added_scale;
 };
 
 struct Int8Layout {
@@ -70,6 +80,9 @@ struct Int8Kernel {
     // one token to the next, with at least steps * step_columns readable bytes in each.
     void (*compute)(const Int8Weights&, const Int8Call&, const uint8_t* x, size_t stride, int64_t first, int64_t last,
                     int64_t begin, int64_t end);
+    bool adds_bytes;  // `compute` applies the limits of Int8Call and adds its 8-bit tensor
+    // A layout without splits for weights of few columns whose rows share no patterns; null if there is none.
+    Int8Layout (*narrow_layout)(int kept);
 };
 
 }  // namespace mpcompile

@@ -193,12 +193,28 @@ std::vector<Group> groups_of(const Matrix& matrix, int64_t first, int64_t last, 
     return groups;
 }
 
+// Vector operations for one token with a layout for rows that share no patterns: shuffles, products, the loads of
+// activations where they are broadcast, and the sums of the parts of a vector. All take about as long on Zen 4.
+int64_t operations(const Int8Layout& layout, const Int8Weights& w, int lanes) {
+    const int64_t panel_rows = layout.groups * lanes / layout.splits;
+    const int64_t steps = (w.columns + layout.step_columns - 1) / layout.step_columns;
+    const int64_t of_step = layout.groups * 4 + (layout.splits > 1 ? 0 : STEP / w.kept);
+    return (w.rows + panel_rows - 1) / panel_rows * (steps * of_step + (layout.splits > 1 ? 3 : 0));
+}
+
+// Whether the layout for few columns is the faster one.
+bool is_narrow(const Int8Kernel& kernel, const Int8Weights& w) {
+    if (!kernel.narrow_layout || w.kept == 16) return false;
+    return operations(kernel.narrow_layout(w.kept), w, kernel.lanes) <
+           operations(kernel.layout(w.kept, 1), w, kernel.lanes);
+}
+
 // Writes the stream of `p` with `shared` rows for each pattern. Returns false if the rows cannot be grouped like that,
 // or if a 16-bit lane could saturate.
-bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
+bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide, bool narrow) {
     Int8Weights& w = p.weights;
     const bool dense = w.kept == 16;
-    const Int8Layout layout = p.kernel->layout(w.kept, shared);
+    const Int8Layout layout = narrow ? p.kernel->narrow_layout(w.kept) : p.kernel->layout(w.kept, shared);
     const int vector = 4 * p.kernel->lanes, rows = p.kernel->lanes / layout.splits, controls = dense ? 0 : 2;
     const int64_t panel_rows = layout.groups * shared * rows, group_bytes = vector * (controls + 2 * shared);
     const int64_t step_bytes = layout.groups * group_bytes;
@@ -246,6 +262,7 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
     }
     w.shared = shared;
     w.wide = wide;
+    w.narrow = narrow;
     w.position = in_order ? nullptr : p.position.data();
     p.stream = std::move(stream);
     w.stream = p.stream.data()->bytes;
@@ -253,6 +270,8 @@ bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide) {
 }
 
 }  // namespace
+
+int most_kept(const int8_t* values, int64_t rows, int64_t columns) { return Matrix(values, rows, columns).kept(); }
 
 std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel& baseline, std::vector<int8_t> values,
                                       int64_t rows, int64_t columns, const float* scale, const float* bias,
@@ -280,12 +299,13 @@ std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel
                  rows,           columns,
                  columns,        1,
                  matrix.kept(),  1,
-                 false};
+                 false,          false};
     Int8Weights& w = p.weights;
     if (widest.lanes)
         for (const bool wide : {false, true})
             for (int shared = 4; shared >= (w.kept == 16 ? 4 : 1); shared /= 2)
-                if ((!wide || widest.saturates) && write_stream(p, matrix, shared, wide)) {
+                if ((!wide || widest.saturates) &&
+                    write_stream(p, matrix, shared, wide, shared == 1 && is_narrow(widest, w))) {
                     p.matrix.clear();
                     p.matrix.shrink_to_fit();
                     w.matrix = nullptr;

@@ -21,6 +21,9 @@ struct PackedInt8 {
     std::vector<uint8_t> position;
 };
 
+// The most weights that a row of [rows][columns] keeps in a block of 16 columns: 4, 8, or 16 for more.
+int most_kept(const int8_t* values, int64_t rows, int64_t columns);
+
 // `values` is [rows][columns]; `scale` and `bias` have one value for each row; `x_scale` and `x_zero` are those of the
 // activations. Packs for `widest`, or for `baseline` if 16-bit lanes of `widest` could saturate with these weights.
 // Throws std::bad_alloc.

@@ -62,7 +62,10 @@ NM_INLINE void interleave4(const Bytes* from, int32_t* to) {
 template <int TOKENS, int GROUPS, int SHARED, int PARTS>
 NM_INLINE void store_sums(const Bytes* sums, int32_t* to, int64_t stride) {
     constexpr int VECTORS = GROUPS * SHARED;
-    if constexpr (PARTS == 1) {
+    if constexpr (PARTS == 1 && SHARED == 1) {
+        NM_UNROLL for (int t = 0; t < TOKENS; t++) NM_UNROLL for (int g = 0; g < GROUPS; g++)
+            store_bytes(to + t * stride + 16 * g, sums[t * GROUPS + g]);
+    } else if constexpr (PARTS == 1) {
         static_assert(GROUPS == 1 && SHARED == 4, "other shapes have four parts");
         NM_UNROLL for (int t = 0; t < TOKENS; t++) interleave4(sums + t * VECTORS, to + t * stride);
     } else {
@@ -97,6 +100,10 @@ NM_INLINE Floats largest(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 NM_INLINE Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 NM_INLINE float sum_of(Floats v) { return _mm512_reduce_add_ps(v); }
 NM_INLINE float largest_of(Floats v) { return _mm512_reduce_max_ps(v); }
+// LANES bytes as integers.
+NM_INLINE Bytes load_low_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 // Stores the low bytes of LANES integers between 0 and 255.
 NM_INLINE void store_low_bytes(uint8_t* p, Bytes v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
@@ -180,6 +187,9 @@ NM_INLINE float largest_of(Floats v) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+NM_INLINE Bytes load_low_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 NM_INLINE void store_low_bytes(uint8_t* p, Bytes v) {
     const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(_mm_packs_epi32(low, high), low));
@@ -201,9 +211,12 @@ NM_INLINE Floats times_power(Floats v, Floats n) {
 
 // Quantises to u8: the nearest integer of value / scale, ties to even, plus the zero point, between 0 and 255. NaN
 // gives 0: of an operand that is NaN, max returns the second one.
+// `low` and `high` are limits of the integers, less the zero point.
+NM_INLINE void store_quantised(uint8_t* p, Floats value, Floats inverse_scale, Floats zero, Floats low, Floats high) {
+    store_low_bytes(p, add32(rounded(least(largest(value * inverse_scale, low), high)), rounded(zero)));
+}
 NM_INLINE void store_quantised(uint8_t* p, Floats value, Floats inverse_scale, Floats zero) {
-    const Floats scaled = least(largest(value * inverse_scale, -zero), all(255) - zero);
-    store_low_bytes(p, add32(rounded(scaled), rounded(zero)));
+    store_quantised(p, value, inverse_scale, zero, -zero, all(255) - zero);
 }
 
 // x times a polynomial approximation of a sigmoid: x * (1/2 + c * P(t)), where c is x limited to +-top, and t = 2 (c /

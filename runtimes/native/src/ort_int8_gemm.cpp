@@ -40,19 +40,16 @@ struct Operator {
 template <typename T>
 OrtStatus* constant(Api api, const OrtKernelInfo* info, size_t index, int64_t (&sizes)[2], size_t dimensions,
                     const T*& data) {
-    int is_constant = 0;
-    const OrtValue* value = nullptr;
-    if (OrtStatus* failed = ort::GetConstantInput::call(api, info, index, &is_constant, &value)) return failed;
-    if (!is_constant || !value) return refuse(api, "NMGemmInt8: the weight, its scale and the bias must be constants");
     Shape shape{};
-    if (OrtStatus* failed = shape_of(api, value, shape)) return failed;
+    const char* otherwise = "NMGemmInt8: the weight, its scale and the bias must be constants";
+    if (OrtStatus* failed = constant_of(api, info, index, otherwise, shape, data)) return failed;
     bool right = shape.count == dimensions;
     for (size_t i = 0; right && i < dimensions; i++) {
         right = shape.sizes[i] > 0 && shape.sizes[i] < INT32_MAX / 2 && (sizes[i] < 0 || shape.sizes[i] == sizes[i]);
         sizes[i] = shape.sizes[i];
     }
     if (!right) return refuse(api, "NMGemmInt8: the weight must be (columns, rows), its scale and the bias (rows)");
-    return data_of(api, value, data);
+    return nullptr;
 }
 
 // [rows][columns] from [columns][rows], in square parts that stay in the cache.

@@ -37,6 +37,18 @@ OrtStatus* data_of(Api api, const OrtValue* value, const T*& data) {
     return failed;
 }
 
+// Gets a constant input with its shape; refuses with the text `otherwise` if it is computed.
+template <typename T>
+OrtStatus* constant_of(Api api, const OrtKernelInfo* info, size_t index, const char* otherwise, Shape& shape,
+                       const T*& data) {
+    int is_constant = 0;
+    const OrtValue* value = nullptr;
+    if (OrtStatus* failed = ort::GetConstantInput::call(api, info, index, &is_constant, &value)) return failed;
+    if (!is_constant || !value) return ort::CreateStatus::call(api, ort::INVALID_GRAPH, otherwise);
+    if (OrtStatus* failed = shape_of(api, value, shape)) return failed;
+    return data_of(api, value, data);
+}
+
 // Gets an output of this shape.
 template <typename T>
 OrtStatus* output_of(Api api, OrtKernelContext* context, const Shape& shape, T*& data) {

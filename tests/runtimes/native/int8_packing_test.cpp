@@ -11,7 +11,7 @@ constexpr int64_t ROWS = 64, COLUMNS = 64;
 
 Int8Layout layout(int kept, int shared) { return {shared ? 1 : 0, 1, kept == 8 ? 16 : kept == 4 ? 32 : 8, 64}; }
 
-const Int8Kernel KERNEL = {8, false, layout, nullptr};
+const Int8Kernel KERNEL = {8, false, layout, nullptr, false, nullptr};
 
 // Every `sharing` neighbouring rows keep the same 2 of 4. Every `zeros`-th kept weight is zero; 0 means none.
 int shared(int64_t sharing, int zeros) {

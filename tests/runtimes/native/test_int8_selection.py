@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from int8_files import in_int8, int8_vit
+from int8_files import int8_vit
 from native_models import Array, built_library
 from numpy.typing import NDArray
 from onnx import helper
@@ -15,14 +15,14 @@ from onnx import helper
 from mpcompile.errors import BuildError
 from mpcompile.export.onnx_export import INPUT, Lowered
 from mpcompile.measure.timing import Speedup, Timing
-from mpcompile.runtimes.native import int8_rewrite, int8_selection
+from mpcompile.runtimes.native import int8_microbenchmark, int8_rewrite, int8_selection
 from mpcompile.runtimes.native.custom_op import DOMAIN
+from mpcompile.runtimes.native.int8_microbenchmark import skips_zeros
 from mpcompile.runtimes.native.int8_ops import GEMM
-from mpcompile.runtimes.native.int8_selection import WITHOUT_ATTENTION, accelerate, inspected, skips_zeros
+from mpcompile.runtimes.native.int8_selection import WITHOUT_ATTENTION, accelerate, inspected
 from mpcompile.runtimes.native.kernel_selection import Accelerated
 from mpcompile.runtimes.native.microbenchmark import session
 from mpcompile.runtimes.ort.session import cpu_engine
-from mpcompile.testing import tiny_cnn
 
 LAYERS = 8
 Compared = list[tuple[int, int, str]]  # native products, batch size and baseline of each comparison
@@ -63,14 +63,19 @@ def hand_in(
     replace = int8_rewrite.replace
 
     def marked(
-        file: onnx.ModelProto, products: Sequence[object], shapes: object, attentions: Sequence[object]
+        file: onnx.ModelProto,
+        products: Sequence[object],
+        shapes: object,
+        attentions: Sequence[object],
+        convolutions: Sequence[object],
     ) -> onnx.ModelProto:
-        rewritten = replace(file, products, shapes, attentions)  # type: ignore[arg-type]
-        if products:
-            helper.set_model_props(rewritten, {"natives": str(len(products))})
+        rewritten = replace(file, products, shapes, attentions, convolutions=convolutions)  # type: ignore[arg-type]
+        if products or convolutions:
+            helper.set_model_props(rewritten, {"natives": str(len(products) + len(convolutions))})
         return rewritten
 
-    monkeypatch.setattr(int8_selection, "measure_product", product)
+    for name in ("measure_product", "measure_convolution"):
+        monkeypatch.setattr(int8_selection, name, product)
     monkeypatch.setattr(int8_selection, "compare_whole", file)
     monkeypatch.setattr(int8_rewrite, "replace", marked)
     return compared
@@ -153,26 +158,6 @@ def test_attentions_are_replaced_only_if_the_file_gains_at_every_batch(
     assert natives(found.file, "Attention") == (2 if taken else 0)
 
 
-def test_masked_convolutions_stay_on_onnx_runtime_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path
-) -> None:
-    compared = hand_in(monkeypatch)
-    model = tiny_cnn()
-    names = [name for name, module in model.graph.named_modules() if getattr(module, "weight", None) is not None]
-    convolutions = [name for name in names if model.graph.get_submodule(name).weight.ndim == 4][1:]
-    made = in_int8(model, convolutions, tmp_path)
-    file = onnx.load(made.onnx)
-    [images] = images_of(made, 2)
-    found = accelerate(file, made.masks, library, images, seconds=0.0)
-    assert made.masks
-    assert found.file is file  # without products, the very same file
-    assert not compared
-    assert {choice.layers[0] for choice in found.choices} == {mask.layer for mask in made.masks}
-    for choice, mask in zip(found.choices, made.masks, strict=True):
-        assert not choice.native
-        assert f"this is another {mask.op}, and runs on ONNX Runtime's kernels" in choice.reason
-
-
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_dense_file_gets_native_operators_at_free_and_fixed_batches(
     monkeypatch: pytest.MonkeyPatch, library: Path, tmp_path: Path, batch: int | None
@@ -216,7 +201,7 @@ def test_zeros_are_skipped_at_most_8_kept_of_16(kept: int, columns: int, skips: 
 def test_threads_and_equal_products_are_passed_on(monkeypatch: pytest.MonkeyPatch, library: Path, vit: Lowered) -> None:
     hand_in(monkeypatch)
     measured, opened = [], []
-    product = int8_selection.measure_product
+    product = int8_microbenchmark.measure_product
 
     def counted(product_: object, x: tuple[int, ...], library: Path, threads: int, seconds: float) -> object:
         measured.append((x, threads))
