@@ -140,6 +140,7 @@ class Report(Value):
     schema_version: Literal[1] = 1
     version: str  # of mpcompile
     created: str  # ISO 8601, UTC
+    command_line: tuple[str, ...] | None = None  # that started the run, word by word; None for a run from Python
     model: Source
     captured: Captured | None = None  # None in reports of earlier versions
     recipe: Recipe
