@@ -174,6 +174,12 @@ class Report(Value):
         """The report of an output folder."""
         return cls.model_validate_json((folder / "report.json").read_text(encoding="utf-8"))
 
+    def _repr_html_(self) -> str:
+        """The report in a Jupyter notebook: verdict, tiles and warnings."""
+        from mpcompile.report.render import fragment  # imports this module
+
+        return fragment(self)
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of the first input of the ONNX files, without the batch: (channels, height, width) of an image."""

@@ -69,7 +69,7 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
     names = [text.strip() for text, _ in head]
     assert names == [
         "layer", "MACs", "pattern", "kept", "σ", "edge", "spikes", "distance", "refit error", "shift", "reordered",
-        "kernel", "location in the file, or why it is dense",
+        "kernel", "speed", "location in the file, or why it is dense",
     ] or "kernel" not in names  # fmt: skip
     shares = {row["name"]: row["share"] for row in content["certificate"]["layers"]}
     assert len(rows) == len(content["layers"])
