@@ -97,7 +97,7 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
 def test_markdown_has_the_tables_of_the_page(trained: Report, tables: PageTables, content: Any) -> None:
     found = markdown_tables(render.markdown(trained))
     same = (
-        "summary", "gates", "tuning", "checks", "budget", "passes", "epochs", "certificate", "spectra", "latency",
+        "summary", "gates", "tuning", "checks", "budget", "passes", "epochs", "certificate", "latency",
         "environment", "files",
     )  # fmt: skip
     for name in same:

@@ -67,7 +67,7 @@ def check_page(page: Page, path: Path) -> None:
         assert page.requests() == [path.resolve().as_uri()]
         assert page.run("document.documentElement.scrollWidth") <= width
     charts = page.run(
-        "[...document.querySelectorAll('svg')].map(svg => svg.getAttribute('aria-labelledby').split(' '))"
+        "[...document.querySelectorAll('svg[role=img]')].map(svg => svg.getAttribute('aria-labelledby').split(' '))"
     )
     assert charts
     for title, description in charts:

@@ -99,7 +99,7 @@ def test_a_click_on_a_layer_shows_its_details(page: Page, reported: Artifact) ->
     page.run(f"document.querySelector('#layers-table button[data-layer=\"{number}\"]').click()")
     assert page.run("document.querySelector('dialog').open")
     assert page.run(title) == row.name
-    text = page.run(f"{article}.innerText")
+    text = page.run("document.querySelector('dialog').innerText")
     assert row.spectrum is not None
     for expected in (f"{row.spectrum.edge:.4g}", f"{100 * (row.missed or 0):.3f} %", "×".join(map(str, row.shape))):
         assert expected in text

@@ -1,4 +1,7 @@
 "use strict";
+// The tooltip of a number is the jq expression that reads it from report.json.
+for (const each of document.querySelectorAll("[data-key]")) each.title = `report.json: ${each.dataset.key}`;
+
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -63,7 +66,18 @@ let opened = 0;
 function open(number) {
   opened = (number + articles.length) % articles.length;
   articles.forEach((article, each) => { article.hidden = each !== opened; });
-  document.getElementById("layer-title").textContent = articles[opened].dataset.name;
+  const row = document.querySelector(`button.opens[data-layer="${opened}"]`).closest("tr"), list = [];
+  document.getElementById("layer-title").textContent = row.cells[0].textContent;
+  [...row.cells].slice(1).forEach((cell, n) => {
+    const head = row.closest("table").tHead.rows[0].cells[n + 1], value = document.createElement("dd");
+    value.append(...[...cell.cloneNode(true).childNodes]);
+    value.title = cell.title;
+    if (!value.textContent.trim()) return;
+    const name = document.createElement("dt");
+    name.textContent = head.title ? `${head.textContent}: ${head.title}` : head.textContent;
+    list.push(name, value);
+  });
+  document.getElementById("layer-row").replaceChildren(...list);
   if (!dialog.open) dialog.showModal();
 }
 for (const each of document.querySelectorAll("button[data-layer], rect[data-layer]")) {
