@@ -23,7 +23,7 @@ def paired_interval(both: int, gained: int, lost: int, neither: int) -> tuple[fl
     (low1, high1), (low2, high2) = wilson_interval(first, trials), wilson_interval(second, trials)
     share1, share2 = first / trials, second / trials
     spread = math.sqrt(first * (trials - first) * second * (trials - second))
-    product = both * neither - gained * lost
+    product: float = both * neither - gained * lost
     if product > 0:
         product = max(product - trials / 2, 0)
     correlation = product / spread if spread else 0.0
