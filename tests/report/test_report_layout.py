@@ -72,6 +72,12 @@ def test_the_summary_stacks_on_a_phone(page: Page, reported: Artifact) -> None:
     assert page.run(f"{box}.scrollWidth <= {box}.clientWidth")  # the column with the difference is there
 
 
+def test_all_columns_of_the_layers_are_there_on_a_large_screen(page: Page, reported: Artifact) -> None:
+    page.emulate(width=1600)
+    page.open(reported.folder / "report.html")
+    assert page.run("document.getElementById('layers-table').offsetWidth <= document.body.clientWidth")
+
+
 def test_the_search_shows_the_layers_with_its_words(page: Page, reported: Artifact) -> None:
     page.emulate()
     page.open(reported.folder / "report.html")
