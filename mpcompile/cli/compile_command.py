@@ -1,5 +1,6 @@
 """`mpcompile compile`: builds a recipe from the options, writes the output folder and prints its summary."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -297,7 +298,7 @@ def compile_command(
                 return
             artifact = compile(
                 request, recipe, data=data, output=output, force=force, start=start, keep_passes=keep_passes,
-                observe=observe,
+                observe=observe, command_line=("mpcompile", *sys.argv[1:]),
             )  # fmt: skip
     except AccuracyError as error:  # the folder is complete: print it, then fail
         failure, artifact = error, Artifact.open(output)

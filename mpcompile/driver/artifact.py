@@ -18,6 +18,7 @@ bench/TARGET/       results of a later `mpcompile bench`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, overload
@@ -88,6 +89,11 @@ class Artifact:
             raise LoadError(f"{folder / 'report.json'} is not a report of this version: {explained(error)}") from error
         except (OSError, ValueError) as error:
             raise LoadError(f"{folder / 'report.json'} cannot be read: {error}") from error
+
+    def _repr_html_(self) -> str:
+        """The artifact in a Jupyter notebook: its report, and where the files are."""
+        where = f"Files in {self.folder}; the whole report is report.html."
+        return f"{self.report._repr_html_()}<p>{escape(where)}</p>"
 
     @property
     def recipe(self) -> Recipe:

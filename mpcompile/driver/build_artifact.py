@@ -76,6 +76,7 @@ def build_artifact(
     checkpoints: Checkpoints,
     keep_passes: bool,
     part: OpenPart | None = None,
+    command_line: Sequence[str] | None = None,
 ) -> Report:
     """Runs the passes of a plan, writes all files of the output into `folder`, and returns the report.
 
@@ -90,6 +91,7 @@ def build_artifact(
         checkpoints: results of earlier passes, to read and to write.
         keep_passes: whether the checkpoints are copied into the folder.
         part: the part of the model that `dense` is; None for the whole model.
+        command_line: the words of the command that started the run, for the report; None for a run from Python.
 
     Raises a MpcompileError.
     """
@@ -150,6 +152,7 @@ def build_artifact(
     report = Report(
         version=version("mpcompile"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command_line=None if command_line is None else tuple(command_line),
         model=loaded.source,
         captured=_captured(dense, model, data),
         recipe=recipe,

@@ -51,6 +51,7 @@ def compile(
     keep_passes: bool = False,
     observe: Callable[[Progress], None] | None = None,
     metric: Callable[[Tensor, Any], Any] | None = None,
+    command_line: Sequence[str] | None = None,
 ) -> Artifact:
     """Compresses a model and returns the artifact in the folder `output`. The given model is not changed.
 
@@ -73,6 +74,7 @@ def compile(
             the run; raised during a step it is the cause of a PassError.
         metric: a function of outputs and targets that replaces accuracy (mpcompile/data/metric.py), in place of the one
             that the recipe names.
+        command_line: the words of the command that started the run, for the report.
 
     Calls from several threads run one after another, because every run measures speed and torch's exporter is not
     thread-safe.
@@ -82,7 +84,7 @@ def compile(
     """
     plan = plan_of(recipe, passes, runtime)
     with ONE_RUN, stage_progress(observe, stages(plan.recipe, writes_dense(plan))) as begin_stage:
-        return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage, metric)
+        return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage, metric, command_line)
 
 
 def _compiled(
@@ -95,6 +97,7 @@ def _compiled(
     keep_passes: bool,
     observe: Observer,
     given_metric: Callable[[Tensor, Any], Any] | None = None,
+    command_line: Sequence[str] | None = None,
 ) -> Artifact:
     """The artifact of a plan; the caller holds ONE_RUN."""
     recipe = plan.recipe
@@ -148,7 +151,7 @@ def _compiled(
                 keeping(work, needed_bytes),
             ):
                 report = build_artifact(
-                    loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes, part
+                    loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes, part, command_line
                 )
                 note_written(work, folder, whole)
             artifact = Artifact(output, report)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcompile.measure.intervals import paired_interval
+
 SIGNIFICANCE = 0.05  # level of the exact McNemar test on top-1
 
 
@@ -14,20 +16,31 @@ class ChangedAnswers:
 
     `chance` is the p-value of the exact McNemar test. Its null hypothesis is that each changed answer is as likely to
     become right as to become wrong, so the smaller number is binomial. The test is exact for any number of images.
+    `interval` is the 95 % confidence interval of the change of top-1 on images of the same distribution, as a share:
+    of (right − wrong) / images, paired by image (Newcombe's hybrid score method). It is None in reports of earlier
+    versions.
     """
 
     right: int
     wrong: int
     chance: float
+    interval: tuple[float, float] | None = None
 
     @classmethod
     def between(cls, dense: NDArray[np.bool_], compressed: NDArray[np.bool_]) -> "ChangedAnswers":
         """The changes between two models. Both arrays (n,) say for each image, in one order, whether it is right."""
         right, wrong = int((compressed & ~dense).sum()), int((dense & ~compressed).sum())
-        return cls(right, wrong, _p_value(right, wrong))
+        both, neither = int((compressed & dense).sum()), int((~compressed & ~dense).sum())
+        interval = paired_interval(both, right, wrong, neither) if len(dense) else None
+        return cls(right, wrong, _p_value(right, wrong), interval)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the change is significant by McNemar's test."""
+        return self.chance < SIGNIFICANCE
 
     def __str__(self) -> str:
-        result = "significant" if self.chance < SIGNIFICANCE else "not significant"
+        result = "significant" if self.significant else "not significant"
         return (
             f"{self.right:,} answers became right and {self.wrong:,} wrong; this change is {result} "
             f"(p = {self.chance:.2g}, exact McNemar test)"

@@ -15,7 +15,10 @@ Number = float | int  # the run-time type checks of the tests do not accept an i
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A rectangle. `style` is its class in chart.css, `tooltip` the text shown when the pointer is over it."""
+    """A rectangle. `style` is its class in chart.css, `tooltip` the text shown when the pointer is over it.
+
+    A click on a bar with a `layer`, a number in network order, opens the details of that layer.
+    """
 
     tag: ClassVar[str] = "rect"
     x: Number
@@ -24,6 +27,7 @@ class Bar:
     height: Number
     style: str
     tooltip: str = ""
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

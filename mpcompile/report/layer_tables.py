@@ -121,6 +121,7 @@ def unmoved(report: Report) -> Table:
 def everything(report: Report) -> Table:
     """One row for each layer, with all columns that are not empty in every row."""
     verdicts = {row.layer: row for row in report.verdicts}
+    numbers = {row.layer: n for n, row in enumerate(report.verdicts)}
     shares = {row.name: n for n, row in enumerate(report.certificate.layers)} if report.certificate else {}
     headers = (
         Column("layer"),
@@ -137,6 +138,7 @@ def everything(report: Report) -> Table:
         Column("shift", True, "its first-order share of the squared logit shift"),
         Column("reordered", False, "whether its input channels were reordered"),
         Column("kernel", False, "whether the target runs it on a sparse kernel"),
+        Column("speed", True, "time on the dense kernel / time on the sparse kernel"),
         Column("location in the file, or why it is dense"),
     )
     rows = []
@@ -162,11 +164,20 @@ def everything(report: Report) -> Table:
                 share,
                 Cell("yes" if row.permuted else "no" if row.unpermuted else ""),
                 Cell(YES_NO[verdict.chosen] if verdict else ""),
+                _times_as_fast(verdict, numbers[verdict.layer]) if verdict else Cell(),
                 location(row),
             )
         )
     used = [i for i in range(len(headers)) if any(row[i].text for row in rows)]
     return Table(tuple(headers[i] for i in used), tuple(tuple(row[i] for i in used) for row in rows), ".layers")
+
+
+def _times_as_fast(verdict: LayerVerdict, n: int) -> Cell:
+    """The speed of the sparse kernel beside the dense one, of verdict number `n`; empty if both were not timed."""
+    if not verdict.dense_ms or not verdict.sparse_ms:
+        return Cell()
+    key = f".verdicts[{n}]"
+    return number(verdict.dense_ms / verdict.sparse_ms, "{:.2f}×", f"{key}.dense_ms / {key}.sparse_ms")
 
 
 def remarks(report: Report) -> tuple[tuple[str, ...], ...]:

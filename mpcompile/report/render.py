@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpcompile.report.confidence_tables as confidence_tables
+import mpcompile.report.layer_bars as layer_bars
 import mpcompile.report.layer_charts as layer_charts
 import mpcompile.report.layer_tables as layers
 import mpcompile.report.quantized_table as quantized_table
@@ -14,12 +15,19 @@ import mpcompile.report.run_tables as tables
 import mpcompile.report.search_chart as search_chart
 from mpcompile.report.chart import Chart
 from mpcompile.report.confidence_chart import reliability
+from mpcompile.report.deploy import command_line, snippets
+from mpcompile.report.frontier_chart import frontier
 from mpcompile.report.head_words import agreement_sentence
+from mpcompile.report.headline import headline, warnings
+from mpcompile.report.layer_cards import cards
+from mpcompile.report.markdown_blocks import folded, unwrapped
 from mpcompile.report.quantized_sentences import methods
 from mpcompile.report.report_hashes import write_hashes
 from mpcompile.report.schema import Report
 from mpcompile.report.sentences import command, command_terms, proven, searched
 from mpcompile.report.table import verdict_table
+from mpcompile.report.tile import plain
+from mpcompile.report.tiles import tiles
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,7 +45,7 @@ def write(report: Report, folder: Path) -> None:
 
 def markdown(report: Report) -> str:
     """The report as Markdown."""
-    return _environment(escaping=False).get_template("report.md.j2").render(_variables(report))
+    return folded(unwrapped(_environment(escaping=False).get_template("report.md.j2").render(_variables(report))))
 
 
 def html(report: Report) -> str:
@@ -50,12 +58,22 @@ def html(report: Report) -> str:
         _variables(report),
         charts=charts,
         layer_charts=layer_charts,
+        frontier=frontier(report),
+        loss_bars=layer_bars.loss(report),
+        speed_bars=layer_bars.speed(report),
+        cards=cards(report),
         reliability=reliability(report),
         search_chart=search_chart.tuning(report.tuning) if report.tuning else None,
         style=_read("chart.css") + _read("report.css"),
         script=script,
         script_sha256=digest,
     )
+
+
+def fragment(report: Report) -> str:
+    """Warnings, verdict and tiles as a piece of HTML for a notebook: it has its own colours and no script."""
+    variables = _variables(report)
+    return _environment(escaping=True).get_template("notebook.html.j2").render(variables, style=_read("notebook.css"))
 
 
 def svg(chart: Chart) -> str:
@@ -68,6 +86,13 @@ def _variables(report: Report) -> dict[str, Any]:
     """The variables of both report templates."""
     return {
         "report": report,
+        "tiles": tiles(report),
+        "headline": headline(report),
+        "warnings": warnings(report),
+        "snippets": snippets(report),
+        "plain": plain,
+        "command_line": command_line(report),
+        "recipe": report.recipe.to_yaml(),
         "tables": tables,
         "layers": layers,
         "confidence_tables": confidence_tables,

@@ -140,6 +140,7 @@ class Report(Value):
     schema_version: Literal[1] = 1
     version: str  # of mpcompile
     created: str  # ISO 8601, UTC
+    command_line: tuple[str, ...] | None = None  # that started the run, word by word; None for a run from Python
     model: Source
     captured: Captured | None = None  # None in reports of earlier versions
     recipe: Recipe
@@ -172,6 +173,12 @@ class Report(Value):
     def read(cls, folder: Path) -> "Report":
         """The report of an output folder."""
         return cls.model_validate_json((folder / "report.json").read_text(encoding="utf-8"))
+
+    def _repr_html_(self) -> str:
+        """The report in a Jupyter notebook: verdict, tiles and warnings."""
+        from mpcompile.report.render import fragment  # imports this module
+
+        return fragment(self)
 
     @property
     def image_shape(self) -> tuple[int, ...]:

@@ -72,6 +72,9 @@ def test_compile_writes_a_folder_and_its_recipe_reproduces_it(
     for name in ("model.safetensors", "masks.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
     assert report["recipe_sha256"] == first["recipe_sha256"]
+    # The report has the command that made it, word by word.
+    words = ["compile", model, "--config", output / "recipe.yaml", "--data", images, "-o", tmp_path / "again", "--json"]
+    assert report["command_line"] == ["mpcompile", *map(str, words)]
 
 
 def test_without_images_nothing_is_claimed_of_accuracy(

@@ -87,7 +87,7 @@ def test_the_summary_and_the_section_have_the_same_numbers(reported: Artifact) -
         assert list(rows[name]) == cells
     assert confidence(report).texts()[-1][2] == "1.700"
     assert [row[3] for row in quartiles(report).texts()] == ["50"] * 4
-    assert "## Confidence" in render.markdown(report)
+    assert "<summary>Confidence</summary>" in render.markdown(report)
 
 
 def test_each_bin_is_a_dot_at_its_probability_and_its_share(reported: Artifact) -> None:

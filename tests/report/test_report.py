@@ -69,7 +69,7 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
     names = [text.strip() for text, _ in head]
     assert names == [
         "layer", "MACs", "pattern", "kept", "σ", "edge", "spikes", "distance", "refit error", "shift", "reordered",
-        "kernel", "location in the file, or why it is dense",
+        "kernel", "speed", "location in the file, or why it is dense",
     ] or "kernel" not in names  # fmt: skip
     shares = {row["name"]: row["share"] for row in content["certificate"]["layers"]}
     assert len(rows) == len(content["layers"])
@@ -97,7 +97,7 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
 def test_markdown_has_the_tables_of_the_page(trained: Report, tables: PageTables, content: Any) -> None:
     found = markdown_tables(render.markdown(trained))
     same = (
-        "summary", "gates", "tuning", "checks", "budget", "passes", "epochs", "certificate", "spectra", "latency",
+        "summary", "gates", "tuning", "checks", "budget", "passes", "epochs", "certificate", "latency",
         "environment", "files",
     )  # fmt: skip
     for name in same:

@@ -27,7 +27,9 @@ COLOURS = """
     }
     return "rgb(255, 255, 255)";
   };
-  const selectors = ["p.verdict", "p.facts", "section p", "caption", "thead th", "tbody td", "tbody td a", "td small",
+  const selectors = ["p.headline", "p.facts", "section p", "p.caption",
+    ".tile-title", ".tile-figure", ".tile.good .tile-word", ".tile.fact .tile-word", ".tile li", ".todo", "button.copy",
+    "button.opens", "ul.verdict li", "thead th", "tbody td", "tbody td a", "td small",
     "pre", "footer p", "nav a", "a.source", "p.holds", "figcaption"];
   return selectors.map(selector => document.querySelector(selector)).filter(element => element)
     .map(element => [element.tagName + "." + element.className, getComputedStyle(element).color, background(element)]);
@@ -65,15 +67,12 @@ def check_page(page: Page, path: Path) -> None:
         assert page.requests() == [path.resolve().as_uri()]
         assert page.run("document.documentElement.scrollWidth") <= width
     charts = page.run(
-        "[...document.querySelectorAll('svg')].map(svg => svg.getAttribute('aria-labelledby').split(' '))"
+        "[...document.querySelectorAll('svg[role=img]')].map(svg => svg.getAttribute('aria-labelledby').split(' '))"
     )
     assert charts
     for title, description in charts:
         assert page.run(f"document.getElementById('{title}').textContent.length") > 10
         assert page.run(f"document.getElementById('{description}').textContent.length") > 20
-    page.emulate()
-    page.open(path)
-    assert page.run("document.querySelector('#layers .scroll').scrollWidth") <= 1100
 
 
 def check_sorting(page: Page) -> None:
@@ -150,11 +149,11 @@ def test_light_and_dark_differ_and_both_are_readable(page: Page, reported: Artif
 
 def test_printing_opens_all_details(page: Page, reported: Artifact, tmp_path: Path) -> None:
     page.open(reported.folder / "report.html")
-    assert page.run("document.querySelectorAll('details[open]').length") == 0
+    assert page.run("document.querySelectorAll('details[open]').length") == 1  # how to run the fastest file
     page.run("dispatchEvent(new Event('beforeprint'))")
     assert page.run("document.querySelectorAll('details:not([open])').length") == 0
     page.run("dispatchEvent(new Event('afterprint'))")
-    assert page.run("document.querySelectorAll('details[open]').length") == 0
+    assert page.run("document.querySelectorAll('details[open]').length") == 1
     page.pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 

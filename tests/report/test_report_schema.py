@@ -10,6 +10,7 @@ from mpcompile.driver.artifact import Artifact
 from mpcompile.report.schema import report_schema
 
 KEYS = Path(__file__).parent / "report_keys.txt"
+PUBLISHED = Path(__file__).parents[2] / "docs" / "report.schema.json"
 
 
 def keys_of(schema: dict[str, Any]) -> set[str]:
@@ -56,6 +57,13 @@ def test_reports_follow_the_published_schema(reported: Artifact, artifact: Artif
         validator.validate(content)
         for broken in ({**content, "extra": 1}, {**content, "schema_version": 2}, {**content, "layers": [{}]}):
             assert not validator.is_valid(broken)
+
+
+def test_the_published_schema_is_that_of_the_reports() -> None:
+    """After a change of the report: mpcompile schema report > docs/report.schema.json."""
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    assert published["$id"] == report_schema()["$id"] == "urn:mpcompile:report:1"
+    assert published == report_schema()
 
 
 def test_only_two_schemas_can_be_printed() -> None:

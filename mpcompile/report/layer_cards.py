@@ -1,0 +1,105 @@
+"""Cards: the details of each layer that the table of layers has no columns for; the page opens them at a click."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpcompile.analysis.spectrum import density, support
+from mpcompile.report.layer_tables import fit
+from mpcompile.report.schema import LayerRow, Report
+from mpcompile.report.table import Cell, number
+
+POINTS = 25  # of the curve of the law
+WIDTH, HEIGHT, AXIS_END = 340, 110, 1.35  # of the picture; its axis ends at this multiple of the edge
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """The Marchenko–Pastur law that was fitted to a layer, as a picture: its curve, and where the noise edge is."""
+
+    curve: str  # the points of an SVG polyline
+    edge: int
+    edge_text: Cell
+    spikes: Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The details of one layer: facts with their names, why the target chose its kernel, and its law."""
+
+    facts: tuple[tuple[str, Cell], ...]
+    reason: str
+    law: Law | None
+
+
+def cards(report: Report) -> tuple[Card, ...]:
+    """One card for each layer, in network order; facts without a value are left out."""
+    verdicts = {row.layer: n for n, row in enumerate(report.verdicts)}
+    certified = {row.name: n for n, row in enumerate(report.certificate.layers)} if report.certificate else {}
+    kernels = {row.layer: n for n, row in enumerate(report.quantized.kernels)} if report.quantized else {}
+    found = []
+    for n, row in enumerate(report.layers):
+        _, edge, spikes, bulk, _, shuffled = fit(row, n)
+        verdict = verdicts.get(row.shares_weight_with or row.name)
+        facts = [
+            ("kind", Cell(row.kind)),
+            ("shape", Cell("×".join(map(str, row.shape)))),
+            *(_certified(report, certified[row.name]) if row.name in certified else ()),
+            *(_timed(report, verdict) if verdict is not None else ()),
+            *(_quantized(report, kernels[row.name]) if row.name in kernels else ()),
+            ("share of the spectrum inside the bulk", bulk),
+            ("distance of its shuffled entries from the law", shuffled),
+        ]
+        shown = tuple(fact for fact in facts if fact[1].text)
+        reason = "" if verdict is None else f"Kernel: {report.verdicts[verdict].reason}."
+        found.append(Card(shown, reason, law(row, edge, spikes)))
+    return tuple(found)
+
+
+def _certified(report: Report, n: int) -> list[tuple[str, Cell]]:
+    """Row `n` of the certificate."""
+    assert report.certificate is not None
+    reach = report.certificate.layers[n].reach
+    return [
+        ("largest change of its outputs, mean over images", number(reach, "{:.4g}", f".certificate.layers[{n}].reach"))
+    ]
+
+
+def _timed(report: Report, n: int) -> list[tuple[str, Cell]]:
+    """The kernel that the target chose, and its times; verdict number `n`."""
+    row, key = report.verdicts[n], f".verdicts[{n}]"
+    return [
+        ("kernel that runs it", Cell(row.kernel or "")),
+        ("ms on the dense kernel", number(row.dense_ms, "{:.4f}", f"{key}.dense_ms")),
+        ("ms on the sparse kernel", number(row.sparse_ms, "{:.4f}", f"{key}.sparse_ms")),
+    ]
+
+
+def _quantized(report: Report, n: int) -> list[tuple[str, Cell]]:
+    """The operator that ran a layer in 8 bits, and its time; kernel number `n`."""
+    assert report.quantized is not None
+    row = report.quantized.kernels[n]
+    return [
+        ("operator that ran", Cell(row.kernel or "")),
+        ("ms a call", number(row.ms, "{:.4f}", f".quantized.kernels[{n}].ms")),
+    ]
+
+
+def law(row: LayerRow, edge: Cell, spikes: Cell) -> Law | None:
+    """The picture of a layer's law; None without a fit.
+
+    The report has the fit and not the singular values, so the picture has no histogram.
+    """
+    s = row.spectrum
+    if s is None or not s.edge:
+        return None
+    longer = max(row.shape[0], math.prod(row.shape[1:]))
+    low, high = (math.sqrt(end * longer) for end in support(s.q, s.sigma**2))
+    singular = np.linspace(low, high, POINTS)
+    heights = density(singular**2 / longer, s.q, s.sigma**2) * singular
+    top = float(heights.max()) or 1.0
+    across = singular * WIDTH / (AXIS_END * s.edge)
+    up = HEIGHT * (1 - 0.9 * heights / top)
+    curve = " ".join(f"{x:.0f},{y:.0f}" for x, y in zip(across.tolist(), up.tolist(), strict=True))
+    return Law(curve, round(WIDTH / AXIS_END), edge, spikes)
