@@ -34,7 +34,7 @@ enum class Activation { NONE, RELU, GELU, GELU_TANH };
 struct Int8Weights {
     const uint8_t* stream;    // null for the baseline kernel, which reads `matrix`
     const int8_t* matrix;     // [rows][columns]
-    const int32_t* start;     // [padded rows] - x_zero * (sum of the row's weights)
+    const int32_t* start;     // [padded rows] (x_offset - x_zero) * (sum of the row's weights)
     const float* scale;       // [padded rows] scale of the activations times that of the row
     const float* bias;        // [padded rows]
     const uint8_t* position;  // [padded rows] the place of a row in the stream's order of its chunk; null if in order
@@ -70,6 +70,7 @@ struct Int8Kernel {
     // one token to the next, with at least steps * step_columns readable bytes in each.
     void (*compute)(const Int8Weights&, const Int8Call&, const uint8_t* x, size_t stride, int64_t first, int64_t last,
                     int64_t begin, int64_t end);
+    int x_offset = 0;  // is subtracted from every activation before it is multiplied
 };
 
 }  // namespace mpcompile

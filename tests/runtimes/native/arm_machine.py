@@ -1,0 +1,54 @@
+"""An emulated aarch64 machine: a cross-compiler, and QEMU to run what it makes."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from mpcompile.runtimes.native import build
+
+COMPILER, EMULATOR, OBJDUMP = "aarch64-linux-gnu-g++", "qemu-aarch64", "aarch64-linux-gnu-objdump"
+SYSROOT = Path("/usr/aarch64-linux-gnu")
+SECONDS = 1800  # the programs take seconds; this ends one that hangs
+# QEMU's processors -> the kernels that they run.
+PROCESSORS = {
+    "cortex-a57": "kernel_baseline int8_baseline",
+    "neoverse-n1": "kernel_baseline int8_dotprod",
+    "max": "kernel_baseline int8_i8mm",
+}
+
+
+def missing() -> str | None:
+    """Returns why no aarch64 program can be compiled and run here, or None."""
+    absent = [program for program in (COMPILER, EMULATOR, OBJDUMP) if shutil.which(program) is None]
+    absent += [] if SYSROOT.is_dir() else [str(SYSROOT)]
+    if not absent:
+        return None
+    return f"{', '.join(absent)} not found: apt install g++-aarch64-linux-gnu qemu-user (Debian, Ubuntu)"
+
+
+def objects(folder: Path, flags: Sequence[str] = ()) -> list[Path]:
+    """Compiles the library's sources for aarch64 into a folder and returns the object files."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CXX", COMPILER)
+        return build.objects(folder, flags, machine="aarch64")
+
+
+def compile_with(arguments: Sequence[str]) -> None:
+    """Runs the cross-compiler. Raises BuildFailed with its output."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CXX", COMPILER)
+        build.run(arguments)
+
+
+def run(
+    program: Path, *arguments: str, processor: str = "max", environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs an aarch64 program on an emulated processor."""
+    command = [EMULATOR, "-cpu", processor, "-L", str(SYSROOT), str(program), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=SECONDS, env=os.environ | dict(environment or {})
+    )
