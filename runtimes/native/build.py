@@ -25,7 +25,7 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidde
 # nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
 INTERFACE = ("RegisterCustomOps", "mpcompile_kernel", "mpcompile_int8_kernel")
-KERNELS = {
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
         "avx2": ("-mavx2", "-mfma"),
@@ -36,11 +36,11 @@ KERNELS = {
     "aarch64": {"baseline": ("-fno-schedule-insns",)},
 }
 # Of the int8 kernels. They belong to the set of KERNELS on the right: without it they are not built either.
-ARM_INT8_KERNELS = {
+ARM_INT8_KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
     "i8mm": (("-march=armv8.2-a+dotprod+i8mm",), "baseline"),
     "dotprod": (("-march=armv8.2-a+dotprod",), "baseline"),
 }
-INT8_KERNELS = {
+INT8_KERNELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "x86_64": {
         "avx512vnni": (("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512vnni", "-mfma"), "avx512"),
         "avx2": (("-mavx2", "-mfma"), "avx2"),
