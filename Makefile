@@ -58,6 +58,8 @@ test-avx2: $(READY)
 test-arm: $(READY)
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { echo "make test-arm needs a\
  cross-compiler and QEMU: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform manylinux_2_28_aarch64 \
+	    --dest build/arm onnxruntime==`$(BIN)/python -c 'import onnxruntime; print(onnxruntime.__version__)'`
 	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -ra tests/runtimes/native/test_arm.py
 
 # All tests, hours on 2 cores: also the same properties on larger models, 20 kills and resumes, and emulated processors.

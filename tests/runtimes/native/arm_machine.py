@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,16 @@ PROCESSORS = {
     "neoverse-n1": "kernel_baseline int8_dotprod",
     "max": "kernel_baseline int8_i8mm",
 }
+CPUINFO = """processor\t: 0
+Features\t: fp asimd asimdhp asimdrdm asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x3
+CPU part\t: 0xd0c
+CPU revision\t: 1
+
+"""
+WHEELS = Path(__file__).parents[3] / "build" / "arm"  # where `make test-arm` puts ONNX Runtime's
 
 
 def missing() -> str | None:
@@ -44,11 +55,38 @@ def compile_with(arguments: Sequence[str]) -> None:
         build.run(arguments)
 
 
+def onnxruntime(folder: Path) -> Path | None:
+    """Unpacks ONNX Runtime's shared library for aarch64 into a folder. Returns it, or None if there is no wheel."""
+    wheels = sorted(WHEELS.glob("onnxruntime-*aarch64.whl"))
+    if not wheels:
+        return None
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        [name] = [name for name in wheel.namelist() if "libonnxruntime.so" in name]
+        (folder / "libonnxruntime.so.1").write_bytes(wheel.read(name))
+    return folder / "libonnxruntime.so.1"
+
+
+def with_cpuinfo(folder: Path) -> Path:
+    """Returns a root whose /proc/cpuinfo is that of a Neoverse N1. ONNX Runtime crashes on that of an x86-64 host."""
+    cpus = folder / "sys" / "devices" / "system" / "cpu"
+    for path in (cpus, folder / "proc"):
+        path.mkdir(parents=True)
+    (folder / "lib").symlink_to(SYSROOT / "lib")
+    (folder / "proc" / "cpuinfo").write_text(CPUINFO, encoding="utf-8")
+    for name in ("possible", "present", "kernel_max"):
+        (cpus / name).write_text("0\n", encoding="utf-8")
+    return folder
+
+
 def run(
-    program: Path, *arguments: str, processor: str = "max", environment: Mapping[str, str] | None = None
+    program: Path,
+    *arguments: str,
+    processor: str = "max",
+    environment: Mapping[str, str] | None = None,
+    root: Path = SYSROOT,
 ) -> subprocess.CompletedProcess[str]:
     """Runs an aarch64 program on an emulated processor."""
-    command = [EMULATOR, "-cpu", processor, "-L", str(SYSROOT), str(program), *arguments]
+    command = [EMULATOR, "-cpu", processor, "-L", str(root), str(program), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=SECONDS, env=os.environ | dict(environment or {})
     )

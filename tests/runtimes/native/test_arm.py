@@ -4,16 +4,24 @@ QEMU shows that results are right. It says nothing about speed.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import arm_machine
+import numpy as np
+import onnx
 import pytest
 from arm_machine import PROCESSORS, compile_with, run
 from inner_loops import AARCH64, disassembled, innermost_loops
+from int8_models import Graph, native_operators, rewritten
+from int8_models import run as as_written
+from native_models import masked, one_node_model
+from numpy.typing import NDArray
 from test_build import PROGRAMS
 
 from mpcompile.runtimes.native import build
 
+OrtProgram = Callable[[onnx.ModelProto, NDArray[np.float32], str], NDArray[np.float32]]
 SOURCES = Path(__file__).parent
 pytestmark = [
     pytest.mark.slow,
@@ -75,6 +83,56 @@ def test_sanitizers_would_find_an_error(tmp_path: Path) -> None:
     source.write_text("int main(int n, char**) { int a[4] = {}; return a[n + 3]; }\n", encoding="utf-8")
     compile_with(["-fsanitize=address", str(source), "-o", str(tmp_path / "overflow")])
     assert "stack-buffer-overflow" in run(tmp_path / "overflow").stderr
+
+
+@pytest.fixture(scope="module")
+def ort_program(tmp_path_factory: pytest.TempPathFactory) -> OrtProgram:
+    """Runs a model on one emulated processor in ONNX Runtime for aarch64, with our operators."""
+    folder = tmp_path_factory.mktemp("ort")
+    library = arm_machine.onnxruntime(folder)
+    if library is None:
+        pytest.skip(f"no aarch64 wheel of ONNX Runtime in {arm_machine.WHEELS}: make test-arm fetches it")
+    objects = [str(path) for path in arm_machine.objects(folder)]
+    flags = ["-std=c++17", f"-I{build.SOURCES}", "-Wl,--allow-shlib-undefined", f"-Wl,-rpath,{folder}", "-pthread"]
+    compile_with([str(SOURCES / "ort_program.cpp"), *objects, str(library), *flags, "-o", str(folder / "ort_program")])
+    root = arm_machine.with_cpuinfo(folder / "root")
+
+    def run_model(file: onnx.ModelProto, x: NDArray[np.float32], processor: str) -> NDArray[np.float32]:
+        onnx.save_model(file, folder / "model.onnx")
+        x.tofile(folder / "x")
+        names = [str(size) for size in x.shape] + [file.graph.output[0].name]
+        arguments = [str(folder / "model.onnx"), *names, str(folder / "x"), str(folder / "y")]
+        done = run(folder / "ort_program", *arguments, processor=processor, root=root)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return np.fromfile(folder / "y", np.float32).reshape(len(x), -1)
+
+    return run_model
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_a_float32_model_runs_in_onnxruntime(ort_program: OrtProgram, processor: str) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = masked(rng, 36, 48, 2, 4), rng.standard_normal(36, dtype=np.float32)
+    x = rng.standard_normal((30, 48), dtype=np.float32)
+    found = ort_program(one_node_model(weight, bias, 4), x, processor)
+    np.testing.assert_allclose(found, x.astype(np.float64) @ weight.T + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_an_int8_model_runs_in_onnxruntime(ort_program: OrtProgram, processor: str) -> None:
+    graph = Graph(0)
+    u8 = graph.quantize(graph.norm(graph.op("Neg", ["x"]), 48))
+    product = graph.product(graph.dequantize(u8), 48, 100, "matmul bias")
+    again = graph.product(graph.dequantize(graph.quantize(graph.op("Relu", [product]))), 100, 40, "matmul bias", 4)
+    graph.output(again)
+    x = np.random.default_rng(1).standard_normal((30, 48), dtype=np.float32)
+    file = graph.file(x.shape)
+    ours = rewritten(file, x)
+    assert native_operators(ours) == {"LayerNormQuantize": 1, "NMGemmInt8ReluQuantize": 1, "NMGemmInt8": 1}
+    [expected] = as_written(file, x)
+    found = ort_program(ours, x, processor)
+    # A value next to the middle of two integers may be rounded to the other one.
+    assert np.abs(found - expected).mean() < 0.01 * np.abs(expected).mean()
 
 
 def test_innermost_loops_do_not_use_the_stack(tmp_path: Path) -> None:
