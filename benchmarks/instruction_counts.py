@@ -5,7 +5,7 @@
 Compiles the kernels for x86-64 and aarch64, reads the innermost loop of the widest tile of each microkernel, and lets
 llvm-mca estimate its cycles. Estimates assume that all data are in the L1 cache and that no branch is mispredicted.
 On a processor with the x86-64 kernels, the int8 loops are also measured here, so that the estimate's error is visible.
-Needs g++, g++-aarch64-linux-gnu and llvm (the newest: llvm-22).
+Writes results/instruction_counts.{json,md}. Needs g++, g++-aarch64-linux-gnu and llvm (the newest: llvm-22).
 """
 
 import subprocess
@@ -250,7 +250,11 @@ def report(rows: Sequence[Row], version: str) -> None:
         f"# {QUESTION}\n",
         f'Columns named "estimated" are {version}\'s static estimates and were not measured: one innermost loop, all '
         "data in the L1 cache, no mispredicted branch, no stores, no quantisation. Nothing here was run on ARM or "
-        f'Intel hardware. "Measured" is the same loop on {processor_name()} (a Zen 4), the median of 401 rounds.\n',
+        f'Intel hardware. "Measured" is the same loop on {processor_name()} (a Zen 4), first decile of 401 rounds.\n',
+        "Three models are doubtful. Zen 4's counts `vpdpbusd` between 512-bit registers at half its measured rate, "
+        "so its cycles with VNNI are twice the measured ones. Neoverse V1's counts `tbl` as two operations. Apple "
+        "M1's has three vector units where the processor has four, and other rates for `fmla` by element, so that "
+        "the ratio over multiply-adds on registers can exceed 2.\n",
         "Each cell: cycles per 1,000 kept products / products of the dense layer per cycle / times the dense loop of "
         "the same table.\n",
     ]
