@@ -17,7 +17,7 @@ endef
 advice = apt install python3 python3-venv (Debian 12, Ubuntu 24.04 or later), or brew install python@3.12 (macOS),\
  then make $(MAKECMDGOALS) PYTHON=python3.12 (or the name of your Python)
 
-.PHONY: demo check test test-all test-avx2 fuzz docs bench bench-cpu bench-distill bench-gpu bench-models clean
+.PHONY: demo check test test-all test-arm test-avx2 fuzz docs bench bench-cpu bench-distill bench-gpu bench-models clean
 
 $(READY): pyproject.toml
 	$(require_python)
@@ -53,6 +53,14 @@ test-avx2: $(READY)
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
 	    OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile; \
 	    status=$$?; $(BIN)/python -m mpcompile.runtimes.native; exit $$status
+
+# The kernels on emulated aarch64 processors: the C++ suite, sanitizers, and a model in ONNX Runtime. Minutes.
+test-arm: $(READY)
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { echo "make test-arm needs a\
+ cross-compiler and QEMU: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform manylinux_2_28_aarch64 \
+	    --dest build/arm onnxruntime==`$(BIN)/python -c 'import onnxruntime; print(onnxruntime.__version__)'`
+	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -ra tests/runtimes/native/test_arm.py
 
 # All tests, hours on 2 cores: also the same properties on larger models, 20 kills and resumes, and emulated processors.
 test-all: $(READY)

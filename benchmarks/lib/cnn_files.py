@@ -60,6 +60,10 @@ def untrained_cnn(name: str) -> Model:
     """Returns a CNN with random weights, captured: CIFAR, or one of timm."""
     torch.manual_seed(0)
     model = (_cifar_resnet() if name == CIFAR else timm.create_model(name, pretrained=False)).eval()
+    for norm in model.modules():
+        # timm starts the last one of each residual block at 0: a kernel would skip all weights of the layer before it.
+        if isinstance(norm, nn.BatchNorm2d) and not norm.weight.any():
+            nn.init.ones_(norm.weight)
     return capture(model, Source(name, "", name), torch.randn(1, 3, SIZES[name], SIZES[name]))
 
 

@@ -11,7 +11,18 @@ from mpcompile.ir.precision import PRECISIONS
 from mpcompile.runtimes import choice_at
 from mpcompile.system.hardware import cpuinfo
 
-VECTOR_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
+VECTOR_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
 LIBRARIES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx-ir", "numpy", "scipy", "safetensors")
 
 

@@ -26,21 +26,33 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidde
 # nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.
 LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Darwin": ("-dynamiclib",)}
 INTERFACE = ("RegisterCustomOps", "mpcompile_kernel", "mpcompile_int8_kernel")
-KERNELS = {
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
         "avx2": ("-mavx2", "-mfma"),
         "baseline": (),
-    }
+    },
+    # GCC 12 schedules loads so early that sums do not fit the registers; on x86-64 it does not schedule before it
+    # allocates registers. Clang ignores the option. On ARM the baseline has NEON.
+    "aarch64": {"baseline": ("-fno-schedule-insns",)},
 }
 # Of the int8 kernels. They belong to the set of KERNELS on the right: without it they are not built either.
-INT8_KERNELS = {
+ARM_INT8_KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
+    "i8mm": (("-march=armv8.2-a+dotprod+i8mm",), "baseline"),
+    "dotprod": (("-march=armv8.2-a+dotprod",), "baseline"),
+}
+INT8_KERNELS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "x86_64": {
         "avx512vnni": (("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mavx512vnni", "-mfma"), "avx512"),
         "avx2": (("-mavx2", "-mfma"), "avx2"),
-    }
+    },
+    "aarch64": ARM_INT8_KERNELS,
+    "arm64": ARM_INT8_KERNELS,  # aarch64, as macOS names it
 }
-OTHER_CPUS: dict[str, tuple[str, ...]] = {"baseline": ()}  # on aarch64, the baseline has NEON
+# The sources of the int8 kernels; on ARM, attention runs on the baseline kernel.
+INT8_PARTS = {"x86_64": ("int8_gemm", "attention", "layer_norm")}
+OTHER_INT8_PARTS = ("int8_gemm", "layer_norm")
+OTHER_CPUS: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 
 class BuildFailed(Exception):
@@ -65,24 +77,29 @@ def unbuildable() -> str | None:
     return None
 
 
-def instruction_sets() -> list[str]:
-    """Returns the instruction sets that the kernel can be compiled for on this CPU family, widest first."""
-    return list(KERNELS.get(platform.machine(), OTHER_CPUS))
+def instruction_sets(machine: str | None = None) -> list[str]:
+    """Returns the instruction sets that the kernel can be compiled for on a CPU family, widest first.
+
+    `machine` is the family's name from platform.machine(); by default that of this machine.
+    """
+    return list(KERNELS.get(machine or platform.machine(), OTHER_CPUS))
 
 
-def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) -> list[Path]:
+def objects(
+    folder: Path, extra: Sequence[str] = (), widest: str | None = None, machine: str | None = None
+) -> list[Path]:
     """Compiles all sources of the library into a folder and returns the object files. Raises BuildFailed.
 
     The kernel is compiled for every instruction set, or for `widest` and the narrower ones. `extra` are compiler flags.
+    `machine` is the CPU family that $CXX compiles for, if it is a cross-compiler.
     """
     compiled = []
-    available = KERNELS.get(platform.machine(), OTHER_CPUS)
-    selected = instruction_sets()
+    machine = machine or platform.machine()
+    available = KERNELS.get(machine, OTHER_CPUS)
+    selected = instruction_sets(machine)
     if widest is not None:
         if widest not in selected:
-            raise BuildFailed(
-                f"{widest!r} is not an instruction set of {platform.machine()}; choose one of {', '.join(selected)}"
-            )
+            raise BuildFailed(f"{widest!r} is not an instruction set of {machine}; choose one of {', '.join(selected)}")
         selected = selected[selected.index(widest) :]
     kernels = {name: available[name] for name in selected}
     jobs = [
@@ -90,13 +107,11 @@ def objects(folder: Path, extra: Sequence[str] = (), widest: str | None = None) 
         for name, flags in kernels.items()
         for part in ("nm_gemm", "nm_gemm_skinny")
     ]
-    int8 = {
-        name: flags for name, (flags, needs) in INT8_KERNELS.get(platform.machine(), {}).items() if needs in kernels
-    }
+    int8 = {name: flags for name, (flags, needs) in INT8_KERNELS.get(machine, {}).items() if needs in kernels}
     jobs += [
         (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_{part.upper()}={part}_{name}"))
         for name, flags in int8.items()
-        for part in ("int8_gemm", "attention", "layer_norm")
+        for part in INT8_PARTS.get(machine, OTHER_INT8_PARTS)
     ]
     # cpu_dispatch.cpp selects among these
     macros = (*(f"-DNM_HAS_{name}" for name in kernels), *(f"-DNM_HAS_INT8_{name}" for name in int8))

@@ -1,10 +1,13 @@
-// The int8 microkernel: a tile of tokens times a panel of rows. It is compiled for AVX2 and for AVX-512 with VNNI, with
-// NM_INT8_GEMM as the name of the Int8Kernel that it defines.
+// The int8 microkernel: a tile of tokens times a panel of rows. It is compiled for AVX2, AVX-512 with VNNI, and NEON
+// with sdot or i8mm, with NM_INT8_GEMM as the name of the Int8Kernel that it defines.
 #include "int8_gemm.h"
 
 #include <string.h>
 
 #include "int8_simd.h"
+#if NM_NEON
+#include "int8_gemm_neon.h"
+#endif
 
 namespace {
 
@@ -15,6 +18,7 @@ using mpcompile::Int8Layout;
 using mpcompile::Int8Weights;
 using mpcompile::U8Scale;
 
+#if !NM_NEON
 // The shape of a tile: `GROUPS` groups of rows, each with `SHARED` vectors of rows that share their patterns, times
 // `TOKENS` tokens, as many sums as registers allow beside the operands.
 // NARROW: without splits, for few columns.
@@ -129,6 +133,7 @@ __attribute__((noinline)) void multiply(const uint8_t* x, size_t stride, const u
     }
     store_sums<T, S::GROUPS, SHARED, S::SPLITS>(sums[0], out, CHUNK);
 }
+#endif  // !NM_NEON
 
 template <int KEPT, int SHARED, bool NARROW, bool WIDE, int T>
 NM_INLINE void tile(int64_t tokens, const uint8_t* x, size_t stride, const uint8_t* w, int64_t steps, int32_t* out) {
@@ -173,7 +178,7 @@ MultiplyChunk by_kept(const Int8Weights& w) {
 }
 
 MultiplyChunk chosen(const Int8Weights& w) {
-#if !NM_VNNI
+#if NM_SATURATES
     if (w.wide) return by_kept<true>(w);
 #endif
     return by_kept<false>(w);
@@ -290,6 +295,7 @@ void compute(const Int8Weights& w, const Int8Call& call, const uint8_t* x, size_
 namespace mpcompile {
 
 extern const Int8Kernel NM_INT8_GEMM;
-const Int8Kernel NM_INT8_GEMM = {LANES, !NM_VNNI, layout, compute, true, SPLITS > 1 ? narrow_layout : nullptr};
+const Int8Kernel NM_INT8_GEMM = {
+    LANES, NM_SATURATES, layout, compute, true, SPLITS > 1 ? narrow_layout : nullptr, X_OFFSET};
 
 }  // namespace mpcompile

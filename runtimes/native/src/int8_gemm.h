@@ -34,7 +34,7 @@ enum class Activation { NONE, RELU, GELU, GELU_TANH };
 struct Int8Weights {
     const uint8_t* stream;    // null for the baseline kernel, which reads `matrix`
     const int8_t* matrix;     // [rows][columns]
-    const int32_t* start;     // [padded rows] - x_zero * (sum of the row's weights)
+    const int32_t* start;     // [padded rows] (x_offset - x_zero) * (sum of the row's weights)
     const float* scale;       // [padded rows] scale of the activations times that of the row
     const float* bias;        // [padded rows]
     const uint8_t* position;  // [padded rows] the place of a row in the stream's order of its chunk; null if in order
@@ -83,6 +83,7 @@ struct Int8Kernel {
     bool adds_bytes;  // `compute` applies the limits of Int8Call and adds its 8-bit tensor
     // A layout without splits for weights of few columns whose rows share no patterns; null if there is none.
     Int8Layout (*narrow_layout)(int kept);
+    int x_offset = 0;  // is subtracted from every activation before it is multiplied
 };
 
 }  // namespace mpcompile

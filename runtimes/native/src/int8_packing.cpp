@@ -209,6 +209,15 @@ bool is_narrow(const Int8Kernel& kernel, const Int8Weights& w) {
            operations(kernel.layout(w.kept, 1), w, kernel.lanes);
 }
 
+// Sets what the sums of the rows start with, on the kernel of `p`.
+void set_start(PackedInt8& p, const Matrix& matrix, int32_t x_zero) {
+    for (int64_t row = 0; row < p.weights.rows; row++) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < p.weights.columns; i++) sum += matrix.at(row, i);
+        p.start[size_t(row)] = (p.kernel->x_offset - x_zero) * sum;
+    }
+}
+
 // Writes the stream of `p` with `shared` rows for each pattern. Returns false if the rows cannot be grouped like that,
 // or if a 16-bit lane could saturate.
 bool write_stream(PackedInt8& p, const Matrix& matrix, int shared, bool wide, bool narrow) {
@@ -287,9 +296,6 @@ std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel
     p.position.assign(padded, 0);
     const Matrix matrix(p.matrix.data(), rows, columns);
     for (int64_t row = 0; row < rows; row++) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < columns; i++) sum += matrix.at(row, i);
-        p.start[size_t(row)] = -x_zero * sum;
         p.scale[size_t(row)] = x_scale * scale[row];
         p.bias[size_t(row)] = bias[row];
     }
@@ -306,12 +312,14 @@ std::unique_ptr<PackedInt8> pack_int8(const Int8Kernel& widest, const Int8Kernel
             for (int shared = 4; shared >= (w.kept == 16 ? 4 : 1); shared /= 2)
                 if ((!wide || widest.saturates) &&
                     write_stream(p, matrix, shared, wide, shared == 1 && is_narrow(widest, w))) {
+                    set_start(p, matrix, x_zero);
                     p.matrix.clear();
                     p.matrix.shrink_to_fit();
                     w.matrix = nullptr;
                     return result;
                 }
     p.kernel = &baseline;
+    set_start(p, matrix, x_zero);
     w.step_columns = 1;
     w.steps = columns;
     w.position = nullptr;

@@ -1,10 +1,15 @@
-// Vectors of bytes and floats for the int8 kernels, in the intrinsics of AVX2 or of AVX-512 with VNNI.
+// Vectors of bytes and floats for the int8 kernels, in the intrinsics of AVX2, of AVX-512 with VNNI, or of NEON.
 #pragma once
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of GCC 12 in its own AVX-512 intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
+#if defined(__aarch64__)
+#define NM_NEON 1
+#else
+#define NM_NEON 0
 #include <immintrin.h>
+#endif
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,15 +17,23 @@
 #define NM_INLINE static inline __attribute__((always_inline))
 #define NM_UNROLL _Pragma("GCC unroll 32")
 
-#if defined(__AVX512VNNI__)
+#if NM_NEON
+#include "int8_simd_neon.h"
+#elif defined(__AVX512VNNI__)
 #define NM_VNNI 1
+#define NM_SATURATES 0  // sums of products pass through 16-bit lanes
 #define NM_KEEP(vector) __asm__ volatile("" : "+v"(vector))
 #else
 #define NM_VNNI 0
+#define NM_SATURATES 1
 #define NM_KEEP(vector) __asm__ volatile("" : "+x"(vector))
 #endif
 
 namespace {
+
+#if !NM_NEON
+constexpr int X_OFFSET = 0;
+#endif
 
 #if NM_VNNI
 
@@ -125,7 +138,7 @@ NM_INLINE Floats nearest_integer(Floats v) { return _mm512_roundscale_ps(v, _MM_
 // v * 2^n for integers n that leave it a normal number.
 NM_INLINE Floats times_power(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
 
-#else
+#elif !NM_NEON
 
 using Bytes = __m256i;
 using Floats = __m256;

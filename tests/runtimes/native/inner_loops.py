@@ -1,4 +1,4 @@
-"""The innermost loops of the functions in an x86-64 object file, from its disassembly by objdump."""
+"""The innermost loops of the functions in an object file of x86-64 or aarch64, from its disassembly by objdump."""
 
 import re
 import subprocess
@@ -8,8 +8,35 @@ from pathlib import Path
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
 INSTRUCTION = re.compile(r"^\s+(?P<address>[0-9a-f]+):\t(?P<text>.*)$")
-JUMP_TARGET = re.compile(r"^j\w+\s+(?:\*)?(?P<address>[0-9a-f]+)\b")
-NO_SUCCESSOR = ("jmp", "ret", "ud2")  # execution does not reach the next instruction
+FRAME = re.compile(r"mov\s+%rsp,%rbp")  # %rbp is a general register without this
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How the disassembly of a CPU family reads."""
+
+    objdump: str
+    jump: re.Pattern[str]  # an instruction that may jump, with the group `address`
+    no_successor: re.Pattern[str]  # execution does not reach the next instruction
+    stack: re.Pattern[str]  # a memory operand on the stack
+    stack_with_frame: re.Pattern[str]
+
+
+X86_64 = Machine(
+    "objdump",
+    re.compile(r"^j\w+\s+(?:\*)?(?P<address>[0-9a-f]+)\b"),
+    re.compile(r"^(jmp|ret|ud2)"),
+    re.compile(r"\(%rsp\b"),
+    re.compile(r"\(%r[sb]p\b"),
+)
+_ARM_STACK = re.compile(r"\[(sp|x29)\b")
+AARCH64 = Machine(
+    "aarch64-linux-gnu-objdump",
+    re.compile(r"^(?:b|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#\d+,)\s+(?P<address>[0-9a-f]+)\b"),
+    re.compile(r"^(b|br|ret|udf|brk)\b(?!\.)"),
+    _ARM_STACK,
+    _ARM_STACK,
+)
 
 Graph = Mapping[int, Iterable[int]]  # address of an instruction -> addresses of those that may follow it
 
@@ -23,19 +50,20 @@ class Loop:
     stack: tuple[str, ...]  # the instructions that address the stack: spilled registers
 
 
-def disassembled(file: Path) -> str:
+def disassembled(file: Path, machine: Machine = X86_64) -> str:
     """Returns the disassembly of an object file, with demangled names."""
-    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(file)]
+    command = [machine.objdump, "-d", "-C", "--no-show-raw-insn", str(file)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def innermost_loops(disassembly: str, function: str) -> list[Loop]:
+def innermost_loops(disassembly: str, function: str, machine: Machine = X86_64) -> list[Loop]:
     """Returns the innermost loops of all functions whose name contains `function`."""
     loops = []
     for name, code in _functions(disassembly):
         if function in name:
-            addresses = _stack_addresses(code)
-            for nodes in _innermost(_successors(code)):
+            framed = any(FRAME.match(text) for text in code.values())
+            addresses = machine.stack_with_frame if framed else machine.stack
+            for nodes in _innermost(_successors(code, machine)):
                 body = tuple(code[address] for address in sorted(nodes))
                 loops.append(Loop(name, body, tuple(text for text in body if addresses.search(text))))
     return loops
@@ -52,19 +80,13 @@ def _functions(disassembly: str) -> list[tuple[str, dict[int, str]]]:
     return functions
 
 
-def _stack_addresses(code: Mapping[int, str]) -> re.Pattern[str]:
-    """Returns a pattern of memory operands on the stack. %rbp is a general register unless it holds the frame."""
-    frame = any(re.match(r"mov\s+%rsp,%rbp", text) for text in code.values())
-    return re.compile(r"\(%r[sb]p\b" if frame else r"\(%rsp\b")
-
-
-def _successors(code: Mapping[int, str]) -> dict[int, list[int]]:
+def _successors(code: Mapping[int, str], machine: Machine) -> dict[int, list[int]]:
     graph: dict[int, list[int]] = {}
     following = [*list(code)[1:], None]
     for (address, text), after in zip(code.items(), following, strict=True):
-        jump = JUMP_TARGET.match(text)
+        jump = machine.jump.match(text)
         targets = [int(jump["address"], 16)] if jump and int(jump["address"], 16) in code else []
-        through = [] if after is None or text.startswith(NO_SUCCESSOR) else [after]
+        through = [] if after is None or machine.no_successor.match(text) else [after]
         graph[address] = targets + through
     return graph
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from inner_loops import Loop, disassembled, innermost_loops
+from inner_loops import AARCH64, Loop, disassembled, innermost_loops
 
 from mpcompile.runtimes.native import build
 
@@ -89,6 +89,22 @@ def test_only_the_innermost_loop_of_the_named_function_counts(inner: str, spille
     [loop] = innermost_loops(NESTED.format(inner=inner), "multiply<")
     assert len(loop.instructions) == 5
     assert len(loop.stack) == spilled
+
+
+def test_loops_of_aarch64_are_read() -> None:
+    code = """
+0000000000000000 <void multiply<2>(float*)>:
+   0:\tldr\tq0, [sp, #16]
+   4:\tfmla\tv1.4s, v0.4s, v2.s[0]
+   8:\tcbnz\tx3, 4 <void multiply<2>(float*)+0x4>
+   c:\tldr\tq0, [sp, #32]
+  10:\tcmp\tx0, x7
+  14:\tb.ne\tc <void multiply<2>(float*)+0xc>  // b.any
+  18:\tret
+"""
+    first, second = innermost_loops(code, "multiply<", AARCH64)
+    assert (len(first.instructions), first.stack) == (2, ())
+    assert second.stack == ("ldr\tq0, [sp, #32]",)
 
 
 def test_rbp_is_a_general_register_without_a_frame() -> None:
