@@ -72,6 +72,7 @@ using GetDimensions = Function<62, OrtStatus*(const OrtTensorTypeAndShapeInfo*, 
 using GetTensorTypeAndShape = Function<65, OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**)>;
 using GetAttributeFloat = Function<85, OrtStatus*(const OrtKernelInfo*, const char*, float*)>;
 using GetAttributeInt = Function<86, OrtStatus*(const OrtKernelInfo*, const char*, int64_t*)>;
+using GetAttributeInts = Function<163, OrtStatus*(const OrtKernelInfo*, const char*, int64_t*, size_t* count)>;
 using GetInput = Function<90, OrtStatus*(const OrtKernelContext*, size_t, const OrtValue**)>;
 using GetOutput = Function<91, OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>;
 using ReleaseStatus = Function<93, void(OrtStatus*)>;

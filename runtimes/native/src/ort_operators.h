@@ -7,6 +7,7 @@
 namespace mpcompile {
 
 const std::vector<const OrtCustomOp*>& float_operators();        // ort_operator.cpp
+const std::vector<const OrtCustomOp*>& conv_operators();         // ort_conv.cpp
 const std::vector<const OrtCustomOp*>& int8_gemm_operators();    // ort_int8_gemm.cpp
 const std::vector<const OrtCustomOp*>& int8_fusion_operators();  // ort_int8_fusions.cpp
 
