@@ -10,7 +10,6 @@ namespace {
 // The sums of an item stay in the L2 cache, beside a block of weights.
 constexpr int64_t MOST_SUMS = 384 * 1024 / sizeof(float);
 constexpr int64_t ITEMS_PER_THREAD = 2;
-constexpr int64_t SLACK = 16;  // floats that packing may write beyond a block
 
 thread_local Scratch scratch;
 
@@ -39,7 +38,7 @@ bool ConvScheduler::run(int64_t index) const {
     const int64_t first = index / parts() * tiles_per_item_, end = std::min(first + tiles_per_item_, tiling_.tiles);
     const int64_t begin = index % parts() * chunks_per_item_, beyond = std::min(begin + chunks_per_item_, w.chunks());
     const int64_t rows = std::min((beyond - begin) * w.chunk, w.rows - begin * w.chunk);
-    const int64_t width = tiling_.tile(tiling_.tiles - 1).width(), block_floats = (w.block + 1) * width + SLACK;
+    const int64_t width = tiling_.tile(tiling_.tiles - 1).width(), block_floats = (w.block + 1) * width;
     const int64_t tile_sums = ((beyond - begin) * w.chunk + 1) * width;
     if (!scratch.reserve(block_floats + (end - first) * tile_sums)) return false;
     float* packed = scratch.floats + (end - first) * tile_sums;

@@ -2,9 +2,9 @@
 // the ConvKernel that it defines.
 //
 // A convolution is a GEMM whose columns are the channels of each tap. The matrix of shifted images is never in memory:
-// each tile is packed from the images themselves, one row of the tile for each channel of each tap. Neighbouring output
-// pixels read neighbouring input pixels (or every second one), so a row of a tile is a few copies of whole vectors. The
-// copies are the same for all channels of a tap.
+// each tile is packed from the images themselves, one row of the tile for each channel of each tap. Eight tokens are
+// mostly neighbouring pixels of one row of the input (or every second one), so a vector of a packed row is one load, and
+// a mask for padding. Loads and masks are the same for all channels of a tap.
 #include "nm_gemm.h"
 #include "simd.h"
 
@@ -15,21 +15,47 @@ using mpcompile::ConvWindow;
 using mpcompile::Tile;
 using mpcompile::Weights;
 
-// Consecutive floats of a row of a packed tile: zeros if `from` is null, else pixels of channel 0 from there on.
-struct Piece {
-    int64_t at, count;
-    const float* from;
+typedef int mask8 __attribute__((vector_size(32)));
+
+constexpr int64_t MOST_TOKENS = 112;  // of a tile (WIDEST in nm_gemm.cpp)
+
+// The lanes [from, to) of eight.
+NM_INLINE mask8 lanes_between(int64_t from, int64_t to) {
+    alignas(32) static const int ones[24] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+    mask8 first, last;
+    memcpy(&first, ones + 8 - from, sizeof first);
+    memcpy(&last, ones + 16 - to, sizeof last);
+    return first & last;
+}
+
+// Some lanes of a vector of a packed row: those in `mask` are pixels, the first lane being at `offset` in channel 0.
+struct Part {
+    mask8 mask;
+    int64_t offset, vector;
 };
 
-constexpr int64_t MOST_TOKENS = 112;  // of a tile (WIDEST in nm_gemm.cpp): a piece has at least one
+// A row of a packed tile for one tap: for each vector of eight tokens a part, whose mask is empty if there are no
+// pixels, and more parts where tokens of one vector lie in several rows of the image.
+struct Row {
+    Part first[MOST_TOKENS / 8], more[MOST_TOKENS];
+    int64_t vectors = 0, others = 0;
+    int64_t lowest = 0, highest = 0;  // offsets that the parts read: [lowest, highest)
 
-// The pieces of a row for one tap.
-struct Pieces {
-    Piece pieces[MOST_TOKENS + 1];
-    int64_t count = 0;
-
-    NM_MEMBER void add(int64_t at, int64_t size, const float* from) {
-        if (size > 0) pieces[count++] = {at, size, from};
+    NM_MEMBER void add(int64_t at, int64_t count, int64_t offset, int64_t stride) {
+        for (int64_t vector = at / 8; vector * 8 < at + count; vector++) {
+            const int64_t start = vector * 8, from = at > start ? at - start : 0;
+            const int64_t to = at + count < start + 8 ? at + count - start : 8;
+            const int64_t low = offset + (start - at) * stride, high = low + 8 * stride;
+            if (highest == lowest) lowest = low, highest = high;
+            if (low < lowest) lowest = low;
+            if (high > highest) highest = high;
+            const Part part = {lanes_between(from, to), low, vector};
+            while (vectors < vector) first[vectors++] = {mask8{}, low, 0};  // zeros
+            if (vectors == vector)
+                first[vectors++] = part;
+            else
+                more[others++] = part;
+        }
     }
 };
 
@@ -43,26 +69,27 @@ int64_t columns_before(int64_t offset, int64_t stride) { return offset <= 0 ? 0 
 
 int64_t clipped(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
-Pieces pieces_of(const ConvWindow& c, const Activations& a, const Tile& tile, int64_t tap) {
-    Pieces made;
+Row row_of(const ConvWindow& c, const Activations& a, const Tile& tile, int64_t tap) {
+    Row made;
     const int64_t down = tap / c.kernel[1] * c.dilation[0] - c.before[0];
     const int64_t right = tap % c.kernel[1] * c.dilation[1] - c.before[1];
     const int64_t image_size = c.channels * c.in[0] * c.in[1];
+    int64_t image = tile.first / a.pixels, x = tile.first % a.pixels % c.out[1];
+    int64_t y = tile.first % a.pixels / c.out[1];
     for (int64_t at = 0; at < tile.count;) {
-        const int64_t token = tile.first + at, pixel = token % a.pixels, x = pixel % c.out[1];
         const int64_t left = c.out[1] - x, wanted = tile.count - at, count = left < wanted ? left : wanted;
-        const int64_t y = pixel / c.out[1] * c.stride[0] + down;
+        const int64_t row = y * c.stride[0] + down;
         // Of the output columns [x, x + count), those that read pixels of the image.
-        int64_t begin = clipped(columns_before(-right, c.stride[1]), x, x + count);
-        int64_t end = clipped(columns_before(c.in[1] - right, c.stride[1]), begin, x + count);
-        if (y < 0 || y >= c.in[0]) begin = end = x + count;
-        made.add(at, begin - x, nullptr);
-        made.add(at + begin - x, end - begin,
-                 a.x + token / a.pixels * image_size + y * c.in[1] + begin * c.stride[1] + right);
-        made.add(at + end - x, x + count - end, nullptr);
+        const int64_t begin = clipped(columns_before(-right, c.stride[1]), x, x + count);
+        const int64_t end = clipped(columns_before(c.in[1] - right, c.stride[1]), begin, x + count);
+        if (row >= 0 && row < c.in[0] && begin < end)
+            made.add(at + begin - x, end - begin, image * image_size + row * c.in[1] + begin * c.stride[1] + right,
+                     c.stride[1]);
         at += count;
+        x = 0;
+        if (++y == c.out[0]) y = 0, image++;
     }
-    made.add(tile.count, tile.width() - tile.count, nullptr);
+    while (made.vectors < tile.width() / 8) made.first[made.vectors++] = {mask8{}, made.lowest, 0};
     return made;
 }
 
@@ -75,64 +102,59 @@ NM_INLINE f8 gathered(const float* from) {
     return NM_SHUFFLE(first, second, 0, 2, 4, 6, 8, 10, 12, 14);
 }
 
-// Writes a row in whole vectors. Each piece writes up to 7 floats too many, which the next piece or row overwrites.
 template <int STRIDE>
-void pack_row(const Pieces& pieces, int64_t offset, float* to) {
-    for (int64_t p = 0; p < pieces.count; p++) {
-        const Piece& piece = pieces.pieces[p];
-        float* out = to + piece.at;
-        if (!piece.from) {
-            for (int64_t i = 0; i < piece.count; i += 8) store_anywhere(out + i, f8{});
-            continue;
+NM_INLINE mask8 pixels_of(const Part& part, const float* channel) {
+    return mask8(gathered<STRIDE>(channel + part.offset)) & part.mask;
+}
+
+// Packs the same row of `count` channels.
+template <int STRIDE>
+void pack_rows(const Row& row, const float* channel, int64_t plane, int64_t count, float* to) {
+    for (const float* end = channel + count * plane; channel < end; channel += plane, to += 8 * row.vectors) {
+        for (int64_t v = 0; v < row.vectors; v++) store<f8>(to + 8 * v, f8(pixels_of<STRIDE>(row.first[v], channel)));
+        for (int64_t p = 0; p < row.others; p++) {
+            float* at = to + 8 * row.more[p].vector;
+            store<f8>(at, f8(mask8(load<f8>(at)) | pixels_of<STRIDE>(row.more[p], channel)));
         }
-        const float* from = piece.from + offset;
-        for (int64_t i = 0; i < piece.count; i += 8) store_anywhere(out + i, gathered<STRIDE>(from + i * STRIDE));
     }
 }
 
-// Writes a row without reading or writing beyond it, for any stride.
-void pack_row_exactly(const Pieces& pieces, int64_t offset, int64_t stride, float* to) {
-    for (int64_t p = 0; p < pieces.count; p++) {
-        const Piece& piece = pieces.pieces[p];
-        for (int64_t i = 0; i < piece.count; i++)
-            to[piece.at + i] = piece.from ? piece.from[offset + i * stride] : 0.0f;
+// Packs a row of one channel float by float: for any stride, any width, and at the ends of x.
+void pack_row_exactly(const ConvWindow& c, const Activations& a, const Tile& tile, int64_t tap, int64_t channel,
+                      float* to) {
+    const int64_t down = tap / c.kernel[1] * c.dilation[0] - c.before[0];
+    const int64_t right = tap % c.kernel[1] * c.dilation[1] - c.before[1];
+    for (int64_t at = 0; at < tile.width(); at++) {
+        const int64_t token = tile.first + at, pixel = token % a.pixels;
+        const int64_t y = pixel / c.out[1] * c.stride[0] + down, x = pixel % c.out[1] * c.stride[1] + right;
+        const bool inside = at < tile.count && y >= 0 && y < c.in[0] && x >= 0 && x < c.in[1];
+        to[at] = inside ? a.x[((token / a.pixels * c.channels + channel) * c.in[0] + y) * c.in[1] + x] : 0.0f;
     }
-}
-
-// The number of channels of which whole vectors can be read: the last ones end too near the end of x.
-int64_t readable_channels(const Pieces& pieces, const ConvWindow& c, const float* end) {
-    const int64_t plane = c.in[0] * c.in[1];
-    int64_t least = c.channels;
-    for (int64_t p = 0; p < pieces.count; p++) {
-        const Piece& piece = pieces.pieces[p];
-        if (!piece.from) continue;
-        const int64_t room = end - piece.from - (piece.count + 7) / 8 * 8 * c.stride[1];
-        const int64_t channels = room < 0 ? 0 : room / plane + 1;
-        if (channels < least) least = channels;
-    }
-    return least;
 }
 
 void pack(const Weights& w, const Activations& a, const Tile& tile, int64_t block, float* packed) {
     const ConvWindow c = a.window ? *a.window : pointwise(w, a);
-    const int64_t plane = c.in[0] * c.in[1], width = tile.width();
-    const float* end = a.x + a.tokens / a.pixels * c.channels * plane;
+    const int64_t plane = c.in[0] * c.in[1], width = tile.width(), floats = a.tokens / a.pixels * c.channels * plane;
     const int64_t first = block * w.block, beyond = first + w.block < w.columns ? first + w.block : w.columns;
+    const bool by_vectors = width % 8 == 0 && c.stride[1] <= 2;
     float* to = packed;
     for (int64_t k = first; k < beyond;) {
-        const Pieces pieces = pieces_of(c, a, tile, k / c.channels);
-        const int64_t readable = c.stride[1] <= 2 ? readable_channels(pieces, c, end) : 0;
-        const int64_t start = k % c.channels, left = beyond - k;
+        const int64_t tap = k / c.channels, start = k % c.channels, left = beyond - k;
         const int64_t stop = c.channels - start < left ? c.channels : start + left;
-        for (int64_t channel = start; channel < stop; channel++, to += width) {
-            const int64_t offset = channel * plane;
-            if (channel >= readable)
-                pack_row_exactly(pieces, offset, c.stride[1], to);
-            else if (c.stride[1] == 1)
-                pack_row<1>(pieces, offset, to);
-            else
-                pack_row<2>(pieces, offset, to);
+        int64_t begin = stop, end = stop;  // the channels that are packed in whole vectors
+        if (by_vectors) {
+            const Row row = row_of(c, a, tile, tap);
+            // Vectors may reach beyond x in its first and last channels.
+            begin = clipped(columns_before(-row.lowest, plane), start, stop);
+            end = clipped((floats - row.highest) / plane + (floats >= row.highest), begin, stop);
+            (c.stride[1] == 1 ? pack_rows<1> : pack_rows<2>)(row, a.x + begin * plane, plane, end - begin,
+                                                             to + (begin - start) * width);
         }
+        for (int64_t channel = start; channel < begin; channel++, to += width)
+            pack_row_exactly(c, a, tile, tap, channel, to);
+        to += (end - begin) * width;
+        for (int64_t channel = end; channel < stop; channel++, to += width)
+            pack_row_exactly(c, a, tile, tap, channel, to);
         k += stop - start;
     }
     memset(packed + w.block * width, 0, width * sizeof(float));

@@ -74,7 +74,7 @@ struct SkinnyKernel;
 
 // Packs and stores channels-first tiles: nm_conv.cpp.
 struct ConvKernel {
-    // Packs one block of a tile into [block + 1][width]; the last row is zero. 8 floats after that are overwritten.
+    // Packs one block of a tile into [block + 1][width]; the last row is zero.
     void (*pack)(const Weights&, const Activations&, const Tile&, int64_t block, float* packed);
     // Stores `count` rows, the first being `row`, from sums[count][width].
     void (*store)(const Weights&, const Activations&, const Tile&, int64_t row, int64_t count, const float* sums);
