@@ -18,8 +18,9 @@ SOURCES = HERE / "src"
 LIBRARY = "libmpcompile_native.so"
 SYSTEMS = ("Linux", "Darwin")
 SHARED = (
-    "skinny_packing.cpp", "tile_scheduler.cpp", "conv_scheduler.cpp", "int8_packing.cpp", "int8_baseline.cpp", "cpu_dispatch.cpp",
-    "ort_values.cpp", "ort_weights.cpp", "ort_operator.cpp", "ort_conv.cpp", "ort_int8_gemm.cpp", "ort_int8_fusions.cpp", "ort_register.cpp",
+    "skinny_packing.cpp", "tile_scheduler.cpp", "conv_scheduler.cpp", "int8_packing.cpp", "int8_baseline.cpp",
+    "cpu_dispatch.cpp", "ort_values.cpp", "ort_weights.cpp", "ort_operator.cpp", "ort_conv.cpp", "ort_int8_gemm.cpp",
+    "ort_int8_fusions.cpp", "ort_register.cpp",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 # nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.

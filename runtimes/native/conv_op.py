@@ -1,8 +1,8 @@
 """The native convolution NMConv2d in an ONNX file: its window, its names, and its fallback as an ONNX function.
 
-NMConv2d takes a kernel of any size, and does what follows the convolution in the same pass over the result: it adds the
-input `residual` (NMConv2dAdd…), and then applies an activation (…Relu, …Relu6). The columns of its weight are ordered by
-tap, then by input channel, so that N:M groups are neighbouring columns.
+NMConv2d takes a kernel of any size. It adds the input `residual` (NMConv2dAdd…) and applies an activation (…Relu,
+…Relu6) in the same pass over the result. The columns of its weight are ordered by tap, then by input channel, so that
+N:M groups are neighbouring columns.
 
 A plain 1×1 convolution is still written as NMConv (custom_op.py), which older versions of the library know.
 """

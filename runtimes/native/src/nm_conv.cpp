@@ -65,7 +65,9 @@ ConvWindow pointwise(const Weights& w, const Activations& a) {
 }
 
 // The number of output columns before the first that reads input column `offset` or a later one.
-int64_t columns_before(int64_t offset, int64_t stride) { return offset <= 0 ? 0 : (offset + stride - 1) / stride; }
+int64_t columns_before(int64_t offset, int64_t stride) {
+    return offset <= 0 ? 0 : stride == 1 ? offset : (offset + stride - 1) / stride;
+}
 
 int64_t clipped(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
@@ -146,7 +148,8 @@ void pack(const Weights& w, const Activations& a, const Tile& tile, int64_t bloc
             const Row row = row_of(c, a, tile, tap);
             // Vectors may reach beyond x in its first and last channels.
             begin = clipped(columns_before(-row.lowest, plane), start, stop);
-            end = clipped((floats - row.highest) / plane + (floats >= row.highest), begin, stop);
+            if (row.highest + (stop - 1) * plane > floats)
+                end = clipped((floats - row.highest) / plane + (floats >= row.highest), begin, stop);
             (c.stride[1] == 1 ? pack_rows<1> : pack_rows<2>)(row, a.x + begin * plane, plane, end - begin,
                                                              to + (begin - start) * width);
         }

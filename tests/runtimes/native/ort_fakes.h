@@ -29,6 +29,7 @@ struct OrtTensorTypeAndShapeInfo {
 struct OrtKernelInfo {
     std::map<std::string, int64_t> attributes;
     std::map<std::string, float> floats;
+    std::map<std::string, std::vector<int64_t>> integers;
     std::map<size_t, OrtValue> constants;
 };
 
@@ -131,6 +132,15 @@ inline Table made_table() {
     });
     set(93, +[](OrtStatus* failed) { delete failed; });
     set(99, +[](OrtTensorTypeAndShapeInfo* info) { delete info; });
+    set(163, +[](const OrtKernelInfo* info, const char* name, int64_t* values, size_t* count) {
+        if (OrtStatus* failed = injected()) return failed;
+        if (!info->integers.count(name)) return status("no such attribute");
+        const std::vector<int64_t>& found = info->integers.at(name);
+        if (found.size() > *count) return status("more numbers than expected");
+        std::copy(found.begin(), found.end(), values);
+        *count = found.size();
+        return static_cast<OrtStatus*>(nullptr);
+    });
     set(249, +[](const OrtKernelInfo* info, size_t index, int* constant, const OrtValue** value) {
         OrtStatus* failed = injected();
         if (failed) return failed;

@@ -42,7 +42,7 @@ def test_a_broken_library_is_refused(tmp_path: Path, compiler: None) -> None:
     assert "it crashed with signal 6" in (native.refused(crashing) or "")
 
 
-PROGRAMS = ("kernel_test", "operator_test", "int8_kernel_test", "int8_fusion_test", "int8_operator_test")
+PROGRAMS = ("kernel_test", "operator_test", "conv_test", "int8_kernel_test", "int8_fusion_test", "int8_operator_test")
 NO_SANITIZER = {
     "unexpected memory mapping": "ThreadSanitizer cannot place its memory here (vm.mmap_rnd_bits is above 28)",
     "LeakSanitizer does not work under ptrace": "LeakSanitizer cannot run under ptrace",
