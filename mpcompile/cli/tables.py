@@ -146,7 +146,8 @@ def _forecast_text(forecast: Forecast, precision: str) -> str:
         text += f"; {slower} of them are not significantly faster and count as dense" if slower else ""
     if forecast.accelerated and forecast.untimed:
         text += (
-            f"; {forecast.untimed} masked convolutions are timed only when the file is built, alone and in the whole file"
+            f"; {forecast.untimed} masked convolutions are timed only when the file is built, alone and in the whole "
+            "file"
             f"{', and count as dense here' if forecast.speedup is not None else ''}"
         )
     if over_fp32 is not None:

@@ -109,9 +109,10 @@ NM_INLINE mask8 pixels_of(const Part& part, const float* channel) {
     return mask8(gathered<STRIDE>(channel + part.offset)) & part.mask;
 }
 
-// Packs the same row of `count` channels.
+// Packs the same row of `count` channels. A function of its own: inlined, its loops would share registers with what
+// finds the row.
 template <int STRIDE>
-void pack_rows(const Row& row, const float* channel, int64_t plane, int64_t count, float* to) {
+__attribute__((noinline)) void pack_rows(const Row& row, const float* channel, int64_t plane, int64_t count, float* to) {
     for (const float* end = channel + count * plane; channel < end; channel += plane, to += 8 * row.vectors) {
         for (int64_t v = 0; v < row.vectors; v++) store<f8>(to + 8 * v, f8(pixels_of<STRIDE>(row.first[v], channel)));
         for (int64_t p = 0; p < row.others; p++) {

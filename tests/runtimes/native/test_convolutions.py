@@ -52,9 +52,10 @@ class Case:
         )
         top, left, bottom, right = done.window.pads
         x = nn.functional.pad(torch.from_numpy(self.x).double(), (left, right, top, bottom))
-        strides = {"stride": done.window.strides, "dilation": done.window.dilations}
-        y = nn.functional.conv2d(x, weight.double(), bias.double(), **strides)
-        size = nn.functional.conv2d(x.abs(), weight.double().abs(), bias.double().abs(), **strides)
+        strides, dilations = done.window.strides, done.window.dilations
+        weight, bias = weight.double(), bias.double()
+        y = nn.functional.conv2d(x, weight, bias, stride=strides, dilation=dilations)
+        size = nn.functional.conv2d(x.abs(), weight.abs(), bias.abs(), stride=strides, dilation=dilations)
         if self.residual is not None:
             residual = torch.from_numpy(self.residual)
             y, size = y + residual, size + residual.abs()
@@ -237,7 +238,7 @@ def test_a_residual_network_with_everything_fused(library: Path, tmp_path: Path,
 def graph(nodes: list[onnx.NodeProto], weight: Array, shapes: dict[str, list[int]]) -> onnx.ModelProto:
     """Returns a file with one 3×3 weight `w` of the node `n`; the last tensor of `shapes` is the output."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    limits = [numpy_helper.from_array(np.float32(v), n) for n, v in (("zero", 0), ("six", 6), ("five", 5))]
+    limits = [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("zero", 0), ("six", 6), ("five", 5))]
     made = helper.make_graph(
         nodes, "g", values[:2], values[-1:], [numpy_helper.from_array(weight, "w"), *limits], value_info=values[2:-1]
     )
