@@ -3,8 +3,8 @@
 //
 // A convolution is a GEMM whose columns are the channels of each tap. The matrix of shifted images is never in memory:
 // each tile is packed from the images themselves, one row of the tile for each channel of each tap. Eight tokens are
-// mostly neighbouring pixels of one row of the input (or every second one), so a vector of a packed row is one load, and
-// a mask for padding. Loads and masks are the same for all channels of a tap.
+// mostly neighbouring pixels of one row of the input (or every second one), so a vector of a packed row is one load and a
+// mask for padding. Loads and masks are the same for all channels of a tap.
 #include "nm_gemm.h"
 #include "simd.h"
 
@@ -112,7 +112,8 @@ NM_INLINE mask8 pixels_of(const Part& part, const float* channel) {
 // Packs the same row of `count` channels. A function of its own: inlined, its loops would share registers with what
 // finds the row.
 template <int STRIDE>
-__attribute__((noinline)) void pack_rows(const Row& row, const float* channel, int64_t plane, int64_t count, float* to) {
+__attribute__((noinline)) void pack_rows(const Row& row, const float* channel, int64_t plane, int64_t count,
+                                         float* to) {
     for (const float* end = channel + count * plane; channel < end; channel += plane, to += 8 * row.vectors) {
         for (int64_t v = 0; v < row.vectors; v++) store<f8>(to + 8 * v, f8(pixels_of<STRIDE>(row.first[v], channel)));
         for (int64_t p = 0; p < row.others; p++) {

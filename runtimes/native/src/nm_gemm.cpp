@@ -1,6 +1,6 @@
 // The N:M GEMM microkernel: one tile of tokens times one chunk of rows. It is compiled once for each instruction set,
-// with NM_KERNEL as the name of the Kernel that it defines, and NM_SKINNY and NM_CONV as those of nm_gemm_skinny.cpp and
-// nm_conv.cpp.
+// with NM_KERNEL as the name of the Kernel that it defines, and NM_SKINNY and NM_CONV as those of nm_gemm_skinny.cpp
+// and nm_conv.cpp.
 //
 // SIMD lanes hold tokens, so a kept weight is one broadcast, and its input channel is one row of the packed tile:
 // y[row] += weight * x[channel]. Computing a row with its own pattern alone needs one load for each multiplication; the
@@ -265,7 +265,8 @@ void compute(const Weights& w, const Activations& a, const Tile& tile, int64_t c
     write_tokens(w, a, tile, row, count, sums);
 }
 
-void multiply_block(const Weights& w, const Tile& tile, int64_t chunk, int64_t block, const float* packed, float* sums) {
+void multiply_block(const Weights& w, const Tile& tile, int64_t chunk, int64_t block, const float* packed,
+                    float* sums) {
     choose(w.rows_per_pattern, tile)(w, chunk, block, block + 1, packed, sums);
 }
 

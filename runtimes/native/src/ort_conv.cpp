@@ -1,5 +1,5 @@
-// The custom operators mpcompile::NMConv and NMConv2d…: a convolution over images (images, channels, height, width) with an N:M
-// weight in the streams of nm_gemm.h. Column k of the weight is channel k % channels of tap k / channels.
+// The custom operators mpcompile::NMConv and NMConv2d…: a convolution over images (images, channels, height,
+// width) with an N:M weight in the streams of nm_gemm.h. Column k of the weight is channel k % channels of tap k / channels.
 //
 // Inputs: x, and the constants values, places, common, order, bias, as of NMGemm. Attributes: those of NMGemm, and
 // kernel_shape, strides, pads and dilations as of a Conv in ONNX.

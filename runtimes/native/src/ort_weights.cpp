@@ -78,7 +78,8 @@ OrtStatus* check_weights(Api api, const OrtKernelInfo* info, Weights& w) {
         if (!shape.is(sizes[input], dimensions[input])) return refuse_input(api, "has another shape", input);
         const void* data = nullptr;
         if (OrtStatus* failed = data_of(api, value, data)) return failed;
-        if (!in_bounds(w, input, data, shape.product(0, shape.count))) return refuse_input(api, "is out of bounds", input);
+        if (!in_bounds(w, input, data, shape.product(0, shape.count)))
+            return refuse_input(api, "is out of bounds", input);
         if (input == 4 && !names_each_row_once(w, static_cast<const int32_t*>(data)))
             return refuse_input(api, "does not name each row once", input);
     }
