@@ -144,6 +144,12 @@ def _forecast_text(forecast: Forecast, precision: str) -> str:
         )
         slower = sum(not measured.faster for measured in forecast.measured.values())
         text += f"; {slower} of them are not significantly faster and count as dense" if slower else ""
+    if forecast.accelerated and forecast.untimed:
+        text += (
+            f"; {forecast.untimed} masked convolutions are timed only when the file is built, alone and in the whole "
+            "file"
+            f"{', and count as dense here' if forecast.speedup is not None else ''}"
+        )
     if over_fp32 is not None:
         text += (
             f". Beside dense fp32 the whole model is {over_fp32.speedup:.2f} times as fast, and dense {precision} "

@@ -50,7 +50,8 @@ class Forecast(Value):
             It is 1 if the interval of `measured` is not wholly above 1, because such a layer runs as dense.
         measured: the measured speedup of each of those products. In int8 it is over the fastest dense int8 kernel.
         speedup: speedup of the whole model by `layers`, if time in fp32 is proportional to MACs; None if no layer was
-            timed.
+            timed. Layers that are not in `layers` count as dense.
+        untimed: the convolutions among the layers with a kernel. They are timed only when the file is built.
         refused: why the target does not run this precision; None if it does.
         over_fp32: in 8 bits, the plan beside the dense model in fp32; None if no layer was timed.
     """
@@ -65,6 +66,7 @@ class Forecast(Value):
     speedup: float | None
     refused: str | None = None
     over_fp32: OverFp32 | None = None
+    untimed: int = 0
 
 
 def forecast(
@@ -119,6 +121,7 @@ def forecast(
         speedup=_speedup(counted, layers, over_fp32) if layers else None,
         refused=refused,
         over_fp32=over_fp32,
+        untimed=sum(isinstance(model.layer(name), nn.Conv1d | nn.Conv2d) for name in with_kernel),
     )
 
 
@@ -152,7 +155,8 @@ def _bytes_in_8_bits(counted: Cost, quantized: Collection[str]) -> float:
 def _shapes(model: Model, counted: Cost, names: Iterable[str]) -> dict[str, tuple[int, int, int]]:
     """Output channels, input channels and tokens of each Linear layer among these.
 
-    Convolutions are left out: their cost depends on the layers around them.
+    Convolutions are left out: their cost depends on the layers around them, with which ONNX Runtime shares a blocked
+    layout. They are timed when a file is built, alone and in the whole file.
     """
     shapes = {}
     for name in names:

@@ -18,9 +18,9 @@ SOURCES = HERE / "src"
 LIBRARY = "libmpcompile_native.so"
 SYSTEMS = ("Linux", "Darwin")
 SHARED = (
-    "skinny_packing.cpp", "tile_scheduler.cpp", "int8_packing.cpp", "int8_baseline.cpp", "cpu_dispatch.cpp",
-    "ort_values.cpp", "ort_operator.cpp", "ort_int8_gemm.cpp", "ort_int8_conv.cpp", "int8_conv.cpp",
-    "ort_int8_pool.cpp", "ort_int8_fusions.cpp", "ort_register.cpp",
+    "skinny_packing.cpp", "tile_scheduler.cpp", "conv_scheduler.cpp", "int8_packing.cpp", "int8_baseline.cpp",
+    "cpu_dispatch.cpp", "ort_values.cpp", "ort_weights.cpp", "ort_operator.cpp", "ort_conv.cpp", "ort_int8_gemm.cpp",
+    "ort_int8_conv.cpp", "int8_conv.cpp", "ort_int8_pool.cpp", "ort_int8_fusions.cpp", "ort_register.cpp",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
 # nodelete: thread-local memory in ONNX Runtime's threads is freed by code of this library, so it must stay loaded.
@@ -102,10 +102,11 @@ def objects(
             raise BuildFailed(f"{widest!r} is not an instruction set of {machine}; choose one of {', '.join(selected)}")
         selected = selected[selected.index(widest) :]
     kernels = {name: available[name] for name in selected}
+    names = ("kernel", "skinny", "conv")
     jobs = [
-        (f"{part}.cpp", f"{part}_{name}", (*flags, f"-DNM_KERNEL=kernel_{name}", f"-DNM_SKINNY=skinny_{name}"))
+        (f"{part}.cpp", f"{part}_{name}", (*flags, *(f"-DNM_{kind.upper()}={kind}_{name}" for kind in names)))
         for name, flags in kernels.items()
-        for part in ("nm_gemm", "nm_gemm_skinny")
+        for part in ("nm_gemm", "nm_gemm_skinny", "nm_conv")
     ]
     int8 = {name: flags for name, (flags, needs) in INT8_KERNELS.get(machine, {}).items() if needs in kernels}
     jobs += [

@@ -4,7 +4,7 @@ The operators NMGemm and NMConv belong to the domain `mpcompile`. A file that us
 function of the same name. Where the kernel's library is registered, ONNX Runtime runs the native kernel. Anywhere else
 it inlines the function, which rebuilds the dense weight from the packed streams with standard operators. All of that is
 constant, so it is folded when the file is loaded, and ONNX Runtime's own dense MatMul or Conv runs. The results differ
-only in rounding.
+only in rounding. conv_op.py has the convolutions beyond 1×1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,23 @@ INPUTS = ("x", *STREAMS, "bias")
 OLDEST_OPSET = 18  # the fallback uses a ScatterElements that adds
 
 
-def make_node(op: str, name: str, x: ir.Value, streams: Sequence[ir.Value], bias: ir.Value, packed: Packed) -> ir.Node:
-    """Returns the node `op(x)` on the `streams` of `packed`; its one output has no name yet."""
+def make_node(
+    op: str,
+    name: str,
+    x: ir.Value,
+    streams: Sequence[ir.Value],
+    bias: ir.Value,
+    packed: Packed,
+    more: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    residual: ir.Value | None = None,
+) -> ir.Node:
+    """Returns the node `op(x)` on the `streams` of `packed`; its one output has no name yet.
+
+    `more` are attributes beside those of the packed weight; `residual` is an input after the others.
+    """
     attributes = {attribute: getattr(packed, field) for attribute, field in sorted(ATTRIBUTES.items())}
-    return ir.node(op, [x, *streams, bias], attributes, domain=DOMAIN, name=name)
+    inputs = [x, *streams, bias, *([] if residual is None else [residual])]
+    return ir.node(op, inputs, {**attributes, **more}, domain=DOMAIN, name=name)
 
 
 def stream_initializers(prefix: str, packed: Packed) -> list[ir.Value]:
@@ -48,7 +61,7 @@ def initializer(name: str, array: np.ndarray) -> ir.Value:
 
 def function(op: str, opset: int) -> onnx.FunctionProto:
     """Returns the fallback of GEMM or CONV in standard operators of `opset`, the opset of the file."""
-    body = [*_dense_weight()]
+    body = [*dense_weight()]
     if op == GEMM:
         body += [
             helper.make_node("Transpose", ["weight"], ["turned"], perm=[1, 0]),
@@ -57,21 +70,21 @@ def function(op: str, opset: int) -> onnx.FunctionProto:
         ]
     else:
         body += [
-            *_constants(taps=[2, 3]),
+            *constants(taps=[2, 3]),
             helper.make_node("Unsqueeze", ["weight", "taps"], ["kernel"]),
             helper.make_node("Conv", ["x", "kernel", "bias"], ["y"], kernel_shape=[1, 1]),
         ]
     return helper.make_function(DOMAIN, op, INPUTS, ["y"], body, [helper.make_opsetid("", opset)], list(ATTRIBUTES))
 
 
-def _dense_weight() -> list[onnx.NodeProto]:
+def dense_weight() -> list[onnx.NodeProto]:
     """Returns nodes that rebuild `weight` (rows, columns): each value is added at row · width + column of zeros.
 
     The zeros have one more row and one more column than the weight. Padded steps, whose value is 0, are added there.
     """
     node = helper.make_node
     return [
-        *_constants(zero=0, one=1, first=[0], second=[1], whole=[-1], origin=[0, 0], steps_at=[2], blocks_at=[1, 2, 3]),
+        *constants(zero=0, one=1, first=[0], second=[1], whole=[-1], origin=[0, 0], steps_at=[2], blocks_at=[1, 2, 3]),
         *(_attribute(name) for name in ("rows", "columns", "block")),
         node("Shape", ["values"], ["block_count"], start=0, end=1),
         node("Squeeze", ["block_count"], ["blocks"]),
@@ -104,7 +117,7 @@ def _dense_weight() -> list[onnx.NodeProto]:
     ]
 
 
-def _constants(**values: int | Sequence[int]) -> list[onnx.NodeProto]:
+def constants(**values: int | Sequence[int]) -> list[onnx.NodeProto]:
     """Returns an int64 Constant node per name."""
     return [
         helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, np.int64)))

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from mpcompile.export.mask_check import ProvenMask
 from mpcompile.measure.timing import Speedup, Timing, speedup
-from mpcompile.runtimes.native.custom_op import CONV
 from mpcompile.runtimes.native.microbenchmark import input_shapes, judged, measure, session
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, Refused, find, packed, replace
 from mpcompile.runtimes.native.packing import Packed
@@ -117,7 +116,8 @@ def accelerate(
     faster = []
     for product in products:
         weight, x = streams[product.prefix], shapes[product.x]
-        key = (product.op, product.weight.shape, product.pattern, weight.rows_per_pattern, x)
+        window = None if product.convolution is None else product.convolution.window
+        key = (product.op, window, product.weight.shape, product.pattern, weight.rows_per_pattern, x)
         if key not in measured:
             measured[key] = measure(product, weight, x, library, threads, seconds)
         choice = _choice(product, weight, x, *measured[key])
@@ -127,7 +127,7 @@ def accelerate(
     if not faster:
         return Accelerated(file, tuple(choices))
     batches = {len(given): given for given in (images, *also)}
-    convolutions = {product.name for product in faster if product.op == CONV}
+    convolutions = {product.name for product in faster if product.convolution is not None}
     accepted = accept(
         {choice.name: choice.speedup.ratio for choice in choices if choice.native and choice.speedup},
         convolutions,

@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace as with_fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from mpcompile.errors import BuildError, cause_of
 from mpcompile.export.onnx_export import INLINE_LIMIT_BYTES
 from mpcompile.measure.timing import Call, Speedup, Timing, sample, speedup, timing
-from mpcompile.runtimes.native.custom_op import CONV, OLDEST_OPSET
+from mpcompile.runtimes.native.conv_op import RESIDUAL, following, limits, weight_of
+from mpcompile.runtimes.native.custom_op import OLDEST_OPSET
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, replace
 from mpcompile.runtimes.native.packing import Packed
 from mpcompile.runtimes.session_settings import STOP_SPINNING
@@ -110,28 +112,41 @@ def repeated(run: Call, count: int) -> None:
 
 
 def dense_node(product: MaskedGemm) -> onnx.ModelProto:
-    """Returns the product in standard ONNX operators, as a model x -> y."""
-    weight = product.weight
-    if product.op == CONV:
-        nodes = [helper.make_node("Conv", ["x", "w", "b"], ["y"], kernel_shape=[1, 1])]
-        weight = weight[:, :, None, None]
-    else:
+    """Returns the product in standard ONNX operators, as a model x -> y; also of `residual` if it adds one."""
+    weight, done = product.weight, product.convolution
+    stored, given = {"b": product.bias}, ["x"]
+    if done is None:
         nodes = [helper.make_node("MatMul", ["x", "w"], ["xw"]), helper.make_node("Add", ["xw", "b"], ["y"])]
-        weight = np.ascontiguousarray(weight.T)
-    stored = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(product.bias, "b")]
-    graph = helper.make_graph(nodes, "dense", [_float("x")], [_float("y")], stored)
+        stored["w"] = np.ascontiguousarray(weight.T)
+    else:
+        residual = None if done.residual is None else RESIDUAL
+        after = following("conv", "y", done.activation, residual)
+        conv = helper.make_node("Conv", ["x", "w", "b"], ["conv" if after else "y"])
+        conv.attribute.extend(helper.make_attribute(name, value) for name, value in done.window.attributes().items())
+        nodes = [conv, *after]
+        stored["w"] = weight_of(weight, done.window)
+        if done.activation == "Relu6":
+            stored |= limits()
+        given += [] if residual is None else [residual]
+    graph = helper.make_graph(
+        nodes,
+        "dense",
+        [_float(name) for name in given],
+        [_float("y")],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OLDEST_OPSET)], ir_version=8)
 
 
 def native_node(product: MaskedGemm, weight: Packed) -> onnx.ModelProto:
-    """Returns the product as the native operator, as a model x -> y."""
+    """Returns the product as the native operator, as a model with the inputs of the dense one."""
     dense = dense_node(product)
     nodes = tuple(node.output[0] for node in dense.graph.node)
     dense.graph.node[0].name = "product"
-    inner = MaskedGemm(
-        product.layers, "product", product.op, "x", "y", nodes, product.initializer, product.pattern,
-        product.weight, product.bias,
-    )  # fmt: skip
+    done = product.convolution
+    if done is not None and done.residual is not None:
+        done = with_fields(done, residual=RESIDUAL)
+    inner = with_fields(product, name="product", x="x", y="y", nodes=nodes, convolution=done)
     return replace(dense, [inner], {inner.prefix: weight})
 
 
@@ -163,16 +178,18 @@ def session(model: onnx.ModelProto, library: Path | None, threads: int | None) -
 
 
 class OneNode:
-    """A session on a model x -> y with bound input and output arrays, so that a call times the node alone."""
+    """A session on a model of one node with bound input and output arrays, so that a call times the node alone."""
 
     def __init__(self, model: onnx.ModelProto, library: Path | None, threads: int | None) -> None:
         self._session = session(model, library, threads)
         self._binding = self._session.io_binding()
 
-    def bind(self, x: NDArray[Any], y: NDArray[Any]) -> None:
+    def bind(self, x: NDArray[Any], y: NDArray[Any], residual: NDArray[Any] | None = None) -> None:
         """Binds the arrays that calls read and write."""
-        self._arrays = (x, y)
+        self._arrays = (x, y, residual)
         self._binding.bind_cpu_input("x", x)
+        if residual is not None:
+            self._binding.bind_cpu_input(RESIDUAL, residual)
         self._binding.bind_output("y", "cpu", 0, y.dtype, y.shape, y.ctypes.data)
 
     def __call__(self) -> None:
@@ -188,10 +205,21 @@ def one_node(
         node = OneNode(model, library, threads)
     except Exception as error:
         raise BuildError(f"{product.name}: ONNX Runtime cannot load it as a model of its own: {error}") from error
-    axis = 1 if product.op == CONV else len(x) - 1
-    y = (*x[:axis], len(product.weight), *x[axis + 1 :])
-    node.bind(np.random.default_rng(0).standard_normal(x, dtype=np.float32), np.empty(y, np.float32))
+    rng, y = np.random.default_rng(0), output_shape(product, x)
+    residual = None
+    given = rng.standard_normal(x, dtype=np.float32)
+    if product.convolution is not None and product.convolution.residual is not None:
+        residual = rng.standard_normal(y, dtype=np.float32)
+    node.bind(given, np.empty(y, np.float32), residual)
     return node
+
+
+def output_shape(product: MaskedGemm, x: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a product's result for an input of shape `x`."""
+    rows, done = len(product.weight), product.convolution
+    if done is None:
+        return (*x[:-1], rows)
+    return (x[0], rows, *(done.window.outputs(*x[2:]) if len(x) == 4 else x[2:]))
 
 
 def input_shapes(

@@ -1,8 +1,8 @@
 """Finds the products with N:M masked weights in an ONNX file, and replaces them by the native operator.
 
-Candidates: a Gemm, a MatMul with the Add after it, or a 1×1 Conv, whose weight has a proven mask. `find` returns a
-reason for each product that the native operator cannot compute. `replace` rewrites the products that were measured to
-be faster.
+Candidates: a Gemm, a MatMul with the Add after it, or a Conv with the Add and the activation after it, whose weight has
+a proven mask. `find` returns a reason for each product that the native operator cannot compute. `replace` rewrites the
+products that were measured to be faster.
 """
 
 from collections import Counter
@@ -18,8 +18,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from mpcompile.errors import BuildError
 from mpcompile.export.mask_check import FileWeight, ProvenMask, file_weights
 from mpcompile.ir.pattern import NM
+from mpcompile.runtimes.native import conv_match, conv_op
+from mpcompile.runtimes.native.conv_op import Convolution, columns_of
 from mpcompile.runtimes.native.custom_op import (
-    CONV,
     DOMAIN,
     GEMM,
     OLDEST_OPSET,
@@ -34,18 +35,19 @@ from mpcompile.runtimes.native.packing import Packed, pack, unpack
 
 @dataclass(frozen=True, slots=True)
 class MaskedGemm:
-    """A product y = x · weightᵀ + bias of a file: one node, or a MatMul and its Add."""
+    """A product y = x · weightᵀ + bias of a file: one node, or several that one native operator replaces."""
 
     layers: tuple[str, ...]  # several if their weights are tied
     name: str  # of the node that multiplies
-    op: str  # the native operator that can replace it: NMGemm or NMConv
+    op: str  # the native operator that can replace it
     x: str
     y: str
     nodes: tuple[str, ...]  # the outputs of its nodes; the last is y
     initializer: str
     pattern: NM
-    weight: Float32[np.ndarray, "out in_"]
+    weight: Float32[np.ndarray, "out columns"]  # columns by tap, then by input channel
     bias: Float32[np.ndarray, " out"]
+    convolution: Convolution | None = None  # None for a GEMM
 
     @property
     def prefix(self) -> str:
@@ -69,6 +71,7 @@ def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[Maske
         by_initializer.setdefault(mask.initializer, []).append(mask)
     name_counts = Counter(node.name for node in file.graph.node)
     weights = {weight.node: weight for weight in file_weights(file)}
+    claimed: set[ir.Node] = set()  # the Adds that an earlier convolution computes
     products: list[MaskedGemm] = []
     refused: list[Refused] = []
     for node in ir.from_proto(file).graph:
@@ -83,7 +86,7 @@ def find(file: onnx.ModelProto, masks: Iterable[ProvenMask]) -> tuple[list[Maske
         if reason:
             refused.append(Refused(layers, name, reason))
         else:
-            products.append(_product(layers, node, weight, rows[0]))
+            products.append(_product(layers, node, weight, rows[0], claimed))
     return products, refused
 
 
@@ -95,14 +98,8 @@ def _refusal(node: ir.Node, weight: FileWeight, mask: ProvenMask) -> str | None:
     if mask.nm is None:
         return f"its mask is {mask.pattern}; the kernel takes N:M"
     if node.op_type == "Conv":
-        taps = weight.values.shape[2:]
-        if taps != (1, 1):
-            return f"it is a convolution of {'×'.join(map(str, taps))} taps; the kernel takes 1×1"
-        strided = any(stride != 1 for stride in given.get_ints("strides", ()))
-        if given.get_int("group", 1) != 1 or strided or any(given.get_ints("pads", ())):
-            return "it is a convolution with groups, strides or padding"
-        if given.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-            return "it is a convolution with padding"
+        if why := conv_match.refusal(node, weight.values.shape):
+            return why
     elif node.op_type == "Gemm":
         if given.get_int("transA", 0) or given.get_float("alpha", 1.0) != 1 or given.get_float("beta", 1.0) != 1:
             return "it is a Gemm that scales or transposes its input"
@@ -124,31 +121,40 @@ def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     return value.const_value if value is not None and value.is_initializer() else None
 
 
-def _product(layers: tuple[str, ...], node: ir.Node, weight: FileWeight, mask: ProvenMask) -> MaskedGemm:
-    """Returns the product that a node computes; that of a MatMul includes the Add after it as its bias."""
+def _product(
+    layers: tuple[str, ...], node: ir.Node, weight: FileWeight, mask: ProvenMask, claimed: set[ir.Node]
+) -> MaskedGemm:
+    """Returns the product that a node computes, with the nodes after it that the native operator computes too.
+
+    That of a MatMul includes the Add after it as its bias; that of a Conv its residual Add and its activation.
+    """
     assert mask.nm is not None  # _refusal checks it
-    matrix = weight.values.reshape(weight.values.shape[:2])
     x, output, bias = node.inputs[0], node.outputs[0], _bias_input(node)
     nodes: tuple[str, ...] = (str(output.name),)
-    if node.op_type == "MatMul" and len(output.uses()) == 1 and not output.is_graph_output():
+    convolution = None
+    if node.op_type == "Conv":
+        convolution, more = conv_match.matched(node, weight.values.shape, claimed)
+        nodes += more
+    elif node.op_type == "MatMul" and len(output.uses()) == 1 and not output.is_graph_output():
         [add] = output.consumers()
         if add.op_type == "Add" and add.graph is node.graph:
             added = next(value for value in add.inputs if value is not output)
             stored = _constant(added)
-            if stored is not None and tuple(stored.shape) == (len(matrix),):
+            if stored is not None and tuple(stored.shape) == (len(weight.values),):
                 nodes, bias = (*nodes, str(add.outputs[0].name)), added
     stored = _constant(bias)
     return MaskedGemm(
         layers=layers,
         name=str(node.name),
-        op=CONV if node.op_type == "Conv" else GEMM,
+        op=GEMM if convolution is None else convolution.op,
         x=str(x.name if x is not None else ""),
         y=nodes[-1],
         nodes=nodes,
         initializer=weight.initializer,
         pattern=mask.nm,
-        weight=np.ascontiguousarray(matrix),
-        bias=np.zeros(len(matrix), np.float32) if stored is None else stored.numpy().reshape(-1),
+        weight=columns_of(weight.values),
+        bias=np.zeros(len(weight.values), np.float32) if stored is None else stored.numpy().reshape(-1),
+        convolution=convolution,
     )
 
 
@@ -190,14 +196,25 @@ def replace(
     for product, bias in zip(products, biases, strict=True):
         old = [node for output in product.nodes if (node := values[output].producer()) is not None]
         packed_weight = streams[product.prefix]
-        native = make_node(product.op, product.name, values[product.x], stored[product.prefix], bias, packed_weight)
+        done = product.convolution
+        native = make_node(
+            product.op,
+            product.name,
+            values[product.x],
+            stored[product.prefix],
+            bias,
+            packed_weight,
+            {} if done is None else done.attributes(),
+            None if done is None or done.residual is None else values[done.residual],
+        )
         native.metadata_props.update(old[0].metadata_props)
         outputs = [values[product.y]]
         ir.convenience.replace_nodes_and_values(graph, old[-1], old, [native], outputs, native.outputs)
         values[product.y] = native.outputs[0]
     RemoveUnusedNodesPass()(model)
     for op in sorted({product.op for product in products}):
-        fallback = ir.serde.deserialize_function(function(op, opset))
+        made = conv_op.function(op, opset) if op in conv_op.OPERATORS else function(op, opset)
+        fallback = ir.serde.deserialize_function(made)
         model.functions.setdefault(fallback.identifier(), fallback)
     graph.opset_imports.setdefault(DOMAIN, VERSION)
     return ir.to_proto(model)

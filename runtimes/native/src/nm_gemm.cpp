@@ -1,5 +1,6 @@
 // The N:M GEMM microkernel: one tile of tokens times one chunk of rows. It is compiled once for each instruction set,
-// with NM_KERNEL as the name of the Kernel that it defines, and NM_SKINNY as that of nm_gemm_skinny.cpp.
+// with NM_KERNEL as the name of the Kernel that it defines, and NM_SKINNY and NM_CONV as those of nm_gemm_skinny.cpp
+// and nm_conv.cpp.
 //
 // SIMD lanes hold tokens, so a kept weight is one broadcast, and its input channel is one row of the packed tile:
 // y[row] += weight * x[channel]. Computing a row with its own pattern alone needs one load for each multiplication; the
@@ -12,6 +13,12 @@
 #include "nm_gemm.h"
 
 #include "simd.h"
+
+namespace mpcompile {
+
+extern const ConvKernel NM_CONV;
+
+}  // namespace mpcompile
 
 namespace {
 
@@ -134,14 +141,15 @@ NM_INLINE void prefetch(const float* row) {
     NM_UNROLL for (int j = 0; j < VECTORS; j++) __builtin_prefetch(row + int(sizeof(V) / sizeof(float)) * j, 1);
 }
 
-// Multiplies all blocks of the row groups of one chunk into sums[row within the chunk][width].
+// Multiplies the blocks [from, to) of the row groups of one chunk into sums[row within the chunk][width]. `packed` has
+// these blocks.
 template <typename V, int ROWS, int VECTORS, bool HALF, bool COUPLED>
-void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums) {
+void multiply(const Weights& w, int64_t chunk, int64_t from, int64_t to, const float* packed, float* sums) {
     constexpr int64_t WIDTH = int64_t(sizeof(V) / sizeof(float)) * VECTORS, INDICES = COUPLED ? 2 : 1;
     const int64_t begin = chunk * w.chunk / ROWS, groups = w.chunk / ROWS;
     const int64_t end = begin + groups < w.row_groups ? begin + groups : w.row_groups;
-    for (int64_t block = 0; block < w.blocks; block++) {
-        const float* x = packed + block * (w.block + 1) * WIDTH;
+    for (int64_t block = from; block < to; block++) {
+        const float* x = packed + (block - from) * (w.block + 1) * WIDTH;
         for (int64_t group = begin; group < end; group++) {
             const int64_t at = block * w.row_groups + group;
             float* rows[ROWS];
@@ -157,7 +165,7 @@ void multiply(const Weights& w, int64_t chunk, const float* packed, float* sums)
     }
 }
 
-using Multiply = void (*)(const Weights&, int64_t, const float*, float*);
+using Multiply = void (*)(const Weights&, int64_t, int64_t, int64_t, const float*, float*);
 
 // The most vectors of a tile: tiles have 24 to 112 tokens. The number of registers bounds it, except for two rows with
 // AVX-512: there a block must stay in the L1 cache (WIDEST_BLOCK in packing.py). With 7 vectors, the 197 tokens of a
@@ -194,31 +202,6 @@ Multiply choose(int64_t rows_per_pattern, const Tile& tile) {
     return by_rows_per_pattern<f4, 1, false>(rows_per_pattern);
 }
 
-// Consecutive tokens of a tile that belong to one image: with channels-first activations, they are contiguous.
-struct Run {
-    int64_t image, pixel, at, count;
-};
-
-Run run_from(const Activations& a, const Tile& tile, int64_t at) {
-    const int64_t token = tile.first + at, pixel = token % a.pixels;
-    const int64_t left = a.pixels - pixel, wanted = tile.count - at;
-    return {token / a.pixels, pixel, at, left < wanted ? left : wanted};
-}
-
-void pack_channels(const Weights& w, const Activations& a, const Tile& tile, float* packed) {
-    const int64_t width = tile.width();
-    for (int64_t at = 0; at < tile.count;) {
-        const Run run = run_from(a, tile, at);
-        const float* from = a.x + run.image * w.columns * a.pixels + run.pixel;
-        for (int64_t k = 0; k < w.columns; k++)
-            memcpy(packed + (k + k / w.block) * width + at, from + k * a.pixels, run.count * sizeof(float));
-        at += run.count;
-    }
-    if (tile.count < width)
-        for (int64_t k = 0; k < w.columns; k++)
-            memset(packed + (k + k / w.block) * width + tile.count, 0, (width - tile.count) * sizeof(float));
-}
-
 // Transposes eight tokens by eight channels at a time. Missing tokens are zeros; the last channels are copied one by
 // one.
 void pack_tokens(const Weights& w, const Activations& a, const Tile& tile, float* packed) {
@@ -247,23 +230,9 @@ void pack_tokens(const Weights& w, const Activations& a, const Tile& tile, float
 
 void pack(const Weights& w, const Activations& a, const Tile& tile, float* packed) {
     const int64_t width = tile.width();
-    a.pixels ? pack_channels(w, a, tile, packed) : pack_tokens(w, a, tile, packed);
+    pack_tokens(w, a, tile, packed);
     for (int64_t block = 0; block < w.blocks; block++)
         memset(packed + (block * (w.block + 1) + w.block) * width, 0, width * sizeof(float));
-}
-
-void write_channels(const Weights& w, const Activations& a, const Tile& tile, int64_t row, int64_t count,
-                    const float* sums) {
-    for (int64_t at = 0; at < tile.count;) {
-        const Run run = run_from(a, tile, at);
-        for (int64_t n = 0; n < count; n++) {
-            float* to = a.y + (run.image * w.rows + row + n) * a.pixels + run.pixel;
-            const float* from = sums + n * tile.width() + at;
-            const float bias = w.bias[row + n];
-            for (int64_t i = 0; i < run.count; i++) to[i] = from[i] + bias;
-        }
-        at += run.count;
-    }
 }
 
 // Transposes and stores eight tokens by eight rows at a time. Whole cache lines are then written, even if the outputs
@@ -291,9 +260,14 @@ void write_tokens(const Weights& w, const Activations& a, const Tile& tile, int6
 
 void compute(const Weights& w, const Activations& a, const Tile& tile, int64_t chunk, const float* packed,
              float* sums) {
-    choose(w.rows_per_pattern, tile)(w, chunk, packed, sums);
+    choose(w.rows_per_pattern, tile)(w, chunk, 0, w.blocks, packed, sums);
     const int64_t row = chunk * w.chunk, count = w.rows - row < w.chunk ? w.rows - row : w.chunk;
-    (a.pixels ? write_channels : write_tokens)(w, a, tile, row, count, sums);
+    write_tokens(w, a, tile, row, count, sums);
+}
+
+void multiply_block(const Weights& w, const Tile& tile, int64_t chunk, int64_t block, const float* packed,
+                    float* sums) {
+    choose(w.rows_per_pattern, tile)(w, chunk, block, block + 1, packed, sums);
 }
 
 #define NM_TEXT(name) NM_TEXT_OF(name)
@@ -306,6 +280,7 @@ namespace mpcompile {
 extern const SkinnyKernel NM_SKINNY;
 extern const Kernel NM_KERNEL;
 const Kernel NM_KERNEL = {
-    NM_TEXT(NM_KERNEL), &NM_SKINNY, NM_LANES, {0, WIDEST, WIDEST, 0, WIDEST_OF_FOUR}, pack, compute};
+    NM_TEXT(NM_KERNEL), &NM_SKINNY, &NM_CONV, NM_LANES, {0, WIDEST, WIDEST, 0, WIDEST_OF_FOUR}, pack, compute,
+    multiply_block};
 
 }  // namespace mpcompile

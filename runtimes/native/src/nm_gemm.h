@@ -35,13 +35,29 @@ struct Weights {
     int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 };
 
-// Activations and results. Channels-last (GEMM): x[token][column], y[token][row]. Channels-first (1x1 convolution):
-// x[image][column][pixel], y[image][row][pixel]; a token is then one pixel of one image.
+// The window that a convolution moves over channels-first images, x[image][channel][in[0]][in[1]]. Column k of the
+// weight is channel k % channels of tap k / channels; taps are ordered by row, then by column. Pairs are vertical,
+// horizontal.
+struct ConvWindow {
+    int64_t kernel[2], stride[2], dilation[2];
+    int64_t before[2];  // padding with zeros, above and to the left; what is missing below and to the right is zero too
+    int64_t in[2], out[2], channels;
+};
+
+// Activations and results. Channels-last (GEMM): x[token][column], y[token][row]. Channels-first (convolution):
+// y[image][row][pixel]; a token is then one pixel of one output image. Without a window, the convolution is 1x1 with
+// stride 1: x[image][column][pixel].
+//
+// Only channels-first: `residual`, of the same layout as y, is added to the sums with their bias; the result is then
+// clipped to `low` and `high`. A NaN stays NaN.
 struct Activations {
     const float* x;
     float* y;
     int64_t tokens;  // of all images
-    int64_t pixels;  // of one image; 0 for channels-last
+    int64_t pixels;  // of one output image; 0 for channels-last
+    const ConvWindow* window = nullptr;
+    const float* residual = nullptr;
+    float low = -__builtin_inff(), high = __builtin_inff();
 };
 
 // A tile of tokens: `vectors` vectors of `lanes` floats, of which the first `count` floats are tokens. `half`: at most
@@ -56,15 +72,27 @@ struct Tile {
 
 struct SkinnyKernel;
 
+// Packs and stores channels-first tiles: nm_conv.cpp.
+struct ConvKernel {
+    // Packs one block of a tile into [block + 1][width]; the last row is zero.
+    void (*pack)(const Weights&, const Activations&, const Tile&, int64_t block, float* packed);
+    // Stores `count` rows, the first being `row`, from sums[count][width].
+    void (*store)(const Weights&, const Activations&, const Tile&, int64_t row, int64_t count, const float* sums);
+};
+
 struct Kernel {
     const char* name;
     const SkinnyKernel* skinny;  // for few tokens: nm_gemm_skinny.h
-    int lanes;                   // floats of the widest vector
-    int widest[5];               // most vectors of a tile, by rows_per_pattern
-    // Packs a tile of activations into [blocks][block + 1][width]; the last row of each block is zero.
+    const ConvKernel* conv;
+    int lanes;      // floats of the widest vector
+    int widest[5];  // most vectors of a tile, by rows_per_pattern
+    // Packs a channels-last tile of activations into [blocks][block + 1][width]; the last row of each block is zero.
     void (*pack)(const Weights&, const Activations&, const Tile&, float* packed);
-    // Computes one chunk of rows for a packed tile and stores the outputs; `sums` has room for [chunk + 1][width].
+    // Computes one chunk of rows for a packed channels-last tile and stores the outputs; `sums` has room for
+    // [chunk + 1][width].
     void (*compute)(const Weights&, const Activations&, const Tile&, int64_t chunk, const float* packed, float* sums);
+    // Adds the products of one packed block to the sums of a chunk, [chunk + 1][width]; block 0 overwrites them.
+    void (*multiply)(const Weights&, const Tile&, int64_t chunk, int64_t block, const float* packed, float* sums);
 };
 
 inline int64_t packed_floats(const Weights& w, const Tile& t) { return w.blocks * (w.block + 1) * t.width(); }

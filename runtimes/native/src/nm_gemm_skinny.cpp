@@ -131,7 +131,12 @@ void compute(const RowPanels& p, const float* bias, const Activations& a, const 
             const int64_t at = t % tile.lanes;
             if (at == 0) multiply(p, panel, packed + t / tile.lanes * group, sums);
             float* to = a.y + (t / pixels * p.rows + row) * pixels + t % pixels;
-            for (int64_t n = 0; n < count; n++) to[n * pixels] = sums[at * NM_LANES + n] + bias[row + n];
+            for (int64_t n = 0; n < count; n++) {
+                float sum = sums[at * NM_LANES + n] + bias[row + n];
+                if (a.residual) sum += a.residual[to - a.y + n * pixels];
+                sum = sum < a.low ? a.low : sum;
+                to[n * pixels] = sum > a.high ? a.high : sum;
+            }
         }
     }
 }

@@ -7,6 +7,7 @@
 namespace mpcompile {
 
 const std::vector<const OrtCustomOp*>& float_operators();        // ort_operator.cpp
+const std::vector<const OrtCustomOp*>& conv_operators();         // ort_conv.cpp
 const std::vector<const OrtCustomOp*>& int8_gemm_operators();    // ort_int8_gemm.cpp
 const std::vector<const OrtCustomOp*>& int8_conv_operators();    // ort_int8_conv.cpp
 const std::vector<const OrtCustomOp*>& int8_pool_operators();    // ort_int8_pool.cpp

@@ -11,8 +11,9 @@ struct Domain {
 
     explicit Domain(const void* const* api) {
         failed = ort::CreateCustomOpDomain::call(api, "mpcompile", &made);
-        for (const auto* operators : {&float_operators(), &int8_gemm_operators(), &int8_conv_operators(),
-                                      &int8_pool_operators(), &int8_fusion_operators()})
+        for (const auto* operators :
+             {&float_operators(), &conv_operators(), &int8_gemm_operators(), &int8_conv_operators(),
+              &int8_pool_operators(), &int8_fusion_operators()})
             for (const OrtCustomOp* op : *operators)
                 if (!failed) failed = ort::CustomOpDomainAdd::call(api, made, op);
     }

@@ -6,6 +6,15 @@
 
 namespace mpcompile {
 
+// The division of tokens into tiles of nearly equal width.
+struct Tiling {
+    int64_t tokens, granule, granules, tiles;  // tiles begin at multiples of `granule` tokens
+    int lanes;
+
+    Tiling(const Kernel& kernel, const Weights& weights, int64_t tokens);
+    Tile tile(int64_t index) const;  // the last is the widest
+};
+
 class TileScheduler {
   public:
     // `row_panels`: the layout for few tokens, made for this kernel; null to use the other layout.
@@ -19,7 +28,6 @@ class TileScheduler {
     bool run(int64_t index) const;
 
   private:
-    Tile tile(int64_t index) const;
     bool run_skinny(int64_t part) const;
     bool run_tiles(int64_t tile_group, int64_t part) const;
 
@@ -28,9 +36,9 @@ class TileScheduler {
     const Activations& activations_;
     const RowPanels* row_panels_;
     uint64_t id_;
-    int lanes_;
-    int64_t granule_, granules_, tiles_;  // tiles begin at multiples of `granule_` tokens
-    int64_t parts_;                       // chunks of rows, or groups of row panels
+    Tiling tiling_;
+    int64_t tiles_;
+    int64_t parts_;  // chunks of rows, or groups of row panels
     int64_t tiles_per_item_;
     int64_t packed_, sums_;  // floats of a packed tile, and of the sums of a chunk
 };

@@ -11,8 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "conv_scheduler.h"
 #include "streams.h"
-#include "tile_scheduler.h"
 
 using namespace mpcompile;
 
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int64_t MOST_SKINNY = 33;  // more tokens than calls give that kernel: it must be right for any number
 
-void run(const Kernel& kernel, const Weights& w, const Activations& a, const RowPanels* row_panels, int threads) {
-    const TileScheduler scheduler(kernel, w, a, row_panels);
+template <typename Scheduler>
+void run_items(const Scheduler& scheduler, int threads) {
     std::atomic<int64_t> next{0};
     const auto take = [&] {
         for (int64_t item; (item = next++) < scheduler.items();)
@@ -31,6 +31,13 @@ void run(const Kernel& kernel, const Weights& w, const Activations& a, const Row
     for (int i = 1; i < threads; i++) others.emplace_back(take);
     take();
     for (auto& other : others) other.join();
+}
+
+void run(const Kernel& kernel, const Weights& w, const Activations& a, const RowPanels* row_panels, int threads) {
+    if (a.pixels && !row_panels)
+        run_items(ConvScheduler(kernel, w, a, threads), threads);
+    else
+        run_items(TileScheduler(kernel, w, a, row_panels), threads);
 }
 
 int64_t place_of(const Activations& a, int64_t token, int64_t channel, int64_t channels) {

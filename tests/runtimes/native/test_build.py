@@ -45,6 +45,7 @@ def test_a_broken_library_is_refused(tmp_path: Path, compiler: None) -> None:
 PROGRAMS = (
     "kernel_test",
     "operator_test",
+    "conv_test",
     "int8_kernel_test",
     "int8_fusion_test",
     "int8_operator_test",

@@ -158,19 +158,19 @@ def test_every_form_of_a_product_is_found(
         ([NODE("MatMul", ["w", "x"], ["y"], name="n")], {"w": WEIGHT}, "its weight is the left operand of the product"),
         ([NODE("MatMul", ["x", "w"], ["y"])], {"w": WEIGHT.T}, "its node has no name of its own"),
         (
-            [NODE("Conv", ["x", "w"], ["y"], name="n", strides=[2, 2])],
+            [NODE("Conv", ["x", "w"], ["y"], name="n", group=2)],
             {"w": WEIGHT[:, :, None, None]},
-            "it is a convolution with groups, strides or padding",
+            "it is a convolution with 2 groups; the kernel takes one group",
         ),
         (
             [NODE("Conv", ["x", "w"], ["y"], name="n", auto_pad="SAME_UPPER")],
             {"w": WEIGHT[:, :, None, None]},
-            "it is a convolution with padding",
+            "it is a convolution with auto_pad SAME_UPPER; the kernel takes explicit pads",
         ),
         (
             [NODE("Conv", ["x", "w"], ["y"], name="n")],
-            {"w": WEIGHT[:, :, None, None].repeat(3, -1)},
-            "it is a convolution of 1×3 taps; the kernel takes 1×1",
+            {"w": WEIGHT[:, :, None].repeat(3, -1)},
+            "it is a convolution over 1 axes; the kernel takes 2, or 1×1 without strides and padding",
         ),
     ],
 )

@@ -18,6 +18,7 @@ from mpcompile.runtimes.native import build
 MICROKERNELS = {
     "nm_gemm": ("multiply<", ("avx512", "avx2", "baseline")),
     "nm_gemm_skinny": ("multiply<", ("avx512", "avx2")),
+    "nm_conv": ("pack_rows<", ("avx512", "avx2")),  # SSE2 has no vectors of 8: GCC moves their halves through memory
     "int8_gemm": ("multiply<", ("avx512vnni", "avx2")),
     "attention": ("product<", ("avx512vnni", "avx2")),
     "layer_norm": ("normalise", ("avx512vnni", "avx2")),
