@@ -146,7 +146,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['divergence_before']:.3f} → {row['divergence']:.3f}", f"{row['least_divergence']:.3f}",
         f"{row['seen_agreement']:.1%}, {row['seen_divergence']:.3f}",
         f"{row['top_probability']:.3f}, {row['dense_top_probability']:.3f}",
-        f"{row['calibration_error']:.3f}, {row['dense_calibration_error']:.3f}", f"{row['seconds']:.0f}",
+        f"{row['calibration_error']:.3f}, {row['dense_calibration_error']:.3f}",
+        "–" if row["seconds"] is None else f"{row['seconds']:.0f}",  # None: the run was paused
     )  # fmt: skip
 
 
