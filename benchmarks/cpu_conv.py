@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 from lib.common import RESULTS, markdown, rows_of, write
-from lib.conv_files import CIFAR, LAYERS, Layer, dense_file, masked, pixels_of
+from lib.conv_files import LAYERS, Layer, dense_file, masked
 from lib.cpu_timing import (
     by_processor,
     device,
@@ -36,6 +36,7 @@ from lib.cpu_timing import (
     speedup_cell,
 )
 from lib.openvino_process import openvino
+from lib.untrained_cnns import CIFAR, pixels_of
 
 from mpcompile.ir.pattern import NM
 from mpcompile.runtimes import native

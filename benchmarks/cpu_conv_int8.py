@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from lib.cnn_files import SIZES, in_int8, native_file, standard_file, untrained_cnn
+from lib.cnn_files import in_int8, native_file, standard_file, untrained_cnn
 from lib.common import RESULTS, markdown, rows_of, write
 from lib.cpu_timing import (
     by_processor,
@@ -41,6 +41,7 @@ from lib.cpu_timing import (
     speedup_cell,
 )
 from lib.openvino_process import openvino
+from lib.untrained_cnns import CIFAR, pixels_of
 from lib.vit_files import Engine, with_batch
 
 from mpcompile.export.onnx_export import lower
@@ -56,6 +57,7 @@ from mpcompile.runtimes.ort.session import session_on
 
 QUESTION = "How much faster is an int8 CNN on our kernel than dense float32 and the best dense int8 file?"
 DENSE = "dense"
+MODELS = (CIFAR, "resnet50", "efficientnet_lite0")
 PATTERNS = (DENSE, "2:4", "2:4x4", "4:16")  # 2:4 stands for 8:16 too, and 4:16 for 1:4
 FP32, INT8 = "ONNX Runtime, fp32", "ONNX Runtime, int8, "
 OPENVINO_FP32, OPENVINO_INT8 = "OpenVINO, fp32", "OpenVINO, int8"
@@ -103,7 +105,8 @@ def measured_layer(shape: tuple[int, int, int, int], patterns: list[str], rounds
 def write_files(name: str, patterns: list[str], folder: Path) -> dict[str, Path]:
     """Writes all files of a CNN, and returns them by engine; a pattern is the engine of a file for our kernel."""
     model, limited = untrained_cnn(name), saturates()
-    two = torch.randn(2, 3, SIZES[name], SIZES[name], generator=torch.Generator().manual_seed(0))
+    size = pixels_of(name)
+    two = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     whole = lower(model, folder / "whole.onnx")
     files = {FP32: whole.onnx, f"{INT8}static": folder / "static.onnx"}
     quantise_static(whole, files[f"{INT8}static"], two.numpy(), limited)
@@ -126,7 +129,8 @@ def measured_model(
     name: str, files: dict[str, Path], patterns: list[str], batch: int, threads: int, python: str | None, rounds: int
 ) -> dict[str, Any]:
     """Returns the row of one CNN."""
-    images = np.random.default_rng(0).standard_normal((batch, 3, SIZES[name], SIZES[name]), dtype=np.float32)
+    size = pixels_of(name)
+    images = np.random.default_rng(0).standard_normal((batch, 3, size, size), dtype=np.float32)
     fixed = files[FP32].with_name(f"whole_{batch}.onnx")
     onnx.save_model(with_batch(onnx.load(files[FP32]), batch), fixed)
     engines: dict[str, Engine] = {FP32: session_on(fixed, threads)}
@@ -166,7 +170,7 @@ def main() -> None:
     parser.add_argument("--openvino", help="path of a Python with OpenVINO installed; default: OpenVINO is not timed")
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2], help="threads of each engine")
     parser.add_argument("--rounds", type=int, default=15, help="rounds at batch 1; half as many at other batches")
-    parser.add_argument("--models", nargs="*", default=list(SIZES), help="CNNs; an empty list times layers alone")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="CNNs; an empty list times layers alone")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8], help="batch sizes of whole CNNs")
     parser.add_argument("--patterns", nargs="*", default=list(PATTERNS), help="patterns of our files, or 'dense'")
     parser.add_argument("--no-layers", action="store_true", help="time whole CNNs only")

@@ -6,17 +6,15 @@ maximum on two images. Where 16-bit lanes saturate, a row's scale is the least a
 
 import copy
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx
-import timm
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from lib.nearest_int8 import rounded
+from lib.untrained_cnns import pixels_of, untrained
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model, Source
@@ -29,42 +27,11 @@ from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.runtimes.native import int8_rewrite
 from mpcompile.runtimes.native.int8_selection import inspected
 
-CIFAR = "cifar_resnet20"
-SIZES = {CIFAR: 32, "resnet50": 224, "efficientnet_lite0": 224}
-
-
-class _Block(nn.Module):
-    """A residual block of two 3×3 convolutions; a 1×1 convolution of stride 2 where the number of channels doubles."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        stride = out // channels
-        self.conv1, self.norm1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.skip = nn.Identity() if stride == 1 else nn.Sequential(nn.Conv2d(channels, out, 1, 2), nn.BatchNorm2d(out))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        return (y + self.skip(x)).relu()  # type: ignore[no-any-return]
-
-
-def _cifar_resnet() -> nn.Module:
-    """Returns the ResNet-20 for images of 32 pixels, with 16, 32 and 64 channels."""
-    channels = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [_Block(a, b) for a, b in pairwise(channels)]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
 
 def untrained_cnn(name: str) -> Model:
-    """Returns a CNN with random weights, captured: CIFAR, or one of timm."""
-    torch.manual_seed(0)
-    model = (_cifar_resnet() if name == CIFAR else timm.create_model(name, pretrained=False)).eval()
-    for norm in model.modules():
-        # timm starts the last one of each residual block at 0: a kernel would skip all weights of the layer before it.
-        if isinstance(norm, nn.BatchNorm2d) and not norm.weight.any():
-            nn.init.ones_(norm.weight)
-    return capture(model, Source(name, "", name), torch.randn(1, 3, SIZES[name], SIZES[name]))
+    """Returns a CNN with random weights, captured."""
+    size = pixels_of(name)
+    return capture(untrained(name), Source(name, "", name), torch.randn(1, 3, size, size))
 
 
 @dataclass(frozen=True)

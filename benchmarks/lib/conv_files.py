@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx
-import timm
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from torch import nn
 
+from lib.untrained_cnns import pixels_of, untrained
 from mpcompile.export.mask_check import FileWeight, ProvenMask, file_weights
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
@@ -22,49 +20,13 @@ from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.runtimes.native.conv_op import Convolution, Window, columns_of
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm
 
-CIFAR = "cifar_resnet20"
-PIXELS = {CIFAR: 32}
 STEM_CHANNELS = 3  # the first layer stays dense
 
 
-class _Block(nn.Module):
-    """A residual block of two 3×3 convolutions; a 1×1 convolution of stride 2 where the number of channels doubles."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        stride = out // channels
-        self.conv1, self.conv2 = nn.Conv2d(channels, out, 3, stride, 1), nn.Conv2d(out, out, 3, 1, 1)
-        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(channels, out, 1, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.conv2(self.conv1(x).relu()) + self.skip(x)).relu()  # type: ignore[no-any-return]
-
-
-def _cifar_resnet() -> nn.Module:
-    """Returns the ResNet-20 for images of 32 pixels, with 16, 32 and 64 channels, batch norms folded."""
-    blocks = [_Block(a, b) for a, b in pairwise([16, 16, 16, 16, 32, 32, 32, 64, 64, 64])]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def pixels_of(name: str) -> int:
-    """Returns the height and width of a model's images."""
-    return PIXELS.get(name, 224)
-
-
 def dense_file(name: str, batch: int, folder: Path) -> onnx.ModelProto:
-    """Returns the ONNX file of a CNN with random weights: CIFAR, or one of timm.
-
-    Batch norms get random scales. timm starts the last one of each residual block at 0, which would fold into weights
-    of zeros, and a kernel that skips zeros would skip the layer.
-    """
-    torch.manual_seed(0)
-    net = (_cifar_resnet() if name == CIFAR else timm.create_model(name, pretrained=False)).eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
+    """Returns the ONNX file of a CNN with random weights."""
     size = pixels_of(name)
-    model = capture(net, Source(name, "", name), torch.randn(1, 3, size, size))
+    model = capture(untrained(name), Source(name, "", name), torch.randn(1, 3, size, size))
     return onnx.load(lower(model, folder / f"{name}_{batch}_free.onnx", batch=batch).onnx)
 
 
