@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("other")
-OTHER = torch.device("other", 0)
+_setup_privateuseone_for_python_backend("second_device")
+OTHER = torch.device("second_device", 0)
 MOVES = ("_to_copy", "copy_")
 RESHAPES_IN_PLACE = ("squeeze_", "unsqueeze_", "t_.", "transpose_")
 TAKES_INDEX = ("index.", "index_put", "_index_put")
