@@ -92,6 +92,7 @@ def test_every_pass(name: str, make: Make) -> None:
     assert_same(*both((step,) if name in BEFORE_MASKS else (NMMask(), step), model, tiny_data(model, 32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "make"), cases(OPTIONS, (tiny_vit, tiny_cnn)))
 def test_options(name: str, make: Make) -> None:
     model = make()
