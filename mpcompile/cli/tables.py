@@ -147,8 +147,7 @@ def _forecast_text(forecast: Forecast, precision: str) -> str:
     if forecast.accelerated and forecast.untimed:
         text += (
             f"; {forecast.untimed} masked convolutions are timed only when the file is built, alone and in the whole "
-            "file"
-            f"{', and count as dense here' if forecast.speedup is not None else ''}"
+            f"file{', and count as dense here' if forecast.speedup is not None else ''}"
         )
     if over_fp32 is not None:
         text += (

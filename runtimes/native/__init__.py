@@ -47,8 +47,7 @@ def instruction_set() -> str:
 
 
 def int8_instruction_set() -> str:
-    """Returns the int8 kernels' instruction set on this CPU: avx512vnni, avx2, i8mm, dotprod or
-    baseline (plain C++).
+    """Returns the int8 kernels' instruction set on this CPU: avx512vnni, avx2, i8mm, dotprod, or baseline (plain C++).
 
     Raises RuntimeMissing if the kernels cannot be used.
     """
