@@ -16,6 +16,8 @@ after its best common factor on the logits, falls by an eighth.
 """
 
 import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,12 +27,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError
-from mpcompile.ir.batch import arguments
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.measure.confidence import common_factor
 from mpcompile.passes.dense_comparison import measured_on, outputs_of
+from mpcompile.passes.reconstruct.activation_store import activation_store
+from mpcompile.passes.reconstruct.calibration_batches import CalibrationBatches
+from mpcompile.passes.reconstruct.graph_executor import GraphExecutor
 from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.system.distributed import shared_map
 
 MOST_IMAGES = 256
 SMALLEST_VARIANCE = 1e-12  # a channel below it counts as constant: only its mean is corrected
@@ -47,6 +52,7 @@ class BatchNorm:
     name: ClassVar[str] = "batch-norm"
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     def require_inputs(self, model: Model, data: Data) -> None:
         """Raises PassError if the model has batch norms and there are no calibration images."""
@@ -84,48 +90,100 @@ def distance(outputs: Tensor, dense: Tensor, head: Head | None) -> float:
     return float((outputs.double() - dense.double()).square().mean()) if best is None else best.divergence
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and variance of each channel, (channels,) in float64, over `count` values."""
+
+    count: int
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Moments":
+        """The moments of a batch (b, c, …)."""
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        return cls(x.numel() // x.shape[1], x.double().mean(axes), x.double().var(axes, unbiased=False))
+
+
+def joined(parts: Sequence[Moments]) -> Moments:
+    """The moments of all values of the parts."""
+    count = sum(part.count for part in parts)
+    mean = torch.stack([part.count * part.mean for part in parts]).sum(0) / count
+    var = torch.stack([part.count * (part.var + (part.mean - mean).square()) for part in parts]).sum(0) / count
+    return Moments(count, mean, var)
+
+
 def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split) -> None:
     """Corrects the batch-norm statistics of `graph` in place to match `dense`.
 
-    Both run the first 256 images as one batch: a channel's mean and variance need no more.
+    Both run the first 256 images, from one normalization to the next: a channel's mean and variance need no more. In a
+    process group each rank runs its share of them. A normalization that several nodes apply is left as it is.
     """
-    inputs = images.first_inputs(min(len(images), MOST_IMAGES))
-    before: dict[str, tuple[Tensor, Tensor]] = {}
+    dtype = next(graph.parameters()).dtype
+    batches = CalibrationBatches(replace(images, order=images.order[:MOST_IMAGES]), dtype)
+    indices = range(len(batches))
+    called = Counter(name for node in graph.graph.nodes for name in _norms_at(graph, node))
+    names = [name for name, count in called.items() if count == 1]
 
-    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        return x.double().mean(axes), x.double().var(axes, unbiased=False)
+    def dense_moments(batch: int) -> dict[str, Moments]:
+        return _inputs_of(dense, names, lambda: dense(*batches[batch]))
 
-    def record(name: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            before[name] = moments(args[0])
+    before = shared_map(dense_moments, indices)
+    with activation_store((graph,), next(graph.parameters()).device) as store:
+        run = GraphExecutor(graph, store, batches.__getitem__)
+        with run.interpreter.forward_hooks():
+            for node in graph.graph.nodes:
+                for name in _norms_at(graph, node):
+                    if called[name] == 1:
 
-        return hook
+                        def moments(batch: int, name: str = name, node: fx.Node = node) -> Moments:
+                            with run.opened(batch):
+                                return _inputs_of(graph, [name], lambda: run.peek(node))[name]
 
-    def correct(name: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, _BatchNorm)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            (m, v), (m_now, v_now) = before[name], moments(args[0])
-            scale = (module.running_var.double() + module.eps).sqrt()
-            ratio = torch.where((v > SMALLEST_VARIANCE) & (v_now > SMALLEST_VARIANCE), (v_now / v).sqrt(), 1.0)
-            mean = m_now - (m - module.running_mean.double()) * ratio
-            module.running_var.copy_(((scale * ratio).square() - module.eps).clamp_min(0))
-            module.running_mean.copy_(mean)
-
-        return hook
-
-    for side, make_hook in ((dense, record), (graph, correct)):
-        handles = [m.register_forward_pre_hook(make_hook(n)) for n, m in _batch_norms(side)]  # type: ignore[arg-type]
-        try:
-            side(*arguments(inputs, next(side.parameters()).dtype))
-        finally:
-            for handle in handles:
-                handle.remove()
+                        after = joined(shared_map(moments, indices))
+                        _correct(graph.get_submodule(name), joined([one[name] for one in before]), after)
+                if node.op not in ("placeholder", "output"):
+                    run.put_off(node)
 
 
-def _batch_norms(graph: fx.GraphModule) -> list[tuple[str, _BatchNorm]]:
+def _norms_at(graph: fx.GraphModule, node: fx.Node) -> list[str]:
+    """The names of the batch normalizations in the module that the node calls."""
+    if node.op != "call_module":
+        return []
+    found = _batch_norms(graph.get_submodule(str(node.target)))
+    return [f"{node.target}.{name}" if name else str(node.target) for name, _ in found]
+
+
+def _inputs_of(graph: fx.GraphModule, names: Sequence[str], run: Callable[[], object]) -> dict[str, Moments]:
+    """The moments of the inputs of these modules while `run` runs them."""
+    found: dict[str, Moments] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: found.update({name: Moments.of(args[0])})
+
+    handles = [graph.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _correct(norm: nn.Module, before: Moments, after: Moments) -> None:
+    """Writes the statistics that give the normalized channels their former mean and variance."""
+    assert isinstance(norm, _BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).sqrt()
+    varies = (before.var > SMALLEST_VARIANCE) & (after.var > SMALLEST_VARIANCE)
+    ratio = torch.where(varies, (after.var / before.var).sqrt(), 1.0)
+    mean = after.mean - (before.mean - norm.running_mean.double()) * ratio
+    norm.running_var.copy_(((scale * ratio).square() - norm.eps).clamp_min(0))
+    norm.running_mean.copy_(mean)
+
+
+def _batch_norms(graph: nn.Module) -> list[tuple[str, _BatchNorm]]:
     """The batch normalizations with stored statistics, by name."""
     norms = [(name, module) for name, module in graph.named_modules() if isinstance(module, _BatchNorm)]
     return [(name, module) for name, module in norms if module.running_mean is not None]

@@ -61,6 +61,7 @@ class Certify:
     name: ClassVar[str] = "certify"
     effect: ClassVar[Effect] = Effect.ANALYSIS
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     weight_decay: float = 0.0
     l1: float = 0.0

@@ -1,6 +1,7 @@
 """Compares a compressed model with the dense one: outputs, changed layers, each layer's share of the logits' shift."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,14 +15,24 @@ from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.passes.reconstruct.tied_weight import tied_weights
 from mpcompile.system.device import CPU, makes_tensors_on
+from mpcompile.system.distributed import shared_map
 
 BATCH = 32
 
 
 def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
-    """The graph's outputs for all images, (images, outputs). The caller disables gradients."""
+    """The graph's outputs for all images, (images, outputs). The caller disables gradients.
+
+    In a process group, each rank runs its share of the batches.
+    """
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
-    return torch.cat([primary(graph(*arguments(inputs, dtype))) for inputs, _ in images.inputs(BATCH)])
+
+    def run(order: tuple[int, ...]) -> Tensor:
+        [(inputs, _)] = replace(images, order=order).inputs(BATCH)
+        return primary(graph(*arguments(inputs, dtype)))
+
+    batches = [images.order[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    return torch.cat(shared_map(run, batches))
 
 
 def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:

@@ -75,6 +75,7 @@ class Restore:
     name: ClassVar[str] = "restore"
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     max_drop: float | None = None
     max_shift: float | None = None

@@ -1,34 +1,52 @@
-"""Started by torchrun in tests/passes/distill/test_distill.py: distils a tiny model, and writes each process's weights
-to a folder.
-"""
+"""Started by torchrun: runs passes on a tiny model in a process group, and writes each rank's result to a folder."""
 
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from mpcompile.passes import Distill, NMMask, ToMe
-from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.ir.pattern import NM
+from mpcompile.passes import BatchNorm, Certify, Confidence, Distill, MPBudget, NMMask, Permute, Restore, ToMe
+from mpcompile.pipeline.fingerprint import tensors_of
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.system.distributed import process_group
-from mpcompile.testing import tiny_data, tiny_vit
+from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit
+
+COMPRESSING = (
+    MPBudget(patterns=(NM(2, 4),)),
+    Permute(),
+    NMMask(),
+    BatchNorm(),
+    Restore(max_shift=0.1),
+    Confidence(),
+    Certify(),
+)
+RUNS: dict[str, tuple[object, tuple[Pass, ...]]] = {
+    "distill": (
+        tiny_vit,
+        (
+            NMMask(criterion="magnitude", refit="none"),
+            ToMe(r=3),
+            Distill(epochs=2, batch=16, rate=0.01, warmup=2, accumulate=2, optimizer="sgd"),
+        ),
+    ),
+    "vit": (tiny_vit, COMPRESSING),
+    "cnn": (tiny_cnn, COMPRESSING),
+}
 
 
-def main(folder: Path) -> None:
+def main(run: str, folder: Path) -> None:
     """What `compile` and `follow` do, without files."""
-    model = tiny_vit()
-    data = tiny_data(model)
-    step = Distill(epochs=2, batch=16, rate=0.01, warmup=2, accumulate=2, optimizer="sgd")
+    make, passes = RUNS[run]
+    model = make()  # type: ignore[operator]
     with process_group() as here:
-        if here.first:
-            masks = NMMask(criterion="magnitude", refit="none")
-            result, _ = PassManager([masks, ToMe(r=3), step]).run(model, data)
-            weights = dict(result.graph.state_dict())
-        else:
-            followed = step.follow(data.for_passes(), model.source)
-            assert followed is not None
-            weights = dict(followed.state_dict())
-    save_file({n: v.contiguous() for n, v in weights.items()}, folder / f"{here.size}-{here.rank}.safetensors")
+        result, _ = PassManager(passes).run(model, tiny_data(model, 200), ranks=True)
+    certified = {} if result.certificate is None else {"certificate": torch.tensor(result.certificate.shift_mean)}
+    tensors = {**tensors_of(result), **certified}
+    name = f"{run}-{here.size}-{here.rank}.safetensors"
+    save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, folder / name)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

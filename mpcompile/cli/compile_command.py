@@ -43,6 +43,7 @@ from mpcompile.cli.options import (
     IncludeOption,
     JsonOption,
     MacsOption,
+    MemoryOption,
     PatternOption,
     PermuteOption,
     PolishOption,
@@ -162,6 +163,7 @@ def compile_command(
             autocompletion=completion(DEVICES),
         ),
     ] = None,
+    memory: MemoryOption = None,
     arch: ArchOption = None,
     arch_arg: ArchArgOption = None,
     pretrained: PretrainedOption = False,
@@ -278,6 +280,7 @@ def compile_command(
         model_input,
         output_name,
     )
+    memory_bytes = parse.memory(memory)
     if save_config:
         _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides
     if distill is not None and not data:
@@ -294,11 +297,11 @@ def compile_command(
     try:
         with process_group(recipe.device) as here, progress(quiet or as_json or not here.first) as observe:
             if not here.first:
-                follow(request, recipe, data)
+                follow(request, recipe, data, memory_bytes)
                 return
             artifact = compile(
                 request, recipe, data=data, output=output, force=force, start=start, keep_passes=keep_passes,
-                observe=observe, command_line=("mpcompile", *sys.argv[1:]),
+                observe=observe, command_line=("mpcompile", *sys.argv[1:]), memory_bytes=memory_bytes,
             )  # fmt: skip
     except AccuracyError as error:  # the folder is complete: print it, then fail
         failure, artifact = error, Artifact.open(output)

@@ -207,6 +207,17 @@ SeedOption = Annotated[
 ]
 
 
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory that the process may use, such as 4GiB. Activations beyond it go to files beside the output. "
+        "[default: three quarters of what is free]",
+        metavar="SIZE",
+    ),
+]
+
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 
 

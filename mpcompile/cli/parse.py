@@ -1,6 +1,7 @@
 """Parses the text of options into values. A wrong text raises a UsageError that shows a correct one."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,17 @@ def batches(text: str | None) -> tuple[int, ...] | None:
     if not all(part.isdecimal() and len(part) < 10 and int(part) for part in parts):
         raise UsageError(f"--batch {text!r} is not a list of batch sizes; give for example 1,8,64")
     return tuple(int(part) for part in parts)
+
+
+def memory(text: str | None) -> int | None:
+    """The bytes of `--memory`, such as 4GiB or 800MB. Raises UsageError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.ASCII | re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UsageError(f"--memory {text!r} is no size; give a number with its unit, such as 4GiB")
+    power = "kmgt".index(match[2][0].lower()) + 1
+    return int(float(match[1]) * (1024 if "i" in match[2].lower() else 1000) ** power)
 
 
 def size(text: str | None) -> tuple[int, int, int] | None:

@@ -11,26 +11,27 @@ from typing import Any
 from mpcompile.data.images import Data, DecodedImages, Label, Split, image_hash
 from mpcompile.data.npz import ArrayImages
 from mpcompile.ir.batch import arguments
-from mpcompile.system.resource_errors import available_bytes
+from mpcompile.system.device import CPU
+from mpcompile.system.memory import unused_bytes
 
 # 1,783 float32 images of 3 × 224 × 224: 3 times the 512 that a run calibrates and validates on by default. The images
 # stay in memory until the run ends, so larger sets are not kept whole.
 MOST_BYTES = 2**30
 # Share of the memory beyond the reserve. The rest is for uses that the reserve does not count, such as gradients in a
 # distillation.
-AVAILABLE_SHARE = 1 / 8
+UNUSED_SHARE = 1 / 6
 
 
-def memory_limit(reserved_bytes: float) -> int:
+def kept_limit(reserved_bytes: float) -> int:
     """How many bytes of decoded images to keep, if the run needs `reserved_bytes` of memory for other things.
 
-    At most MOST_BYTES, and at most AVAILABLE_SHARE of the memory available beyond the reserve; 0 if the system does not
-    report its memory.
+    At most MOST_BYTES, and at most UNUSED_SHARE of the memory that the run may use beyond the reserve; 0 if the system
+    does not report its memory.
     """
-    available = available_bytes()
-    if available is None:
+    unused = unused_bytes(CPU)
+    if unused is None:
         return 0
-    return max(0, min(MOST_BYTES, int(AVAILABLE_SHARE * (available - reserved_bytes))))
+    return max(0, min(MOST_BYTES, int(UNUSED_SHARE * (unused - reserved_bytes))))
 
 
 def decode_once(data: Data, limit_bytes: int) -> Data:

@@ -46,6 +46,7 @@ from mpcompile.passes import Quantize
 from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.pass_manager import Observer, PassManager
+from mpcompile.pipeline.ranks import begin_together
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
@@ -108,7 +109,10 @@ def build_artifact(
             with TemporaryDirectory() as temporary:
                 in_float.extend(outputs_in_float(plan, model, data.held_out, Path(temporary) / COMPRESSED))
 
-    model, records = PassManager(plan.passes).run(dense, data, observe, checkpoints, before_pass, plan.device)
+    begin_together(dense, data)
+    model, records = PassManager(plan.passes).run(
+        dense, data, observe, checkpoints, before_pass, plan.device, ranks=True
+    )
     dense_cost, cost_left = cost(dense), cost(model)
     observe("export compressed")
     after = plan.lower(model, folder / COMPRESSED, metadata)

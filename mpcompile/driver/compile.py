@@ -27,11 +27,13 @@ from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
-from mpcompile.pipeline.pass_manager import Distributed, Effect, Observer, Pass, PassManager
-from mpcompile.pipeline.run_folder import note_written, working, written_by
+from mpcompile.pipeline.pass_manager import Effect, Observer, Pass, PassManager
+from mpcompile.pipeline.ranks import begin_together
+from mpcompile.pipeline.run_folder import note_written, work_folder, working, written_by
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import Runtime
 from mpcompile.system.atomic_folder import require_writable, written_atomically
+from mpcompile.system.memory import memory_limit
 from mpcompile.system.progress import Progress, stage_progress
 from mpcompile.system.resource_errors import as_resource_errors
 
@@ -52,6 +54,7 @@ def compile(
     observe: Callable[[Progress], None] | None = None,
     metric: Callable[[Tensor, Any], Any] | None = None,
     command_line: Sequence[str] | None = None,
+    memory_bytes: int | None = None,
 ) -> Artifact:
     """Compresses a model and returns the artifact in the folder `output`. The given model is not changed.
 
@@ -75,6 +78,8 @@ def compile(
         metric: a function of outputs and targets that replaces accuracy (mpcompile/data/metric.py), in place of the one
             that the recipe names.
         command_line: the words of the command that started the run, for the report.
+        memory_bytes: how much memory the process may use. What passes keep beyond it goes to files in the work folder,
+            and the result is the same. None: three quarters of what is free.
 
     Calls from several threads run one after another, because every run measures speed and torch's exporter is not
     thread-safe.
@@ -83,7 +88,11 @@ def compile(
     written: `Artifact.open(output)` returns it, and its report has the failed gate.
     """
     plan = plan_of(recipe, passes, runtime)
-    with ONE_RUN, stage_progress(observe, stages(plan.recipe, writes_dense(plan))) as begin_stage:
+    with (
+        ONE_RUN,
+        memory_limit(memory_bytes, work_folder(Path(output))),
+        stage_progress(observe, stages(plan.recipe, writes_dense(plan))) as begin_stage,
+    ):
         return _compiled(model, plan, data, Path(output), force, start, keep_passes, begin_stage, metric, command_line)
 
 
@@ -137,13 +146,12 @@ def _compiled(
         facts = facts_of(dense, images, plan.passes, PassManager(plan.passes).shows_held_out)
         whole = facts[-1] | {"the recipe": recipe.sha256, "what is kept": str(keep_passes)}
         if written == whole:  # the earlier run was killed after writing everything but before removing its work folder
-            for step in plan.passes:
-                _skip(step)
+            begin_together(None, images)
             artifact = Artifact.open(output)
         else:
             if written is not None:
                 require_writable(output, force, inputs)
-            checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes, _skip)
+            checkpoints = Checkpoints(work, plan.passes, facts, needed_bytes)
             checkpoints.resume(start, output / PASSES)
             with (
                 written_atomically(output, force, inputs) as folder,
@@ -176,24 +184,23 @@ def least_output_bytes(module: nn.Module) -> int:
     return 3 * sum(value.numel() * value.element_size() for value in tensors)
 
 
-def _skip(step: Pass) -> None:
-    """Tells the other ranks that a pass is taken from a checkpoint."""
-    if isinstance(step, Distributed):
-        step.skip()
-
-
-def follow(model: str | Path | nn.Module | Request, recipe: Recipe, data: Any = None) -> None:
-    """Runs a torchrun rank above 0: it takes part in each distributed pass, such as `distill`, and writes no files.
+def follow(
+    model: str | Path | nn.Module | Request, recipe: Recipe, data: Any = None, memory_bytes: int | None = None
+) -> None:
+    """Runs a torchrun rank above 0: it takes part in the passes, and writes no files.
 
     Rank 0 calls `compile` with the same model, recipe and data. Raises a MpcompileError.
     """
     plan = plan_of(recipe)
     loaded, request = loaded_from(model)
     dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
+    metric = metric_of(recipe)
+    images = images if part else judged(images, metric)
     dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
-    for step in plan.passes:
-        if isinstance(step, Distributed):
-            step.follow(images.on(plan.device), dense.source)
+    if begin_together(dense, images):
+        with memory_limit(memory_bytes):
+            images = decoded_for(images, dense, output_bytes(loaded.module))
+            PassManager(plan.passes).run(dense, images, device=plan.device, ranks=True)
 
 
 def stages(recipe: Recipe, dense_quantized: bool = False) -> tuple[str, ...]:

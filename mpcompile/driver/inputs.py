@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.analysis.output_head import named_output, with_head
-from mpcompile.data.decode import decode_once, memory_limit
+from mpcompile.data.decode import decode_once, kept_limit
 from mpcompile.data.given import given_data
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
@@ -192,4 +192,4 @@ def decoded_for(data: Data, dense: Model, output_bytes: int) -> Data:
     # A reconstruction holds the values of all calibration images in two graphs. A batch-norm pass holds them in one,
     # and converts them to float64.
     reserved = output_bytes + 4 * len(data.calibration) * peak_bytes(dense)
-    return decode_once(data, memory_limit(reserved))
+    return decode_once(data, kept_limit(reserved))

@@ -4,6 +4,7 @@ Every tensor moves: parameters, buffers, tensors that modules or the graph keep 
 graph may name a device itself (`torch.arange(n, device="cpu")`); these names follow.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,13 @@ def place(graph: fx.GraphModule, device: torch.device) -> None:
             node.args, node.kwargs, named = args, kwargs, True
     if named:
         graph.recompile()
+
+
+def tensors_of(graph: fx.GraphModule) -> Iterator[Tensor]:
+    """The parameters and buffers of a graph, and the tensors that its modules keep as constants."""
+    for module in graph.modules():
+        for kept in (module._parameters, module._buffers, module.__dict__):
+            yield from (value for value in kept.values() if isinstance(value, Tensor))
 
 
 def _with_device(given: Any, device: torch.device) -> Any:

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Checkpoints:
     """The checkpoints of one run, which the pass manager loads and saves (`CheckpointStore` there).
 
     `facts` are, for each pass, hashes of what its result depends on. No checkpoint is written that would leave less
-    than `reserve_bytes` of the disk free. `on_loaded` is called with each pass that is loaded instead of run.
+    than `reserve_bytes` of the disk free.
     """
 
     def __init__(
@@ -48,10 +48,9 @@ class Checkpoints:
         passes: Sequence[Pass],
         facts: Sequence[Mapping[str, str]],
         reserve_bytes: int = 0,
-        on_loaded: Callable[[Pass], None] = lambda step: None,
     ) -> None:
         self._folder, self._passes, self._facts = folder, passes, facts
-        self._reserve_bytes, self._on_loaded = reserve_bytes, on_loaded
+        self._reserve_bytes = reserve_bytes
         self._entries: list[Entry] = []  # of an earlier run, to load
         self._lasting: set[Path] = set()  # partial results of passes that are run again on each resume
         self._state: State | None = None  # after the last pass; None once checkpoints are no longer saved
@@ -130,7 +129,6 @@ class Checkpoints:
                 f"{self._folder} and start again"
             )
         self._state = state
-        self._on_loaded(step)
         return result, replace(entry.record, resumed=True)
 
     def save(self, index: int, model: Model, record: PassRecord) -> PassRecord:

@@ -62,11 +62,12 @@ def run_key(pass_key: str, model: Model, plan: Mapping[str, object], images: Spl
 class PartialResults:
     """The tensors that one execution of a pass has saved, by the name of the finished part, usually a layer.
 
-    `key` returns the execution's `run_key`; it is not called if nothing is saved, since hashing takes time.
+    `key` returns the execution's `run_key`; it is not called if nothing is saved, since hashing takes time. In a
+    process group only rank 0 saves: the others pass False for `saves`.
     """
 
-    def __init__(self, key: Callable[[], str]) -> None:
-        store = _current.get()
+    def __init__(self, key: Callable[[], str], saves: bool = True) -> None:
+        store = _current.get() if saves else None
         self._folder = None if store is None else store.folder / f"run-{key()}"
         self._reserve_bytes = 0 if store is None else store.reserve_bytes
         self._stopped = False

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from mpcompile.data.images import Data
 from mpcompile.errors import LayerFailure, MaskError, MpcompileError, PassError, UsageError
-from mpcompile.ir.model import LayerPlan, Model, Source
+from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.placement import placed
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import merge_tokens, merges_tokens
 from mpcompile.ir.weight_groups import violation
+from mpcompile.pipeline.ranks import run_by_ranks, sent
 from mpcompile.system.device import CPU, makes_tensors_on
+from mpcompile.system.distributed import broadcast, share, together
+from mpcompile.system.memory import begin_peak, peak_bytes
 
 # An exact pass may reorder float32 sums. Each of some hundred layers then adds a rounding error of about 1e-7 times the
 # square root of a few thousand terms. A difference above 1e-4 of the largest output is not rounding.
@@ -63,22 +67,6 @@ class RequiresInputs(Protocol):
         ...
 
 
-@runtime_checkable
-class Distributed(Protocol):
-    """A pass that runs in all processes of a torchrun group. A pass without these methods runs in rank 0 only.
-
-    Rank 0 calls the pass, which sends the model to the other ranks; each of them calls `follow` at the same time.
-    """
-
-    def follow(self, data: Data, source: Source) -> object:
-        """Does the part of a rank above 0. Returns when the pass has ended, or at once after `skip` in rank 0."""
-        ...
-
-    def skip(self) -> None:
-        """Called in rank 0 if a checkpoint replaces the pass: releases the ranks that wait in `follow`."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class PassRecord:
     """The manager's record of one pass. `drift` is the largest max |Δ output| / max |output| of the outputs."""
@@ -89,7 +77,8 @@ class PassRecord:
     drift: float
     layers_changed: tuple[str, ...]
     notes: tuple[str, ...]
-    resumed: bool = False  # whether a stopped run had finished it; `seconds` is then the time in that run
+    resumed: bool = False  # whether a stopped run had finished it; time and memory are then those of that run
+    peak_bytes: int | None = None  # memory of the process at its largest; None if the system does not report it
 
 
 @runtime_checkable
@@ -141,6 +130,7 @@ class PassManager:
         checkpoints: CheckpointStore | None = None,
         before_pass: Callable[[str, Model], None] = lambda name, model: None,
         device: torch.device = CPU,
+        ranks: bool = False,
     ) -> tuple[Model, tuple[PassRecord, ...]]:
         """The model after all passes, and one record per pass; `model` is not changed.
 
@@ -149,9 +139,26 @@ class PassManager:
         the model that it gets, which it must not change.
 
         A pass gets its model and images on `device`, and the tensors that it makes without naming a device are there,
-        too. Between passes, where the model is verified and saved, it is on the CPU. Raises PassError if a pass fails
-        or changes the outputs by more than its effect allows, MaskError if a mask no longer holds.
+        too. Between passes, where the model is verified and saved, it is on the CPU. With `ranks`, all processes of the
+        group call this with the same model and images, and run the passes together (mpcompile/pipeline/ranks.py); only
+        rank 0 gives `checkpoints`.
+
+        Raises PassError if a pass fails or changes the outputs by more than its effect allows, MaskError if a mask no
+        longer holds.
         """
+        with together(ranks):
+            return self._run_all(model, data, observe, checkpoints, before_pass, device)
+
+    def _run_all(
+        self,
+        model: Model,
+        data: Data,
+        observe: Observer,
+        checkpoints: CheckpointStore | None,
+        before_pass: Callable[[str, Model], None],
+        device: torch.device,
+    ) -> tuple[Model, tuple[PassRecord, ...]]:
+        """`run`, with the ranks that work together."""
         # A deep copy of graph, modules, weights and masks, so that no pass can edit the caller's model.
         model = replace(model, graph=copy.deepcopy(model.graph), plan=copy.deepcopy(dict(model.plan)))
         records: list[PassRecord] = []
@@ -164,22 +171,24 @@ class PassManager:
             if step.effect is Effect.LOSSY and model.dense is None:
                 model = replace(model, dense=copy.deepcopy(model.graph))
             loaded = checkpoints.load(index, model) if checkpoints is not None else None
-            if loaded is not None:
-                model, record = loaded
+            if broadcast(loaded is not None if share().first else None):
+                model, record = sent(loaded and loaded[0]), broadcast(loaded and loaded[1])
                 outputs, _ = _verify(step, model, model, outputs, earlier)
                 records.append(record)
                 continue
-            before_pass(step.name, model)
+            with together(False):
+                before_pass(step.name, model)
+            begin_peak()
             started = time.perf_counter()
             images = data if self.shows_held_out(index) else data.for_passes()
             given = _placed(replace(model, notes=()), device)
             with makes_tensors_on(device):
-                result = _run(step, given, images.on(device), earlier)
+                result = run_by_ranks(step, partial(_result, step, given, images.on(device), earlier), given)
             changed = _changed(given, result)
             result = _placed(result, CPU)
-            seconds = time.perf_counter() - started
+            seconds, peak = time.perf_counter() - started, peak_bytes()
             outputs, drift = _verify(step, model, result, outputs, earlier)
-            record = PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result))
+            record = PassRecord(step.name, step.effect, seconds, drift, changed, _notes(model, result), peak_bytes=peak)
             model = result
             records.append(record if checkpoints is None else checkpoints.save(index, model, record))
         return model, tuple(records)
@@ -204,7 +213,7 @@ def _placed(model: Model, device: torch.device) -> Model:
     return model if model.example.device == device else placed(model, device)
 
 
-def _run(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Model:
+def _result(step: Pass, model: Model, data: Data, earlier: Sequence[str]) -> Model:
     """The pass's result, with its graph linted and recompiled.
 
     A failure becomes an error that names the pass, the layer and the passes before it.

@@ -23,7 +23,7 @@ from mpcompile.system.resource_errors import shortage
 WRITTEN = "written.json"  # identifies the run whose output is being put in place
 REWOUND = "from.json"  # the pass that --from named, once the run has removed later checkpoints
 FINISHED = ("*.safetensors", "run-*")
-UNFINISHED = ("*.partial", WRITTEN, REWOUND)
+UNFINISHED = ("*.partial", "activations-*", WRITTEN, REWOUND)
 
 
 def work_folder(output: Path) -> Path:

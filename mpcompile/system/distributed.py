@@ -1,13 +1,17 @@
-"""torch.distributed under torchrun: rank, broadcast and all-reduce. A single process needs no set-up.
+"""torch.distributed under torchrun: rank, broadcast, gather and all-reduce. A single process needs no set-up.
 
-Rank 0 runs the compressing passes alone. A pass that trains broadcasts its model to the other ranks, which wait for it;
-then each rank trains on its share of every batch.
+The ranks work together only inside `together()`, which the pass manager opens around a pass that shares its work.
+There `share()` is this process's share, and the functions below are collective: every rank calls them, in the same
+order. Outside, `share()` is all of the work, and they return what they are given.
 """
 
 import copy
+import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,12 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
-from mpcompile.errors import UsageError
+from mpcompile.errors import MpcompileError, ResourceError, UsageError
 from mpcompile.system.device import chosen_device
+from mpcompile.system.progress import tracked
 
-T = TypeVar("T")
-BROADCAST_TIMEOUT = timedelta(days=2)  # the other ranks wait while rank 0 compresses
+T, R = TypeVar("T"), TypeVar("R")
+WAIT = timedelta(days=2)  # for a rank that still works
+ENDED = "mpcompile/ended/"  # key in the group's store, with the rank: it ends, and has told why
+ENDING_SECONDS = 3.0  # in which every living rank notices that one has ended
+LOST_TEXTS = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "socket closed")
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables that torchrun sets
+
+
+class LostRank(SystemExit):
+    """Another rank ended and has told why; this one ends without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,24 @@ def process_rank() -> ProcessRank:
     return ProcessRank(dist.get_rank(), dist.get_world_size())
 
 
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def together(shared: bool = True) -> Iterator[None]:
+    """Within the block, the ranks share the work if `shared`; else each process works alone."""
+    token = _together.set(shared)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+def share() -> ProcessRank:
+    """This process's share of the work: its rank inside `together()`, else 0 of 1."""
+    return process_rank() if _together.get() else ProcessRank(0, 1)
+
+
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[ProcessRank]:
     """Initialises the process group of torchrun, and destroys it at the end. Does nothing for a single process.
@@ -64,33 +94,105 @@ def process_group(device: str = "auto") -> Iterator[ProcessRank]:
     chosen = chosen_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=BROADCAST_TIMEOUT)
+    store, rank, count = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=count, timeout=WAIT
+    )
     try:
-        yield process_rank()
+        yield ProcessRank(rank, count)
+    except BaseException as error:
+        store.set(f"{ENDED}{rank}", "")
+        _explain(error, store, rank, count)
+        raise
     finally:
         dist.destroy_process_group()
 
 
+def _explain(error: BaseException, store: dist.Store, rank: int, count: int) -> None:
+    """Raises ResourceError if another rank ended without a word, and LostRank if another rank told why it ended.
+
+    If the error is this rank's own, it is raised again with the rank's number.
+    """
+    text = str(error).lower()
+    if not isinstance(error, SystemExit) and not any(part in text for part in LOST_TEXTS):
+        if isinstance(error, MpcompileError) and rank:
+            raise type(error)(f"rank {rank}: {error}") from error
+        return
+    silent = [other for other in range(count) if not _has_ended(store, other)]
+    if silent:
+        names = ", ".join(map(str, silent))
+        raise ResourceError(
+            f"{'rank' if len(silent) == 1 else 'ranks'} {names} of {count} ended without an error of its own, as a "
+            "process does that is killed, for example for memory; see the log of its machine. Give the same command "
+            "again to resume"
+        ) from error
+    if not isinstance(error, SystemExit):
+        raise LostRank(1) from error
+
+
+def _has_ended(store: dist.Store, rank: int) -> bool:
+    """Whether a rank has said that it ends; waits for that for a few seconds."""
+    for _ in range(int(ENDING_SECONDS / 0.1)):
+        if store.check([f"{ENDED}{rank}"]):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def broadcast(value: T | None) -> T:
-    """Rank 0's value, on every rank. The other ranks pass None."""
-    if process_rank().size == 1:
+    """Rank 0's value, on every rank. The other ranks may pass None."""
+    if share().size == 1:
         assert value is not None
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
+    box = [value if share().first else None]
+    dist.broadcast_object_list(box, src=0, device=_device())
     [found] = box
     assert found is not None
     return found
 
 
+def all_gathered(value: T) -> list[T]:
+    """The values of all ranks, in order of rank."""
+    here = share()
+    if here.size == 1:
+        return [value]
+    values: list[T] = [value] * here.size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduced(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, on its own device."""
-    if process_rank().size == 1:
+    if share().size == 1:
         return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = values.to(device, copy=True)
+    total = values.to(_device(), copy=True)
     dist.all_reduce(total)
     return total.to(values.device)
+
+
+def largest_of_all(value: float) -> float:
+    """The largest value of any rank; NaN if one is NaN."""
+    values = all_gathered(value)
+    return max(values) if all(one == one for one in values) else math.nan
+
+
+def shared_map(function: Callable[[T], R], items: Sequence[T], label: Callable[[T], str] | None = None) -> list[R]:
+    """`function` of each item, in order; each rank computes every size-th item, and all ranks get all results.
+
+    With `label`, this rank's items are reported as steps of progress.
+    """
+    here = share()
+    own_items = items[here.rank :: here.size]
+    own = [function(item) for item in (own_items if label is None else tracked(own_items, label))]
+    if here.size == 1:
+        return own
+    by_rank = all_gathered(own)
+    return [by_rank[index % here.size][index // here.size] for index in range(len(items))]
+
+
+def _device() -> torch.device:
+    """The device that tensors must be on to be sent."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,14 @@ def available_bytes() -> int | None:
     return max(0, min(free, limit - pages * resource.getpagesize()))
 
 
+def resident_bytes() -> int | None:
+    """The memory in bytes that this process occupies now; None if the system does not report it."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except OSError:
+        return None
+
+
 def format_bytes(count: int) -> str:
     """A size in decimal units, such as 1.5 MB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -54,6 +54,7 @@ class Confidence:
     name: ClassVar[str] = "confidence"
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     bias: bool = False
     parts: int = 5

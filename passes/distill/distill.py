@@ -25,24 +25,12 @@ from mpcompile.passes.distill.trainer import Objective, Schedule, Training
 from mpcompile.passes.distill.training_key import training_key
 from mpcompile.pipeline.partial_results import PartialResults
 from mpcompile.pipeline.pass_manager import Effect
-from mpcompile.system.distributed import PicklableGraph, broadcast, process_rank
+from mpcompile.system.distributed import process_rank
 
 log = logging.getLogger(__name__)
 
 # timm's optimizers whose state consists of tensors only, so that a resumed run ends with the same weights.
 OPTIMIZERS = ("adamw", "nadamw", "radam", "lion", "madgrad", "sgd")
-
-SKIPPED = "taken from a checkpoint"  # what rank 0 broadcasts in place of a TrainingJob
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """What the other ranks need to train with rank 0: both graphs, the masks and the head."""
-
-    graph: PicklableGraph
-    dense: PicklableGraph
-    masks: dict[str, Tensor]
-    head: Head | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +59,7 @@ class Distill:
     name: ClassVar[str] = "distill"
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     alpha: float = 0.5
     tau: float = 2.0
@@ -144,7 +133,6 @@ class Distill:
                 "training on the %d calibration images only; for more, give folders train/ and val/", len(images)
             )
         masks = model.masks()
-        broadcast(TrainingJob(PicklableGraph.of(model.graph), PicklableGraph.of(model.dense), masks, model.head))
         finished = PartialResults(lambda: self._key(model, images))
         epochs = self._trained(model.graph, model.dense, masks, images, model.source, model.head, finished)
         return replace(model, epochs=(*model.epochs, *epochs))
@@ -152,25 +140,6 @@ class Distill:
     def require_inputs(self, model: Model, data: Data) -> None:
         """Raises PassError if the images do not fill a batch, or if the ranks do not divide a batch."""
         self._require(data.for_training())
-
-    def skip(self) -> None:
-        """Tells the other ranks that this training is taken from a checkpoint."""
-        broadcast(SKIPPED)
-
-    def follow(self, data: Data, source: Source) -> fx.GraphModule | None:
-        """Trains on a rank other than 0. Returns the trained graph, the same as on rank 0.
-
-        None if rank 0 takes the training from a checkpoint.
-        """
-        images = data.for_training()
-        self._require(images)
-        job: TrainingJob | str = broadcast(None)
-        if not isinstance(job, TrainingJob):
-            return None
-        graph = job.graph.unpacked()
-        # Only rank 0 keeps checkpoints, and broadcasts them.
-        self._trained(graph, job.dense.unpacked(), job.masks, images, source, job.head, PartialResults(lambda: ""))
-        return graph
 
     def _require(self, images: Split) -> None:
         """Raises PassError if the images do not fill a batch, or if the ranks do not divide a batch."""

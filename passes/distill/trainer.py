@@ -35,7 +35,7 @@ from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
 from mpcompile.passes.distill.parameters import RelativeSteps, used_parameters, weight_decay_groups
 from mpcompile.passes.distill.spectra import spectra
 from mpcompile.pipeline.partial_results import PartialResults
-from mpcompile.system.distributed import all_reduced, broadcast, process_rank
+from mpcompile.system.distributed import all_reduced, broadcast, share
 from mpcompile.system.progress import tracked
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Training:
 
         Raises NotFiniteError if the loss is not finite, PassError if a removed weight is not zero at the end.
         """
-        schedule, here = self._schedule, process_rank()
+        schedule, here = self._schedule, share()
         stored = finished.get("training") if finished is not None and here.first else None
         if kept := broadcast((stored or {}) if here.first else None):
             self._restore(kept)
@@ -256,7 +256,7 @@ class Training:
 
     def _close_epoch(self, steps: int, labelled: bool) -> None:
         """Appends the record of an epoch, with its losses averaged over steps and processes."""
-        loss, answered, teacher = (all_reduced(self._sums) / steps / process_rank().size).tolist()
+        loss, answered, teacher = (all_reduced(self._sums) / steps / share().size).tolist()
         self._sums.zero_()
         edge, spikes = spectra([weight for weight, _ in self._masked])
         rate = max(group["lr"] for group in self._optimizer.param_groups)

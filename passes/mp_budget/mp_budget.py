@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpcompile.analysis.activation_stats import input_scales, per_weight
 from mpcompile.analysis.eligibility import eligible, graph_positions, is_depthwise, reason_dense_by_default, tied_layers
@@ -31,7 +31,7 @@ from mpcompile.passes.mp_budget.allocate import ROUNDING, Option, damage, least_
 from mpcompile.passes.mp_budget.attention_layers import attention_layers
 from mpcompile.passes.mp_budget.sensitivity import amplification
 from mpcompile.pipeline.pass_manager import Effect
-from mpcompile.system.progress import tracked
+from mpcompile.system.distributed import shared_map
 
 Signal = Literal["mp", "magnitude", "std", "uniform", "lamp", "owl", "sensitivity"]
 NEED_IMAGES = ("owl", "sensitivity")
@@ -43,19 +43,22 @@ def fit_spectra(model: Model, *, null: bool, level: float, seed: int) -> dict[st
     `level` is the probability at which noise exceeds the edge T₊; `null` repeats each fit on shuffled entries.
     """
     where = graph_positions(model)
-    found: dict[str, SpectrumFit | str] = {}
-    for name, layer in tracked(list(model.layers()), lambda pair: pair[0]):
+
+    def fitted(named: tuple[str, nn.Linear | nn.Conv2d]) -> SpectrumFit | str:
+        name, layer = named
         place = where.get(name)
         if place and place.sees_image and not place.layers_before:
-            found[name] = str(reason_dense_by_default(place))
-        elif is_depthwise(layer):
-            found[name] = "depthwise: each filter is a matrix of one row"
-        else:
-            try:
-                found[name] = analyse(layer.weight.detach().numpy(force=True), null=null, level=level, seed=seed)
-            except NoFitError as reason:
-                found[name] = str(reason)
-    return found
+            return str(reason_dense_by_default(place))
+        if is_depthwise(layer):
+            return "depthwise: each filter is a matrix of one row"
+        try:
+            return analyse(layer.weight.detach().numpy(force=True), null=null, level=level, seed=seed)
+        except NoFitError as reason:
+            return str(reason)
+
+    layers = list(model.layers())
+    fits = shared_map(fitted, layers, lambda named: named[0])
+    return {name: fit for (name, _), fit in zip(layers, fits, strict=True)}
 
 
 def scores_of(
@@ -102,6 +105,7 @@ class MPBudget:
     name: ClassVar[str] = "mp-budget"
     effect: ClassVar[Effect] = Effect.ANALYSIS
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     patterns: tuple[PatternChoice, ...] = (TWO_OF_FOUR,)
     macs: float | None = None

@@ -36,6 +36,7 @@ from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, 
 from mpcompile.passes.reconstruct.tied_weight import Layer, write
 from mpcompile.pipeline.partial_results import PartialResults, run_key
 from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.system.distributed import broadcast, share
 
 if TYPE_CHECKING:
     CriterionName = str
@@ -79,6 +80,7 @@ class NMMask:
     name: ClassVar[str] = "nm-mask"
     effect: ClassVar[Effect] = Effect.LOSSY
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     pattern: PatternChoice | None = None
     criterion: CriterionName | None = None
@@ -188,7 +190,8 @@ class NMMask:
         if not patterns:
             return {}
         self.require_inputs(model, data)
-        finished = PartialResults(lambda: run_key(repr(self), model, patterns, data.calibration))
+        stored = PartialResults(lambda: run_key(repr(self), model, patterns, data.calibration), share().first)
+        finished = broadcast(frozenset(name for name in patterns if name in stored))
         residual = self.residual and target == "model"
         for step in layerwise(
             model,
@@ -197,14 +200,15 @@ class NMMask:
             list(patterns),
             sequential=self.sequential,
             residual=residual,
-            finished={name for name in patterns if name in finished},
+            finished=finished,
         ):
             first, *_ = step.weight.names
             with on_layer(first):
-                result = finished.get(first)
-                if result is None:
-                    result = self._solve(step, patterns[first], criterion, target)
-                    finished.put(first, result)
+                if first in finished:
+                    result = broadcast(stored.get(first))
+                else:
+                    result = broadcast(self._solve(step, patterns[first], criterion, target))
+                    stored.put(first, result)
                 write(step.weight, step.layer, result)
                 for name in step.weight.names:
                     mask = result["mask"].reshape(model.layer(name).weight.shape)

@@ -144,6 +144,7 @@ class Permute:
     name: ClassVar[str] = "permute"
     effect: ClassVar[Effect] = Effect.EXACT
     requires: ClassVar[tuple[str, ...]] = ()
+    shares_work: ClassVar[bool] = True
 
     pattern: PatternChoice | None = None
     score: Literal["magnitude", "activation", "refit"] | None = None

@@ -1,44 +1,47 @@
-"""The calibration images as batches in memory, and the check that the activations of all of them fit there."""
+"""The calibration images in batches, and the memory that their values take at one point of a graph."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
 from mpcompile.data.images import Split
-from mpcompile.errors import LoadError, PassError
+from mpcompile.errors import LoadError
 from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
-from mpcompile.system.resource_errors import available_bytes
 
 BATCH = 16
 
 
-def calibration_batches(model: Model, images: Split, graphs: int) -> list[tuple[Tensor, ...]]:
-    """All images in batches of 16, for running `graphs` copies of the model node by node over all of them.
+@dataclass(frozen=True, slots=True)
+class CalibrationBatches:
+    """The inputs of a graph in batches of 16 images, each read when it is asked for.
 
-    Raises PassError if the activations of all images do not fit into free memory, and LoadError if an image contains
-    NaN or infinity.
+    Attributes:
+        images: the calibration images.
+        dtype: of the model; floating-point inputs are converted to it.
     """
-    _require_memory(model, len(images), graphs)
-    batches: list[tuple[Tensor, ...]] = []
-    for index, (inputs, _) in enumerate(images.inputs(BATCH)):
+
+    images: Split
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // BATCH)
+
+    def size(self, index: int) -> int:
+        """The number of images of a batch."""
+        return min(BATCH, len(self.images) - index * BATCH)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """The inputs of a batch. Raises LoadError if an image holds NaN or infinity."""
+        first = index * BATCH
+        [(inputs, _)] = replace(self.images, order=self.images.order[first : first + BATCH]).inputs(BATCH)
         bad = [i for i, image in enumerate(inputs[0]) if not image.isfinite().all()]
         if bad:
-            raise LoadError(f"calibration image {index * BATCH + bad[0]} holds numbers that are not finite")
-        batches.append(arguments(inputs, model.example.dtype))
-    return batches
-
-
-def _require_memory(model: Model, images: int, graphs: int) -> None:
-    needed = graphs * images * peak_bytes(model)
-    free = available_bytes()
-    if free is not None and needed > free:
-        fits = int(images * free / needed)
-        raise PassError(
-            f"calibration on {images} images holds {needed / 2**30:.1f} GiB at once, and {free / 2**30:.1f} GiB are "
-            f"free; give at most {fits} images (--calibration {fits}){', or sequential: false' if graphs == 2 else ''}"
-        )
+            raise LoadError(f"calibration image {first + bad[0]} holds numbers that are not finite")
+        return arguments(inputs, self.dtype)
 
 
 def peak_bytes(model: Model) -> float:

@@ -28,6 +28,7 @@ from mpcompile.ir.weight_groups import flat
 from mpcompile.passes.reconstruct.layerwise import LayerStep
 from mpcompile.passes.reconstruct.least_squares import damped, solved
 from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
+from mpcompile.system.distributed import shared_map
 
 DAMPINGS = (0.02, 0.08, 0.3)  # λ relative to the mean second moment; the first holds without cross-validation
 ROUNDS = 100  # of coordinate descent over two shares
@@ -87,24 +88,30 @@ def chosen_strength(
     if len(parts) < 2:
         return Strength(dampings[0])
     targets = len(parts[0].sum_y)
-    gain = torch.zeros(len(dampings), targets, dtype=torch.float64)
-    size = torch.zeros(len(dampings), targets, targets, dtype=torch.float64)
-    for index, left_out in enumerate(parts):
+
+    def left_out(index: int) -> tuple[Tensor, Tensor]:
+        """For each damping, the terms that this part adds to the quadratic in the shares."""
         others = sum(parts[:index] + parts[index + 1 :], SecondMoments())
         dense = _of_targets(others, 1.0, 0.0).problem(centred)
         crosses = [_correction(dense, weight)]
         if targets == 2:
             crosses.append(_of_targets(others, 0.0, 1.0).problem(centred).cross)
-        check = _of_targets(left_out, 1.0, 1.0).problem(centred)
+        check = _of_targets(parts[index], 1.0, 1.0).problem(centred)
         wanted = _correction(check, weight)
+        gain = torch.zeros(len(dampings), targets, dtype=torch.float64)
+        size = torch.zeros(len(dampings), targets, targets, dtype=torch.float64)
         for row, damping in enumerate(dampings):
             factor = torch.linalg.cholesky(damped(dense, weight, damping).gram)
             steps = [solved(factor, cross) for cross in crosses]
             for i, step in enumerate(steps):
-                gain[row, i] += (wanted * step).sum()
+                gain[row, i] = (wanted * step).sum()
                 in_gram = (check.by_group(step) @ check.gram).reshape(step.shape)
                 for j, other in enumerate(steps):
-                    size[row, i, j] += (in_gram * other).sum()
+                    size[row, i, j] = (in_gram * other).sum()
+        return gain, size
+
+    terms = shared_map(left_out, range(len(parts)))
+    gain, size = (sum(side[1:], side[0]) for side in zip(*terms, strict=True))
     shares = [_box_minimum(size[row], gain[row]) for row in range(len(dampings))]
     errors = [float(share @ size[row] @ share - 2 * gain[row] @ share) for row, share in enumerate(shares)]
     best = min(range(len(dampings)), key=errors.__getitem__)

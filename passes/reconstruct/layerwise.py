@@ -1,10 +1,14 @@
 """Layer-wise calibration: stops at each layer with the second moments of the inputs it gets from the pruned layers.
 
-The dense graph and the graph being pruned run side by side, one node at a time over all calibration images. When the
-run reaches a layer, its inputs in both graphs are known for all images, and every earlier layer has already been
-rewritten. The caller rewrites the layer; the run then executes it and drops the activations that no later node needs.
-So all layers are calibrated on pruned inputs in the time of a few forward passes. Memory holds the activations of all
-images at one point of the graph, never the inputs of all layers.
+The dense graph and the graph being pruned run side by side, from one layer to the next over all calibration images.
+When the run reaches a layer, its inputs in both graphs are known for all images, and every earlier layer has already
+been rewritten. The caller rewrites the layer; the run then executes it and drops the activations that no later node
+needs. So all layers are calibrated on pruned inputs in the time of a few forward passes. What is kept are the
+activations of all images at one point of the graph, never the inputs of all layers: in memory, and beyond its limit
+(mpcompile/system/memory.py) in files.
+
+In a process group (mpcompile/system/distributed.py) each rank runs its own batches, and the moments are summed over
+the ranks (passes/reconstruct/shared_moments.py), so every rank yields the same steps.
 
 A weight that several nodes apply is an exception: rewriting it at its first node would change its own later inputs. Its
 moments are those of the dense graph, over all its nodes, collected before anything is rewritten.
@@ -12,7 +16,10 @@ moments are those of the dense graph, over all its nodes, collected before anyth
 
 import copy
 from collections.abc import Callable, Container, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,16 +29,16 @@ from mpcompile.data.images import Split
 from mpcompile.errors import PassError, on_layer
 from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import quantizers
-from mpcompile.passes.reconstruct.calibration_batches import calibration_batches
+from mpcompile.passes.reconstruct.activation_store import activation_store
+from mpcompile.passes.reconstruct.calibration_batches import CalibrationBatches
 from mpcompile.passes.reconstruct.graph_executor import GraphExecutor, LayerCall
 from mpcompile.passes.reconstruct.layer_rows import product, rows_of
 from mpcompile.passes.reconstruct.residual import residual_add_after
 from mpcompile.passes.reconstruct.sampled_positions import positions_per_image, sampled_positions
-from mpcompile.passes.reconstruct.second_moments import SecondMoments
+from mpcompile.passes.reconstruct.second_moments import SecondMoments, solving_bytes
+from mpcompile.passes.reconstruct.shared_moments import PARTS, own_batches, shared
 from mpcompile.passes.reconstruct.tied_weight import Layer, TiedWeight, tied_weights
 from mpcompile.system.progress import tracked
-
-PARTS = 4  # of the calibration images, for cross-validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,55 +96,88 @@ def layerwise(
 
     Raises:
         LoadError: an image is not finite.
-        PassError: the inputs of a layer are not finite, or memory cannot hold the activations of all images.
+        PassError: the inputs of a layer are not finite.
     """
     dense = copy.deepcopy(model.graph) if dense is None else dense
     weights = tied_weights(model, names)
     unfinished = [weight for weight in weights if weight.names[0] not in finished]
-    batches = calibration_batches(model, images, graphs=2 if sequential else 1)
-    reused = {weight: SecondMoments() for weight in unfinished if weight.reused}
+    batches = CalibrationBatches(images, model.example.dtype)
+    own = own_batches(len(batches))
+    reused = {weight: _empty_parts() for weight in unfinished if weight.reused}
     if reused:
-        _collect_from_dense(dense, batches, reused)
+        _collect_from_dense(dense, batches, own, reused)
     dense_nodes = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
-    dense_run, pruned_run = GraphExecutor(dense, batches), GraphExecutor(model.graph, batches if sequential else ())
-    to_calibrate = quantizers(model.graph)
+    inputs = lru_cache(maxsize=1)(batches.__getitem__)  # both graphs open a batch one after the other
+    to_calibrate = quantizers(model.graph) if calibrate is not None else {}
     announced = tracked(weights, lambda weight: weight.names[0])
-    with dense_run.interpreter.forward_hooks(), pruned_run.interpreter.forward_hooks():
-        for node, dense_node in dense_nodes.items():
-            if node.op == "placeholder":
-                continue
-            if calibrate is not None and node.op == "call_module" and node.target in to_calibrate:
-                [source] = node.all_input_nodes
-                calibrate(str(node.target), [values[source] for values in pruned_run.values])
-            reached = [next(announced) for weight in weights if weight.nodes[0] is node]
-            collecting = [weight for weight in reached if weight in unfinished and not weight.reused]
-            is_layer = any(weight.names == (node.target,) for weight in collecting)
-            add = residual_add_after(model, node) if residual and sequential and is_layer else None
-            parts = {weight: tuple(SecondMoments() for _ in range(PARTS)) for weight in collecting}
-            for batch in range(len(batches)):
-                dense_calls = dense_run.execute(dense_node, batch)
-                calls = pruned_run.layer_inputs(node, batch) if sequential and collecting else dense_calls
-                error = None
-                if add is not None:
-                    dense_skip = dense_run.values[batch][dense_nodes[add.skip]]
-                    error = add.error_at_layer(dense_skip, pruned_run.values[batch][add.skip])
-                for weight in collecting:
-                    rows = _Rows(len(images), len(batches[batch][0]), f"{weight.names[0]} {batch}")
-                    _collect(parts[weight][batch % PARTS], rows, weight, model, dense, node, calls, dense_calls, error)
-            for weight in reached:
-                yield _step(model, weight, parts.pop(weight, ()), reused.pop(weight, None))
-            if sequential:
-                for batch in range(len(batches)):
-                    pruned_run.execute(node, batch)
+    solving = max((solving_bytes(model.layer(weight.names[0])) for weight in weights), default=0)
+    with activation_store((dense, model.graph), model.example.device, solving) as store:
+        dense_run, pruned_run = (GraphExecutor(graph, store, inputs) for graph in (dense, model.graph))
+        with dense_run.interpreter.forward_hooks(), pruned_run.interpreter.forward_hooks():
+            for node, dense_node in dense_nodes.items():
+                if node.op == "placeholder":
+                    continue
+                if calibrate is not None and node.op == "call_module" and node.target in to_calibrate:
+                    [source] = node.all_input_nodes
+                    calibrate(str(node.target), _ValuesOf(source, pruned_run, own))
+                reached = [next(announced) for weight in weights if weight.nodes[0] is node]
+                collecting = [weight for weight in reached if weight in unfinished and not weight.reused]
+                is_layer = any(weight.names == (node.target,) for weight in collecting)
+                add = residual_add_after(model, node) if residual and sequential and is_layer else None
+                parts = {weight: _empty_parts() for weight in collecting}
+                for batch in own if collecting else ():
+                    with dense_run.opened(batch), pruned_run.opened(batch) if sequential else nullcontext():
+                        dense_calls = dense_run.execute(dense_node)
+                        calls = pruned_run.layer_inputs(node) if sequential else dense_calls
+                        error = None
+                        if add is not None:
+                            error = add.error_at_layer(
+                                dense_run.values[dense_nodes[add.skip]], pruned_run.values[add.skip]
+                            )
+                        for weight, own_parts in parts.items():
+                            rows = _Rows(len(images), batches.size(batch), f"{weight.names[0]} {batch}")
+                            part = own_parts[batch % PARTS]
+                            _collect(part, rows, weight, model, dense, node, calls, dense_calls, error)
+                if not collecting:
+                    dense_run.put_off(dense_node)
+                for weight in reached:
+                    yield _step(model, weight, parts.pop(weight, ()), reused.pop(weight, None))
+                if sequential:
+                    pruned_run.put_off(node)
+
+
+def _empty_parts() -> tuple[SecondMoments, ...]:
+    """Moments of each part of the images, before any batch."""
+    return tuple(SecondMoments() for _ in range(PARTS))
+
+
+@dataclass(frozen=True, slots=True)
+class _ValuesOf(Sequence[Tensor]):
+    """The values of a node for each batch of this rank, read when they are asked for."""
+
+    node: fx.Node
+    run: GraphExecutor
+    batches: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self.run.opened(self.batches[index]):
+            return self.run.values[self.node]
 
 
 def _step(
-    model: Model, weight: TiedWeight, parts: tuple[SecondMoments, ...], of_reused: SecondMoments | None
+    model: Model,
+    weight: TiedWeight,
+    parts: tuple[SecondMoments, ...],
+    of_reused: tuple[SecondMoments, ...] | None,
 ) -> LayerStep:
     """The step for a weight, from the moments of its parts or of a reused weight. Raises PassError if not finite."""
     name = weight.names[0]
     with on_layer(name):
-        moments = sum(parts, SecondMoments()) if parts else of_reused
+        parts, of_reused = shared(parts), shared(of_reused or ())
+        moments = sum(parts or of_reused, SecondMoments()) if parts or of_reused else None
         if moments is not None and not moments.finite:
             raise PassError("its inputs on the calibration images are not finite")
     return LayerStep(weight, model.layer(name), moments, parts)
@@ -165,18 +205,23 @@ class _Rows:
 
 @torch.no_grad()
 def _collect_from_dense(
-    dense: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], reused: dict[TiedWeight, SecondMoments]
+    dense: fx.GraphModule,
+    batches: CalibrationBatches,
+    own: Sequence[int],
+    reused: dict[TiedWeight, tuple[SecondMoments, ...]],
 ) -> None:
-    """Adds the inputs and outputs of weights that several nodes apply, from a run of the dense graph."""
-    moments_of = {name: moments for weight, moments in reused.items() for name in weight.names}
+    """Adds the inputs and outputs of weights that several nodes apply, from a run of the dense graph on own batches."""
+    parts_of = {name: parts for weight, parts in reused.items() for name in weight.names}
+    part = 0
 
     def add(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
-        if name in moments_of:
-            moments_of[name].add(layer, x, product(layer, x))
+        if name in parts_of:
+            parts_of[name][part].add(layer, x, product(layer, x))
 
     interpreter = LayerInterpreter(dense, add)
-    for batch in batches:
-        interpreter.run(*(one.clone() for one in batch))
+    for batch in own:
+        part = batch % PARTS
+        interpreter.run(*batches[batch])
 
 
 @torch.no_grad()

@@ -21,11 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mpcompile.passes.reconstruct.second_moments import LeastSquares
+from mpcompile.system.distributed import all_gathered, largest_of_all, share, together
 
 CHUNK_BYTES = 512 << 20  # of submatrices of C that are solved at once
 REFINEMENTS = 8  # at most, before the system is solved in float64
 # Relative size of the last correction. A small residual is no proof: the error is the residual times the condition.
 CONVERGED = 1e-8
+WORTH_SHARING = 1e8  # multiply-accumulates of the factors, above which ranks share them
 
 
 def of_layer(problem: LeastSquares, weight: Float[Tensor, "out columns"], bias: Tensor | None) -> LeastSquares:
@@ -95,17 +97,23 @@ def _refit_group(gram: Tensor, cross: Tensor, mask: Tensor, result: Tensor) -> N
     repeated = torch.arange(int(counts.max())) % counts[:, None]
     rows = support_of_row.argsort(stable=True)[(counts.cumsum(0) - counts)[:, None] + repeated]
     step = max(1, CHUNK_BYTES // (largest * largest * 8))
-    for begin in range(0, len(supports), step):
-        chunk = slice(begin, begin + step)
-        right = cross[rows[chunk]] * supports[chunk, None]
-        result[rows[chunk]] = system.solve(right, columns[chunk], supports[chunk])
+    with together(share().size > 1 and len(supports) * largest**3 > WORTH_SHARING):
+        here = share()
+        for begin in range(0, len(supports), step):
+            chunk = torch.arange(begin, min(begin + step, len(supports)))
+            own = chunk[here.rank :: here.size]
+            right = cross[rows[own]] * supports[own, None]
+            solutions = all_gathered(system.solve(right, columns[own], supports[own]))
+            for rank, solution in enumerate(solutions):
+                result[rows[chunk[rank :: here.size]]] = solution.to(result.device)
 
 
 class _System:
     """Solves a scaled C on supports, to a relative error of about 1e-8: below the float32 rounding of stored weights.
 
     If the condition allows it, factors are float32 and residuals float64 (iterative refinement, Moler 1967), which
-    halves the time. Else everything is float64.
+    halves the time. Else everything is float64. In a process group each rank solves for its own supports, and all ranks
+    refine as often as one process would for all of them.
     """
 
     def __init__(self, matrix: Float[Tensor, "k k"], scale: Float[Tensor, " k"]) -> None:
@@ -124,13 +132,13 @@ class _System:
             return torch.zeros_like(right).scatter_(2, index, solved.mT.double()) * on
 
         factors, failed = torch.linalg.cholesky_ex(self._submatrices(self._single, columns, support))
-        if not bool(failed.any()):
+        if not largest_of_all(float(failed.any())):
             x, residual = torch.zeros_like(right), right
             for _ in range(REFINEMENTS):
                 correction = scattered(torch.cholesky_solve(residual.gather(2, index).float().mT, factors))
                 x = x + correction
                 size = x.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
-                if float((correction.norm(dim=-1) / size).max()) < CONVERGED:
+                if largest_of_all(float((correction.norm(dim=-1) / size).amax()) if len(x) else 0.0) < CONVERGED:
                     return x * self._scale
                 residual = (right - (x.flatten(0, 1) @ self._matrix).reshape(x.shape)) * on
         exact = torch.linalg.cholesky(self._submatrices(self._matrix, columns, support))

@@ -21,6 +21,16 @@ from mpcompile.passes.reconstruct.layer_rows import columns, columns_at
 CHUNK_BYTES = 128 << 20  # of unfolded inputs (im2col) at once
 
 
+def solving_bytes(layer: nn.Linear | nn.Conv2d) -> int:
+    """About how much memory the moments of a layer and the solution take: 16 matrices of the size of C, 8 of W, chunks.
+
+    Measured: the moments of four parts, their sums, and the copies of the cross-validation.
+    """
+    out, columns_each = layer.weight.shape[0], layer.weight[0].numel()
+    groups = getattr(layer, "groups", 1)
+    return 8 * (16 * groups * columns_each**2 + 8 * out * columns_each) + 4 * CHUNK_BYTES
+
+
 @dataclass
 class SecondMoments:
     """Sums over rows of inputs x and of one or more targets y, each minus a fixed shift; float64."""
@@ -85,21 +95,41 @@ class SecondMoments:
         for i in range(targets):
             self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)
 
+    @classmethod
+    def of_none(
+        cls, shift_x: Float[Tensor, "groups columns"], shift_y: Float[Tensor, "targets out"]
+    ) -> "SecondMoments":
+        """The moments of no rows, relative to these shifts."""
+        (groups, width), (targets, out) = shift_x.shape, shift_y.shape
+        sizes = (
+            (groups, width),
+            (targets, out),
+            (groups, width, width),
+            (targets, out, width),
+            (targets, targets, out),
+        )
+        return cls(0, shift_x, shift_y, *(torch.zeros(size, dtype=torch.float64) for size in sizes))
+
+    def about(self, shift_x: Float[Tensor, "groups columns"], shift_y: Float[Tensor, "targets out"]) -> "SecondMoments":
+        """The same rows, with sums relative to other shifts."""
+        n, per = self.count, self.sum_y.shape[1] // len(self.sum_x)
+        dx, dy = (self.shift_x - shift_x).double(), (self.shift_y - shift_y).double()
+        of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, self.sum_x))
+        # Of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ.
+        x, y = self.sum_x, self.sum_y
+        xx = self.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
+        yx = self.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
+        yy = self.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
+        return SecondMoments(n, shift_x, shift_y, x + n * dx, y + n * dy, xx, yx, yy)
+
     def __add__(self, other: "SecondMoments") -> "SecondMoments":
         """The sums over the rows of both operands."""
         if not self.count or not other.count:
             return self if self.count else other
-        n, per = other.count, self.sum_y.shape[1] // len(self.sum_x)
-        dx, dy = (other.shift_x - self.shift_x).double(), (other.shift_y - self.shift_y).double()
-        of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, other.sum_x))
-        # The other's sums relative to our shift: of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ.
-        x, y = other.sum_x, other.sum_y
-        xx = other.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
-        yx = other.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
-        yy = other.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
+        moved = other.about(self.shift_x, self.shift_y)
         return SecondMoments(
-            self.count + n, self.shift_x, self.shift_y, self.sum_x + x + n * dx, self.sum_y + y + n * dy,
-            self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
+            self.count + other.count, self.shift_x, self.shift_y, self.sum_x + moved.sum_x, self.sum_y + moved.sum_y,
+            self.sum_xx + moved.sum_xx, self.sum_yx + moved.sum_yx, self.sum_yy + moved.sum_yy,
         )  # fmt: skip
 
     def combined(self, share: Float[Tensor, "targets out"]) -> "SecondMoments":

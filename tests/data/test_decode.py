@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mpcompile
 from mpcompile.data import decode
-from mpcompile.data.decode import MOST_BYTES, decode_once, memory_limit
+from mpcompile.data.decode import MOST_BYTES, decode_once, kept_limit
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
@@ -129,7 +129,7 @@ def test_the_first_image_that_cannot_be_read_is_named() -> None:
 def test_the_limit_follows_from_the_memory_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     for available, expected in ((None, 0), (10**9, 0), (3 * 10**9, 10**9 // 8), (10**12, MOST_BYTES)):
         monkeypatch.setattr(decode, "available_bytes", lambda found=available: found)
-        assert memory_limit(reserved_bytes=2e9) == expected
+        assert kept_limit(reserved_bytes=2e9) == expected
 
 
 def test_a_run_decodes_each_file_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

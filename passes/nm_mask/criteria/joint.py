@@ -14,7 +14,8 @@ For a pattern with a vocabulary, that is chosen for V, and Z takes for each row 
 
 ρ grows by a fifth per round, until the support has not changed for STABLE_ROUNDS rounds. C is diagonalized once, so
 a round costs two matrix products. They are float32, which is enough to select the support; the weights themselves come
-from the exact refit on it.
+from the exact refit on it. In a process group each rank selects for a run of the rows: a row of a product has the same
+bits whichever rows are computed with it.
 """
 
 import torch
@@ -24,11 +25,14 @@ from torch import Tensor
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.criterion import MaskProblem
 from mpcompile.passes.nm_mask.selection import projection
+from mpcompile.system.distributed import all_gathered, largest_of_all, share
 
 RHO = 0.01
 RHO_GROWTH = 1.2  # slower growth finds supports with a 2 % lower error after the refit, in twice the time
 ROUNDS = 36
 STABLE_ROUNDS = 6
+FEWEST_ROWS = 32  # blocks of rows for each rank, below which no rank has a share of its own
+WHOLE = slice(None)
 
 
 def joint_mask(problem: MaskProblem) -> Bool[Tensor, "out columns"]:
@@ -42,21 +46,34 @@ def joint_support(
     """The support that ADMM selects for V = `best` and C = `gram`, which must be positive definite."""
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # groups, columns
     values, vectors = torch.linalg.eigh((gram / (scale[:, :, None] * scale[:, None])).float())
-    shape = (len(gram), len(best) // len(gram), best.shape[1])
-    v = (best.reshape(shape) * scale[:, None]).float()
+    rows = _own_rows(len(best), len(gram), pattern)
+    v = (best.reshape(len(gram), -1, best.shape[1])[:, rows] * scale[:, None]).float()
     target = ((v @ vectors) * values[:, None]) @ vectors.mT  # V C
     z, u, rho, stable_rounds = v, torch.zeros_like(v), RHO, 0
     project = projection(pattern)
-    kept = project(v.reshape(best.shape).square())
+    kept = project(v.flatten(0, 1).square())
     for _ in range(ROUNDS):
         w = (((target + rho * (z - u)) @ vectors) / (values[:, None] + rho)) @ vectors.mT
         w += u
-        now = project(w.reshape(best.shape).square())
-        z = torch.where(now.reshape(shape), w, 0)
+        now = project(w.flatten(0, 1).square())
+        z = torch.where(now.reshape(v.shape), w, 0)
         u = w - z
-        stable_rounds = stable_rounds + 1 if torch.equal(now, kept) else 0
+        changed = not torch.equal(now, kept)
+        if rows != WHOLE:
+            changed = bool(largest_of_all(float(changed)))
+        stable_rounds = 0 if changed else stable_rounds + 1
         kept = now
         if stable_rounds == STABLE_ROUNDS:
             break
         rho *= RHO_GROWTH
-    return kept
+    return kept if rows == WHOLE else torch.cat([part.to(kept.device) for part in all_gathered(kept)])
+
+
+def _own_rows(count: int, groups: int, pattern: NM) -> slice:
+    """The rows that this rank selects for: an equal run of them, or all where they are few or depend on each other."""
+    here = share()
+    blocks = count // pattern.rows
+    if here.size == 1 or groups > 1 or pattern.vocabulary or blocks < FEWEST_ROWS * here.size:
+        return WHOLE
+    first, end = (pattern.rows * (blocks * rank // here.size) for rank in (here.rank, here.rank + 1))
+    return slice(first, end)

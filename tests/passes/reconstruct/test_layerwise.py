@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.quantization import quantizers
-from mpcompile.passes import NMMask
+from mpcompile.passes import BatchNorm, NMMask
 from mpcompile.passes.quantize.placement import insert, sites
-from mpcompile.passes.reconstruct import calibration_batches
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.passes.reconstruct.layer_rows import columns
 from mpcompile.passes.reconstruct.layerwise import layerwise
 from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.system.memory import memory_limit
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
 HALF = NM(2, 4)
@@ -201,11 +202,27 @@ def test_identical_images_give_finite_outputs() -> None:
     assert result(model.example).isfinite().all()
 
 
-def test_too_many_images_for_memory_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [tiny_mlp, tiny_cnn, tiny_vit])
+def test_activations_in_files_give_the_same_bits(make: object, tmp_path: Path) -> None:
+    model: Model = make()  # type: ignore[operator]
+    passes = [NMMask(HALF), BatchNorm()]
+    in_memory, _ = PassManager(passes).run(model, tiny_data(model))
+    with memory_limit(1, tmp_path):
+        in_files, _ = PassManager(passes).run(model, tiny_data(model))
+    assert not list(tmp_path.iterdir())  # removed at the end
+    for name, value in in_memory.graph.state_dict().items():
+        assert torch.equal(value, in_files.graph.state_dict()[name])
+
+
+def test_no_file_is_left_after_an_error(tmp_path: Path) -> None:
     model = tiny_vit()
-    monkeypatch.setattr(calibration_batches, "available_bytes", lambda: 2 * 10 * int(peak_bytes(model)))
-    with pytest.raises(PassError, match=r"calibration on 64 images holds .* GiB at once.*at most 10 images"):
-        PassManager([NMMask(HALF)]).run(model, tiny_data(model))
+    with memory_limit(1, tmp_path):
+        steps = layerwise(model, None, tiny_data(model).calibration, eligible_layers(model))
+        next(steps)
+        assert list(tmp_path.glob("activations-*/*"))
+        with pytest.raises(RuntimeError, match="the caller failed"):
+            steps.throw(RuntimeError("the caller failed"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_peak_bytes_are_those_of_the_activations_alive_at_one_node() -> None:
