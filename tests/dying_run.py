@@ -3,9 +3,12 @@
     python -m tests.dying_run '{"signal": 9, "after": "part", "count": 3}' WORDS…
 
 After "part": when so many parts of a long pass are kept (a layer, a checkpoint of a training). After "model.onnx": when
-the compressed file is exported, and the output has not taken its name.
+the compressed file is exported, and the output has not taken its name. With a "rank", only that rank of torchrun does.
+
+After "full disk", nothing is signalled: the disk is full when activations are first written to a file.
 """
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from mpcompile.cli.entry_point import main
 from mpcompile.export.onnx_export import Lowered, lower
+from mpcompile.passes.reconstruct.activation_store import ActivationStore
 from mpcompile.pipeline.partial_results import PartialResults
 
 
@@ -62,9 +66,14 @@ if __name__ == "__main__":
     # A suite started in the background ignores interrupts, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     given = json.loads(sys.argv.pop(1))
-    dies = dies_of(given["signal"], given["count"])
-    if given["after"] == "part":
-        mock.patch.object(PartialResults, "put", keeping_parts(dies)).start()
-    else:
-        mock.patch("mpcompile.driver.run_plan.lower", exporting(dies)).start()
+    if given.get("rank", 0) == int(os.environ.get("RANK", "0")):
+        if given["after"] == "part":
+            dies = dies_of(given["signal"], given["count"])
+            mock.patch.object(PartialResults, "put", keeping_parts(dies)).start()
+        elif given["after"] == "full disk":
+            full = OSError(errno.ENOSPC, "No space left on device")
+            mock.patch.object(ActivationStore, "_write", side_effect=full).start()
+        else:
+            dies = dies_of(given["signal"], given["count"])
+            mock.patch("mpcompile.driver.run_plan.lower", exporting(dies)).start()
     main()

@@ -205,7 +205,8 @@ def compile_command(
     configure_logging(verbose, quiet)
     from mpcompile.cli.tables import show_artifact, show_preview
     from mpcompile.driver.artifact import Artifact
-    from mpcompile.driver.compile import compile, follow, preview
+    from mpcompile.driver.compile import compile, preview
+    from mpcompile.driver.follow import follow
     from mpcompile.driver.run_plan import plan_of
     from mpcompile.recipe.overrides import overridden
     from mpcompile.recipe.schema import Recipe, read_recipe
@@ -288,7 +289,7 @@ def compile_command(
     if polish is not None and not data:
         raise UsageError("--polish needs images to train on; give --data")
     if dry_run:
-        plan = preview(request, recipe, data, output, force)
+        plan = preview(request, recipe, data, output, force, memory_bytes)
         show_preview(plan, Recipe.checked(plan["recipe"]), as_json)
         return
     if output is None:
@@ -297,7 +298,7 @@ def compile_command(
     try:
         with process_group(recipe.device) as here, progress(quiet or as_json or not here.first) as observe:
             if not here.first:
-                follow(request, recipe, data, memory_bytes)
+                follow(request, recipe, data, output, memory_bytes)
                 return
             artifact = compile(
                 request, recipe, data=data, output=output, force=force, start=start, keep_passes=keep_passes,

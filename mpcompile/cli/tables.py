@@ -24,6 +24,7 @@ from mpcompile.report.bench_report import BenchReport
 from mpcompile.report.quantized_table import versions
 from mpcompile.report.run_tables import summary
 from mpcompile.report.schema import Report
+from mpcompile.system.resource_errors import format_bytes
 
 
 def show_artifact(artifact: Artifact) -> None:
@@ -219,6 +220,10 @@ def show_preview(plan: dict[str, Any], recipe: Recipe, as_json: bool) -> None:
         typer.echo(f"{row['layer']}: {row['pattern'] or 'dense, ' + row['reason']}{precision}")
     for note in plan["notes"]:
         typer.echo(f"Note: {note}.")
+    memory = plan["memory"]
+    if memory["peak_bytes"] is not None:
+        files = f", and {format_bytes(memory['file_bytes'])} of activations go to files" if memory["file_bytes"] else ""
+        typer.echo(f"\nmemory: about {format_bytes(memory['peak_bytes'])} at the peak{files}")
     layers = [row for row in plan["layers"] if row["shares_weight_with"] is None]  # each weight once
     masked = sum(row["pattern"] is not None for row in layers)
     quantized = sum(row["precision"] is not None for row in layers)

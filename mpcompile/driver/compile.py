@@ -13,6 +13,7 @@ from mpcompile.analysis.eligibility import eligible_patterns, tied_layers
 from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import QUANTIZE_DENSE, build_artifact
 from mpcompile.driver.inputs import decoded_for, headed, judged, loaded_from, metric_of, path_of
+from mpcompile.driver.memory_forecast import memory_forecast
 from mpcompile.driver.part import PART_HEAD, captured_run
 from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
 from mpcompile.driver.quantized_baselines import writes_dense
@@ -184,25 +185,6 @@ def least_output_bytes(module: nn.Module) -> int:
     return 3 * sum(value.numel() * value.element_size() for value in tensors)
 
 
-def follow(
-    model: str | Path | nn.Module | Request, recipe: Recipe, data: Any = None, memory_bytes: int | None = None
-) -> None:
-    """Runs a torchrun rank above 0: it takes part in the passes, and writes no files.
-
-    Rank 0 calls `compile` with the same model, recipe and data. Raises a MpcompileError.
-    """
-    plan = plan_of(recipe)
-    loaded, request = loaded_from(model)
-    dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
-    metric = metric_of(recipe)
-    images = images if part else judged(images, metric)
-    dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
-    if begin_together(dense, images):
-        with memory_limit(memory_bytes):
-            images = decoded_for(images, dense, output_bytes(loaded.module))
-            PassManager(plan.passes).run(dense, images, device=plan.device, ranks=True)
-
-
 def stages(recipe: Recipe, dense_quantized: bool = False) -> tuple[str, ...]:
     """The names of the stages that `compile` reports to `observe`, in order.
 
@@ -231,6 +213,7 @@ def preview(
     data: Any = None,
     output: str | Path | None = None,
     force: bool = False,
+    memory_bytes: int | None = None,
 ) -> dict[str, Any]:
     """What `compile` would do, as JSON values: the resolved recipe, the stages, each layer's pattern or reason.
 
@@ -256,11 +239,14 @@ def preview(
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())
     rows = _preview_rows(plan, planned)
+    with memory_limit(memory_bytes):
+        memory = memory_forecast(plan, dense, images)
     return {
         "model": dataclasses.asdict(loaded.source),
         "recipe": recipe.model_dump(mode="json"),
         "stages": stages(plan.recipe, writes_dense(plan)),
         "layers": rows,
+        "memory": dataclasses.asdict(memory),
         "notes": list(images.notes),
     }
 

@@ -37,13 +37,12 @@ def begin_together(model: Model | None, data: Data) -> bool:
     with together():
         here = share()
         orders = [split.order for split in (data.calibration, data.validation, data.training, data.held_out)]
-        own = model and {"model": _hash_of(model), "images": sha256(repr(orders))}
-        box = broadcast([own])
-        if not here.first and own is not None and box[0] is not None:
-            for what, value in own.items():
-                if value != box[0][what]:
-                    raise UsageError(f"the {what} differ from those of rank 0; give every rank the same files")
-        return box[0] is not None
+        own = {} if model is None else {"model": _hash_of(model), "images": sha256(repr(orders))}
+        first = broadcast(own)
+        for what in first if not here.first else ():
+            if own[what] != first[what]:
+                raise UsageError(f"the {what} of this rank differs from rank 0's; give every rank the same files")
+        return bool(first)
 
 
 def shares_work(step: object) -> bool:

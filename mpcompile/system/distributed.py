@@ -19,14 +19,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from mpcompile.errors import MpcompileError, ResourceError, UsageError
 from mpcompile.system.device import chosen_device
 from mpcompile.system.progress import tracked
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 WAIT = timedelta(days=2)  # for a rank that still works
-ENDED = "mpcompile/ended/"  # key in the group's store, with the rank: it ends, and has told why
+ENDED = "mpcompile/ended/"  # key in the group's store, with the rank that ends
+OWN = "own"  # what a rank says there that has an error of its own
 ENDING_SECONDS = 3.0  # in which every living rank notices that one has ended
 LOST_TEXTS = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "socket closed")
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables that torchrun sets
@@ -94,49 +98,50 @@ def process_group(device: str = "auto") -> Iterator[ProcessRank]:
     chosen = chosen_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    store, rank, count = next(dist.rendezvous("env://"))
+    store, rank, count = next(rendezvous("env://"))
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=count, timeout=WAIT
     )
     try:
         yield ProcessRank(rank, count)
     except BaseException as error:
-        store.set(f"{ENDED}{rank}", "")
-        _explain(error, store, rank, count)
+        own = not isinstance(error, SystemExit) and not any(part in str(error).lower() for part in LOST_TEXTS)
+        store.set(f"{ENDED}{rank}", OWN if own else "")
+        if not own:
+            _explain(error, store, rank, count)
+        if rank and isinstance(error, MpcompileError):
+            raise type(error)(f"rank {rank}: {error}") from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _explain(error: BaseException, store: dist.Store, rank: int, count: int) -> None:
-    """Raises ResourceError if another rank ended without a word, and LostRank if another rank told why it ended.
+def _explain(error: BaseException, store: TCPStore, rank: int, count: int) -> None:
+    """Raises what this rank has to say about an error that is not its own: a signal, or a rank that is gone.
 
-    If the error is this rank's own, it is raised again with the rank's number.
+    If another rank ended without a word, the first of the others raises ResourceError. LostRank is raised by the rest,
+    and by all if a rank told an error of its own. If all were sent a signal, nothing is raised.
     """
-    text = str(error).lower()
-    if not isinstance(error, SystemExit) and not any(part in text for part in LOST_TEXTS):
-        if isinstance(error, MpcompileError) and rank:
-            raise type(error)(f"rank {rank}: {error}") from error
-        return
-    silent = [other for other in range(count) if not _has_ended(store, other)]
-    if silent:
-        names = ", ".join(map(str, silent))
+    said = [_ended(store, other) for other in range(count)]
+    silent = [other for other, word in enumerate(said) if word is None]
+    if silent and rank == said.index(""):
+        one = len(silent) == 1
         raise ResourceError(
-            f"{'rank' if len(silent) == 1 else 'ranks'} {names} of {count} ended without an error of its own, as a "
-            "process does that is killed, for example for memory; see the log of its machine. Give the same command "
-            "again to resume"
+            f"{'rank' if one else 'ranks'} {', '.join(map(str, silent))} of {count} ended without an error of "
+            f"{'its' if one else 'their'} own, as a process does that is killed, for example for memory; see the log "
+            "of its machine. Give the same command again to resume"
         ) from error
-    if not isinstance(error, SystemExit):
+    if silent or OWN in said or not isinstance(error, SystemExit):
         raise LostRank(1) from error
 
 
-def _has_ended(store: dist.Store, rank: int) -> bool:
-    """Whether a rank has said that it ends; waits for that for a few seconds."""
+def _ended(store: TCPStore, rank: int) -> str | None:
+    """What a rank said as it ended: OWN for an error of its own, else ""; None if it says nothing for a few seconds."""
     for _ in range(int(ENDING_SECONDS / 0.1)):
         if store.check([f"{ENDED}{rank}"]):
-            return True
+            return str(store.get(f"{ENDED}{rank}").decode())
         time.sleep(0.1)
-    return False
+    return None
 
 
 def broadcast(value: T | None) -> T:

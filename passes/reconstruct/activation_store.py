@@ -114,7 +114,7 @@ class ActivationStore:
             storage = number.get(one.untyped_storage().data_ptr())
             if storage is None:
                 return one
-            return _Place(storage, one.dtype, one.storage_offset(), tuple(one.size()), one.stride())
+            return _Place(storage, one.dtype, int(one.storage_offset()), tuple(one.size()), one.stride())
 
         sizes = tuple(size for _, size in storages.values())
         self.file_bytes += sum(sizes)
@@ -129,7 +129,7 @@ class ActivationStore:
 
         def tensor(place: _Place) -> Tensor:
             empty = torch.empty(0, dtype=place.dtype, device=kept.device)
-            return empty.set_(storages[place.storage], place.offset, place.size, place.stride)  # type: ignore[call-overload,no-any-return]
+            return empty.set_(storages[place.storage], place.offset, place.size, place.stride)
 
         values: Values = tree_map_only(_Place, tensor, kept.values)
         return values
@@ -147,7 +147,7 @@ def activation_store(
 
 def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The bytes of a storage, without a copy."""
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (storage.nbytes(),), (1,)).numpy()  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (storage.nbytes(),), (1,)).numpy()
 
 
 def _storage_of(content: np.ndarray[Any, np.dtype[np.uint8]], device: torch.device) -> torch.UntypedStorage:

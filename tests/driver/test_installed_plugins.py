@@ -12,12 +12,12 @@ from mpcompile.cli import inspect_commands
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.bench import bench
 from mpcompile.driver.compare_engines import Settings
-from mpcompile.driver.compile import follow
 from mpcompile.driver.doctor import examine
+from mpcompile.driver.follow import follow
 from mpcompile.driver.run_plan import build_pass, known, plan_of, recipe_schema, runtime_named
 from mpcompile.errors import UsageError
 from mpcompile.passes import PASSES, NMMask
-from mpcompile.pipeline.pass_manager import Distributed
+from mpcompile.pipeline.ranks import shares_work
 from mpcompile.recipe.schema import Recipe, Step
 from mpcompile.runtimes import Eager, OnnxRuntime
 from mpcompile.testing import TinyMLP
@@ -30,6 +30,7 @@ from typing import ClassVar
 import torch
 from mpcompile import Data, Effect, Model
 from mpcompile.runtimes import Eager
+from mpcompile.system.distributed import share
 from mpcompile.testing import TinyMLP
 
 
@@ -51,13 +52,12 @@ class Halve:
 
 class Train(Halve):
     name = "train"
-    sources = []
+    shares_work = True
+    runs = []
 
-    def follow(self, data, source):
-        self.sources.append(source.arch)
-
-    def skip(self):
-        pass
+    def __call__(self, model, data):
+        self.runs.append(share().size)
+        return super().__call__(model, data)
 
 
 class Chip(Eager):
@@ -233,13 +233,13 @@ def test_a_command_line_run_with_model_pass_and_runtime_of_a_package(package: Pa
         bench(tmp_path / "out", Settings(seconds=0.05))
 
 
-def test_other_ranks_take_part_in_a_distributed_pass_of_a_package(package: Package) -> None:
+def test_a_pass_of_a_package_shares_its_work_if_it_says_so(package: Package) -> None:
     class Net(TinyMLP):
         pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}  # noqa: RUF012
 
     package(passes={"halve": "their_package:Halve", "train": "their_package:Train"})
-    follow(Net(), Recipe.checked({"passes": ["halve", "train"]}))
-    assert sys.modules["their_package"].Train.sources == ["Net"]
     halve, train = (build_pass(Step(name=name)) for name in ("halve", "train"))
-    assert not isinstance(halve, Distributed)
-    assert isinstance(train, Distributed)
+    assert not shares_work(halve)
+    assert shares_work(train)
+    follow(Net(), Recipe.checked({"passes": ["halve", "train"]}))  # alone, a follower is the only rank
+    assert sys.modules["their_package"].Train.runs == [1]

@@ -20,10 +20,10 @@ from mpcompile.data.images import Data, Split
 from mpcompile.driver.artifact import Artifact
 from mpcompile.errors import PassError, UsageError
 from mpcompile.passes import ToMe
-from mpcompile.passes.distill.distill import OPTIMIZERS, SKIPPED
+from mpcompile.passes.distill.distill import OPTIMIZERS
 from mpcompile.pipeline.partial_results import keeping
 from mpcompile.system.distributed import ProcessRank, broadcast, process_group, process_rank
-from mpcompile.testing import tiny_data, tiny_source, tiny_vit
+from mpcompile.testing import tiny_source, tiny_vit
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -136,33 +136,6 @@ def test_a_killed_command_goes_on_to_the_same_weights(
     assert not (tmp_path / ".killed.work").exists()
 
 
-def torchrun(*arguments: str) -> None:
-    started = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    subprocess.run([sys.executable, *started], check=True, env=ONE_THREAD)
-
-
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    script = str(Path(__file__).parents[2] / "two_processes.py")
-    torchrun(script, str(tmp_path))
-    subprocess.run([sys.executable, script, str(tmp_path)], check=True, env=ONE_THREAD)
-    first, second, alone = (load_file(tmp_path / f"{name}.safetensors") for name in ("2-0", "2-1", "1-0"))
-    assert_same_weights(first, second)
-    for name, value in alone.items():
-        # As in test_accumulating_is_one_step: gradients summed in another order.
-        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
-
-
-def test_the_command_under_torchrun_writes_what_one_process_writes(
-    tmp_path: Path, tiny_files: Files, undisturbed: dict[str, Tensor]
-) -> None:
-    torchrun("-m", "mpcompile", *command(tiny_files, tmp_path, "two"))
-    two = load_file(tmp_path / "two" / "model.safetensors")
-    assert len(Artifact.open(tmp_path / "two").verify()) == 8
-    for name, value in undisturbed.items():
-        # The same, over 24 steps.
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
-
-
 def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_rank() == ProcessRank(0, 1)
     assert broadcast({"a": 1}) == {"a": 1}
@@ -175,20 +148,6 @@ def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> Non
         process_group(),
     ):
         pass
-
-
-def test_a_training_from_a_checkpoint_is_told_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
-
-    def box(value: object) -> object:
-        told.append(value)
-        return SKIPPED
-
-    monkeypatch.setattr("mpcompile.passes.distill.distill.broadcast", box)
-    model = tiny_vit()
-    QUICK.skip()
-    assert QUICK.follow(tiny_data(model), model.source) is None
-    assert told == [SKIPPED, None]
 
 
 def test_a_batch_has_to_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from mpcompile.passes.quantize.placement import insert, sites
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.passes.reconstruct.layer_rows import columns
 from mpcompile.passes.reconstruct.layerwise import layerwise
-from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.system.memory import memory_limit
 from mpcompile.testing import Noise, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
 
@@ -205,7 +205,7 @@ def test_identical_images_give_finite_outputs() -> None:
 @pytest.mark.parametrize("make", [tiny_mlp, tiny_cnn, tiny_vit])
 def test_activations_in_files_give_the_same_bits(make: object, tmp_path: Path) -> None:
     model: Model = make()  # type: ignore[operator]
-    passes = [NMMask(HALF), BatchNorm()]
+    passes: list[Pass] = [NMMask(HALF), BatchNorm()]
     in_memory, _ = PassManager(passes).run(model, tiny_data(model))
     with memory_limit(1, tmp_path):
         in_files, _ = PassManager(passes).run(model, tiny_data(model))
