@@ -11,9 +11,9 @@ from mpcompile.errors import UsageError, did_you_mean
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
-4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written);
-7 a runtime is missing or could not build; 1 disk or memory ran out, or an unexpected error;
-130 stopped by Ctrl-C, 143 by SIGTERM (finished passes are kept, and the same command resumes).
+4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written), or a
+condition of `compare --fail-if` is true; 7 a runtime is missing or could not build; 1 disk or memory ran out, or an
+unexpected error; 130 stopped by Ctrl-C, 143 by SIGTERM (finished passes are kept, and the same command resumes).
 """
 
 

@@ -145,9 +145,7 @@ def compare(
     )
 
 
-def _of_values(
-    found: ValueDifferences, head: Head, metric: MetricComparison | None, images_sha256: str
-) -> Comparison:
+def _of_values(found: ValueDifferences, head: Head, metric: MetricComparison | None, images_sha256: str) -> Comparison:
     """The comparison of outputs that are values."""
     shift = np.concatenate(found.shifts)
     return Comparison(

@@ -32,7 +32,7 @@ def bash(complete: Complete, words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("mpcompile ", ["analyze", "bench", "compile", "verify", "doctor", "passes", "schema"]),
+        ("mpcompile ", ["analyze", "bench", "compare", "compile", "verify", "doctor", "passes", "schema"]),
         ("mpcompile ve", ["verify"]),
         ("mpcompile --pat", ["--pattern"]),  # of the default command, before MODEL
         ("mpcompile m.pt --pat", ["--pattern"]),
@@ -50,6 +50,7 @@ def bash(complete: Complete, words: str) -> list[str]:
         ("mpcompile m.pt --refit l", ["layer"]),
         ("mpcompile m.pt --precision ", ["fp32", "fp16", "bf16", "int8", "fp8"]),
         ("mpcompile m.pt --from nm", ["nm-mask"]),
+        ("mpcompile compare out --fail-if speedup_i", ["speedup_int8", "speedup_int8_low"]),
         ("mpcompile schema re", ["recipe", "report"]),
         ("mpcompile mod", []),  # then the shell completes file names
     ],
