@@ -11,6 +11,7 @@ from mpcompile.cli import (  # noqa: F401 (each registers its commands, in this 
     bench_command,
     compare_command,
     compile_command,
+    explain_command,
     inspect_commands,
 )
 from mpcompile.cli.app import app, stopped_text

@@ -32,7 +32,7 @@ def bash(complete: Complete, words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("mpcompile ", ["analyze", "bench", "compare", "compile", "verify", "doctor", "passes", "schema"]),
+        ("mpcompile ", ["analyze", "bench", "compare", "compile", "explain", "verify", "doctor", "passes", "schema"]),
         ("mpcompile ve", ["verify"]),
         ("mpcompile --pat", ["--pattern"]),  # of the default command, before MODEL
         ("mpcompile m.pt --pat", ["--pattern"]),
