@@ -203,6 +203,7 @@ def compile_command(
     configure_logging(verbose, quiet)
     from mpcompile.cli.tables import show_artifact, show_preview
     from mpcompile.driver.artifact import Artifact
+    from mpcompile.driver.commented_recipe import commented
     from mpcompile.driver.compile import compile, follow, preview
     from mpcompile.driver.run_plan import plan_of
     from mpcompile.recipe.overrides import overridden
@@ -279,7 +280,7 @@ def compile_command(
         output_name,
     )
     if save_config:
-        _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides
+        _write_text(save_config, commented(plan_of(recipe).recipe))  # with what the target decides
     if distill is not None and not data:
         raise UsageError("--distill needs images to train on; give --data")
     if polish is not None and not data:

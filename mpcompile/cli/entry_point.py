@@ -12,6 +12,7 @@ from mpcompile.cli import (  # noqa: F401 (each registers its commands, in this 
     compare_command,
     compile_command,
     explain_command,
+    init_command,
     inspect_commands,
 )
 from mpcompile.cli.app import app, stopped_text

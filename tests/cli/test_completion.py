@@ -32,7 +32,10 @@ def bash(complete: Complete, words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("mpcompile ", ["analyze", "bench", "compare", "compile", "explain", "verify", "doctor", "passes", "schema"]),
+        (
+            "mpcompile ",
+            ["analyze", "bench", "compare", "compile", "explain", "init", "verify", "doctor", "passes", "schema"],
+        ),
         ("mpcompile ve", ["verify"]),
         ("mpcompile --pat", ["--pattern"]),  # of the default command, before MODEL
         ("mpcompile m.pt --pat", ["--pattern"]),
@@ -51,6 +54,7 @@ def bash(complete: Complete, words: str) -> list[str]:
         ("mpcompile m.pt --precision ", ["fp32", "fp16", "bf16", "int8", "fp8"]),
         ("mpcompile m.pt --from nm", ["nm-mask"]),
         ("mpcompile compare out --fail-if speedup_i", ["speedup_int8", "speedup_int8_low"]),
+        ("mpcompile init --precision int", ["int8"]),
         ("mpcompile schema re", ["recipe", "report"]),
         ("mpcompile mod", []),  # then the shell completes file names
     ],

@@ -16,7 +16,7 @@ from mpcompile.driver.run_plan import PASSES, RUNTIMES, known, recipe_schema
 from mpcompile.recipe.schema import DataChoice
 
 LARGE = ("torch", "onnx", "onnxruntime", "timm", "matplotlib", "scipy", "numpy", "yaml", "rich.progress")
-COMMANDS = ("analyze", "bench", "compare", "compile", "explain", "verify", "doctor", "passes", "schema")
+COMMANDS = ("analyze", "bench", "compare", "compile", "explain", "init", "verify", "doctor", "passes", "schema")
 
 
 def test_help_version_and_no_arguments() -> None:
