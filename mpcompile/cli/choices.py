@@ -14,6 +14,18 @@ TARGETS: Mapping[str, str] = {
     "rtx": "TensorRT for RTX, which needs no GPU to compile",
     "eager": "PyTorch",
 }
+PATTERNS: Mapping[str, str] = {  # examples, not all that the option accepts
+    "2:4": "half of the weights, on GPUs and CPUs",
+    "50%": "half of the weights, in the freest pattern at the speed of 2:4",
+    "1:4": "a quarter of the weights",
+    "25%": "a quarter of the weights, in the freest pattern",
+    "8:16": "half of the weights, less loss than 2:4",
+    "16:32": "half of the weights, less loss than 8:16",
+    "2:4x4": "four neighbouring rows share one pattern",
+    "4:8v8": "each row takes one of 8 patterns in each block",
+    "2:4,1:4": "the budget chooses one for each layer",
+    "auto": "the budget chooses from the densities that are fast, with --macs",
+}
 PRECISIONS: Mapping[str, str] = {
     "fp32": "32-bit float",
     "fp16": "16-bit float",

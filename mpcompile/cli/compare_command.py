@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from mpcompile.cli.app import EXIT_CODES, Command, app
+from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import METRICS, completion
 from mpcompile.cli.console import configure_logging
 from mpcompile.cli.options import JsonOption, QuietOption
 
 
-@app.command("compare", cls=Command, epilog=EXIT_CODES)
+@app.command("compare", cls=Command, epilog=epilog_of("compare", codes=True))
 def compare_command(
     folders: Annotated[
         list[Path], typer.Argument(metavar="FOLDER", help="Output folders of `mpcompile compile`, one or more.")
@@ -34,10 +34,10 @@ def compare_command(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare output folders: accuracy, agreement, speed, size and proofs, beside their dense models.
+    """Compare output folders with each other and with their dense models.
 
-    Reads report.json of each folder and runs nothing. If the runs cannot be compared, it says in what and why: other
-    dense models, images, machines or versions.
+    Shows accuracy, agreement, speed, size and proofs. Reads report.json of each folder and runs nothing. If the runs
+    cannot be compared, it says in what and why: other dense models, images, machines or versions.
     """
     configure_logging(0, quiet)
     from mpcompile.cli.compared_output import show_comparison, show_failures

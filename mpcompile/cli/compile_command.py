@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import EXIT_CODES, Command, app
+from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import CRITERIA, DEVICES, PASSES, PRECISIONS, REFITS, completion, listed
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.model_options import (
@@ -59,7 +59,7 @@ from mpcompile.cli.parse import request_of
 from mpcompile.errors import AccuracyError, UsageError
 
 
-@app.command("compile", cls=Command, epilog=EXIT_CODES)
+@app.command("compile", cls=Command, epilog=epilog_of("compile", codes=True))
 def compile_command(
     model: ModelArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from mpcompile.cli.app import Command, app
+from mpcompile.cli.app import Command, app, epilog_of
+from mpcompile.cli.completed_values import layers
 from mpcompile.cli.options import FolderArgument, JsonOption
 
 
-@app.command("explain", cls=Command)
+@app.command("explain", cls=Command, epilog=epilog_of("explain"))
 def explain_command(
     folder: FolderArgument,
     layer: Annotated[
@@ -17,13 +18,15 @@ def explain_command(
         typer.Argument(
             metavar="[LAYER]",
             help="Name of a layer, or a shell pattern such as 'blocks.0.*'. Without it, all layers are listed.",
+            autocompletion=layers,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say why a layer is as it is: its pattern, spectrum, refit error, number format, kernel and loss.
+    """Say why a layer of an output folder is as it is.
 
-    Reads report.json and runs nothing.
+    Tells its pattern and who chose it, its spectrum, refit error, number format, kernel and loss. Reads report.json and
+    runs nothing.
     """
     from mpcompile.driver.read_report import read_checked_report
     from mpcompile.report.explained_layer import explain, layers_named, one_line_each

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from mpcompile.cli.app import Command, app
+from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import PRECISIONS, TARGETS, completion, listed
 from mpcompile.cli.options import QuietOption
 from mpcompile.errors import UsageError, did_you_mean
@@ -16,7 +16,7 @@ MODEL, TARGET, PRECISION, DROP = "model.safetensors", "ort", "fp32", 1.0  # the 
 Answer = TypeVar("Answer")
 
 
-@app.command("init", cls=Command)
+@app.command("init", cls=Command, epilog=epilog_of("init"))
 def init_command(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help=f"Model to compress. [default: {MODEL}]", show_default=False)

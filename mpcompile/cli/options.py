@@ -9,6 +9,7 @@ from mpcompile.cli.choices import (
     ALPHA,
     EXIF,
     HEADS,
+    PATTERNS,
     SIGNALS,
     TARGETS,
     completion,
@@ -27,6 +28,7 @@ PatternOption = Annotated[
         "patterns, in every block of 8 input channels. With 2:4,8:16, the budget chooses one for each layer. "
         "With auto, it chooses from the densities that are fast on the target in this precision; with auto:16, from "
         "all N:16.",
+        autocompletion=completion(PATTERNS),
     ),
 ]
 
