@@ -93,7 +93,7 @@ def _cosine(report: Report) -> Iterator[Measured]:
 
 
 def _proven(report: Report) -> Iterator[Measured]:
-    if report.certificate is not None:
+    if report.certificate is not None and report.certificate.images:
         yield Measured(value=100 * report.certificate.proven / report.certificate.images)
 
 
@@ -153,7 +153,8 @@ def _size_ratio(report: Report) -> Iterator[Measured]:
 
 
 def _macs(report: Report) -> Iterator[Measured]:
-    yield Measured(value=100 * report.cost.compressed / report.cost.dense, dense=100.0)
+    if report.cost.dense:
+        yield Measured(value=100 * report.cost.compressed / report.cost.dense, dense=100.0)
 
 
 def _kept(report: Report) -> Iterator[Measured]:

@@ -4,14 +4,17 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import Page, browsing, find_chromium
 from report_page import PageTables, jq
-from small_reports import ENVIRONMENT, LAYERS, int8_report, layer, small_report
+from small_reports import ENVIRONMENT, LAYERS, comparison, int8_report, layer, small_report
 
+from mpcompile.measure.metric_comparison import MetricComparison
+from mpcompile.measure.value_errors import ValueErrors
 from mpcompile.report.compared_page import accuracy_chart, compared_html
 from mpcompile.report.compared_runs import compared
 from mpcompile.report.compared_schema import ComparedRuns
@@ -81,6 +84,25 @@ def test_dense_is_the_first_row_and_what_is_missing_is_said(found: ComparedRuns)
     ):
         assert (rows["dense"][names.index(name)], rows["fp32/out"][names.index(name)]) == (dense, own), name
     assert rows["int8/out"][names.index("beside dense int8, batch 1")] == "1.04×\n[1.02, 1.06]"
+
+
+def test_a_metric_of_the_user_and_outputs_that_are_values_have_their_columns() -> None:
+    metric = MetricComparison("miou", 0.7123, 0.7001, 0.0122, (0.01, 0.015), 2000)
+    mine = small_report(comparison=replace(comparison(), metric=metric, dense=None, compressed=None, turned=None))
+    found = compared(["a"], [mine])
+    names, rows = [column.name for column in runs_table(found).columns], runs_table(found).texts()
+    assert [rows[0][names.index("miou")], rows[1][names.index("miou")]] == ["0.7123", "0.7001"]
+    assert rows[1][names.index("change of miou")] == "-0.0122\n[-0.015, -0.01]"
+    assert "top-1" not in names
+    chart = accuracy_chart(found)
+    assert chart is not None
+    assert chart.title == "Change of miou, against speedup over dense, mean of the batch sizes"
+    values = ValueErrors(0.0123, 0.03, 0.02, 0.999, 0.99)
+    maps = small_report(comparison=replace(comparison(), values=values, agreement=None, dense=None, compressed=None))
+    table = runs_table(compared(["a"], [maps.model_copy(update={"certificate": None})]))
+    shown = dict(zip((column.name for column in table.columns), table.texts()[1], strict=True))
+    assert shown["relative error"].endswith(" %")
+    assert not {"top-1", "same answer", "proven"} & set(shown)
 
 
 def test_layers_are_matched_by_name() -> None:
