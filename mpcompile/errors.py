@@ -14,6 +14,7 @@ __all__ = [
     "AccuracyError",
     "BuildError",
     "CaptureError",
+    "ConditionError",
     "LoadError",
     "MaskError",
     "MpcompileError",
@@ -75,6 +76,12 @@ class AccuracyError(MpcompileError):
 
     The output folder is still written.
     """
+
+    exit_code = 6
+
+
+class ConditionError(MpcompileError):
+    """A condition of `compare --fail-if` that is true, or that names a metric which was not measured."""
 
     exit_code = 6
 

@@ -54,7 +54,7 @@ class Certify:
     Args:
         weight_decay: λ₂ of the penalty λ₂‖A‖² that the model was trained with; 0 if unknown.
         l1: λ₁ of the penalty λ₁‖A‖₁ that the model was trained with; 0 if unknown.
-        confidence: of the bound on unseen images, between 0 and 1.
+        confidence: confidence of the bound on unseen images, between 0 and 1.
         attribute: how many held-out images the attribution uses; 0 for none.
     """
 

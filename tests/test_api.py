@@ -32,8 +32,8 @@ Artifact Data Effect LayerPlan Loaded Lowered Model MpcompileError NM Pass PassM
 Request Source Spectrum Step capture compile load load_data lower read_recipe tracked
 """
 ERRORS = {
-    "AccuracyError": 6, "BuildError": 7, "CaptureError": 3, "LoadError": 3, "MaskError": 5, "MpcompileError": 1,
-    "ParityError": 5, "PassError": 4, "ResourceError": 1, "RuntimeMissing": 7, "UsageError": 2,
+    "AccuracyError": 6, "BuildError": 7, "CaptureError": 3, "ConditionError": 6, "LoadError": 3, "MaskError": 5,
+    "MpcompileError": 1, "ParityError": 5, "PassError": 4, "ResourceError": 1, "RuntimeMissing": 7, "UsageError": 2,
 }  # fmt: skip
 QUICK = Recipe.checked({"target": "eager", "bench": {"batches": [1], "seconds": 0.05}})
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import Command, app
+from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import PRECISIONS, completion
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.model_options import (
@@ -52,7 +52,7 @@ from mpcompile.cli.options import (
 from mpcompile.cli.parse import request_of
 
 
-@app.command("analyze", cls=Command)
+@app.command("analyze", cls=Command, epilog=epilog_of("analyze"))
 def analyze_command(
     model: ModelArgument,
     pattern: PatternOption = None,

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from mpcompile.cli.help_groups import examples, write_commands, write_options
 from mpcompile.errors import UsageError, did_you_mean
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 wrong usage or recipe; 3 model or images could not be loaded, or the model not captured;
-4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written);
-7 a runtime is missing or could not build; 1 disk or memory ran out, or an unexpected error;
-130 stopped by Ctrl-C, 143 by SIGTERM (finished passes are kept, and the same command resumes).
+4 a pass failed; 5 outputs differ or a mask is violated; 6 an accuracy gate failed (the folder is written), or a
+condition of `compare --fail-if` is true; 7 a runtime is missing or could not build; 1 disk or memory ran out, or an
+unexpected error; 130 stopped by Ctrl-C, 143 by SIGTERM (finished passes are kept, and the same command resumes).
 """
 
 
@@ -27,6 +28,11 @@ def _with_short_help(items: list[Any]) -> list[Any]:
     return items
 
 
+def epilog_of(command: str, codes: bool = False) -> str:
+    """The end of a command's help: its examples, and with `codes` the exit codes."""
+    return f"{examples(command)}\n\n{EXIT_CODES.strip()}" if codes else examples(command)
+
+
 def stopped_text(by: str, error: BaseException) -> str:
     """The line that tells a user what a stopped run has kept; the notes of the error say where."""
     notes = getattr(error, "__notes__", None)
@@ -35,7 +41,11 @@ def stopped_text(by: str, error: BaseException) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose options complete with a one-line help."""
+    """A command whose help has its options in sections, and whose options complete with a one-line help."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options to the help text, in the sections of help_groups.py."""
+        write_options(ctx, self.get_params(ctx), formatter)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The options that begin with the typed text."""
@@ -63,6 +73,10 @@ class CompileByDefault(TyperGroup):
         except KeyboardInterrupt as error:
             typer.echo(f"mpcompile: {stopped_text('Ctrl-C', error)}", err=True)
             raise typer.Exit(130) from None
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the commands to the help text, in the sections of help_groups.py."""
+        write_commands(self.commands, formatter)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """The commands, and the options of `mpcompile` and of `compile`, that begin with the typed text."""

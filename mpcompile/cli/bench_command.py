@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import Command, app
+from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import TARGETS, completion, listed
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.options import FolderArgument, JsonOption, QuietOption, VerboseOption
 
 
-@app.command("bench", cls=Command)
+@app.command("bench", cls=Command, epilog=epilog_of("bench"))
 def bench_command(
     folder: FolderArgument,
     target: Annotated[

@@ -14,6 +14,18 @@ TARGETS: Mapping[str, str] = {
     "rtx": "TensorRT for RTX, which needs no GPU to compile",
     "eager": "PyTorch",
 }
+PATTERNS: Mapping[str, str] = {  # examples, not all that the option accepts
+    "2:4": "half of the weights, on GPUs and CPUs",
+    "50%": "half of the weights, in the freest pattern at the speed of 2:4",
+    "1:4": "a quarter of the weights",
+    "25%": "a quarter of the weights, in the freest pattern",
+    "8:16": "half of the weights, less loss than 2:4",
+    "16:32": "half of the weights, less loss than 8:16",
+    "2:4x4": "four neighbouring rows share one pattern",
+    "4:8v8": "each row takes one of 8 patterns in each block",
+    "2:4,1:4": "the budget chooses one for each layer",
+    "auto": "the budget chooses from the densities that are fast, with --macs",
+}
 PRECISIONS: Mapping[str, str] = {
     "fp32": "32-bit float",
     "fp16": "16-bit float",
@@ -92,6 +104,35 @@ PASSES: Mapping[str, str] = {
     "scale-migration": "move the spread of activations into the weights after layer norms",
     "quantize": "quantise weights and activations to 8 bits",
     "certify": "prove unchanged predictions",
+}
+# The metrics of `compare --fail-if`, with their units.
+METRICS: Mapping[str, str] = {
+    "top1": "right decisions, in per cent",
+    "top1_change": "change of top1, in percentage points",
+    "top5": "top-5 accuracy, in per cent",
+    "metric": "your own metric",
+    "metric_change": "change of your own metric",
+    "agreement": "same decision as the dense model, in per cent",
+    "logit_shift": "largest change of an output of an image, mean",
+    "ece": "expected calibration error, from 0 to 1",
+    "kl": "divergence from the dense model, in nats",
+    "relative_error": "error of outputs that are values, in per cent",
+    "cosine": "cosine similarity of outputs that are values",
+    "proven": "decisions that are proven unchanged, in per cent",
+    "agreement_bound": "least agreement on unseen images, in per cent",
+    "speedup": "times as fast as dense",
+    "speedup_low": "lower end of the interval of speedup",
+    "speedup_int8": "times as fast as the fastest dense int8",
+    "speedup_int8_low": "lower end of the interval of speedup_int8",
+    "speedup_fp8": "times as fast as the fastest dense fp8",
+    "speedup_fp8_low": "lower end of the interval of speedup_fp8",
+    "latency_ms": "median time of a call, in milliseconds",
+    "size_mb": "the ONNX file that is deployed, in MB",
+    "size_ratio": "its size as a multiple of the dense file",
+    "macs": "multiply-accumulates left, in per cent",
+    "kept": "weights that are not zero, in per cent",
+    "masked_layers": "number of masked layers",
+    "sparse_layers": "number of layers on sparse kernels",
 }
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 import mpcompile.cli.parse as parse
-from mpcompile.cli.app import EXIT_CODES, Command, app
-from mpcompile.cli.choices import CRITERIA, DEVICES, PASSES, PRECISIONS, REFITS, completion, listed
+from mpcompile.cli.app import Command, app, epilog_of
+from mpcompile.cli.choices import CRITERIA, PASSES, PRECISIONS, REFITS, completion, listed
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.model_options import (
     AllowPickleOption,
@@ -37,6 +37,7 @@ from mpcompile.cli.options import (
     ClassesOption,
     ConfidenceOption,
     DataOption,
+    DeviceOption,
     ExcludeOption,
     ExifOption,
     HeadOption,
@@ -60,7 +61,7 @@ from mpcompile.cli.parse import request_of
 from mpcompile.errors import AccuracyError, UsageError
 
 
-@app.command("compile", cls=Command, epilog=EXIT_CODES)
+@app.command("compile", cls=Command, epilog=epilog_of("compile", codes=True))
 def compile_command(
     model: ModelArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
@@ -155,14 +156,7 @@ def compile_command(
     alpha: AlphaOption = None,
     skip_broken: SkipBrokenOption = False,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime. [default: its own choice]")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where passes run: auto (a CUDA GPU if there is one), cpu, cuda or cuda:N. Engines run where the "
-            "target does. [default: auto]",
-            autocompletion=completion(DEVICES),
-        ),
-    ] = None,
+    device: DeviceOption = None,
     memory: MemoryOption = None,
     arch: ArchOption = None,
     arch_arg: ArchArgOption = None,
@@ -205,6 +199,7 @@ def compile_command(
     configure_logging(verbose, quiet)
     from mpcompile.cli.tables import show_artifact, show_preview
     from mpcompile.driver.artifact import Artifact
+    from mpcompile.driver.commented_recipe import commented
     from mpcompile.driver.compile import compile, preview
     from mpcompile.driver.follow import follow
     from mpcompile.driver.run_plan import plan_of
@@ -283,7 +278,7 @@ def compile_command(
     )
     memory_bytes = parse.memory(memory)
     if save_config:
-        _write_text(save_config, plan_of(recipe).recipe.to_yaml())  # with what the target decides
+        _write_text(save_config, commented(plan_of(recipe).recipe))  # with what the target decides
     if distill is not None and not data:
         raise UsageError("--distill needs images to train on; give --data")
     if polish is not None and not data:

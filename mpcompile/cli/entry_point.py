@@ -6,7 +6,15 @@ import sys
 
 import typer
 
-from mpcompile.cli import analyze_command, bench_command, compile_command, inspect_commands  # noqa: F401
+from mpcompile.cli import (  # noqa: F401 (each registers its commands, in this order)
+    analyze_command,
+    bench_command,
+    compare_command,
+    compile_command,
+    explain_command,
+    init_command,
+    inspect_commands,
+)
 from mpcompile.cli.app import app, stopped_text
 from mpcompile.errors import MpcompileError, ResourceError, UsageError, one_line
 from mpcompile.system.resource_errors import shortage

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcompile.cli.app import Command, app
+from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.console import configure_logging, progress
 from mpcompile.cli.model_options import (
     MODELS,
@@ -35,7 +35,7 @@ class Schema(StrEnum):
     REPORT = "report"
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog=epilog_of("verify"))
 def verify(
     folder: FolderArgument,
     as_json: JsonOption = False,
@@ -62,7 +62,7 @@ def verify(
         )
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog=epilog_of("doctor"))
 def doctor(
     model: Annotated[
         str | None,
@@ -113,7 +113,7 @@ def doctor(
         show_findings(findings)
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog=epilog_of("passes"))
 def passes(as_json: JsonOption = False) -> None:
     """List the passes that a recipe can name, with their parameters and defaults."""
     from mpcompile.driver.run_plan import known
@@ -141,7 +141,7 @@ def passes(as_json: JsonOption = False) -> None:
             typer.echo(f"    {name} = {default}")
 
 
-@app.command(cls=Command)
+@app.command(cls=Command, epilog=epilog_of("schema"))
 def schema(
     of: Annotated[
         Schema,

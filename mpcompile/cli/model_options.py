@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mpcompile.cli.choices import CHANNEL_ORDERS, INTERPOLATIONS, PREPROCESSING, completion, listed
+from mpcompile.cli.completed_values import architectures
 
 MODELS = (
     "A weights file, a .pt2 file, a Hugging Face folder, hf:ORG/NAME (downloaded from the hub), timm:NAME, or "
@@ -14,7 +15,12 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)]
 
 
 ArchOption = Annotated[
-    str | None, typer.Option("--arch", help="Architecture of a weights file: a timm name, hf:CLASS or pkg.mod:factory.")
+    str | None,
+    typer.Option(
+        "--arch",
+        help="Architecture of a weights file: a timm name, hf:CLASS or pkg.mod:factory.",
+        autocompletion=architectures,
+    ),
 ]
 
 

@@ -7,8 +7,10 @@ import typer
 
 from mpcompile.cli.choices import (
     ALPHA,
+    DEVICES,
     EXIF,
     HEADS,
+    PATTERNS,
     SIGNALS,
     TARGETS,
     completion,
@@ -27,6 +29,7 @@ PatternOption = Annotated[
         "patterns, in every block of 8 input channels. With 2:4,8:16, the budget chooses one for each layer. "
         "With auto, it chooses from the densities that are fast on the target in this precision; with auto:16, from "
         "all N:16.",
+        autocompletion=completion(PATTERNS),
     ),
 ]
 
@@ -204,6 +207,17 @@ CalibrationOption = Annotated[
 
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="Random seed, such as for the choice of images. [default: 0]")
+]
+
+
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where passes run: auto (a CUDA GPU if there is one), cpu, cuda or cuda:N. Engines run where the target "
+        "does. [default: auto]",
+        autocompletion=completion(DEVICES),
+    ),
 ]
 
 

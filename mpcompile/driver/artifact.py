@@ -24,7 +24,6 @@ from types import MappingProxyType
 from typing import Literal, overload
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from mpcompile.data.transform import Transform, evaluation_transform
@@ -37,6 +36,7 @@ from mpcompile.driver.load_artifact import (
     onnx_engine,
     target_engine,
 )
+from mpcompile.driver.read_report import read_report
 from mpcompile.driver.run_plan import runtime_named
 from mpcompile.driver.weight_files import MASKS, WEIGHTS, as_in_graph, read_masks
 from mpcompile.errors import LoadError, MaskError, MpcompileError, UsageError, cause_of
@@ -46,7 +46,7 @@ from mpcompile.frontend.call_inputs import InputSpec
 from mpcompile.frontend.stored_weights import layer_weight
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.ir.weight_groups import pattern_violation
-from mpcompile.recipe.schema import Recipe, explained, read_recipe
+from mpcompile.recipe.schema import Recipe, read_recipe
 from mpcompile.report.report_hashes import require_unchanged
 from mpcompile.report.schema import FileRow, Report
 from mpcompile.runtimes import LoadsFile, RunsGraph
@@ -83,12 +83,7 @@ class Artifact:
             raise LoadError(f"{folder} cannot be looked up: {error}") from error
         if missing:
             raise LoadError(f"{folder} is not an output folder of mpcompile: {', '.join(missing)} missing")
-        try:
-            return cls(folder, Report.read(folder))
-        except ValidationError as error:
-            raise LoadError(f"{folder / 'report.json'} is not a report of this version: {explained(error)}") from error
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{folder / 'report.json'} cannot be read: {error}") from error
+        return cls(folder, read_report(folder))
 
     def _repr_html_(self) -> str:
         """The artifact in a Jupyter notebook: its report, and where the files are."""

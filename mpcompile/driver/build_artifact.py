@@ -15,6 +15,7 @@ from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
+from mpcompile.driver.commented_recipe import commented
 from mpcompile.driver.compare_engines import Arrays, arrays, parity_of
 from mpcompile.driver.gates import gates_of
 from mpcompile.driver.part import OpenPart
@@ -145,7 +146,7 @@ def build_artifact(
     verdicts = built.verdicts if plan.idle else kernel_verdicts(built, after, data, dense, recipe)
     observe("write")
     write_weights(folder, loaded.module, model)
-    (folder / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / RECIPE).write_text(commented(recipe), encoding="utf-8")
     if keep_passes:
         checkpoints.copy_to(folder / PASSES)
     layers = layer_rows(model, after, dense_cost, cost_left)

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from mpcompile.driver.densities import with_densities
+from mpcompile.driver.pass_descriptions import parameters_of, summary_of
 from mpcompile.driver.pass_order import require_order
 from mpcompile.driver.plugins import (
     PASS_GROUP,
@@ -247,7 +248,10 @@ def recipe_schema(known: Known) -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     steps: list[dict[str, Any]] = [{"enum": list(known.passes)}]
     for name, kind in known.passes.items():
-        params = TypeAdapter(kind).json_schema() | {"additionalProperties": False}
+        params = TypeAdapter(kind).json_schema() | {"description": summary_of(kind), "additionalProperties": False}
+        for parameter, text in parameters_of(kind).items():
+            if parameter in params.get("properties", {}):
+                params["properties"][parameter]["description"] = text
         steps.append(
             {"type": "object", "properties": {name: params}, "required": [name], "additionalProperties": False}
         )

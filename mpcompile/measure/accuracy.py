@@ -1,5 +1,6 @@
 """Comparison of two engines on the same held-out images: accuracy, agreement and change of the outputs."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Comparison:
     metric: MetricComparison | None = None  # the user's own, which then replaces accuracy in limits
     confidence: ConfidenceComparison | None = None  # probabilities and their divergence; None for values
     positions: int = 1  # decisions for each image: the positions of a map
+    images_sha256: str | None = None  # of the images as the model gets them, with labels; None in earlier reports
 
 
 def compare(
@@ -94,8 +96,13 @@ def compare(
     found = ValueDifferences()
     done, targets = 0, images.targets()
     judged: tuple[list[MetricValues], list[MetricValues]] = ([], [])  # dense and compressed
+    digest = hashlib.sha256()
     for given, classes in images.inputs():
         inputs = [one.numpy() for one in given]
+        for each in zip(*inputs, classes.numpy(), strict=True):  # by image, so that the batch size does not matter
+            for array in each:
+                digest.update(f"{array.dtype}{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
         pair = dense(*inputs), compressed(*inputs)
         for name, outputs in zip(("dense", "compressed"), pair, strict=True):
             if not np.isfinite(outputs).all():
@@ -114,7 +121,7 @@ def compare(
         observe(done)
     metric = MetricComparison.between(images.metric.name, *judged) if images.metric is not None else None
     if head is not None and not head.decides:
-        return _of_values(found, head, metric)
+        return _of_values(found, head, metric, digest.hexdigest())
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     truth, labelled = np.concatenate(labels), images.labelled and before.ndim == 2  # a label is not for positions
     head = head_for(head, before)
@@ -134,10 +141,11 @@ def compare(
         metric=metric,
         confidence=compare_confidence(before, after, truth if labelled else None, head),
         positions=math.prod(before.shape[2:]),
+        images_sha256=digest.hexdigest(),
     )
 
 
-def _of_values(found: ValueDifferences, head: Head, metric: MetricComparison | None) -> Comparison:
+def _of_values(found: ValueDifferences, head: Head, metric: MetricComparison | None, images_sha256: str) -> Comparison:
     """The comparison of outputs that are values."""
     shift = np.concatenate(found.shifts)
     return Comparison(
@@ -153,6 +161,7 @@ def _of_values(found: ValueDifferences, head: Head, metric: MetricComparison | N
         dense_check=constant_check(len(shift)) if found.constant else None,
         values=value_errors(found.norms),
         metric=metric,
+        images_sha256=images_sha256,
     )
 
 

@@ -17,9 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_serializer,
@@ -31,22 +29,17 @@ from mpcompile.ir.head import HeadChoice
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.pattern_choice import Alternatives
 from mpcompile.ir.precision import Precision
+from mpcompile.recipe.sections import MAX_BATCH, BenchOptions, DataChoice, Gates, Strict, Tune
 from mpcompile.recipe.strict_yaml import read_yaml, write_yaml
 from mpcompile.recipe.truth_values import described, truth_as_number
 from mpcompile.system.moved_modules import renamed_names
 from mpcompile.system.user_functions import is_function_name
 
+__all__ = ["BenchOptions", "DataChoice", "Gates", "Recipe", "Step", "Tune", "explained", "read_recipe"]
+
 MAX_BYTES = 1_000_000
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
-MAX_BATCH = 65536  # upper bound of a dynamic batch in the exported file
-MAX_THREADS = 4096
 MAX_ERRORS_SHOWN = 5  # in one line
-
-
-class Strict(BaseModel):
-    """Base of the frozen models here: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Step(Strict):
@@ -56,7 +49,7 @@ class Step(Strict):
     """
 
     name: str
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
 
     @model_validator(mode="before")
     @classmethod
@@ -103,73 +96,54 @@ def _batch(value: object) -> object:
     return None if value in ("dynamic", None) else value
 
 
-class DataChoice(Strict):
-    """How many images are used for what, and how folders of images are read. The seed decides which images."""
-
-    calibration: Annotated[int, Field(ge=1)] = 256
-    validation: Annotated[int, Field(ge=0)] = 256  # for passes that choose between results by a measured loss
-    held_out: Annotated[int, Field(ge=1)] | None = None  # None: all
-    seed: Annotated[int, Field(ge=0)] = 0
-    classes: str | None = None  # path of a file that gives the output of each class folder
-    exif: Literal["apply", "ignore"] = "apply"
-    alpha: Literal["drop", "white", "black"] = "drop"
-    skip_broken: bool = False
-
-
-class BenchOptions(Strict):
-    """How latency is measured: the batch sizes, the seconds of timing for each, and the number of CPU threads."""
-
-    batches: tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...] = (1, 8)
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
-    threads: Annotated[int, Field(ge=1, le=MAX_THREADS)] | None = None  # None: the runtime's own choice
-
-
-class Gates(Strict):
-    """Limits of the result on held-out images. If one does not hold, the command fails.
-
-    The exit code is 6 for `max_drop`, `max_ece` and `max_kl`, 7 for `engine`.
-    """
-
-    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None  # points of top-1, or of the metric
-    # Rise of the expected calibration error above the dense model's, in [0, 1].
-    max_ece: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    # Divergence KL(dense ‖ compressed) of the predicted probabilities, mean over images, in nats.
-    max_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    dense: bool = True  # with max_drop: fail if the dense model's own accuracy cannot be right
-    engine: bool = False  # the target must build an engine on this machine; else a checked file is enough
-
-    @property
-    def on_outputs(self) -> bool:
-        """Whether any limit is on the outputs for held-out images."""
-        return any(limit is not None for limit in (self.max_drop, self.max_ece, self.max_kl))
-
-
-class Tune(Strict):
-    """A search for the fastest recipe whose top-1 drop is within `gates.max_drop`, from this recipe to milder ones.
-
-    mpcompile/driver/recipe_search.py defines the candidates.
-    """
-
-    evaluations: Annotated[int, Field(ge=1)] = 8  # largest number of recipes tried
-
-
 class Recipe(Strict):
     """Everything that determines the result, except the model and the images."""
 
-    schema_version: Literal[1] = 1
-    passes: Annotated[tuple[Step, ...], Field(max_length=100)] = ()
-    target: str = "ort"
-    precision: Precision = "fp32"
-    device: Annotated[str, AfterValidator(_device)] = "auto"  # where passes run: auto, cpu, cuda or cuda:N
-    batch: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH)] | None, BeforeValidator(_batch)] = None  # None: dynamic
-    opset: Annotated[int, Field(ge=18, le=23)] | None = None  # None: 20, or 22 for bf16
-    head: Annotated[str, AfterValidator(_head)] = "auto"  # how outputs become decisions (mpcompile/ir/head.py)
-    submodule: Annotated[str, Field(min_length=1)] | None = None  # shell pattern: compress this part of the model
-    metric: Annotated[str, AfterValidator(_function)] | None = None  # of the user's own, pkg.mod:fn; replaces accuracy
-    data: DataChoice = DataChoice()
-    bench: BenchOptions = BenchOptions()
-    gates: Gates = Gates()
-    tune: Tune | None = None
+    schema_version: Annotated[Literal[1], Field(description="Version of this grammar.")] = 1
+    passes: Annotated[
+        tuple[Step, ...],
+        Field(max_length=100, description="Passes in the order in which they run, each with its parameters."),
+    ] = ()
+    target: Annotated[str, Field(description="Runtime to build for.")] = "ort"
+    precision: Annotated[
+        Precision, Field(description="Number format of the ONNX graph. int8 and fp8 need the pass quantize.")
+    ] = "fp32"
+    device: Annotated[
+        str,
+        AfterValidator(_device),
+        Field(description="Where passes run: auto (a CUDA GPU if there is one), cpu, cuda or cuda:N."),
+    ] = "auto"
+    batch: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_BATCH)] | None,
+        BeforeValidator(_batch),
+        Field(description="Batch size of the ONNX file. null or dynamic: free."),
+    ] = None
+    opset: Annotated[
+        Annotated[int, Field(ge=18, le=23)] | None,
+        Field(description="ONNX opset. null: 20, 21 for int8 and fp8, 22 for bf16."),
+    ] = None
+    head: Annotated[
+        str,
+        AfterValidator(_head),
+        Field(description="How outputs become a decision: auto, softmax, sigmoid, multilabel, ordinal or values."),
+    ] = "auto"
+    submodule: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        Field(description="Shell pattern over module names: compress only this part. null: the whole model."),
+    ] = None
+    metric: Annotated[
+        Annotated[str, AfterValidator(_function)] | None,
+        Field(description="Your own metric, pkg.mod:fn, in place of accuracy. null: accuracy."),
+    ] = None
+    data: Annotated[DataChoice, Field(description="Number of images for each purpose, and how they are read.")] = (
+        DataChoice()
+    )
+    bench: Annotated[BenchOptions, Field(description="How latency is measured.")] = BenchOptions()
+    gates: Annotated[Gates, Field(description="Limits on held-out images. Beyond them the command fails.")] = Gates()
+    tune: Annotated[
+        Tune | None,
+        Field(description="Search for the fastest recipe within gates.max_drop, such as {evaluations: 8}. null: none."),
+    ] = None
 
     def step(self, name: str) -> Step | None:
         """The first pass with this name, or None."""

@@ -5,6 +5,7 @@ aliases expand to gigabytes. It also takes 010 as 8, which YAML 1.2 takes as 10,
 numbers that are not decimal (0x10, 0o10, 0b11, 1_000) are text.
 """
 
+import json
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -36,6 +37,13 @@ def write_yaml(value: Any) -> str:
     """The YAML text of a value, with keys in their order. `read_yaml` returns an equal value."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
     return text
+
+
+def write_flow_yaml(value: Any) -> str:
+    """The YAML text of a value on one line. `read_yaml` returns an equal value."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf"))
+    line = text.removesuffix("...\n").strip()
+    return line if "\n" not in line else json.dumps(value)  # JSON is YAML, and has no text on several lines
 
 
 class _Loader(yaml.SafeLoader):

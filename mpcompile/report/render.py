@@ -45,15 +45,14 @@ def write(report: Report, folder: Path) -> None:
 
 def markdown(report: Report) -> str:
     """The report as Markdown."""
-    return folded(unwrapped(_environment(escaping=False).get_template("report.md.j2").render(_variables(report))))
+    return folded(
+        unwrapped(template_environment(escaping=False).get_template("report.md.j2").render(_variables(report)))
+    )
 
 
 def html(report: Report) -> str:
     """The report as one HTML page that loads nothing else. Names of models and layers are escaped."""
-    script = _read("report.js")
-    # The Content-Security-Policy allows only the script with this hash, so that a script in a name cannot run.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = _environment(escaping=True).get_template("report.html.j2")
+    page = template_environment(escaping=True).get_template("report.html.j2")
     return page.render(
         _variables(report),
         charts=charts,
@@ -64,22 +63,24 @@ def html(report: Report) -> str:
         cards=cards(report),
         reliability=reliability(report),
         search_chart=search_chart.tuning(report.tuning) if report.tuning else None,
-        style=_read("chart.css") + _read("report.css"),
-        script=script,
-        script_sha256=digest,
+        **page_parts("page.js", "layer_dialog.js"),
     )
 
 
 def fragment(report: Report) -> str:
     """Warnings, verdict and tiles as a piece of HTML for a notebook: it has its own colours and no script."""
     variables = _variables(report)
-    return _environment(escaping=True).get_template("notebook.html.j2").render(variables, style=_read("notebook.css"))
+    return (
+        template_environment(escaping=True)
+        .get_template("notebook.html.j2")
+        .render(variables, style=template_text("notebook.css"))
+    )
 
 
 def svg(chart: Chart) -> str:
     """A chart as an SVG file of its own, with its title, its background and the colours of the light or dark scheme."""
-    template = _environment(escaping=True).get_template("chart.svg.j2")
-    return template.render(chart=chart, style=_read("chart.css"))
+    template = template_environment(escaping=True).get_template("chart.svg.j2")
+    return template.render(chart=chart, style=template_text("chart.css"))
 
 
 def _variables(report: Report) -> dict[str, Any]:
@@ -107,19 +108,32 @@ def _variables(report: Report) -> dict[str, Any]:
     }
 
 
-def _read(name: str) -> str:
+def page_parts(*scripts: str) -> dict[str, str]:
+    """The style and the scripts of a page, as variables of its template.
+
+    The Content-Security-Policy allows only the script with this hash, so that a script in a name cannot run.
+    """
+    script = "\n".join(map(template_text, scripts))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = template_text("chart.css") + template_text("report.css")
+    return {"style": style, "script": script, "script_sha256": digest}
+
+
+def template_text(name: str) -> str:
+    """The text of a file of the templates."""
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _environment(escaping: bool) -> "Environment":
+def template_environment(escaping: bool) -> "Environment":
+    """The templates; with `escaping`, names cannot open a tag."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=escaping,
     )
-    environment.filters["px"] = "{:.2f}".format  # coordinates of charts
-    return environment
+    made.filters["px"] = "{:.2f}".format  # coordinates of charts
+    return made

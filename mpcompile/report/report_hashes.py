@@ -4,6 +4,7 @@ The file has the format of the command sha256sum, so that `sha256sum -c report.s
 report was edited or damaged. It does not show who wrote the report: whoever edits the report can write this file anew.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpcompile.errors import LoadError
@@ -25,8 +26,8 @@ def is_protected(folder: Path) -> bool:
     return (folder / HASHES).is_file()
 
 
-def require_unchanged(folder: Path) -> None:
-    """Raises LoadError if a file of the report differs from its hash. Does nothing if the folder has no hashes."""
+def require_unchanged(folder: Path, names: Sequence[str] = PROTECTED) -> None:
+    """Raises LoadError if one of these files differs from its hash. Does nothing if the folder has no hashes."""
     if not is_protected(folder):
         return
     path = folder / HASHES
@@ -38,7 +39,7 @@ def require_unchanged(folder: Path) -> None:
     hashes = {name: value for value, _, name in (line.partition("  ") for line in text.splitlines())}
     if missing := [name for name in PROTECTED if name not in hashes]:
         raise LoadError(f"{path} was changed: it has no SHA-256 of {', '.join(missing)}; compile again")
-    for name in PROTECTED:
+    for name in names:
         if not (folder / name).is_file():
             raise LoadError(f"{folder / name} is missing")
         if file_sha256(folder / name) != hashes[name]:

@@ -48,7 +48,7 @@ class Confidence:
 
     Args:
         bias: whether a bias of each output is fitted too. It can change answers.
-        parts: of the images, for the cross-validation.
+        parts: number of parts of the images, for the cross-validation.
     """
 
     name: ClassVar[str] = "confidence"

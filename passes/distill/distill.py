@@ -41,15 +41,23 @@ class Distill:
         alpha: weight of the distillation loss; the loss on labels has 1 − alpha. Without labels, alpha is 1.
         tau: temperature of the distillation loss.
         smoothing: label smoothing.
-        epochs, rate, weight_decay, optimizer: length, learning rate after warm-up, and optimizer of the training.
+        epochs: epochs over the training images.
+        rate: learning rate after warm-up; then a cosine decay.
+        weight_decay: weight decay, except on biases, norms and embeddings.
+        optimizer: the optimizer of the training.
         warmup: warm-up steps.
         clip: largest norm of the gradient; None for no limit.
         batch: images per step, over all processes.
         accumulate: number of parts in which a batch is computed.
-        precision: fp32, bf16 or fp16, by autocast.
-        scale, flip, policy, erasing: the augmentation (passes/distill/augmentation.py).
-        kept_l1, kept_l2: penalties on kept weights.
-        removed_l1, removed_l2: penalties on removed weights, while masks are soft.
+        precision: number format of the training: fp32, bf16 or fp16, by autocast.
+        scale: the smallest share of an image's area that a random crop keeps (passes/distill/augmentation.py).
+        flip: probability of a horizontal flip.
+        policy: augmentation policy, by timm's name, for images of 3 channels; None for none.
+        erasing: probability of random erasing.
+        kept_l1: absolute penalty on kept weights.
+        kept_l2: squared penalty on kept weights.
+        removed_l1: absolute penalty on removed weights, while masks are soft.
+        removed_l2: squared penalty on removed weights, while masks are soft.
         soft: share of the training during which removed weights may grow again. They fade to zero by the end of it.
         seed: seed of image order and augmentation.
         workers: processes that load images.

@@ -100,6 +100,7 @@ class MPBudget:
         exclude: shell patterns over qualified names; layers that stay dense.
         null: also fit each layer's entries shuffled by `seed`, as a control.
         level: the probability at which pure noise exceeds the edge T₊.
+        seed: seed of the shuffling.
     """
 
     name: ClassVar[str] = "mp-budget"

@@ -132,8 +132,8 @@ class Permute:
             the weight if the others are refitted. Default: refit with calibration images, otherwise magnitude.
         sweeps: limits the search to the work of this many sweeps of assignments over every channel. This is a limit on
             work, not time, so the result does not depend on the machine.
-        include: shell patterns over layer names; as in NMMask.
-        exclude: shell patterns over layer names; as in NMMask.
+        include: shell patterns over layer names; as in `nm-mask`.
+        exclude: shell patterns over layer names; as in `nm-mask`.
         strict: raises PassError if the input channels of a masked layer cannot be moved.
         seed: the seed of the random restarts of the search.
 

@@ -63,7 +63,7 @@ class Quantize:
         max_drop: limit on the drop of accuracy from the dense model, in percentage points; needs labels. Layers are
             given back to floating point until it holds, and the others quantised again, about log₂ of the number of
             layers times (passes/quantize/mixed_precision.py).
-        damping: λ of the ridge term of the refit, as in NMMask.
+        damping: λ of the ridge term of the refit, as in `nm-mask`.
         include: shell patterns over qualified names; layers to quantise that stay in floating point by default.
         exclude: shell patterns over qualified names; layers that stay in floating point. Wins over `include`.
     """

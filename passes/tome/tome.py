@@ -40,10 +40,12 @@ from mpcompile.pipeline.pass_manager import Effect
 class ToMe:
     """Merges similar tokens, a fixed number after each attention (Bolya et al., arXiv 2210.09461).
 
-    `r` is the number of merged tokens: one number for every attention (`8`); `8:decreasing`, linearly from 16 to 0; one
-    number for each attention (`0,0,4,8`); or `auto`, which searches the schedule with the smallest logit shift on
-    `images` calibration images that leaves the share `macs` of the dense MACs, masks included. A schedule that leaves
-    less than the share `least_left` of the tokens is refused.
+    Args:
+        r: the number of merged tokens: one number for every attention (`8`); `8:decreasing`, linearly from 16 to 0; one
+            number for each attention (`0,0,4,8`); or `auto`, the schedule with the smallest logit shift for `macs`.
+        macs: with `auto`, the share of the dense MACs to leave, masks included.
+        images: number of calibration images for `auto`.
+        least_left: the smallest share of the tokens that may be left; a schedule that leaves fewer is refused.
     """
 
     name: ClassVar[str] = "tome"

@@ -1,10 +1,17 @@
 """Shell completion: commands, options of the default command, and values, as bash, zsh and fish ask for them."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from small_reports import small_report, write
 
 from mpcompile.cli.app import app
+from mpcompile.cli.choices import PATTERNS
+from mpcompile.cli.completed_values import architectures
+from mpcompile.cli.parse import patterns
 
 Complete = Callable[..., str]
 
@@ -32,7 +39,10 @@ def bash(complete: Complete, words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("mpcompile ", ["analyze", "bench", "compile", "verify", "doctor", "passes", "schema"]),
+        (
+            "mpcompile ",
+            ["analyze", "bench", "compare", "compile", "explain", "init", "verify", "doctor", "passes", "schema"],
+        ),
         ("mpcompile ve", ["verify"]),
         ("mpcompile --pat", ["--pattern"]),  # of the default command, before MODEL
         ("mpcompile m.pt --pat", ["--pattern"]),
@@ -50,12 +60,49 @@ def bash(complete: Complete, words: str) -> list[str]:
         ("mpcompile m.pt --refit l", ["layer"]),
         ("mpcompile m.pt --precision ", ["fp32", "fp16", "bf16", "int8", "fp8"]),
         ("mpcompile m.pt --from nm", ["nm-mask"]),
+        ("mpcompile compare out --fail-if speedup_i", ["speedup_int8", "speedup_int8_low"]),
+        ("mpcompile init --precision int", ["int8"]),
+        ("mpcompile m.pt --pattern 5", ["50%"]),
+        ("mpcompile m.pt --pattern a", ["auto"]),
+        ("mpcompile m.pt --arch vit_tiny_patch16_2", ["vit_tiny_patch16_224"]),
+        ("mpcompile analyze m.pt --arch no_such", []),
+        ("mpcompile explain no-such-folder bl", []),
         ("mpcompile schema re", ["recipe", "report"]),
         ("mpcompile mod", []),  # then the shell completes file names
     ],
 )
 def test_bash(complete: Complete, words: str, completions: list[str]) -> None:
     assert bash(complete, words) == completions
+
+
+def test_layers_of_a_folder_are_offered(complete: Complete, tmp_path: Path) -> None:
+    write(small_report(), tmp_path)
+    assert bash(complete, f"mpcompile explain {tmp_path} blocks.0.mlp") == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    (tmp_path / "report.json").write_text("[1]")
+    assert bash(complete, f"mpcompile explain {tmp_path} blocks") == []
+
+
+def test_the_architectures_are_those_of_timm() -> None:
+    import timm
+
+    assert architectures("") == sorted(timm.list_models())
+
+
+def test_completing_an_architecture_imports_no_large_library() -> None:
+    code = (
+        "import sys\n"
+        "from mpcompile.cli.completed_values import architectures\n"
+        "assert len(architectures('vit_')) > 50\n"
+        "print([name for name in ('timm', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_patterns_that_are_offered_are_patterns() -> None:
+    for text in PATTERNS:
+        if text != "auto":  # which measures
+            assert patterns(text, "ort", None), text
 
 
 def test_an_option_is_offered_once(complete: Complete) -> None:

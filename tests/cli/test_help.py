@@ -2,21 +2,25 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 from commandline import mpcompile
+from doc_pages import parse
 from typer.main import get_command
 
 from mpcompile.cli import choices
 from mpcompile.cli.app import app
+from mpcompile.cli.help_groups import COMMANDS as COMMANDS_BY_SECTION
+from mpcompile.cli.help_groups import EXAMPLES, FEW, OPTIONS, OTHER
 from mpcompile.driver.run_plan import PASSES, RUNTIMES, known, recipe_schema
 from mpcompile.recipe.schema import DataChoice
 
 LARGE = ("torch", "onnx", "onnxruntime", "timm", "matplotlib", "scipy", "numpy", "yaml", "rich.progress")
-COMMANDS = ("analyze", "bench", "compile", "verify", "doctor", "passes", "schema")
+COMMANDS = ("analyze", "bench", "compare", "compile", "explain", "init", "verify", "doctor", "passes", "schema")
 
 
 def test_help_version_and_no_arguments() -> None:
@@ -48,6 +52,48 @@ def test_help_and_version_import_no_large_library(words: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def commands() -> dict[str, Any]:
+    return dict(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_every_option_and_every_command_has_its_section() -> None:
+    names = [name for section in OPTIONS.values() for name in section]
+    assert len(names) == len(set(names))
+    long = {name: [p.name for p in c.params if p.param_type_name == "option"] for name, c in commands().items()}
+    assert set(names) <= {option for options in long.values() for option in options}
+    for name, options in long.items():
+        if len(options) >= FEW:
+            assert not set(options) - set(names), f"{name}: give its new options a section in help_groups.py"
+            text = mpcompile(name, "--help").stdout
+            titles = [title for title in re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE) if title in OPTIONS]
+            assert titles == [title for title, section in OPTIONS.items() if set(section) & set(options)]
+            assert text.rpartition(f"{OTHER}:")[2].split()[:2] == ["-h,", "--help"]
+    listed = [name for section in COMMANDS_BY_SECTION.values() for name in section]
+    assert sorted(listed) == sorted(commands())
+
+
+def test_every_option_is_in_the_help_once() -> None:
+    for name, command in commands().items():
+        text = mpcompile(name, "--help").stdout.partition("Examples:")[0]
+        for parameter in command.params:
+            for option in (*parameter.opts, *parameter.secondary_opts):
+                if option.startswith("--"):
+                    rows = re.findall(rf"^  (?:-\w, )?(?:--[\w-]+ / )?{option}(?![\w-])", text, re.MULTILINE)
+                    assert len(rows) == 1, (name, option)
+
+
+def test_every_command_has_examples_that_are_understood() -> None:
+    assert set(EXAMPLES) == set(commands())
+    for name, lines in EXAMPLES.items():
+        text = mpcompile(name, "--help").stdout
+        for line in lines:
+            assert f"    {line}\n" in text, line  # not wrapped
+            program, *words = shlex.split(line.partition(" > ")[0])
+            assert program == "mpcompile"
+            parse(words)
+            assert (words[0] if words[0] in commands() else "compile") == name
 
 
 def enum_of(pass_name: str, parameter: str) -> list[str]:

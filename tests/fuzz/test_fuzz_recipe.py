@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mutations import DOCUMENTED, altered, answer, damaged, deep, odd, share, values
 
 from mpcompile.cli import main, parse
+from mpcompile.driver.commented_recipe import commented
 from mpcompile.driver.compile import stages
 from mpcompile.driver.run_plan import PASSES, build_pass, plan_of
 from mpcompile.errors import MpcompileError, UsageError, one_line
@@ -71,6 +72,7 @@ def followed(text: str) -> None:
     again = Recipe.from_yaml(recipe.to_yaml())
     assert again.to_yaml() == recipe.to_yaml()
     assert again.sha256 == recipe.sha256
+    assert Recipe.from_yaml(commented(recipe)).sha256 == recipe.sha256
     assert len(stages(recipe)) == len(recipe.passes) + 8 + (recipe.tune is not None)
     plan_of(recipe)
 

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,3 +200,24 @@ def test_parity_is_relative_to_the_largest_output() -> None:
         require_parity(expected, expected + 0.2, "fp32", "x")
     with pytest.raises(ParityError, match=r"the outputs have shape \(2, 1\); the expected shape is \(1, 2\)"):
         require_parity(expected, expected.T, "fp32", "x")
+
+
+def test_the_hash_of_the_images_tells_other_images_and_labels_apart() -> None:
+    def hashed(images: ListedImages, order: tuple[int, ...]) -> str | None:
+        def run(batch: Any) -> Any:
+            return batch.reshape(len(batch), 4)
+
+        return compare(run, run, Split(images, order, labelled=True)).images_sha256
+
+    same, order = ListedImages(150), tuple(range(150))
+    found = hashed(same, order)
+    assert found is not None
+    assert found == hashed(ListedImages(150), order)
+    assert found != hashed(same, order[::-1])
+    assert found != hashed(same, order[:-1])
+    relabelled = ListedImages(150)
+    relabelled.labels[149] = (relabelled.labels[149] + 1) % 4
+    assert found != hashed(relabelled, order)
+    moved = ListedImages(150)
+    moved.pixels[149, 0, 0, 0] += 1e-3
+    assert found != hashed(moved, order)
