@@ -11,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from kept_registry import keep_registry
 from kernel_trials import shorten_trials
 from quantized_runs import MASK, compiled
 from safetensors.torch import save_file
@@ -44,6 +45,12 @@ def net():
     return TinyMLP(pixels=784, width=1024)
 """
 
+# These files run for the longest time, and start first. Two that need the same compiled example do not stand together.
+LONG_FILES = (
+    "test_build.py", "test_charts.py", "test_resume.py", "test_recipes.py", "test_examples.py", "test_devices.py",
+    "test_contract.py",
+)  # fmt: skip
+
 TINY = {"mlp": tiny_mlp, "cnn": tiny_cnn, "vit": tiny_vit}
 
 
@@ -51,7 +58,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what takes minutes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets pytest-xdist start the files in the order of the items, not those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Of two processes none should be left alone with a long file at the end.
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -63,6 +78,13 @@ def _short_trials() -> Iterator[None]:
     """The kernel's trials run the fewest rounds: which layers it gets is asked in tests that hand the outcome in."""
     with pytest.MonkeyPatch.context() as patched:
         shorten_trials(patched)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_registry() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        keep_registry(patched)
         yield
 
 
@@ -112,7 +134,11 @@ def compiled_once(factory: pytest.TempPathFactory, name: str, recipe: mpcompile.
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The trained example at 2:4, compiled once for every test that only reads it."""
     recipe = mpcompile.Recipe.checked(
-        {"passes": [{"nm-mask": {"pattern": "2:4"}}], "bench": {"batches": [1], "seconds": 0.2}}
+        {
+            "passes": [{"nm-mask": {"pattern": "2:4"}}],
+            "data": {"calibration": 64, "validation": 0, "held_out": 256},
+            "bench": {"batches": [1], "seconds": 0.05},
+        }
     )
     return compiled_once(tmp_path_factory, "artifact", recipe)
 

@@ -61,7 +61,7 @@ struct Row {
 
 // A 1x1 convolution with stride 1 and without padding: its images have one long row of pixels.
 ConvWindow pointwise(const Weights& w, const Activations& a) {
-    return {{1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, a.pixels}, {1, a.pixels}, w.columns};
+    return {{{1, 1}, {1, 1}, {1, 1}, {}, {}}, {1, a.pixels}, {1, a.pixels}, w.columns};
 }
 
 // The number of output columns before the first that reads input column `offset` or a later one.

@@ -19,6 +19,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "window.h"
+
 namespace mpcompile {
 
 struct Weights {
@@ -35,12 +37,9 @@ struct Weights {
     int64_t chunks() const { return (rows + chunk - 1) / chunk; }
 };
 
-// The window that a convolution moves over channels-first images, x[image][channel][in[0]][in[1]]. Column k of the
-// weight is channel k % channels of tap k / channels; taps are ordered by row, then by column. Pairs are vertical,
-// horizontal.
-struct ConvWindow {
-    int64_t kernel[2], stride[2], dilation[2];
-    int64_t before[2];  // padding with zeros, above and to the left; what is missing below and to the right is zero too
+// A window over channels-first images, x[image][channel][in[0]][in[1]], padded with zeros. Column k of the weight is
+// channel k % channels of tap k / channels; taps are ordered by row, then by column.
+struct ConvWindow : Window {
     int64_t in[2], out[2], channels;
 };
 

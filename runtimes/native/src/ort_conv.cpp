@@ -15,16 +15,17 @@
 #include <thread>
 
 #include "conv_scheduler.h"
+#include "ort_custom_op.h"
 #include "ort_operators.h"
 #include "ort_weights.h"
+#include "ort_window.h"
 
 namespace mpcompile {
 namespace {
 
 constexpr float INFINITE = __builtin_inff();
 
-struct ConvOp : OrtCustomOp {
-    const char* name;
+struct ConvOp : CustomOp {
     bool windowed, adds;
     float low, high;
 };
@@ -35,9 +36,8 @@ struct Operator {
     const ConvOp& op;
     Api api;
     const Kernel* kernel;
-    Weights weights{};     // its pointers are set in each call
-    ConvWindow window{};   // its sizes are set in each call
-    int64_t after[2] = {};  // padding below and to the right
+    Weights weights{};    // its pointers are set in each call
+    ConvWindow window{};  // its sizes are set in each call
     std::once_flag row_panels_made{};
     RowPanels* row_panels = nullptr;
     // The threads of the session's pool are not known. Until one thread has computed all items of several calls, two or
@@ -46,48 +46,18 @@ struct Operator {
 
     Operator(const ConvOp& op, Api api, const Kernel* kernel) : op(op), api(api), kernel(kernel) {}
     ~Operator() { free_row_panels(row_panels); }
-
-    // 1x1 with stride 1 and without padding.
-    bool pointwise() const {
-        bool one = true;
-        for (int i = 0; i < 2; i++)
-            one = one && window.kernel[i] == 1 && window.stride[i] == 1 && !window.before[i] && !after[i];
-        return one;
-    }
 };
 
-OrtStatus* refuse(Api api, const char* why) { return ort::CreateStatus::call(api, ort::INVALID_GRAPH, why); }
-
-// Gets an attribute of `count` integers between `least` and 2^20.
-OrtStatus* integers_of(Api api, const OrtKernelInfo* info, const char* name, size_t count, int64_t least,
-                       int64_t* found) {
-    size_t size = count;
-    if (OrtStatus* failed = ort::GetAttributeInts::call(api, info, name, found, &size)) return failed;
-    bool right = size == count;
-    for (size_t i = 0; right && i < count; i++) right = found[i] >= least && found[i] <= 1 << 20;
-    return right ? nullptr
-                 : refuse(api, "NMConv2d: kernel_shape, strides and dilations must be two positive integers, pads four "
-                               "that are not negative");
-}
-
-OrtStatus* window_of(Api api, const OrtKernelInfo* info, Operator& made) {
+OrtStatus* set_window(Api api, const OrtKernelInfo* info, Operator& made) {
     ConvWindow& window = made.window;
     if (!made.op.windowed) {
-        window = {{1, 1}, {1, 1}, {1, 1}, {0, 0}, {}, {}, made.weights.columns};
+        window = {{{1, 1}, {1, 1}, {1, 1}, {}, {}}, {}, {}, made.weights.columns};
         return nullptr;
     }
-    int64_t pads[4];
     if (OrtStatus* failed = integers_of(api, info, "kernel_shape", 2, 1, window.kernel)) return failed;
-    if (OrtStatus* failed = integers_of(api, info, "strides", 2, 1, window.stride)) return failed;
-    if (OrtStatus* failed = integers_of(api, info, "dilations", 2, 1, window.dilation)) return failed;
-    if (OrtStatus* failed = integers_of(api, info, "pads", 4, 0, pads)) return failed;
-    for (int axis = 0; axis < 2; axis++) {
-        window.before[axis] = pads[axis];
-        made.after[axis] = pads[2 + axis];
-    }
-    const int64_t taps = window.kernel[0] * window.kernel[1];
-    if (made.weights.columns % taps) return refuse(api, "NMConv2d: kernel_shape does not divide the columns");
-    window.channels = made.weights.columns / taps;
+    if (OrtStatus* failed = window_of(api, info, window)) return failed;
+    if (made.weights.columns % window.taps()) return refuse(api, "NMConv2d: kernel_shape does not divide the columns");
+    window.channels = made.weights.columns / window.taps();
     return nullptr;
 }
 
@@ -97,7 +67,7 @@ OrtStatus* create(const OrtCustomOp* self, Api api, const OrtKernelInfo* info, v
     Operator* made = new (std::nothrow) Operator(conv_op(self), api, kernels[0]);
     if (!made) return ort::CreateStatus::call(api, ort::FAIL, "NMConv2d: out of memory");
     OrtStatus* failed = weights_of(api, info, made->weights);
-    if (!failed) failed = window_of(api, info, *made);
+    if (!failed) failed = set_window(api, info, *made);
     if (failed) {
         delete made;
         return failed;
@@ -173,10 +143,8 @@ OrtStatus* set_sizes(const Operator& made, Shape& shape, ConvWindow& window) {
     }
     for (int axis = 0; axis < 2; axis++) {
         window.in[axis] = shape.sizes[2 + axis];
-        const int64_t room = window.in[axis] + window.before[axis] + made.after[axis] -
-                             window.dilation[axis] * (window.kernel[axis] - 1) - 1;
-        if (room < 0) return refuse(made.api, "NMConv2d: the kernel is larger than the padded image");
-        shape.sizes[2 + axis] = window.out[axis] = room / window.stride[axis] + 1;
+        shape.sizes[2 + axis] = window.out[axis] = window.outputs(axis, window.in[axis]);
+        if (!window.out[axis]) return refuse(made.api, "NMConv2d: the kernel is larger than the padded image");
     }
     return nullptr;
 }
@@ -204,34 +172,14 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     a.pixels = window.out[0] * window.out[1];
     a.tokens = shape.sizes[0] * a.pixels;
     a.low = made.op.low, a.high = made.op.high;
-    if (!made.pointwise()) a.window = &window;
+    if (!window.pointwise()) a.window = &window;
     return a.tokens ? run(made, context, w, a) : nullptr;
 }
 
 ConvOp named(const char* name, bool windowed, bool adds, float low, float high) {
-    const OrtCustomOp op = {
-        ort::CUSTOM_OP_VERSION,
-        nullptr,
-        [](const OrtCustomOp* self) { return conv_op(self).name; },
-        [](const OrtCustomOp*) { return "CPUExecutionProvider"; },
-        [](const OrtCustomOp*, size_t input) { return input < WEIGHT_INPUTS ? WEIGHT_INPUT_TYPES[input] : ort::FLOAT; },
-        [](const OrtCustomOp* self) { return WEIGHT_INPUTS + conv_op(self).adds; },
-        [](const OrtCustomOp*, size_t) { return int(ort::FLOAT); },
-        [](const OrtCustomOp*) { return size_t(1); },
-        nullptr,
-        [](void* kernel) { delete static_cast<Operator*>(kernel); },
-        [](const OrtCustomOp*, size_t) { return 0; },
-        [](const OrtCustomOp*, size_t) { return 0; },
-        [](const OrtCustomOp*, size_t) { return 0; },
-        [](const OrtCustomOp*) { return 0; },
-        [](const OrtCustomOp*) { return 1; },
-        [](const OrtCustomOp*) { return 0; },
-        [](const OrtCustomOp*) { return 1; },
-        create,
-        compute,
-        {},
-    };
-    return {op, name, windowed, adds, low, high};
+    CustomOp op = weighted_op<Operator>(name, create, compute);
+    if (adds) op.inputs[op.input_count++] = ort::FLOAT;
+    return {op, windowed, adds, low, high};
 }
 
 }  // namespace

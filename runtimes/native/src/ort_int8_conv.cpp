@@ -17,6 +17,7 @@
 #include "int8_conv.h"
 #include "int8_kernels.h"
 #include "int8_packing.h"
+#include "ort_custom_op.h"
 #include "ort_int8.h"
 #include "ort_operators.h"
 #include "ort_values.h"
@@ -25,8 +26,7 @@
 namespace mpcompile {
 namespace {
 
-struct ConvOp : OrtCustomOp {
-    const char* name;
+struct ConvOp : CustomOp {
     bool adds;
 };
 
@@ -213,20 +213,10 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 }
 
 ConvOp op(const char* name, bool adds) {
-    ConvOp made{};
-    static_cast<OrtCustomOp&>(made) =
-        custom_op(create, compute, [](void* kernel) { delete static_cast<Operator*>(kernel); });
-    made.GetName = [](const OrtCustomOp* self) { return static_cast<const ConvOp*>(self)->name; };
-    made.GetInputType = [](const OrtCustomOp*, size_t input) -> int {
-        return input == 0 || input == 4 ? ort::UINT8 : input == 1 ? ort::INT8 : ort::FLOAT;
-    };
-    made.GetInputTypeCount = [](const OrtCustomOp* self) -> size_t {
-        return static_cast<const ConvOp*>(self)->adds ? 5 : 4;
-    };
-    made.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return ort::UINT8; };
-    made.name = name;
-    made.adds = adds;
-    return made;
+    CustomOp made = custom_op<Operator>(name, {ort::UINT8, ort::INT8, ort::FLOAT, ort::FLOAT}, ort::UINT8, create,
+                                        compute);
+    if (adds) made.inputs[made.input_count++] = ort::UINT8;
+    return {made, adds};
 }
 
 }  // namespace

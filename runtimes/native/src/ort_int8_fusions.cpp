@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "int8_kernels.h"
+#include "ort_custom_op.h"
 #include "ort_int8.h"
 #include "ort_operators.h"
 #include "ort_values.h"
@@ -127,8 +128,7 @@ OrtStatus* compute_norm(void* kernel, OrtKernelContext* context) {
 
 // ---- Attention
 
-struct AttentionOp : OrtCustomOp {
-    const char* name;
+struct AttentionOp : CustomOp {
     bool biased, quantises;
 };
 
@@ -248,37 +248,19 @@ OrtStatus* compute_attention(void* kernel, OrtKernelContext* context) {
     return call.failed ? ort::CreateStatus::call(api, ort::FAIL, "Attention: out of memory") : nullptr;
 }
 
-OrtCustomOp norm_op() {
-    OrtCustomOp op = custom_op(create_norm, compute_norm, [](void* made) { delete static_cast<NormOperator*>(made); });
-    op.GetName = [](const OrtCustomOp*) { return "LayerNormQuantize"; };
-    op.GetInputType = [](const OrtCustomOp*, size_t) -> int { return ort::FLOAT; };
-    op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(3); };
-    op.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return ort::UINT8; };
-    return op;
-}
-
 AttentionOp attention_op(const char* name, bool biased, bool quantises) {
-    AttentionOp op{};
-    static_cast<OrtCustomOp&>(op) = custom_op(create_attention, compute_attention,
-                                              [](void* made) { delete static_cast<AttentionOperator*>(made); });
-    op.GetName = [](const OrtCustomOp* self) { return static_cast<const AttentionOp*>(self)->name; };
-    op.GetInputType = [](const OrtCustomOp*, size_t) -> int { return ort::FLOAT; };
-    op.GetInputTypeCount = [](const OrtCustomOp* self) -> size_t {
-        return static_cast<const AttentionOp*>(self)->biased ? 4 : 3;
-    };
-    op.GetOutputType = [](const OrtCustomOp* self, size_t) -> int {
-        return static_cast<const AttentionOp*>(self)->quantises ? ort::UINT8 : ort::FLOAT;
-    };
-    op.name = name;
-    op.biased = biased;
-    op.quantises = quantises;
-    return op;
+    CustomOp op = custom_op<AttentionOperator>(name, {ort::FLOAT, ort::FLOAT, ort::FLOAT},
+                                               quantises ? ort::UINT8 : ort::FLOAT, create_attention,
+                                               compute_attention);
+    if (biased) op.inputs[op.input_count++] = ort::FLOAT;
+    return {op, biased, quantises};
 }
 
 }  // namespace
 
 const std::vector<const OrtCustomOp*>& int8_fusion_operators() {
-    static const OrtCustomOp norm = norm_op();
+    static const CustomOp norm = custom_op<NormOperator>("LayerNormQuantize", {ort::FLOAT, ort::FLOAT, ort::FLOAT},
+                                                         ort::UINT8, create_norm, compute_norm);
     static const AttentionOp attention[] = {
         attention_op("Attention", false, false),
         attention_op("AttentionQuantize", false, true),

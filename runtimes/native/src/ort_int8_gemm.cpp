@@ -15,6 +15,7 @@
 
 #include "int8_kernels.h"
 #include "int8_packing.h"
+#include "ort_custom_op.h"
 #include "ort_int8.h"
 #include "ort_operators.h"
 #include "ort_values.h"
@@ -22,8 +23,7 @@
 namespace mpcompile {
 namespace {
 
-struct GemmOp : OrtCustomOp {
-    const char* name;
+struct GemmOp : CustomOp {
     Activation activation;
     bool adds, quantises;
 };
@@ -181,24 +181,10 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 }
 
 GemmOp op(const char* name, Activation activation, bool adds, bool quantises) {
-    GemmOp made{};
-    static_cast<OrtCustomOp&>(made) =
-        custom_op(create, compute, [](void* kernel) { delete static_cast<Operator*>(kernel); });
-    made.GetName = [](const OrtCustomOp* self) { return static_cast<const GemmOp*>(self)->name; };
-    made.GetInputType = [](const OrtCustomOp*, size_t input) -> int {
-        return input == 0 ? ort::UINT8 : input == 1 ? ort::INT8 : ort::FLOAT;
-    };
-    made.GetInputTypeCount = [](const OrtCustomOp* self) -> size_t {
-        return static_cast<const GemmOp*>(self)->adds ? 5 : 4;
-    };
-    made.GetOutputType = [](const OrtCustomOp* self, size_t) -> int {
-        return static_cast<const GemmOp*>(self)->quantises ? ort::UINT8 : ort::FLOAT;
-    };
-    made.name = name;
-    made.activation = activation;
-    made.adds = adds;
-    made.quantises = quantises;
-    return made;
+    CustomOp made = custom_op<Operator>(name, {ort::UINT8, ort::INT8, ort::FLOAT, ort::FLOAT},
+                                        quantises ? ort::UINT8 : ort::FLOAT, create, compute);
+    if (adds) made.inputs[made.input_count++] = ort::FLOAT;
+    return {made, activation, adds, quantises};
 }
 
 }  // namespace

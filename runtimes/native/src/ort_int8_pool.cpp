@@ -6,6 +6,8 @@
 #include <new>
 #include <vector>
 
+#include "int8_conv.h"
+#include "ort_custom_op.h"
 #include "ort_int8.h"
 #include "ort_operators.h"
 #include "ort_values.h"
@@ -77,19 +79,10 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     return rows ? ort::ParallelFor::call(api, context, run_row, rows, 0, &call) : nullptr;
 }
 
-OrtCustomOp op() {
-    OrtCustomOp made = custom_op(create, compute, [](void* kernel) { delete static_cast<Operator*>(kernel); });
-    made.GetName = [](const OrtCustomOp*) { return "MaxPoolInt8"; };
-    made.GetInputType = [](const OrtCustomOp*, size_t) -> int { return ort::UINT8; };
-    made.GetInputTypeCount = [](const OrtCustomOp*) { return size_t(1); };
-    made.GetOutputType = [](const OrtCustomOp*, size_t) -> int { return ort::UINT8; };
-    return made;
-}
-
 }  // namespace
 
 const std::vector<const OrtCustomOp*>& int8_pool_operators() {
-    static const OrtCustomOp pool = op();
+    static const CustomOp pool = custom_op<Operator>("MaxPoolInt8", {ort::UINT8}, ort::UINT8, create, compute);
     static const std::vector<const OrtCustomOp*> all{&pool};
     return all;
 }

@@ -82,37 +82,11 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
     return call.failed ? ort::CreateStatus::call(op.api, ort::FAIL, "NMGemm: out of memory") : nullptr;
 }
 
-constexpr OrtCustomOp named(const char* (*name)(const OrtCustomOp*)) {
-    return {
-        ort::CUSTOM_OP_VERSION,
-        nullptr,
-        name,
-        [](const OrtCustomOp*) { return "CPUExecutionProvider"; },
-        [](const OrtCustomOp*, size_t input) { return WEIGHT_INPUT_TYPES[input]; },
-        [](const OrtCustomOp*) { return WEIGHT_INPUTS; },
-        [](const OrtCustomOp*, size_t) { return int(ort::FLOAT); },
-        [](const OrtCustomOp*) { return size_t(1); },
-        nullptr,
-        [](void* kernel) { delete static_cast<Operator*>(kernel); },
-        [](const OrtCustomOp*, size_t) { return 0; },
-        [](const OrtCustomOp*, size_t) { return 0; },
-        [](const OrtCustomOp*, size_t) { return 0; },
-        [](const OrtCustomOp*) { return 0; },
-        [](const OrtCustomOp*) { return 1; },
-        [](const OrtCustomOp*) { return 0; },
-        [](const OrtCustomOp*) { return 1; },
-        create,
-        compute,
-        {},
-    };
-}
-
-const OrtCustomOp NM_GEMM = named([](const OrtCustomOp*) { return "NMGemm"; });
-
 }  // namespace
 
 const std::vector<const OrtCustomOp*>& float_operators() {
-    static const std::vector<const OrtCustomOp*> all{&NM_GEMM};
+    static const CustomOp gemm = weighted_op<Operator>("NMGemm", create, compute);
+    static const std::vector<const OrtCustomOp*> all{&gemm};
     return all;
 }
 

@@ -27,6 +27,9 @@ struct Shape {
     }
 };
 
+// A status for a file or an input that is invalid.
+inline OrtStatus* refuse(Api api, const char* what) { return ort::CreateStatus::call(api, ort::INVALID_GRAPH, what); }
+
 OrtStatus* shape_of(Api api, const OrtValue* value, Shape& shape);
 
 template <typename T>

@@ -3,13 +3,12 @@
 #pragma once
 #include "nm_gemm.h"
 #include "ort_c_api.h"
+#include "ort_custom_op.h"
 #include "ort_values.h"
 
 namespace mpcompile {
 
 constexpr size_t WEIGHT_INPUTS = 6;  // with x, the first
-constexpr int WEIGHT_INPUT_TYPES[WEIGHT_INPUTS] = {ort::FLOAT, ort::FLOAT, ort::UINT16, ort::UINT16, ort::INT32,
-                                                   ort::FLOAT};
 
 // A status: the input of this number, or the residual after them, `what`.
 OrtStatus* refuse_input(Api api, const char* what, size_t input);
@@ -19,5 +18,13 @@ OrtStatus* weights_of(Api api, const OrtKernelInfo* info, Weights& weights);
 
 // Sets the pointers for one call.
 OrtStatus* streams_of(Api api, const OrtKernelContext* context, Weights& weights);
+
+// Returns an operator whose inputs are x and the weights.
+template <typename Kernel>
+CustomOp weighted_op(const char* name, decltype(OrtCustomOp::CreateKernelV2) create,
+                     decltype(OrtCustomOp::KernelComputeV2) compute) {
+    return custom_op<Kernel>(name, {ort::FLOAT, ort::FLOAT, ort::UINT16, ort::UINT16, ort::INT32, ort::FLOAT},
+                             ort::FLOAT, create, compute);
+}
 
 }  // namespace mpcompile

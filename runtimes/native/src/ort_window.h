@@ -1,14 +1,13 @@
 // Attributes of a window, for the operators that move one over an image.
 #pragma once
-#include "int8_conv.h"
-#include "ort_int8.h"
 #include "ort_values.h"
+#include "window.h"
 
 namespace mpcompile {
 
 // Gets an attribute of `count` integers of at least `least`.
 inline OrtStatus* integers_of(Api api, const OrtKernelInfo* info, const char* name, size_t count, int64_t least,
-                       int64_t* found) {
+                              int64_t* found) {
     size_t size = count;
     if (OrtStatus* failed = ort::GetAttributeInts::call(api, info, name, found, &size)) return failed;
     bool right = size == count;

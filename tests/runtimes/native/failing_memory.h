@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <new>
 
+#include "expect.h"
 #include "ort_fakes.h"
 
 namespace mpcompile {
@@ -14,6 +15,23 @@ namespace mpcompile {
 inline std::atomic<int64_t> news_left{NEVER}, scratches_left{NEVER};  // allocations until one fails
 
 inline bool fails(std::atomic<int64_t>& left) { return left != NEVER && left-- == 0; }
+
+// Opens sessions of an operator, with each of its allocations failing once: each time that must be reported.
+template <typename Session>
+bool survives_failing_news(const OrtCustomOp* op) {
+    int64_t failures = 0;
+    for (bool failed = true; failed; failures += failed) {
+        Session session(op);
+        news_left = failures;
+        const std::string text = session.open();
+        failed = news_left < 0;
+        news_left = NEVER;
+        if (!expect(failed ? text.find(": out of memory") != std::string::npos : text.empty(),
+                    session.name + ", no memory for allocation " + std::to_string(failures) + ": " + text))
+            return false;
+    }
+    return expect(failures > 0, "no allocation was made to fail");
+}
 
 inline void* allocated(size_t size, size_t align) {
     void* made = fails(news_left) ? nullptr : aligned_alloc(align, (size + align) / align * align);

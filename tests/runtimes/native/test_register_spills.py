@@ -30,7 +30,7 @@ ONE_SUM_IN_MEMORY = re.compile(r"\bmultiply<\d+, 4, false, (true|false), 3>\(uns
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the object files that the library is linked from, compiled by g++."""
+    """The folder of the kernels' object files that the library is linked from, compiled by g++."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         pytest.skip(f"reads the code of x86-64 on Linux, not of {platform.machine()} on {platform.system()}")
     for program in ("g++", "objdump"):
@@ -39,6 +39,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("objects")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CXX", "g++")
+        patched.setattr(build, "SHARED", ())  # only the kernels
         build.objects(folder)
     return folder
 
