@@ -14,9 +14,11 @@ import pytest
 from report_page import jq, read_number
 
 from mpcompile.driver.artifact import Artifact
+from mpcompile.driver.compare_runs import compare_runs
 from mpcompile.measure.timing import Speedup
 from mpcompile.report import render
 from mpcompile.report.deploy import command_line, snippets
+from mpcompile.report.explained_layer import explain, one_line_each
 from mpcompile.report.headline import headline, warnings
 from mpcompile.report.quantized_schema import Quantized, Variant
 from mpcompile.report.schema import Gate, Report
@@ -199,3 +201,22 @@ def test_markdown_is_rendered_by_github_without_a_collapsed_line(reported: Artif
     top = page.split("<details>")[0]
     assert top.count("<table>") == 1
     assert top.count("<li>") == 4 + 1  # with the warning
+
+
+def test_real_runs_are_compared_and_every_layer_is_explained(artifact: Artifact, reported: Artifact) -> None:
+    """Both are of one model, on 2,000 and on 64 of its images."""
+    found = compare_runs([artifact.folder, reported.folder], ["top1 < dense - 50", "speedup < 0.001"])
+    facts = {row.fact for row in found.differences}
+    assert "the evaluation images" in facts
+    assert not facts & {"the dense models", "the machines", "the versions of the runtime"}
+    assert {row.state for row in found.conditions} == {"holds"}
+    for one in (artifact, reported):
+        c = one.report.comparison
+        assert c is not None
+        assert c.images_sha256 is not None
+        assert len(one_line_each(one.report)) == len(one.report.layers)
+        for row in one.report.layers:
+            topics = [topic for topic, _ in explain(one.report, row).sentences]
+            assert {"layer", "pattern"} <= set(topics)
+            assert ("kernel" in topics) == (row.pattern is not None)
+            assert ("refit" in topics) == (row.missed is not None)
