@@ -65,7 +65,13 @@ def unconstrained(problem: LeastSquares) -> Float[Tensor, "out columns"]:
 def solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor, "out columns"]) -> Tensor:
     """G C⁻¹, from the Cholesky factor of C."""
     by_group = cross.reshape(len(factor), -1, factor.shape[-1])
-    return torch.cholesky_solve(by_group.mT, factor).mT.reshape(cross.shape)
+    return cholesky_solved(factor, by_group.mT).mT.reshape(cross.shape)
+
+
+def cholesky_solved(factor: Float[Tensor, "n k k"], right: Float[Tensor, "n k rows"]) -> Float[Tensor, "n k rows"]:
+    """The solutions of L Lᵀ x = b, with the bits of torch.cholesky_solve, which copies L at each call."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def refit(problem: LeastSquares, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
@@ -135,18 +141,21 @@ class _System:
         if not largest_of_all(float(failed.any())):
             x, residual = torch.zeros_like(right), right
             for _ in range(REFINEMENTS):
-                correction = scattered(torch.cholesky_solve(residual.gather(2, index).float().mT, factors))
+                correction = scattered(cholesky_solved(factors, residual.gather(2, index).float().mT))
                 x = x + correction
                 size = x.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
                 if largest_of_all(float((correction.norm(dim=-1) / size).amax()) if len(x) else 0.0) < CONVERGED:
                     return x * self._scale
                 residual = (right - (x.flatten(0, 1) @ self._matrix).reshape(x.shape)) * on
         exact = torch.linalg.cholesky(self._submatrices(self._matrix, columns, support))
-        return scattered(torch.cholesky_solve(right.gather(2, index).mT, exact)) * self._scale
+        return scattered(cholesky_solved(exact, right.gather(2, index).mT)) * self._scale
 
     def _submatrices(self, matrix: Tensor, columns: Tensor, support: Tensor) -> Float[Tensor, "n kept kept"]:
         """The matrix on each support. Padding columns have 1 on the diagonal and 0 elsewhere."""
-        blocks = matrix[columns[:, :, None], columns[:, None, :]]
+        size = columns.shape[1]
+        blocks = matrix.new_empty(len(columns), size, size)
+        for block, chosen in zip(blocks, columns, strict=True):  # faster than one indexing of all
+            torch.index_select(matrix.index_select(0, chosen), 1, chosen, out=block)
         kept = support.gather(1, columns).to(matrix.dtype)
         if bool(kept.all()):
             return blocks

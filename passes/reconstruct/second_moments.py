@@ -115,10 +115,11 @@ class SecondMoments:
         n, per = self.count, self.sum_y.shape[1] // len(self.sum_x)
         dx, dy = (self.shift_x - shift_x).double(), (self.shift_y - shift_y).double()
         of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, self.sum_x))
-        # Of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ.
+        # Of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ; the first as a product of rank 2.
         x, y = self.sum_x, self.sum_y
-        xx = self.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
-        yx = self.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
+        half = x + n / 2 * dx
+        xx = torch.baddbmm(self.sum_xx, torch.stack([half, dx], 2), torch.stack([dx, half], 1))
+        yx = self.sum_yx + (y + n * dy)[..., None] * of_rows + dy[..., None] * x_of_rows
         yy = self.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
         return SecondMoments(n, shift_x, shift_y, x + n * dx, y + n * dy, xx, yx, yy)
 
