@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--models …] [--images 64 256 1024] [--processes 1 2] [--memory 3GiB] [--add]
 
-Each row is one command `mpcompile MODEL --pattern 2:4 --target ort`, under torchrun if there are several processes, with
-one thread for each process. Times of passes are those of the report. The peak is that of one process, watched from
+Each row is one command `mpcompile MODEL --pattern 2:4 --target ort`, under torchrun if there are several processes,
+with one thread for each process. Times of passes are those of the report. The peak is that of one process, watched from
 outside while the command runs. Images are random JPEG files: their content changes neither time nor memory. Weights are
 random, too. With --add the rows of the results file are kept, except those that are measured again.
 
@@ -106,7 +106,8 @@ def measure(name: str, pattern: str, images: int, processes: int, memory: str | 
         photos(data, images + 16 + OTHERS)
     words = [
         str(weights(name, folder)), "--arch", arch, "--pattern", pattern, "--target", "ort", "--data", str(data),
-        "--calibration", str(images), "--held-out", str(OTHERS), "--threads", "1", "-q", "-f", "-o", str(folder / "out"),
+        "--calibration", str(images), "--held-out", str(OTHERS), "--threads", "1", "-q", "-f",
+        "-o", str(folder / "out"),
     ]  # fmt: skip
     for key, value in arguments.items():
         words += ["--arch-arg", f"{key}={value}"]
@@ -159,7 +160,7 @@ def main() -> None:
                             limit = None if memory == "none" else memory
                             row = measure(model, pattern, images, processes, limit, Path(temporary))
                             known[tuple(row[key] for key in KEY)] = row
-                            write("scale", QUESTION, device_with_load(1), ("torch", "timm"), list(known.values()))
+                            write("scale", QUESTION, device_with_load(), ("torch", "timm"), list(known.values()))
                             text = f"# {QUESTION}\n\n{table(list(known.values()))}\n"
                             (RESULTS / "scale.md").write_text(text, encoding="utf-8")
 

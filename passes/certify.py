@@ -42,9 +42,17 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
 from mpcompile.measure.margin_agreement import agreement_by_margin
-from mpcompile.passes.dense_comparison import BATCH, attribution, changed_layers, dense_layer, outputs_of
+from mpcompile.passes.dense_comparison import (
+    BATCH,
+    attribution,
+    batch_orders,
+    changed_layers,
+    dense_layer,
+    outputs_of,
+)
 from mpcompile.passes.reconstruct.layer_rows import applied
 from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.system.distributed import shared_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,6 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
         old, now = dense_layer(model, name), model.layer(name)
         bias = 0 if old.bias is None or now.bias is None else old.bias - now.bias
         differences[name] = (flat(old.weight - now.weight), bias)
-    errors: dict[str, list[Tensor]] = {name: [] for name in differences}
     of_batch: dict[str, Tensor] = {}
 
     def measure(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
@@ -170,9 +177,12 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
         of_batch[name] = torch.maximum(of_batch[name], error) if name in of_batch else error
 
     interpreter = LayerInterpreter(model.graph, measure)
-    for inputs, _ in images.announced(BATCH):
+
+    def errors_of(order: tuple[int, ...]) -> dict[str, Tensor]:
+        [(inputs, _)] = replace(images, order=order).inputs(BATCH)
         of_batch.clear()
         interpreter.run(*arguments(inputs, model.example.dtype))
-        for name, error in of_batch.items():
-            errors[name].append(error)
-    return {name: torch.cat(parts) for name, parts in errors.items() if parts}
+        return dict(of_batch)
+
+    parts = shared_map(errors_of, batch_orders(images), "image {0[0]}".format)
+    return {name: torch.cat([part[name] for part in parts]) for name in differences if name in parts[0]}

@@ -31,8 +31,12 @@ def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
         [(inputs, _)] = replace(images, order=order).inputs(BATCH)
         return primary(graph(*arguments(inputs, dtype)))
 
-    batches = [images.order[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    return torch.cat(shared_map(run, batches))
+    return torch.cat(shared_map(run, batch_orders(images)))
+
+
+def batch_orders(images: Split) -> list[tuple[int, ...]]:
+    """The indices of the images in each batch of BATCH."""
+    return [images.order[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
 
 def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
@@ -134,17 +138,26 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
     if not changes:  # no weight changed
         return {}
     leaves = {name: middle.get(name, old[name]).requires_grad_(True) for name in changes}
-    totals, power = dict.fromkeys(changes, 0.0), 0.0
-    for given, _ in images.inputs(BATCH):
+
+    def of_batch(order: tuple[int, ...]) -> tuple[list[float], float]:
+        """This batch's terms of the shares, one for each change, and of the squared shift."""
+        assert model.dense is not None
+        [(given, _)] = replace(images, order=order).inputs(BATCH)
         inputs = arguments(given, model.example.dtype)
         with torch.no_grad():
             shift = primary(model.graph(*inputs)) - primary(model.dense(*inputs))
         with torch.enable_grad():
             logits = primary(torch.func.functional_call(model.dense, {**old, **middle, **leaves}, inputs))
             gradients = torch.autograd.grad((logits * shift).sum(), list(leaves.values()), allow_unused=True)
-        for (name, delta), gradient in zip(changes.items(), gradients, strict=True):
-            totals[name] += 0.0 if gradient is None else float((gradient.double() * delta.double()).sum())
-        power += float(shift.double().square().sum())
+        terms = [
+            0.0 if gradient is None else float((gradient.double() * delta.double()).sum())
+            for delta, gradient in zip(changes.values(), gradients, strict=True)
+        ]
+        return terms, float(shift.double().square().sum())
+
+    batches = shared_map(of_batch, batch_orders(images))
+    totals = {name: sum(terms[n] for terms, _ in batches) for n, name in enumerate(changes)}
+    power = sum(squared for _, squared in batches)
     owner = _owners_of_norms(model)
     shares: dict[str, float] = {}
     for name, total in totals.items():

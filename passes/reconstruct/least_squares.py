@@ -71,7 +71,8 @@ def solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor,
 def cholesky_solved(factor: Float[Tensor, "n k k"], right: Float[Tensor, "n k rows"]) -> Float[Tensor, "n k rows"]:
     """The solutions of L Lᵀ x = b, with the bits of torch.cholesky_solve, which copies L at each call."""
     half = torch.linalg.solve_triangular(factor, right, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution
 
 
 def refit(problem: LeastSquares, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
