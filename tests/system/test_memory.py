@@ -1,0 +1,75 @@
+"""The memory limit, what is left of it, and the peak of the process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mpcompile.system.memory as memory_module
+from mpcompile.cli import parse
+from mpcompile.errors import UsageError
+from mpcompile.system.device import CPU
+from mpcompile.system.memory import SHARE, begin_peak, memory_limit, peak_bytes, spill_folder, unused_bytes
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("4GiB", 4 * GIB),
+        ("4 gib", 4 * GIB),
+        ("1.5GB", 1_500_000_000),
+        ("800MB", 800_000_000),
+        ("64KiB", 65536),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_are_read(text: str | None, expected: int | None) -> None:
+    assert parse.memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "4", "4G", "0GB", "-1GB", "GB", "1e3MB", "4GiB4", "٤GB"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size; give a number with its unit, such as 4GiB"):
+        parse.memory(text)
+
+
+def test_what_is_left_of_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(memory_module, "resident_bytes", lambda: 1 * GIB)
+    assert unused_bytes(CPU) == SHARE * 8 * GIB
+    with memory_limit(3 * GIB):
+        assert unused_bytes(CPU) == 2 * GIB
+        with memory_limit(GIB // 2):
+            assert unused_bytes(CPU) == 0  # the process is beyond it already
+        assert unused_bytes(CPU) == 2 * GIB
+    with memory_limit(64 * GIB):
+        assert unused_bytes(CPU) == 8 * GIB  # not more than is free
+    monkeypatch.setattr(memory_module, "available_bytes", lambda: None)
+    assert unused_bytes(CPU) is None
+
+
+def test_files_go_to_the_folder_of_the_run(tmp_path: Path) -> None:
+    with memory_limit(None, tmp_path / "work"):
+        assert spill_folder() == tmp_path / "work"
+        assert spill_folder().is_dir()
+    assert spill_folder().is_dir()
+
+
+def test_a_peak_is_that_of_its_own_part() -> None:
+    if peak_bytes() is None:
+        pytest.skip("the system does not report the peak memory of a process")
+    begin_peak()
+    before = peak_bytes()
+    values = np.ones(100_000_000 // 8)
+    during = peak_bytes()
+    del values
+    begin_peak()
+    after = peak_bytes()
+    assert before is not None
+    assert during is not None
+    assert after is not None
+    assert during - before > 90_000_000
+    assert during - after > 90_000_000
