@@ -21,7 +21,7 @@ BATCH = 32
 def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
     """The graph's outputs for all images, (images, outputs). The caller disables gradients."""
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
-    return torch.cat([primary(graph(*arguments(inputs, dtype))) for inputs, _ in images.inputs(BATCH)])
+    return torch.cat([primary(graph(*arguments(inputs, dtype))) for inputs, _ in images.announced(BATCH)])
 
 
 def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
@@ -124,7 +124,7 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
         return {}
     leaves = {name: middle.get(name, old[name]).requires_grad_(True) for name in changes}
     totals, power = dict.fromkeys(changes, 0.0), 0.0
-    for given, _ in images.inputs(BATCH):
+    for given, _ in images.announced(BATCH):
         inputs = arguments(given, model.example.dtype)
         with torch.no_grad():
             shift = primary(model.graph(*inputs)) - primary(model.dense(*inputs))

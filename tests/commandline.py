@@ -25,7 +25,7 @@ def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedPr
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path.cwd()),
         mock.patch.object(sys, "argv", line),
-        _restored_settings(),
+        restored_settings(),
     ):
         try:
             main()
@@ -54,7 +54,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> Non
 
 
 @contextlib.contextmanager
-def _restored_settings() -> Iterator[None]:
+def restored_settings() -> Iterator[None]:
     """Restores the signal handler and the loggers that a command changes."""
     loggers = [logging.getLogger(name) for name in ("mpcompile", "torch")]
     before = [(logger, logger.handlers[:], logger.level) for logger in loggers]

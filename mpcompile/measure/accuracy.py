@@ -94,7 +94,7 @@ def compare(
     found = ValueDifferences()
     done, targets = 0, images.targets()
     judged: tuple[list[MetricValues], list[MetricValues]] = ([], [])  # dense and compressed
-    for given, classes in images.inputs():
+    for given, classes in images.announced():
         inputs = [one.numpy() for one in given]
         pair = dense(*inputs), compressed(*inputs)
         for name, outputs in zip(("dense", "compressed"), pair, strict=True):

@@ -44,7 +44,7 @@ def fit_spectra(model: Model, *, null: bool, level: float, seed: int) -> dict[st
     """
     where = graph_positions(model)
     found: dict[str, SpectrumFit | str] = {}
-    for name, layer in tracked(list(model.layers()), lambda pair: pair[0]):
+    for name, layer in tracked(list(model.layers()), lambda pair: pair[0], "layers"):
         place = where.get(name)
         if place and place.sees_image and not place.layers_before:
             found[name] = str(reason_dense_by_default(place))

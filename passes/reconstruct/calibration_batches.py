@@ -22,7 +22,7 @@ def calibration_batches(model: Model, images: Split, graphs: int) -> list[tuple[
     """
     _require_memory(model, len(images), graphs)
     batches: list[tuple[Tensor, ...]] = []
-    for index, (inputs, _) in enumerate(images.inputs(BATCH)):
+    for index, (inputs, _) in enumerate(images.announced(BATCH)):
         bad = [i for i, image in enumerate(inputs[0]) if not image.isfinite().all()]
         if bad:
             raise LoadError(f"calibration image {index * BATCH + bad[0]} holds numbers that are not finite")

@@ -101,7 +101,7 @@ def layerwise(
     dense_nodes = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
     dense_run, pruned_run = GraphExecutor(dense, batches), GraphExecutor(model.graph, batches if sequential else ())
     to_calibrate = quantizers(model.graph)
-    announced = tracked(weights, lambda weight: weight.names[0])
+    announced = tracked(weights, lambda weight: weight.names[0], "layers")
     with dense_run.interpreter.forward_hooks(), pruned_run.interpreter.forward_hooks():
         for node, dense_node in dense_nodes.items():
             if node.op == "placeholder":
