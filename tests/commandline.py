@@ -53,6 +53,11 @@ def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> Non
     assert text in lines[0]
 
 
+def stages_in(progress: str) -> list[str]:
+    """The stages that the lines of progress tell of; a long stage has several lines."""
+    return list(dict.fromkeys(line.split("] ")[1].split(", after ")[0] for line in progress.splitlines()))
+
+
 @contextlib.contextmanager
 def restored_settings() -> Iterator[None]:
     """Restores the signal handler and the loggers that a command changes."""
