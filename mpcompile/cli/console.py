@@ -73,7 +73,7 @@ def _lines(times: StageTimes) -> Callable[[Progress], None]:
 
 
 def steps_so_far(times: StageTimes) -> list[str]:
-    """The loops of the current stage as texts, such as `12 of 72 layers, 3.1 layers/s, 0:19 left`."""
+    """The loops of the current stage as texts, such as `12 of 72 layers, 3.1/s, 0:19 left`."""
     now = times.now()
     texts = [(f"{loop.at.done} of {loop.at.total} {loop.at.unit}", loop.pace(now)) for loop in times.loops]
     return [f"{position}, {pace}" if pace else position for position, pace in texts]

@@ -43,7 +43,7 @@ def bars(times: StageTimes) -> Iterator[Callable[[Progress], None]]:
     name = TextColumn(
         "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
     )
-    columns = (name, BarColumn(bar_width=20), _Pace(times))
+    columns = (name, BarColumn(bar_width=12), _Pace(times))
     with Bars(*columns, console=Console(stderr=True), transient=True, expand=True) as shown:
         stage_bar = shown.add_task("", total=None, depth=None)
         loop_bars = [shown.add_task("", total=None, visible=False, depth=depth) for depth in range(LOOPS)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mpcompile.system.progress import Progress
+from mpcompile.system.progress import PARTS, Progress
 
 SHOWN = 0.02  # the least share of the whole time for which a stage is named in the summary
 LEAST_SECONDS = 1.0  # of steps, before their rate is told
@@ -18,12 +18,15 @@ class Loop:
     at: Progress
 
     def pace(self, now: float) -> str:
-        """The rate and the time to go, such as `3.1 layers/s, 0:19 left`; empty until a step has taken its time."""
+        """The rate and the time to go, such as `3.1/s, 0:19 left`; empty until a step has taken its time.
+
+        It is empty for parts of unequal length, too.
+        """
         done, seconds = self.at.done - self.first, now - self.began
-        if not done or seconds < LEAST_SECONDS:
+        if not done or seconds < LEAST_SECONDS or self.at.unit == PARTS:
             return ""
         rate, left = done / seconds, (self.at.total - self.at.done) * seconds / done
-        speed = f"{rate:.3g} {self.at.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+        speed = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
         return f"{speed}, {clock(left)} left"
 
 

@@ -31,7 +31,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
 from mpcompile.ir.token_merging import merges_tokens
-from mpcompile.system.progress import tracked
+from mpcompile.system.progress import PARTS, tracked
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def lower(
     """
     _require_quantised_to(model, precision)
     opset = _opset(model, precision, opset)
-    steps = tracked(("translate to ONNX", "find the masks in it", "write the file", "check the file"))
+    steps = tracked(("translate to ONNX", "find the masks in it", "write the file", "check the file"), unit=PARTS)
     next(steps)
     file = _export(model, batch, opset)
     _drop_build_traces(file)

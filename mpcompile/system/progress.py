@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
+PARTS = "parts"  # the unit of steps that take unequal times, from which no time to go follows
 Listener = Callable[[str, int, int], None]  # current step, steps done, steps in all
 
 
@@ -98,7 +99,8 @@ def tracked(
 ) -> Iterator[T]:
     """Yields the items; reports each to the listener before it is yielded.
 
-    `unit` names what is counted, in the plural, and an item counts for `amount` of them: a batch for its images.
+    `unit` names what is counted, in the plural, and an item counts for `amount` of them: a batch for its images. Use
+    PARTS if the items take unequal times.
     """
     hear = _heard.get()
     if hear is None:

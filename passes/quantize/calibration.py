@@ -35,7 +35,7 @@ def best_observer(
     """
     samples = _samples(graph, names, images)
     shifts = {}
-    for observer, rule in tracked(OBSERVERS.items(), lambda pair: pair[0], "ways to find ranges"):
+    for observer, rule in tracked(OBSERVERS.items(), lambda pair: pair[0], "observers"):
         trial = copy.deepcopy(graph)
         modules = quantizers(trial)
         for name, values in samples.items():

@@ -6,7 +6,7 @@ import pytest
 
 from mpcompile.cli.console import steps_so_far
 from mpcompile.cli.stage_times import StageTimes, clock, duration
-from mpcompile.system.progress import Progress
+from mpcompile.system.progress import PARTS, Progress
 
 
 @dataclass
@@ -45,20 +45,25 @@ def run() -> Run:
 def test_a_pace_is_told_once_steps_have_taken_their_time(run: Run) -> None:
     assert run.step(0, 0, 10) == ["0 of 10 layers"]
     assert run.step(0.5, 1, 10) == ["1 of 10 layers"]
-    assert run.step(0.5, 2, 10) == ["2 of 10 layers, 2 layers/s, 0:04 left"]
+    assert run.step(0.5, 2, 10) == ["2 of 10 layers, 2/s, 0:04 left"]
     run.clock.seconds += 7
     assert steps_so_far(run.times) == ["2 of 10 layers, 4 s each, 0:32 left"]  # a slow step lowers the pace
 
 
+def test_no_pace_follows_from_parts_of_unequal_length(run: Run) -> None:
+    run.step(0, 0, 4, PARTS)
+    assert run.step(9, 1, 4, PARTS) == ["1 of 4 parts"]
+
+
 def test_a_loop_that_was_resumed_counts_only_its_own_steps(run: Run) -> None:
     run.step(0, 6, 10)
-    assert run.step(2, 8, 10) == ["8 of 10 layers, 1 layers/s, 0:02 left"]
+    assert run.step(2, 8, 10) == ["8 of 10 layers, 1/s, 0:02 left"]
 
 
 def test_loops_within_a_step_leave_its_pace_alone(run: Run) -> None:
     run.step(0, 0, 4)
     run.step(0, 0, 128, "images", 1)
-    assert run.step(2, 64, 128, "images", 1) == ["0 of 4 layers", "64 of 128 images, 32 images/s, 0:02 left"]
+    assert run.step(2, 64, 128, "images", 1) == ["0 of 4 layers", "64 of 128 images, 32/s, 0:02 left"]
     assert run.step(2, 1, 4) == ["1 of 4 layers, 4 s each, 0:12 left"]
     assert run.step(0, 0, 128, "images", 1) == ["1 of 4 layers, 4 s each, 0:12 left", "0 of 128 images"]
 
