@@ -44,6 +44,7 @@ from mpcompile.ir.weight_groups import flat
 from mpcompile.measure.margin_agreement import agreement_by_margin
 from mpcompile.passes.dense_comparison import (
     BATCH,
+    FIRST_IMAGE,
     attribution,
     batch_orders,
     changed_layers,
@@ -184,5 +185,5 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
         interpreter.run(*arguments(inputs, model.example.dtype))
         return dict(of_batch)
 
-    parts = shared_map(errors_of, batch_orders(images), "image {0[0]}".format)
+    parts = shared_map(errors_of, batch_orders(images), FIRST_IMAGE, "images", len)
     return {name: torch.cat([part[name] for part in parts]) for name in differences if name in parts[0]}

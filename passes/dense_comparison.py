@@ -18,6 +18,7 @@ from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.distributed import shared_map
 
 BATCH = 32
+FIRST_IMAGE = "image {0[0]}".format  # the name of a batch in the progress
 
 
 def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
@@ -31,7 +32,7 @@ def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
         [(inputs, _)] = replace(images, order=order).inputs(BATCH)
         return primary(graph(*arguments(inputs, dtype)))
 
-    return torch.cat(shared_map(run, batch_orders(images)))
+    return torch.cat(shared_map(run, batch_orders(images), FIRST_IMAGE, "images", len))
 
 
 def batch_orders(images: Split) -> list[tuple[int, ...]]:
@@ -155,7 +156,7 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
         ]
         return terms, float(shift.double().square().sum())
 
-    batches = shared_map(of_batch, batch_orders(images))
+    batches = shared_map(of_batch, batch_orders(images), FIRST_IMAGE, "images", len)
     totals = {name: sum(terms[n] for terms, _ in batches) for n, name in enumerate(changes)}
     power = sum(squared for _, squared in batches)
     owner = _owners_of_norms(model)

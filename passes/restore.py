@@ -112,7 +112,7 @@ class Restore:
         ):
             merging = merging.weaker()
         counted, restored = cost(model), set[str]()
-        steps = tracked([name for name, plan in model.plan.items() if plan.mask is not None])
+        steps = tracked([name for name, plan in model.plan.items() if plan.mask is not None], unit="layers")
         while not self._within(model.graph, dense, images, model.head):
             if merging is not None and self._merging_loses_more(merging, dense, images):
                 merging = merging.weaker()

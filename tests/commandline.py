@@ -25,7 +25,7 @@ def mpcompile(*words: object, cwd: Path | None = None) -> subprocess.CompletedPr
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path.cwd()),
         mock.patch.object(sys, "argv", line),
-        _restored_settings(),
+        restored_settings(),
     ):
         try:
             main()
@@ -53,8 +53,13 @@ def refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> Non
     assert text in lines[0]
 
 
+def stages_in(progress: str) -> list[str]:
+    """The stages that the lines of progress tell of; a long stage has several lines."""
+    return list(dict.fromkeys(line.split("] ")[1].split(", after ")[0] for line in progress.splitlines()))
+
+
 @contextlib.contextmanager
-def _restored_settings() -> Iterator[None]:
+def restored_settings() -> Iterator[None]:
     """Restores the signal handler and the loggers that a command changes."""
     loggers = [logging.getLogger(name) for name in ("mpcompile", "torch")]
     before = [(logger, logger.handlers[:], logger.level) for logger in loggers]

@@ -48,7 +48,7 @@ def net():
 # These files run for the longest time, and start first. Two that need the same compiled example do not stand together.
 LONG_FILES = (
     "test_build.py", "test_charts.py", "test_resume.py", "test_recipes.py", "test_examples.py", "test_devices.py",
-    "test_contract.py",
+    "test_contract.py", "test_distill_resume.py", "test_quantized_report.py",
 )  # fmt: skip
 
 TINY = {"mlp": tiny_mlp, "cnn": tiny_cnn, "vit": tiny_vit}

@@ -90,6 +90,29 @@ def test_stages_are_numbered_in_their_order_though_one_is_there_twice_and_one_le
     assert len(heard) == 7  # nobody listens any more
 
 
+def test_steps_count_what_they_hold_and_know_the_step_they_are_in() -> None:
+    heard: list[Progress] = []
+    with stage_progress(heard.append, ("a",)) as begin:
+        begin("a")
+        for layer in tracked(["x", "y"], unit="layers"):
+            batches = tracked(range(0, 5, 2), "image {}".format, "images", lambda start: min(2, 5 - start))
+            if layer == "x":
+                next(batches)  # and is left
+            else:
+                list(batches)
+            del batches
+        list(tracked([0]))
+    assert [(at.step, at.done, at.total, at.unit, at.depth) for at in heard[1:]] == [
+        ("x", 0, 2, "layers", 0),
+        ("image 0", 0, 5, "images", 1),
+        ("y", 1, 2, "layers", 0),
+        ("image 0", 0, 5, "images", 1),
+        ("image 2", 2, 5, "images", 1),
+        ("image 4", 4, 5, "images", 1),
+        ("0", 0, 1, "steps", 0),
+    ]
+
+
 def test_without_an_observer_whoever_listens_goes_on_listening() -> None:
     heard: list[str] = []
     with listening(lambda what, done, total: heard.append(what)), stage_progress(None, ()) as begin:

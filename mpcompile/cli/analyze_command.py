@@ -8,7 +8,7 @@ import typer
 import mpcompile.cli.parse as parse
 from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import PRECISIONS, completion
-from mpcompile.cli.console import configure_logging, progress
+from mpcompile.cli.console import configure_logging, progress, show_times
 from mpcompile.cli.model_options import (
     AllowPickleOption,
     ArchArgOption,
@@ -153,5 +153,6 @@ def analyze_command(
         typer.echo(found.model_dump_json(indent=2))
     elif not quiet:
         show_analysis(found)
+        show_times(observe)
         if plots:
             typer.echo(f"Plots written to {plots}; start with overview.svg")

@@ -7,7 +7,7 @@ import typer
 import mpcompile.cli.parse as parse
 from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import TARGETS, completion, listed
-from mpcompile.cli.console import configure_logging, progress
+from mpcompile.cli.console import configure_logging, progress, show_times
 from mpcompile.cli.options import FolderArgument, JsonOption, QuietOption, VerboseOption
 
 
@@ -50,3 +50,4 @@ def bench_command(
         typer.echo(found.model_dump_json(indent=2))
     elif not quiet:
         show_bench(found, folder / "bench" / found.target)
+        show_times(observe)

@@ -9,7 +9,7 @@ import typer
 import mpcompile.cli.parse as parse
 from mpcompile.cli.app import Command, app, epilog_of
 from mpcompile.cli.choices import CRITERIA, PASSES, PRECISIONS, REFITS, completion, listed
-from mpcompile.cli.console import configure_logging, progress
+from mpcompile.cli.console import Shown, configure_logging, progress, show_times
 from mpcompile.cli.model_options import (
     AllowPickleOption,
     ArchArgOption,
@@ -289,7 +289,8 @@ def compile_command(
         return
     if output is None:
         raise UsageError("--output is missing; name the folder to write, or use --dry-run")
-    failure = None
+    failure: AccuracyError | None = None
+    observe: Shown | None = None
     try:
         with process_group(recipe.device) as here, progress(quiet or as_json or not here.first) as observe:
             if not here.first:
@@ -305,6 +306,7 @@ def compile_command(
         typer.echo(artifact.report.model_dump_json(indent=2))
     elif not quiet:
         show_artifact(artifact)
+        show_times(observe)
     if failure:
         raise failure
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mpcompile.cli.app import Command, app, epilog_of
-from mpcompile.cli.console import configure_logging, progress
+from mpcompile.cli.console import configure_logging, progress, show_times
 from mpcompile.cli.model_options import (
     MODELS,
     AllowPickleOption,
@@ -102,6 +102,7 @@ def doctor(
             typer.echo(json.dumps(asdict(trials), indent=2))
         elif not quiet:
             show_trials(trials)
+            show_times(observe)
         return
     from mpcompile.cli.tables import show_findings
     from mpcompile.driver.doctor import examine

@@ -94,10 +94,11 @@ class Split:
             chosen = self.order[start : start + size]
             yield [self._image(index)[1] if own is None else own(index) for index in chosen]
 
-    def announced(self, size: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    def announced(self, size: int = BATCH) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """The same as `inputs`; reports each batch as a step of progress before it is read."""
-        starts = range(0, len(self), size)
-        for _, batch in zip(tracked(starts, "image {}".format), self.inputs(size), strict=True):
+        count = len(self)
+        starts = tracked(range(0, count, size), "image {}".format, "images", lambda start: min(size, count - start))
+        for _, batch in zip(starts, self.inputs(size), strict=True):
             yield batch
 
     def first(self, count: int) -> Tensor:

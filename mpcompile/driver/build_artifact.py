@@ -262,7 +262,7 @@ def _calibration(data: Data, check: Arrays) -> Iterator[Arrays]:
     """The inputs of all calibration images in batches, or the example if there are none."""
     if not len(data.calibration):
         yield check
-    for inputs, _ in data.calibration.inputs():
+    for inputs, _ in data.calibration.announced():
         yield arrays(inputs)
 
 

@@ -96,7 +96,7 @@ def try_preprocessings(
         right: dict[SetUp, NDArray[np.bool_]] = {}
 
         def measure(set_ups: tuple[SetUp, ...]) -> None:
-            for set_up in tracked(set_ups, lambda one: one.name):
+            for set_up in tracked(set_ups, lambda one: one.name, "set-ups"):
                 right[set_up] = _right(dense, images.held_out, loaded.source, set_up)
 
         tell("try pixel values")

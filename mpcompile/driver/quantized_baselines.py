@@ -116,7 +116,7 @@ def outputs_in_float(plan: RunPlan, model: Model, images: Split, path: Path) -> 
 
 def outputs_of(engine: Run, images: Split) -> Outputs:
     """The outputs of an engine for all images of a split, batch by batch."""
-    return tuple(engine(*arrays(inputs)) for inputs, _ in images.inputs())
+    return tuple(engine(*arrays(inputs)) for inputs, _ in images.announced())
 
 
 def replayed(outputs: Outputs) -> Run:

@@ -28,6 +28,7 @@ from mpcompile.recipe.schema import Recipe
 from mpcompile.report.quantized_schema import Variant
 from mpcompile.report.schema import Latency, Parity
 from mpcompile.runtimes import Engine, ReportsKernels, ReportsQuantizedLayers, ReportsReference
+from mpcompile.system.progress import tracked
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def latencies(
     rows, over, recipe = [], [], plan.recipe
     engines, example = {"dense": built.dense, "compressed": built.compressed}, arrays(model.example_inputs)
     others = {baseline.row.name: baseline.engine for baseline in baselines if baseline.engine}
-    for batch in recipe.timed_batches:
+    for batch in tracked(recipe.timed_batches, "batch size {}".format, "batch sizes"):
         samples = interleaved_times_ms(engines | others, data.held_out, example, batch, recipe.bench.seconds)
         before, after = (timing(samples[name], batch, engine.device) for name, engine in engines.items())
         ratio = speedup(samples["dense"], samples["compressed"], "dense")

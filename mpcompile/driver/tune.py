@@ -109,7 +109,7 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
     first = [Candidate("as written, layers restored", recipe)] if recipe.step("restore") else []
     counted = cost(dense)
     paths = paths_of(recipe.without("restore"), lambda base: least_macs(base, dense, counted, images))
-    steps = iter(tracked(range(options.evaluations), lambda index: f"recipe {index + 1}"))
+    steps = iter(tracked(range(options.evaluations), lambda index: f"recipe {index + 1}", "recipes"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build = plan.build_options(folder)
@@ -166,7 +166,7 @@ def points(engine: Engine, images: Split, head: Head | None) -> NDArray[np.float
 def hits(engine: Engine, images: Split, head: Head | None) -> NDArray[np.bool_]:
     """For each labelled image (n,), whether the engine's decision is its label."""
     batches = []
-    for inputs, labels in images.inputs():
+    for inputs, labels in images.announced():
         outputs = engine(*arrays(inputs))
         batches.append(head_for(head, outputs).right(outputs, labels.numpy()))
     return np.concatenate(batches)

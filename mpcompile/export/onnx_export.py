@@ -31,6 +31,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
 from mpcompile.ir.token_merging import merges_tokens
+from mpcompile.system.progress import PARTS, tracked
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ def lower(
     """
     _require_quantised_to(model, precision)
     opset = _opset(model, precision, opset)
+    steps = tracked(("translate to ONNX", "find the masks in it", "write the file", "check the file"), unit=PARTS)
+    next(steps)
     file = _export(model, batch, opset)
     _drop_build_traces(file)
     if precision == "fp16":
@@ -108,9 +111,12 @@ def lower(
 
         file, rows = with_quantized_weights(file, model.plan, weights, precision)
         written[QUANTIZATION_KEY] = metadata_of(rows)
+    next(steps)
     masks = verify_masks(file, model.plan, weights)
+    next(steps)
     _write_metadata(file, written, masks)
     _save(file, path, inline_limit_bytes)
+    next(steps)
     if verify_masks(onnx.load(path), model.plan, weights) != masks:
         raise MaskError(f"{path.name} does not hold the masks that were written to it")
     return Lowered(

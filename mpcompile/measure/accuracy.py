@@ -97,7 +97,7 @@ def compare(
     done, targets = 0, images.targets()
     judged: tuple[list[MetricValues], list[MetricValues]] = ([], [])  # dense and compressed
     digest = hashlib.sha256()
-    for given, classes in images.inputs():
+    for given, classes in images.announced():
         inputs = [one.numpy() for one in given]
         for each in zip(*inputs, classes.numpy(), strict=True):  # by image, so that the batch size does not matter
             for array in each:

@@ -181,14 +181,20 @@ def largest_of_all(value: float) -> float:
     return max(values) if all(one == one for one in values) else math.nan
 
 
-def shared_map(function: Callable[[T], R], items: Sequence[T], label: Callable[[T], str] | None = None) -> list[R]:
+def shared_map(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    label: Callable[[T], str] | None = None,
+    unit: str = "steps",
+    amount: Callable[[T], int] = lambda item: 1,
+) -> list[R]:
     """`function` of each item, in order; each rank computes every size-th item, and all ranks get all results.
 
-    With `label`, this rank's items are reported as steps of progress.
+    With `label`, this rank's items are reported as steps of progress, with `unit` and `amount` as in `tracked`.
     """
     here = share()
     own_items = items[here.rank :: here.size]
-    own = [function(item) for item in (own_items if label is None else tracked(own_items, label))]
+    own = [function(item) for item in (own_items if label is None else tracked(own_items, label, unit, amount))]
     if here.size == 1:
         return own
     by_rank = all_gathered(own)

@@ -1,8 +1,9 @@
 """Progress of a run, from inside a pass to the caller, without an argument through every call.
 
 `compile`, `analyze` and `bench` take `observe=`, a function that is called with a Progress at the start of each stage
-and of each step within it. In a pass, `for name in tracked(names): ...` reports the steps. The listener is stored in a
-context variable, so that two runs in one process do not receive each other's steps. Without a listener nothing happens.
+and of each step within it. In a pass, `for name in tracked(names, unit="layers"): ...` reports the steps. The listener
+is stored in a context variable, so that two runs in one process do not receive each other's steps. Without a listener
+nothing happens.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 T = TypeVar("T")
+PARTS = "parts"  # the unit of steps that take unequal times, from which no time to go follows
 Listener = Callable[[str, int, int], None]  # current step, steps done, steps in all
 
 
@@ -19,8 +21,9 @@ Listener = Callable[[str, int, int], None]  # current step, steps done, steps in
 class Progress:
     """The position of a run: stage `stage`, number `number` of `stages`, counted from 1.
 
-    Within a stage that reports steps, `step` is the current one and `done` of `total` are finished. At the start of a
-    stage, `step` is None.
+    Within a stage that reports steps, `step` is the current one, and `done` of `total` layers, images or the like
+    (`unit`) are finished. At the start of a stage, `step` is None. Steps within a step, such as the images of a layer,
+    have `depth` 1, steps within these 2.
     """
 
     stage: str
@@ -29,13 +32,17 @@ class Progress:
     step: str | None = None
     done: int = 0
     total: int = 0
+    unit: str = "steps"
+    depth: int = 0
 
     def __str__(self) -> str:
         within = "" if self.step is None else f": {self.step} ({self.done + 1} of {self.total})"
         return f"[{self.number}/{self.stages}] {self.stage}{within}"
 
 
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+# What hears of each step; the stage is not known here and left empty.
+_heard: ContextVar[Callable[[Progress], None] | None] = ContextVar("heard", default=None)
+_depth: ContextVar[int] = ContextVar("depth", default=0)
 
 
 @contextmanager
@@ -59,24 +66,53 @@ def stage_progress(
         at = Progress(stage, max(number, 1), len(stages))
         observe(at)
 
-    with listening(lambda step, done, total: observe(replace(at, step=step, done=done, total=total))):
+    def heard(step: Progress) -> None:
+        observe(replace(step, stage=at.stage, number=at.number, stages=at.stages))
+
+    with _hearing(heard):
         yield begin
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Calls `listener` for every step of `tracked` inside the block; for a PassManager that is used directly."""
-    token = _listener.set(listener)
+    with _hearing(lambda at: listener(at.step or "", at.done, at.total)):
+        yield
+
+
+@contextmanager
+def _hearing(hear: Callable[[Progress], None]) -> Iterator[None]:
+    """Calls `hear` for every step inside the block."""
+    tokens = _heard.set(hear), _depth.set(0)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _heard.reset(tokens[0])
+        _depth.reset(tokens[1])
 
 
-def tracked(items: Collection[T], label: Callable[[T], str] = str) -> Iterator[T]:
-    """Yields the items; reports each to the listener before it is yielded."""
-    listener = _listener.get()
-    for done, item in enumerate(items):
-        if listener is not None:
-            listener(label(item), done, len(items))
-        yield item
+def tracked(
+    items: Collection[T],
+    label: Callable[[T], str] = str,
+    unit: str = "steps",
+    amount: Callable[[T], int] = lambda item: 1,
+) -> Iterator[T]:
+    """Yields the items; reports each to the listener before it is yielded.
+
+    `unit` names what is counted, in the plural, and an item counts for `amount` of them: a batch for its images. Use
+    PARTS if the items take unequal times.
+    """
+    hear = _heard.get()
+    if hear is None:
+        yield from items
+        return
+    depth, done, total = _depth.get(), 0, sum(map(amount, items))
+    try:
+        for item in items:
+            _depth.set(depth)
+            hear(Progress("", 0, 0, label(item), done, total, unit, depth))
+            _depth.set(depth + 1)
+            yield item
+            done += amount(item)
+    finally:
+        _depth.set(depth)

@@ -57,7 +57,7 @@ def fit_spectra(model: Model, *, null: bool, level: float, seed: int) -> dict[st
             return str(reason)
 
     layers = list(model.layers())
-    fits = shared_map(fitted, layers, lambda named: named[0])
+    fits = shared_map(fitted, layers, lambda named: named[0], "layers")
     return {name: fit for (name, _), fit in zip(layers, fits, strict=True)}
 
 

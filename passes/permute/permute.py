@@ -175,7 +175,7 @@ class Permute:
         coupling, failure = self._coupling(model)
         sets = [(group, channels) for group in coupling.groups for channels in group.sets]
         orders: dict[Axis, np.ndarray] = {}
-        for _, channels in tracked(sets, _label):
+        for _, channels in tracked(sets, _label, "groups"):
             touched = {axis.owner.removesuffix(".weight") for axis in channels.positions} & patterns.keys()
             touched_patterns = {name: patterns[name] for name in touched}
             # Layers that only write these channels are reordered with them, but not scored.

@@ -13,6 +13,7 @@ from mpcompile.ir.quantization import ActivationType, quantizers
 from mpcompile.passes.dense_comparison import mean_shift, outputs_of
 from mpcompile.passes.quantize.observers import OBSERVERS, Range
 from mpcompile.passes.quantize.placement import PREFIX
+from mpcompile.system.progress import tracked
 
 Observer = Callable[[Tensor], Range]
 SAMPLED_VALUES = 1 << 18  # of an activation, for the range of its quantizer
@@ -34,7 +35,7 @@ def best_observer(
     """
     samples = _samples(graph, names, images)
     shifts = {}
-    for observer, rule in OBSERVERS.items():
+    for observer, rule in tracked(OBSERVERS.items(), lambda pair: pair[0], "observers"):
         trial = copy.deepcopy(graph)
         modules = quantizers(trial)
         for name, values in samples.items():

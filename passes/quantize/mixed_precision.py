@@ -103,7 +103,7 @@ def layer_costs(model: Model, before: fx.GraphModule, layers: Sequence[str], ima
         return mean_shift(outputs_of(model.graph, images), expected)
 
     whole, costs = shift(), dict[str, float]()
-    for weight in tracked(tied_weights(model, layers), lambda weight: weight.names[0]):
+    for weight in tracked(tied_weights(model, layers), lambda weight: weight.names[0], "layers"):
         with _in_float(model.graph, before, weight):
             costs |= dict.fromkeys(weight.names, whole - shift())
     return costs

@@ -204,7 +204,7 @@ def _rows(graph: fx.GraphModule, norms: Sequence[ScaledNorm], images: Split) -> 
 
     if norms:
         dtype = norms[0].weight.dtype
-        for inputs, _ in images.inputs(BATCH):
+        for inputs, _ in images.announced(BATCH):
             Observed(graph).run(*arguments(inputs, dtype))
     return [torch.cat(found[norm.node]) for norm in norms]
 

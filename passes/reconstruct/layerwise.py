@@ -109,7 +109,7 @@ def layerwise(
     dense_nodes = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
     inputs = lru_cache(maxsize=1)(batches.__getitem__)  # both graphs open a batch one after the other
     to_calibrate = quantizers(model.graph) if calibrate is not None else {}
-    announced = tracked(weights, lambda weight: weight.names[0])
+    announced = tracked(weights, lambda weight: weight.names[0], "layers")
     solving = max((solving_bytes(model.layer(weight.names[0])) for weight in weights), default=0)
     with activation_store((dense, model.graph), model.example.device, solving) as store:
         dense_run, pruned_run = (GraphExecutor(graph, store, inputs) for graph in (dense, model.graph))
@@ -125,7 +125,7 @@ def layerwise(
                 is_layer = any(weight.names == (node.target,) for weight in collecting)
                 add = residual_add_after(model, node) if residual and sequential and is_layer else None
                 parts = {weight: _empty_parts() for weight in collecting}
-                for batch in own if collecting else ():
+                for batch in tracked(own, "batch {}".format, "images", batches.size) if collecting else ():
                     with dense_run.opened(batch), pruned_run.opened(batch) if sequential else nullcontext():
                         dense_calls = dense_run.execute(dense_node)
                         calls = pruned_run.layer_inputs(node) if sequential else dense_calls

@@ -168,7 +168,7 @@ def _damages(logits: _Logits, tokens: int, attentions: Sequence[Attention], prot
     most = most_merged(tokens, protected)
     probes = sorted({max(1, round(share * most)) for share in PROBED_SHARES})
     rows = []
-    for layer in tracked(range(len(attentions)), lambda layer: attentions[layer].name):
+    for layer in tracked(range(len(attentions)), lambda layer: attentions[layer].name, "attentions"):
         alone = [tuple(r if other == layer else 0 for other in range(len(attentions))) for r in probes]
         rows.append(np.interp(np.arange(most + 1), [0, *probes], [0.0, *map(logits.damage, alone)]))
     return np.array(rows)
@@ -227,7 +227,7 @@ def _improved_by_exchanges(
     for _ in range(EXCHANGES):
         best = shift(schedule)
         changes: dict[tuple[int, int], float] = {}
-        for attention in tracked(attentions, "merges of attention {}".format):
+        for attention in tracked(attentions, "merges of attention {}".format, "attentions"):
             few = max(1, schedule[attention] // 4)
             for sign in (-1, 1):
                 changed = _changed(schedule, attention, sign * few)

@@ -33,6 +33,7 @@ from mpcompile.runtimes.native.int8_products import Int8Product
 from mpcompile.runtimes.native.kernel_selection import Accelerated, Choice, OtherKernels, compare_whole, dropped
 from mpcompile.runtimes.native.microbenchmark import session
 from mpcompile.runtimes.native.whole_file import Names, accept
+from mpcompile.system.progress import tracked
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -125,7 +126,7 @@ def accelerate(
         for mask in masks
         if mask.initializer not in replaceable
     ]
-    for each in found.layers:
+    for each in tracked(found.layers, lambda each: each.name, "layers"):
         mask = by_initializer.get(each.initializer)
         pattern = None if mask is None else mask.pattern
         x, weight = found.input_of(each, len(images)), by_columns(each)

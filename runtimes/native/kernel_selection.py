@@ -27,6 +27,7 @@ from mpcompile.runtimes.native.microbenchmark import input_shapes, judged, measu
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, Refused, find, packed, replace
 from mpcompile.runtimes.native.packing import Packed
 from mpcompile.runtimes.native.whole_file import Compare, Loss, Names, accept
+from mpcompile.system.progress import tracked
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -114,7 +115,7 @@ def accelerate(
     measured: dict[tuple[object, ...], tuple[Timing, Timing, Speedup]] = {}
     choices: list[Choice] = [_unsupported(row) for row in refused]
     faster = []
-    for product in products:
+    for product in tracked(products, lambda product: product.name, "layers"):
         weight, x = streams[product.prefix], shapes[product.x]
         window = None if product.convolution is None else product.convolution.window
         key = (product.op, window, product.weight.shape, product.pattern, weight.rows_per_pattern, x)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mpcompile.measure.timing import Speedup
+from mpcompile.system.progress import tracked
 
 MOST_TRIALS = 4
 
@@ -86,7 +87,7 @@ def _faster_half(names: Names, speedups: Mapping[str, float]) -> Names:
 
 def _first_loss(trial: Names, batches: Sequence[int], compare: Compare) -> Loss | None:
     """Returns the first comparison in which the file is not significantly faster, or None."""
-    for batch in batches:
+    for batch in tracked(batches, "whole file, batch size {}".format, "batch sizes"):
         speedup = compare(trial, batch)
         if speedup.conclusion != "faster":
             return Loss(len(trial), batch, speedup)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commandline import QUICK, in_a_process, mpcompile, refused
+from commandline import QUICK, in_a_process, mpcompile, refused, stages_in
 from sparse_vit import write_sparse_vit
 
 
@@ -47,7 +47,7 @@ def test_compile_writes_a_folder_and_its_recipe_reproduces_it(
     assert {path.name for path in output.iterdir()} - {"model.native.onnx"} == names
     for word in ("top-1, 64 held-out images", "logit shift", "ONNX file", "median latency, batch 1"):
         assert word in done.stdout
-    assert [line.split("] ")[1] for line in done.stderr.splitlines()] == [
+    assert stages_in(done.stderr) == [
         "load", "capture", "export dense", "mp-budget", "drop-unread-tokens", "permute", "nm-mask", "batch-norm",
         "confidence", "certify", "export compressed", "build", "evaluate", "time", "write",
     ]  # fmt: skip

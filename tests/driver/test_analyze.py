@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commandline import mpcompile
+from commandline import mpcompile, stages_in
 from torch import nn
 
 from mpcompile.analysis.spectrum import analyse
@@ -91,7 +91,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 def test_the_command(example: Path, tmp_path: Path) -> None:
     done = run(example / "model.safetensors", "--macs", 0.7, "--plots", tmp_path / "plots", "--no-null")
     assert done.returncode == 0, done.stderr
-    assert [line.split("] ")[1] for line in done.stderr.splitlines()] == ["load", "capture", "spectra", "budget"]
+    assert stages_in(done.stderr) == ["load", "capture", "spectra", "budget"]
     assert "the budget keeps it" in done.stdout
     assert "Target eager has kernels for none of these patterns" in done.stdout
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())

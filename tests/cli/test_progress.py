@@ -1,0 +1,136 @@
+"""Progress on standard error: bars on a terminal, lines in a pipe, nothing with --quiet; and where the time went."""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commandline import QUICK, mpcompile, restored_settings
+from terminal_screen import COLUMNS, lines_of, terminal
+
+from mpcompile.cli import console
+from mpcompile.cli.app import app
+from mpcompile.cli.console import configure_logging, progress
+from mpcompile.system.progress import stage_progress, tracked
+
+STAGES = ("load", "masks", "write")
+LONG = "blocks." + 30 * "long." + "name"
+
+
+def shown_run(warn: bool = True) -> None:
+    """A run of three stages, one with loops in each other, that logs and prints meanwhile."""
+    with progress(quiet=False) as observe, stage_progress(observe, STAGES) as begin:
+        begin("load")
+        begin("masks")
+        for layer in tracked(["first", LONG], unit="layers"):
+            for batch in tracked(range(3), "image {}".format, "images"):
+                time.sleep(0.02)
+                if warn and layer == LONG and batch == 1:
+                    logging.getLogger("mpcompile.test").warning("a warning")
+                    print("printed", file=sys.stderr)
+        begin("write")
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    with restored_settings():
+        configure_logging(0, quiet=False)
+        yield
+
+
+def test_nothing_is_left_of_the_bars_and_nothing_is_glued_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as found:
+        shown_run()
+    assert found.screen() == ["WARNING mpcompile.test: a warning", "printed"]
+
+
+def test_bars_show_the_stage_and_the_loops_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as found:
+        shown_run(warn=False)
+    written = found.written.decode()
+    # The screen whenever the bars are drawn anew, which begins with the cursor at their first line.
+    drawn = [lines_of(written[: match.start()]) for match in re.finditer(r"\r\x1b\[2K", written)]
+    assert max(len(line) for lines in drawn for line in lines) <= COLUMNS
+    fullest = max(drawn, key=lambda lines: sum(map(bool, lines)))
+    stage, layers, images = [line for line in fullest if line]
+    assert stage.startswith("masks ")
+    assert re.search(r" 2/3, 0:0\d$", stage)
+    assert re.search(r"^  (first|blocks\.[a-z.]+…) .* [01]/2 layers$", layers)
+    assert re.search(r"^    image \d .* \d/3 images$", images)
+
+
+@pytest.mark.parametrize("kind", ["dumb", "unknown"])
+def test_a_terminal_without_control_sequences_gets_lines(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as found:
+        monkeypatch.setenv("TERM", kind)
+        shown_run(warn=False)
+    assert found.screen() == [f"[{number}/3] {stage}, after 0:00" for number, stage in enumerate(STAGES, 1)]
+
+
+def test_a_pipe_gets_a_line_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    shown_run()
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/3] load, after 0:00",
+        "[2/3] masks, after 0:00",
+        "WARNING mpcompile.test: a warning",
+        "printed",
+        "[3/3] write, after 0:00",
+    ]
+
+
+def test_a_pipe_gets_lines_within_a_long_stage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    shown_run(warn=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert "[2/3] masks, after 0:00; 1 of 2 layers; 2 of 3 images" in lines
+    assert len(lines) == 3 + 2 + 6
+
+
+def fails() -> None:
+    with progress(quiet=False) as observe, stage_progress(observe, STAGES) as begin:
+        begin("load")
+        raise ZeroDivisionError
+
+
+def test_a_stage_that_fails_leaves_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as found:
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        print("mpcompile: the error", file=sys.stderr)
+    assert found.screen() == ["mpcompile: the error"]
+
+
+def words(tiny_files: tuple[Path, Path], folder: Path) -> list[object]:
+    quick = folder / "quick.yaml"
+    quick.write_text(f"passes: [{{nm-mask: {{pattern: 2:4, criterion: magnitude, refit: none}}}}]\n{QUICK}")
+    return [tiny_files[0], "--data", tiny_files[1], "-o", folder / "out", "--config", quick]
+
+
+def test_quiet_is_quiet(
+    tiny_files: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mpcompile", *map(str, words(tiny_files, tmp_path)), "--quiet"])
+    with terminal(monkeypatch) as found:
+        app(standalone_mode=False)
+    assert found.written == b""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_long_stages_tell_their_steps_and_the_summary_where_the_time_went(
+    tiny_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    done = mpcompile(*words(tiny_files, tmp_path))
+    assert done.returncode == 0, done.stderr
+    line = re.compile(r"\[\d/9\] ([a-z -]+), after \d:\d\d(; \d+ of \d+ ([a-z ]+).*)?")
+    found = [line.fullmatch(text) for text in done.stderr.splitlines()]
+    assert all(found), done.stderr
+    steps = {(match[1], match[3]) for match in found if match and match[3]}
+    assert steps >= {("export compressed", "images"), ("evaluate", "images"), ("time", "batch sizes")}
+    [told] = [text for text in done.stdout.splitlines() if text.startswith("Time: ")]
+    assert re.fullmatch(r"Time: [\d.:]+ (s|min) in all: .*export dense [\d.]+ s.*\.", told)
