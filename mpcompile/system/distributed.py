@@ -14,17 +14,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from mpcompile.errors import MpcompileError, ResourceError, UsageError
 from mpcompile.system.device import chosen_device
 from mpcompile.system.progress import tracked
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,6 +99,8 @@ def process_group(device: str = "auto") -> Iterator[ProcessRank]:
     chosen = chosen_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, count = next(rendezvous("env://"))
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=count, timeout=WAIT
@@ -116,7 +119,7 @@ def process_group(device: str = "auto") -> Iterator[ProcessRank]:
         dist.destroy_process_group()
 
 
-def _explain(error: BaseException, store: TCPStore, rank: int, count: int) -> None:
+def _explain(error: BaseException, store: "TCPStore", rank: int, count: int) -> None:
     """Raises what this rank has to say about an error that is not its own: a signal, or a rank that is gone.
 
     If another rank ended without a word, the first of the others raises ResourceError. LostRank is raised by the rest,
@@ -135,7 +138,7 @@ def _explain(error: BaseException, store: TCPStore, rank: int, count: int) -> No
         raise LostRank(1) from error
 
 
-def _ended(store: TCPStore, rank: int) -> str | None:
+def _ended(store: "TCPStore", rank: int) -> str | None:
     """What a rank said as it ended: OWN for an error of its own, else ""; None if it says nothing for a few seconds."""
     for _ in range(int(ENDING_SECONDS / 0.1)):
         if store.check([f"{ENDED}{rank}"]):
