@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.structure import tensors_of
 from mpcompile.passes import BatchNorm, Certify, Confidence, Distill, MPBudget, NMMask, Permute, Restore, ToMe
-from mpcompile.pipeline.fingerprint import tensors_of
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.system.distributed import process_group
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_vit

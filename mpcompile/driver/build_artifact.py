@@ -116,7 +116,7 @@ def build_artifact(
     )
     dense_cost, cost_left = cost(dense), cost(model)
     observe("export compressed")
-    after = plan.lower(model, folder / COMPRESSED, metadata)
+    after = plan.lower(model, folder / COMPRESSED, metadata, like=before)
     require_finite(after, _calibration(data, check))
     parities.append(_parity(after, check, "compressed: ONNX Runtime against PyTorch"))
     quantized = None

@@ -80,15 +80,20 @@ class RunPlan:
         """The device that runs the passes. Raises UsageError if this machine does not have it."""
         return chosen_device(self.recipe.device)
 
-    def lower(self, model: Model, path: Path, metadata: Mapping[str, str] | None = None) -> Lowered:
+    def lower(
+        self, model: Model, path: Path, metadata: Mapping[str, str] | None = None, like: Lowered | None = None
+    ) -> Lowered:
         """The model as an ONNX file in the recipe's precision, batch and opset. Raises BuildError or MaskError.
 
-        If the recipe is in 8 bits, a model without quantizers, such as the dense one, is written in fp32.
+        If the recipe is in 8 bits, a model without quantizers, such as the dense one, is written in fp32. `like` is an
+        earlier result, perhaps of a model that differs in values only.
         """
         recipe = self.recipe
         in_float = recipe.precision in QUANTIZED and not quantizers(model.graph)
         precision: Precision = "fp32" if in_float else recipe.precision
-        return lower(model, path, precision=precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata)
+        return lower(
+            model, path, precision=precision, batch=recipe.batch, opset=recipe.opset, metadata=metadata, like=like
+        )
 
     def build_options(self, folder: Path) -> Build:
         """The options of the recipe's engines, whose own files are written to `folder`."""

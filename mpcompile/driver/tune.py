@@ -61,7 +61,8 @@ class Trial:
         try:
             passes = passes_to_last_change(plan_of(candidate.recipe).passes)
             model, _ = PassManager(passes).run(self.dense, self.data, device=self.plan.device)
-            engine = self.plan.build_engine(self.plan.lower(model, self.folder / "model.onnx"), self.build)
+            exported = self.plan.lower(model, self.folder / "model.onnx", like=self.reference.exported)
+            engine = self.plan.build_engine(exported, self.build)
         except MpcompileError as error:
             return Point(candidate.name, failed=" ".join(str(error).split()))
         macs = cost(model).executed_macs(model.patterns()) / self.reference.cost.macs

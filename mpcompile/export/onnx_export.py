@@ -11,22 +11,16 @@ In the 8-bit precisions activations are rounded by QuantizeLinear and Dequantize
 
 import json
 import logging
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mpcompile.errors import BuildError, MaskError, UsageError, cause_of
+from mpcompile.errors import BuildError, MaskError, UsageError
 from mpcompile.export.half_precision import to_bfloat16, to_half
 from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
-from mpcompile.export.output_names import are_unique, provisional, rename_outputs
-from mpcompile.export.split_sizes import with_piece_sizes
-from mpcompile.export.translations import translations
+from mpcompile.export.translation import Translation, translation_of
 from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
@@ -65,6 +59,7 @@ class Lowered(Exported):
 
     model: Model
     opset: int
+    translation: Translation = field(repr=False, compare=False)  # for `like`
 
 
 def lower(
@@ -76,6 +71,7 @@ def lower(
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     inline_limit_bytes: int = INLINE_LIMIT_BYTES,
+    like: Lowered | None = None,
 ) -> Lowered:
     """Exports a model as an ONNX file, verifies each of its masks in the written file, and returns both.
 
@@ -88,6 +84,7 @@ def lower(
         opset: the ONNX opset; None for 20, 21 for int8 with u8 activations, or 22 for bf16.
         metadata: entries to add to the file's metadata.
         inline_limit_bytes: if the weights are larger, they go into a second file, `<name>.data`.
+        like: an earlier result. If its model differs in values only, it is not translated again, which takes seconds.
 
     Raises UsageError for an opset that is too early for the precision, or a precision that the model is not quantised
     to; BuildError if the export fails; MaskError if a mask is missing.
@@ -96,7 +93,8 @@ def lower(
     opset = _opset(model, precision, opset)
     steps = tracked(("translate to ONNX", "find the masks in it", "write the file", "check the file"), unit=PARTS)
     next(steps)
-    file = _export(model, batch, opset)
+    translation = translation_of(model, batch, opset, None if like is None else like.translation)
+    file = translation.with_weights_of(model)
     _drop_build_traces(file)
     if precision == "fp16":
         file = to_half(file)
@@ -131,6 +129,7 @@ def lower(
         output_names=model.output_names,
         model=model,
         opset=opset,
+        translation=translation,
     )
 
 
@@ -159,77 +158,6 @@ def _require_quantised_to(model: Model, precision: Precision) -> None:
         )
     if own is not None and precision != own:
         raise UsageError(f"the model is quantised to {own} and cannot be written in {precision}; use --precision {own}")
-
-
-def _export(model: Model, batch: int | None, opset: int) -> onnx.ModelProto:
-    """The graph as ONNX in float32, with the names of the model's outputs. Raises BuildError."""
-    for name in model.output_names:
-        if name in model.graph.state_dict():
-            raise BuildError(f"the output {name} has the name of a weight; return it under another key")
-    file = _exported(model, batch, opset, model.output_names)
-    if not are_unique(file, model.output_names):
-        file = _exported(model, batch, opset, provisional(model.output_names))
-        rename_outputs(file, model.output_names)
-    return file
-
-
-def _exported(model: Model, batch: int | None, opset: int, output_names: Sequence[str]) -> onnx.ModelProto:
-    """The graph as ONNX in float32, from torch's exporter. Raises BuildError."""
-    inputs = model.example_inputs
-    if batch is not None:
-        inputs = tuple(one[:1].expand(batch, *one.shape[1:]).contiguous() for one in inputs)
-    free = {0: torch.export.Dim("batch", min=1, max=65536)}
-    shapes = tuple(free for _ in inputs) if batch is None else None
-    batch_name = "dynamic batch" if batch is None else f"batch of {batch}"
-    try:
-        # The unfused attention: the fused CPU kernel declares strides that its decomposition does not keep, and the
-        # export of BEiT fails on them.
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore")  # the exporter's own deprecations
-            program = torch.onnx.export(
-                with_piece_sizes(model.graph, inputs) if batch is None else model.graph,
-                inputs,
-                input_names=list(model.input_names),
-                output_names=list(output_names),
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                optimize=True,
-                verbose=False,
-                custom_translation_table=translations(opset),
-            )
-    except Exception as error:
-        hint = "; try a fixed batch, --batch 1" if batch is None else ""
-        raise BuildError(
-            f"torch.onnx cannot export {model.source.arch} with a {batch_name}{hint}: {cause_of(error)}"
-        ) from error
-    if program is None:
-        raise BuildError(f"torch.onnx returned nothing for {model.source.arch}")
-    _register_initializers(program.model)
-    file: onnx.ModelProto = program.model_proto
-    if batch is None:
-        _require_free_batch(file, model)
-    return file
-
-
-def _register_initializers(model: Any) -> None:
-    """Adds constants that nodes read and the file lacks: onnxscript's fusion of two Clips leaves its bounds out."""
-    for value in (value for node in model.graph for value in node.inputs if value is not None):
-        made_here = value.producer() is not None or value.is_graph_input() or value.is_initializer()
-        if value.const_value is not None and not made_here:
-            model.graph.initializers[value.name] = value
-
-
-def _require_free_batch(file: onnx.ModelProto, model: Model) -> None:
-    """Raises BuildError if torch.onnx wrote the example's batch size into the file, which it does without a word."""
-    for given in file.graph.input:
-        sizes = given.type.tensor_type.shape.dim
-        if sizes and not sizes[0].dim_param:
-            raise BuildError(
-                f"torch.onnx cannot keep the batch of {model.source.arch} free: it fixed {given.name} to a batch of "
-                f"{sizes[0].dim_value}, because a size in the model depends on the batch in a way that torch.export "
-                "does not follow. Export one batch size: --batch 1"
-            )
 
 
 def _drop_build_traces(file: onnx.ModelProto) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
-from mpcompile.pipeline.fingerprint import structure_of, tensors_of
+from mpcompile.ir.structure import structure_of, tensors_of
 from mpcompile.pipeline.pass_manager import PassRecord
 from mpcompile.system.hashing import sha256, sha256_of
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.model import Model
+from mpcompile.ir.structure import tensors_of
 from mpcompile.pipeline.checkpoint_file import KEY, Entry, State, link, read_entry, rest_of, restored
-from mpcompile.pipeline.fingerprint import changes, tensors_of
+from mpcompile.pipeline.fingerprint import changes
 from mpcompile.pipeline.pass_manager import Pass, PassRecord
 from mpcompile.pipeline.run_folder import note_rewound, was_rewound
 from mpcompile.system.hashing import sha256_of

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from mpcompile.data.images import Data
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
-from mpcompile.pipeline.fingerprint import structure_of, tensors_of
+from mpcompile.ir.structure import structure_of, tensors_of
 from mpcompile.system.distributed import PicklableGraph, all_gathered, broadcast, share, together
 from mpcompile.system.hashing import sha256, sha256_of
 

@@ -13,7 +13,7 @@ from mpcompile.driver.inputs import data_for, loaded_from
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.model import Model, Source
-from mpcompile.pipeline.fingerprint import structure_of
+from mpcompile.ir.structure import structure_of
 from mpcompile.recipe.schema import DataChoice
 
 

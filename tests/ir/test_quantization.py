@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from mpcompile.errors import PassError
 from mpcompile.ir.quantization import LARGEST_END, LARGEST_FP8, RANGE, STORAGE, Quantizer, fake_quantize, quantizers
-from mpcompile.pipeline.fingerprint import structure_of, tensors_of
+from mpcompile.ir.structure import structure_of, tensors_of
 from mpcompile.testing import tiny_mlp
 
 KINDS = tuple(STORAGE)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mpcompile.ir.model import Model
-from mpcompile.pipeline.fingerprint import model_key, source_key, structure_of
+from mpcompile.ir.structure import structure_of
+from mpcompile.pipeline.fingerprint import model_key, source_key
 from mpcompile.testing import tiny_cnn, tiny_vit
 
 ROOT = Path(__file__).parents[2]

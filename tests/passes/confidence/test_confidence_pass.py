@@ -15,12 +15,12 @@ from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.structure import tensors_of
 from mpcompile.measure.confidence import as_logits, divergence
 from mpcompile.passes import Certify, Confidence, NMMask, Quantize
 from mpcompile.passes.confidence.confidence import FEWEST, LEFT, _why_not
 from mpcompile.passes.dense_comparison import outputs_of
 from mpcompile.pipeline.checkpoint_file import rest_of, restored
-from mpcompile.pipeline.fingerprint import tensors_of
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit
 
