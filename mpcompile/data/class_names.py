@@ -11,6 +11,7 @@ from mpcompile.errors import LoadError
 
 FOLDERS = "class folders"
 INSTEAD = "the outputs are compared with the dense model's, and accuracy is not measured"
+CLASS_HELP = "give --classes FILE with one class name a line, in the order of the model's outputs"
 MAPPING_HELP = "give --classes FILE with one folder name a line, in the order of the model's outputs"
 
 
@@ -74,7 +75,8 @@ def known_by_name(
         if unknown and table.complete and (given or indices):
             raise LoadError(
                 f"{len(unknown)} of {len(names)} {what} are not among the classes of {table.origin}: "
-                f"{shown(unknown)}; it has {shown(table.indices)}. Rename or remove them, or {MAPPING_HELP}"
+                f"{shown(unknown)}; it has {shown(table.indices)}. Rename or remove them, or "
+                f"{MAPPING_HELP if what == FOLDERS else CLASS_HELP}"
             )
         if not unknown:
             checked = _checked(indices, outputs, table.origin, what)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from mpcompile.data.class_names import (
+    CLASS_HELP,
     INSTEAD,
-    MAPPING_HELP,
     ClassMatch,
     ClassTable,
     known_by_name,
@@ -83,7 +83,7 @@ def _match(
     if names is None or len(names) != outputs:
         return _unknown(
             f"the images have {len(found)} classes ({shown(found, 3)}), the model {outputs} outputs, and nothing says "
-            f"which class is which output: {INSTEAD}; to measure accuracy, {MAPPING_HELP}"
+            f"which class is which output: {INSTEAD}; to measure accuracy, {CLASS_HELP}"
         )
     why = (
         f"none of them is a label of the model ({shown(labels, 3)})"
@@ -92,7 +92,7 @@ def _match(
     )
     note = (
         f"the dataset's classes in their order ({shown(names, 3)}) are assumed to be the model's outputs, since {why}; "
-        f"if that is wrong, {MAPPING_HELP}"
+        f"if that is wrong, {CLASS_HELP}"
     )
     return ClassMatch(
         {name: index for index, name in enumerate(names)}, (note, *subset_note(len(names), outputs)), "order"

@@ -29,6 +29,11 @@ def label_column(dataset: DatasetName, features: Mapping[str, Any]) -> str | Non
     return _only(dataset, found or usual[:1], usual, features, "label")
 
 
+def holds_classes(feature: Any) -> bool:
+    """Whether a column may hold one class for each image. Others, such as masks, are not read."""
+    return type(feature).__name__ in ("ClassLabel", "Value", "Scalar", "Tensor", "Text")
+
+
 def class_names(feature: Any) -> tuple[str, ...] | None:
     """The class names of a column, by index, or None."""
     names = getattr(feature, "names", None)

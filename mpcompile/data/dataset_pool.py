@@ -7,7 +7,9 @@ from typing import Any
 from mpcompile.data.divide import Numbers
 from mpcompile.data.image_file import BytesImage, ImageFile
 from mpcompile.errors import LoadError
-from mpcompile.system.resource_errors import available_bytes, format_bytes
+from mpcompile.system.device import CPU
+from mpcompile.system.memory import unused_bytes
+from mpcompile.system.resource_errors import format_bytes
 
 HELD_OUT = 5000  # held-out images that are read from a stream unless --held-out gives a number
 MEMORY_SHARE = 1 / 4  # of the available memory, for the encoded images of a stream
@@ -53,7 +55,7 @@ def kept_in_memory(samples: Iterable[tuple[BytesImage, Any]], most: int, name: s
 
     Raises LoadError if they take more than MEMORY_SHARE of the available memory.
     """
-    available = available_bytes()
+    available = unused_bytes(CPU)
     limit = None if available is None else int(MEMORY_SHARE * available)
     kept: list[tuple[BytesImage, Any]] = []
     used = 0

@@ -8,9 +8,9 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any
 
-from mpcompile.data.dataset_columns import class_names, image_column, label_column
+from mpcompile.data.dataset_columns import class_names, holds_classes, image_column, label_column
 from mpcompile.data.dataset_name import DatasetName
 from mpcompile.data.dataset_pool import OpenDataset, Pool, first_of_stream, held_out_of_stream, kept_in_memory
 from mpcompile.data.dataset_splits import chosen_splits
@@ -36,7 +36,7 @@ class RowImage:
     def __str__(self) -> str:
         return f"image {self.index} of {self.origin}"
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> io.BytesIO:
         """The encoded bytes. Raises LoadError if the row has none."""
         return io.BytesIO(_encoded(self.rows[self.index][self.column], str(self)))
 
@@ -123,6 +123,7 @@ def _columns(dataset: DatasetName, rows: Any) -> tuple[Any, str, str | None, tup
     if rows.features is None:  # a stream whose types are known only from its first rows
         rows = rows._resolve_features()
     image, label = image_column(dataset, rows.features), label_column(dataset, rows.features)
+    label = label if label is not None and holds_classes(rows.features[label]) else None
     names = None if label is None else class_names(rows.features[label])
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))

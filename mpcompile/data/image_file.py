@@ -4,14 +4,14 @@ import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
 class ImageFile(Protocol):
     """An encoded image. `str()` gives the name that errors print, without the folders of this machine."""
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> io.BytesIO:
         """The encoded bytes, from the first. Raises LoadError or OSError."""
         ...
 
@@ -37,7 +37,7 @@ class BytesImage:
     def __str__(self) -> str:
         return self.name
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> io.BytesIO:
         """The encoded bytes."""
         return io.BytesIO(self.content)
 

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from mpcompile.data.image_tree import SUFFIXES, shown
 from mpcompile.errors import LoadError, first_line
@@ -41,7 +41,7 @@ class Member:
             raise LoadError(f"{self.shard} ends inside {self.name}; repair or remove it")
         return content
 
-    def open(self, mode: str) -> BinaryIO:
+    def open(self, mode: str) -> io.BytesIO:
         """The bytes of the file."""
         return io.BytesIO(self.read())
 
@@ -83,9 +83,18 @@ def _members(shard: Path) -> Iterator[Member]:
                 if info.isreg():
                     yield Member(shard, info.name, info.offset_data, info.size)
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+            _require_end(archive)
     except (tarfile.TarError, OSError, ValueError) as error:
         todo = "unpack it with gunzip: images are read by their place" if _is_packed(shard) else "repair or remove it"
         raise LoadError(f"{shard} cannot be read as a tar file ({first_line(error)}); {todo}") from error
+
+
+def _require_end(archive: tarfile.TarFile) -> None:
+    """Raises ReadError if no block of zeros follows the last file: tarfile takes a damaged header for the end."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"it is damaged or cut off at byte {archive.offset:,}")
 
 
 def _is_packed(shard: Path) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpcompile.data.dataset_columns import class_names, image_column, label_column
+from mpcompile.data.dataset_columns import class_names, holds_classes, image_column, label_column
 from mpcompile.data.dataset_name import DatasetName
 from mpcompile.data.dataset_pool import OpenDataset, Pool, first_of_stream, held_out_of_stream, kept_in_memory
 from mpcompile.data.dataset_splits import chosen_splits
@@ -66,6 +66,7 @@ def _of_stream(library: Any, builder: Any, dataset: DatasetName, split: str, mos
 
     features = builder.info.features
     image, label = image_column(dataset, features), label_column(dataset, features)
+    label = label if label is not None and holds_classes(features[label]) else None
     names = None if label is None else class_names(features[label])
     origin = f"split {split} of {dataset}"
 
