@@ -52,7 +52,7 @@ def _builder(library: Any, dataset: DatasetName) -> Any:
             builder = library.builder_from_directory(str(path))
         else:
             builder = library.builder(dataset.name, **({} if dataset.config is None else {"config": dataset.config}))
-        prepared = bool(builder.info.splits)
+        prepared = builder.is_prepared()  # before `info`, which asks the network for what is not here
     except Exception as error:  # TensorFlow Datasets raises many kinds
         raise LoadError(f"{dataset} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     if not prepared:

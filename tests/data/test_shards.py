@@ -52,8 +52,8 @@ def test_the_seed_draws_samples_of_several_shards(root: Path) -> None:
     assert data.training.order == tuple(sorted(data.calibration.order))
     where = f"wds/{root}"
     assert data.notes[0] == (
-        f"20 calibration and 12 validation images were drawn by seed 0 from split train of {where} (32 samples of 16 of "
-        f"40 shards), and 12 held-out images from split val of {where} (12 samples of 2 of 2 shards)"
+        f"20 calibration and 12 validation images were drawn by seed 0 from split train of {where} (32 samples of 16 "
+        f"of 40 shards), and 12 held-out images from split val of {where} (12 samples of 2 of 2 shards)"
     )
 
 
