@@ -87,7 +87,7 @@ def test_a_class_file_gives_the_outputs() -> None:
     ],
 )
 def test_splits_are_chosen(names: list[str], options: dict[str, str], expected: tuple[str, str | None]) -> None:
-    chosen = chosen_splits(DatasetName("hfds", "x", **options), names)  # type: ignore[arg-type]
+    chosen = chosen_splits(DatasetName("hfds", "x", **options), names)
     assert (chosen.train, chosen.held_out) == expected
     assert bool(chosen.notes) == (expected[1] is None or ("train" not in options and expected[0] != "train"))
 
@@ -108,4 +108,4 @@ def test_splits_are_chosen(names: list[str], options: dict[str, str], expected: 
 )
 def test_splits_that_cannot_be_chosen(names: list[str], options: dict[str, str], text: str) -> None:
     with pytest.raises(LoadError, match=text):
-        chosen_splits(DatasetName("hfds", "x", **options), names)  # type: ignore[arg-type]
+        chosen_splits(DatasetName("hfds", "x", **options), names)
