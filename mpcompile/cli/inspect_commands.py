@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -69,7 +68,7 @@ def doctor(
         typer.Argument(metavar="[MODEL]", help=f"With --data: {MODELS[0].lower()}{MODELS[1:]}"),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--data", help="Labelled images. Try the usual preprocessings of MODEL on up to 200 of them."),
     ] = None,
     head: HeadOption = None,

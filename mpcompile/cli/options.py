@@ -140,9 +140,11 @@ TargetOption = Annotated[
 
 
 DataOption = Annotated[
-    Path | None,
+    str | None,  # no path: that would turn wds//folder into wds/folder
     typer.Option(
-        "--data", help="Folder of images, an .npz file, or PKG.MOD:FN, a function that returns (inputs, target) pairs."
+        "--data",
+        help="Folder of images, an .npz file, or a dataset as in timm: wds/FOLDER of shards, hfds/NAME, hfids/NAME, "
+        "tfds/NAME. Or PKG.MOD:FN, a function that returns (inputs, target) pairs or a torch Dataset.",
     ),
 ]
 

@@ -9,7 +9,9 @@ from functools import cache
 from mpcompile.data.image_tree import by_number, printable, shown
 from mpcompile.errors import LoadError
 
+FOLDERS = "class folders"
 INSTEAD = "the outputs are compared with the dense model's, and accuracy is not measured"
+CLASS_HELP = "give --classes FILE with one class name a line, in the order of the model's outputs"
 MAPPING_HELP = "give --classes FILE with one folder name a line, in the order of the model's outputs"
 
 
@@ -51,6 +53,20 @@ def match_classes(
     """
     if outputs == 0:
         return ClassMatch(None, (f"{no_classes(len(names))}: {INSTEAD}",), "order")
+    return (
+        known_by_name(names, outputs, given, labels)
+        or known_by_number(names, outputs)
+        or _sorted(names, outputs, empty, labels if len(labels) == outputs else ())
+    )
+
+
+def known_by_name(
+    names: Sequence[str], outputs: int, given: ClassTable | None, labels: Sequence[str], what: str = FOLDERS
+) -> ClassMatch | None:
+    """The match by the first table that knows the names: `given`, or else `labels` and ImageNet's class lists.
+
+    None if no table does. `what` is what errors call the names. Raises LoadError if a table knows only some of them.
+    """
     tables = [given] if given else _known_tables(outputs, labels)
     for table in tables:
         found = _match(table, names)
@@ -58,12 +74,14 @@ def match_classes(
         indices = {name: index for name, index in found.items() if index is not None}
         if unknown and table.complete and (given or indices):
             raise LoadError(
-                f"{len(unknown)} of {len(names)} class folders are not among the classes of {table.origin}: "
-                f"{shown(unknown)}; it has {shown(table.indices)}. Rename or remove them, or {MAPPING_HELP}"
+                f"{len(unknown)} of {len(names)} {what} are not among the classes of {table.origin}: "
+                f"{shown(unknown)}; it has {shown(table.indices)}. Rename or remove them, or "
+                f"{MAPPING_HELP if what == FOLDERS else CLASS_HELP}"
             )
         if not unknown:
-            return ClassMatch(_checked(indices, outputs, table.origin), _subset(len(names), outputs), "table")
-    return _numbered(names, outputs) or _sorted(names, outputs, empty, labels if len(labels) == outputs else ())
+            checked = _checked(indices, outputs, table.origin, what)
+            return ClassMatch(checked, subset_note(len(names), outputs), "table")
+    return None
 
 
 def no_classes(classes: int) -> str:
@@ -126,8 +144,8 @@ def _match(table: ClassTable, names: Sequence[str]) -> Mapping[str, int | None]:
     return found
 
 
-def _checked(indices: Mapping[str, int], outputs: int, origin: str) -> Mapping[str, int]:
-    """The indices. Raises LoadError if one is not an output, or two folders have one."""
+def _checked(indices: Mapping[str, int], outputs: int, origin: str, what: str) -> Mapping[str, int]:
+    """The indices. Raises LoadError if one is not an output, or two names have one."""
     outside = [name for name, index in indices.items() if index >= outputs]
     if outside:
         raise LoadError(
@@ -138,19 +156,19 @@ def _checked(indices: Mapping[str, int], outputs: int, origin: str) -> Mapping[s
     for name, index in indices.items():
         if (other := first.setdefault(index, name)) != name:
             raise LoadError(
-                f"the class folders {printable(other)} and {printable(name)} are one class of {origin}; merge or "
-                "rename them"
+                f"the {what} {printable(other)} and {printable(name)} are one class of {origin}; merge or rename them"
             )
     return indices
 
 
-def _subset(found: int, outputs: int) -> tuple[str, ...]:
+def subset_note(found: int, outputs: int) -> tuple[str, ...]:
+    """A note if the images have fewer classes than the model has outputs."""
     if found >= outputs:
         return ()
     return (f"the images have {found} of the model's {outputs} classes; accuracy is measured on these",)
 
 
-def _numbered(names: Sequence[str], outputs: int) -> ClassMatch | None:
+def known_by_number(names: Sequence[str], outputs: int, what: str = FOLDERS) -> ClassMatch | None:
     """Indices from numbers, alone (`7`) or behind one common word (`class_7`), from 0 or from 1.
 
     None if the numbers do not fit the outputs.
@@ -164,10 +182,11 @@ def _numbered(names: Sequence[str], outputs: int) -> ClassMatch | None:
     if high > outputs or (high == outputs and low == 0):
         return None
     start = 1 if high == outputs else 0
-    note = f"the numbers of the class folders ({shown(names, 3)}) are taken as indices of the model's outputs"
+    note = f"the numbers of the {what} ({shown(names, 3)}) are taken as indices of the model's outputs"
     note += ", counted from 1" if start else ""
     indices = {name: number - start for name, number in numbers.items()}
-    return ClassMatch(indices, (note + _text_order(names), *_subset(len(names), outputs)), "numbers")
+    note += _text_order(names) if what == FOLDERS else ""
+    return ClassMatch(indices, (note, *subset_note(len(names), outputs)), "numbers")
 
 
 def _sorted(names: Sequence[str], outputs: int, empty: Sequence[str], labels: Sequence[str]) -> ClassMatch:
@@ -185,7 +204,7 @@ def _sorted(names: Sequence[str], outputs: int, empty: Sequence[str], labels: Se
     )
     note = f"the class folders in sorted order ({shown(ordered, 3)}) are assumed to be the model's outputs, since {why}"
     indices = {name: index for index, name in enumerate(ordered) if name in names}
-    notes = (f"{note}; if that is wrong, {MAPPING_HELP}{_text_order(folders)}", *_subset(len(names), outputs))
+    notes = (f"{note}; if that is wrong, {MAPPING_HELP}{_text_order(folders)}", *subset_note(len(names), outputs))
     return ClassMatch(indices, notes, "order")
 
 

@@ -1,58 +1,27 @@
 """Image files in folders: train and held-out splits, class folders, and files that are decoded when they are read."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from mpcompile.data.class_file import IN_FOLDER, class_file_in, read_class_file
 from mpcompile.data.class_folders import LabelledImages, label_trees
 from mpcompile.data.class_names import ClassTable, is_known_class
+from mpcompile.data.encoded_images import EncodedImages
 from mpcompile.data.image_tree import ImageTree, printable, read_tree, shown
 from mpcompile.data.images import MODES
-from mpcompile.data.picture import Reading, read_picture
+from mpcompile.data.picture import Reading
 from mpcompile.data.split_folders import splits_in, without_wrappers
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 
-DEFAULT_READING = Reading()
-
 
 @dataclass(frozen=True)
-class FolderImages:
-    """Image files after the evaluation transform of the model: float32 tensors of the model's input size (c, h, w).
-
-    `labels` are indices of the model's outputs, or -1 if they are not known. `classes` is the number of outputs, or 0
-    without labels. `names` are the class folders, `mode` is PIL's colour mode. Reading raises LoadError for a file that
-    cannot be decoded.
-    """
+class FolderImages(EncodedImages):
+    """Image files of folders. `names` are the class folders."""
 
     paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    names: tuple[str, ...]
-    transform: Callable[[Any], Tensor]
-    mode: str
-    classes: int
-    reading: Reading = DEFAULT_READING
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture, label = self.picture(index)
-        return self.transform(picture), label
-
-    def picture(self, index: int) -> tuple[Any, int]:
-        """The image as a PIL image, without the transform, and its label."""
-        return read_picture(self.paths[index], self.mode, self.reading), self.labels[index]
-
-    def only(self, kept: Sequence[bool]) -> "FolderImages":
-        """The set without the images for which `kept` is false."""
-        pairs = [(self.paths[index], self.labels[index]) for index, keep in enumerate(kept) if keep]
-        return replace(self, paths=tuple(path for path, _ in pairs), labels=tuple(label for _, label in pairs))
 
 
 def read_folders(

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from mpcompile.data.dataset_pool import first_of_stream, held_out_of_stream
+from mpcompile.data.divide import Numbers
 from mpcompile.data.images import Data, Split
-from mpcompile.data.samples import SampleImages, class_of, indexed, parts_of
+from mpcompile.data.samples import SampleImages, called, class_of, indexed, is_stream, parts_of
 from mpcompile.errors import LoadError
 from mpcompile.ir.model import Source
 
@@ -30,7 +32,7 @@ def given_data(
 
     One iterable is divided at random. In a dict, `train` is divided into calibration, validation and training images;
     `calibration` replaces the first of these, and `validation` (or `val`) the second if there is `test` (or
-    `held_out`), else it is held out.
+    `held_out`), else it is held out. A torch IterableDataset is read until it has given the samples of a run.
 
     Args:
         given: an iterable, a dict of iterables by split, or `Data`.
@@ -48,7 +50,13 @@ def given_data(
         return given
     rng = np.random.default_rng(seed)
     parts = _parts(given, name) if isinstance(given, Mapping) else {"all": given}
-    sets = {part: SampleImages(indexed(one, len(source.size), name), source, names) for part, one in parts.items()}
+    numbers = Numbers(calibration, validation, held_out, seed)
+    most = {part: _most(part, numbers) for part in parts}
+    parts = {part: called(one) for part, one in parts.items()}
+    sets = {
+        part: SampleImages(indexed(one, len(source.size), name, most[part]), source, names)
+        for part, one in parts.items()
+    }
     for part, images in sets.items():
         if not len(images):
             raise LoadError(f"{name} has no samples{'' if part == 'all' else f' in {part}'}; give at least one")
@@ -82,13 +90,30 @@ def given_data(
 
     if validators is not None:
         validating = rng.permutation(len(validators)).tolist()[:validation]
+    note = (
+        f"the images are those of {name}: {len(fitted):,} for calibration and {len(validating):,} for validation, "
+        f"drawn by seed {seed} from {len(calibrators):,} samples, and {len(evaluating):,} held out of {len(test):,}"
+    )
+    streams = [part for part, one in parts.items() if is_stream(one) and len(sets[part]) == most[part]]
+    ends = [f"only the first {most[part]:,} samples of {name} were read{_of(part)}, in their order" for part in streams]
     return Data(
         split(calibrators, fitted),
         split(test, evaluating),
-        (f"the images are those of {name}",),
+        (note, *ends),
         split(validators or train, validating),
         split(train, sorted(training)),
     )
+
+
+def _most(part: str, numbers: Numbers) -> int:
+    """How many samples of a stream a run uses."""
+    if part in ("calibration", "validation"):
+        return {"calibration": numbers.calibration, "validation": numbers.validation}[part]
+    return held_out_of_stream(numbers) if part == "held_out" else first_of_stream(numbers, part == "all")
+
+
+def _of(part: str) -> str:
+    return "" if part == "all" else f" for {part}"
 
 
 def _parts(given: Mapping[str, Any], name: str) -> dict[str, Any]:

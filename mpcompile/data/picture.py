@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcompile.data.image_file import Readable
 from mpcompile.data.image_tree import printable
 from mpcompile.errors import LoadError
 
@@ -38,7 +39,7 @@ class Reading:
         return hash(repr(self))
 
 
-def read_picture(path: Path, mode: str, reading: Reading) -> Any:
+def read_picture(path: Readable, mode: str, reading: Reading) -> Any:
     """The image in PIL's mode `L` or `RGB`; of an animation the first frame. Raises LoadError.
 
     Values beyond the white of `reading`, negative values and NaN raise LoadError: they are never clipped.
@@ -58,13 +59,14 @@ class Opened:
     All that PIL raises inside becomes a LoadError that names the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Readable) -> None:
         self._path = path
 
     def __enter__(self) -> Any:
         from PIL import Image, UnidentifiedImageError
 
-        if self._path.exists() and not self._path.is_file():  # reading a pipe may block, a device may never end
+        # Reading a pipe may block, a device may never end.
+        if isinstance(self._path, Path) and self._path.exists() and not self._path.is_file():
             raise LoadError(f"{self._path} is a pipe or a device, not an image; remove it")
         try:
             # Not by name: PIL maps an uncompressed TIFF into memory then, and reads a turned one by a wrong width.
@@ -107,7 +109,7 @@ def deep_values(image: Any) -> NDArray[np.float64]:
     return 65535 - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values
 
 
-def _scaled(values: NDArray[np.float64], white: float, path: Path) -> Any:
+def _scaled(values: NDArray[np.float64], white: float, path: Readable) -> Any:
     """Values from 0 to `white` as a grey image of 8 bits, rounded. Raises LoadError for values outside."""
     from PIL import Image
 
@@ -165,6 +167,6 @@ def is_transparent(image: Any) -> bool:
     return bool(lowest < 255)
 
 
-def printed(path: Path) -> str:
-    """The file and its folder as printable text."""
-    return printable(f"{path.parent.name}/{path.name}")
+def printed(path: Readable) -> str:
+    """The file and its folder, or the name of an image of a dataset, as printable text."""
+    return printable(f"{path.parent.name}/{path.name}" if isinstance(path, Path) else str(path))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from mpcompile.data.images import MODES
 from mpcompile.data.metric import target_hash
@@ -122,35 +123,51 @@ def parts_of(item: Any, index: int) -> tuple[Any, Any]:
     )
 
 
-def indexed(given: Any, axes: int, name: str) -> Any:
+def indexed(given: Any, axes: int, name: str, most: int | None = None) -> Any:
     """Samples with a length and an index. An iterable without, or one of batches, is read into memory once.
 
     Args:
         given: a sequence or an iterable of samples or batches, or a function without arguments that returns one.
         axes: the axes of the images of one sample, such as 3.
         name: what to call it in errors.
+        most: how many samples to read at least from a torch IterableDataset, which may have no end; it is read no
+            further than the batch that has the last of them. None reads it all.
 
     Raises LoadError if it is none, or if it takes more memory than MEMORY_SHARE of what is available.
     """
-    if callable(given) and not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
-        given = given()
+    given = called(given)
     by_index = hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, str | bytes)
+    by_index = by_index and not isinstance(given, IterableDataset)  # it inherits a __getitem__ that raises
     if by_index and (not len(given) or not _is_batch(given[0], axes)):
         return given
     if not by_index and not isinstance(given, Iterable):
         raise LoadError(f"{name} returned a {type(given).__name__}; it must return an iterable of (inputs, target)")
     available = available_bytes()
     limit, used, samples = (None if available is None else MEMORY_SHARE * available), 0, []
+    most = most if is_stream(given) else None
     for index, item in enumerate(map(given.__getitem__, range(len(given))) if by_index else given):
         for sample in _samples_of(item, axes, index):
             samples.append(sample)
             used += _bytes(sample)
+        if most is not None and len(samples) >= most:
+            return samples[:most]
         if limit is not None and used > limit:
             raise LoadError(
                 f"{name} returned an iterable without an index, of which {len(samples):,} samples take "
                 f"{format_bytes(used)} of memory; return a sequence with __getitem__ and __len__, or fewer samples"
             )
     return samples
+
+
+def called(given: Any) -> Any:
+    """What a function returns; anything else as it is."""
+    is_function = callable(given) and not hasattr(given, "__iter__") and not hasattr(given, "__getitem__")
+    return given() if is_function else given
+
+
+def is_stream(given: Any) -> bool:
+    """Whether samples are a torch IterableDataset, or a DataLoader of one."""
+    return isinstance(getattr(given, "dataset", given), IterableDataset)
 
 
 def _first_tensor(inputs: Any) -> Any:

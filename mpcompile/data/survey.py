@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from mpcompile.data.image_file import Readable
 from mpcompile.data.image_tree import shown
 from mpcompile.data.picture import Opened, Reading, deep_kind, deep_values, is_transparent, orientation, printed
 from mpcompile.errors import LoadError
@@ -33,7 +33,7 @@ class ImageFacts:
     high: float = 0
 
 
-def facts_of_image(path: Path) -> ImageFacts:
+def facts_of_image(path: Readable) -> ImageFacts:
     """What is unusual about a file. Pixels are decoded only if it has transparency or more than 8 bits."""
     with Opened(path) as image:
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # MPO adds a preview or a gain map
@@ -54,14 +54,14 @@ def _loaded(image: Any) -> Any:
     return image
 
 
-def _orientation_of_header(image: Any, path: Path) -> int:
+def _orientation_of_header(image: Any, path: Readable) -> int:
     """The EXIF orientation. Of a PNG file without an eXIf chunk nothing is decoded, which PIL would do."""
     if image.format == "PNG" and "exif" not in image.info and "xmp" not in image.info and not _has_late_exif(path):
         return 1
     return orientation(image)
 
 
-def _has_late_exif(path: Path) -> bool:
+def _has_late_exif(path: Readable) -> bool:
     """Whether a PNG file has an eXIf chunk, also behind its pixels."""
     with path.open("rb") as file:
         file.seek(8)
@@ -72,7 +72,7 @@ def _has_late_exif(path: Path) -> bool:
     return False
 
 
-def surveyed(paths: Sequence[Path], reading: Reading) -> tuple[Reading, tuple[str, ...]]:
+def surveyed(paths: Sequence[Readable], reading: Reading) -> tuple[Reading, tuple[str, ...]]:
     """The reading with the white of images of more than 8 bits, and notes that count what is unusual. Raises LoadError.
 
     Images of more than 8 bits share one white. For integers it is 255 if no value is larger, else 65,535; for floats it
@@ -85,7 +85,7 @@ def surveyed(paths: Sequence[Path], reading: Reading) -> tuple[Reading, tuple[st
         some = [(fact, path) for fact, path in zip(facts, paths, strict=True) if fact.deep == kind]
         if some:
             _require_range(some)
-            highest, path = max((fact.high, path) for fact, path in some)
+            highest, path = max(((fact.high, path) for fact, path in some), key=lambda one: one[0])
             white[kind] = choose(highest, path)
             notes.append(
                 f"{len(some):,} of {len(facts):,} images hold {_NAMES[kind]} of more than 8 bits (largest value "
@@ -97,14 +97,14 @@ def surveyed(paths: Sequence[Path], reading: Reading) -> tuple[Reading, tuple[st
 _NAMES = {"integer": "integers", "float": "floats"}
 
 
-def _require_range(some: Sequence[tuple[ImageFacts, Path]]) -> None:
+def _require_range(some: Sequence[tuple[ImageFacts, Readable]]) -> None:
     for fact, path in some:
         if not fact.low >= 0:
             what = "NaN or infinite values" if fact.low != fact.low else f"negative values (down to {fact.low:g})"
             raise LoadError(f"{path} holds {what}; save the images with 8 bits, so that black and white are known")
 
 
-def _integer_white(highest: float, path: Path) -> float:
+def _integer_white(highest: float, path: Readable) -> float:
     if highest <= 255:
         return 255.0
     if UNKNOWN_WHITE <= highest <= FULL_16_BITS:
@@ -112,7 +112,7 @@ def _integer_white(highest: float, path: Path) -> float:
     raise _unknown_white(highest, path, "integers up to 255 or up to 65,535")
 
 
-def _float_white(highest: float, path: Path) -> float:
+def _float_white(highest: float, path: Readable) -> float:
     if highest <= 1:
         return 1.0
     if highest <= 255:
@@ -120,7 +120,7 @@ def _float_white(highest: float, path: Path) -> float:
     raise _unknown_white(highest, path, "floats from 0 to 1 or from 0 to 255")
 
 
-def _unknown_white(highest: float, path: Path, needed: str) -> LoadError:
+def _unknown_white(highest: float, path: Readable, needed: str) -> LoadError:
     return LoadError(
         f"the largest value of the images of more than 8 bits is {highest:g} ({printed(path)}), so it cannot be known "
         f"which value is white; needed are {needed}; save the images with 8 bits"
@@ -152,7 +152,7 @@ def _count_notes(facts: Sequence[ImageFacts], reading: Reading) -> list[str]:
     return [f"{count:,} of {len(facts):,} images {text}" for count, text in counts if count]
 
 
-def readable(paths: Sequence[Path]) -> tuple[tuple[bool, ...], str | None]:
+def readable(paths: Sequence[Readable]) -> tuple[tuple[bool, ...], str | None]:
     """Whether each file can be decoded, and a note about those that cannot. Decodes every file, in several threads."""
     with ThreadPoolExecutor(THREADS) as threads:
         fine = tuple(threads.map(_can_be_decoded, paths))
@@ -161,7 +161,7 @@ def readable(paths: Sequence[Path]) -> tuple[tuple[bool, ...], str | None]:
     return fine, f"{len(broken):,} {verb} skipped (--skip-broken): {shown(broken)}" if broken else None
 
 
-def _can_be_decoded(path: Path) -> bool:
+def _can_be_decoded(path: Readable) -> bool:
     try:
         with Opened(path) as image:
             image.load()

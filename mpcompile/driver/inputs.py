@@ -8,10 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.analysis.output_head import named_output, with_head
+from mpcompile.data.dataset_images import load_dataset_images
+from mpcompile.data.dataset_name import dataset_named
 from mpcompile.data.decode import decode_once, kept_limit
+from mpcompile.data.divide import Numbers
 from mpcompile.data.given import given_data
 from mpcompile.data.images import Data
-from mpcompile.data.loading import load_data
+from mpcompile.data.loading import exists, load_data
 from mpcompile.data.metric import Metric
 from mpcompile.driver.processor_check import require_same_pixels
 from mpcompile.errors import LoadError, UsageError, first_line
@@ -52,15 +55,19 @@ def captured(loaded: Loaded, request: Request) -> Model:
 def path_of(given: object) -> Path | None:
     """The path of a model or of images, or None if they are in memory."""
     name = given.model if isinstance(given, Request) else given
-    return Path(name) if isinstance(name, str | Path) else None
+    if not isinstance(name, str | Path):
+        return None
+    dataset = None if isinstance(given, Request) or exists(Path(name)) else dataset_named(str(name))
+    return Path(name if dataset is None else dataset.name)
 
 
 def data_for(data: Any, dense: Model, choice: DataChoice, head: str = "auto") -> Data:
     """The images of a run, divided into splits. Raises LoadError.
 
     A `Data` is returned, without labels if they do not fit the outputs. Samples, and `pkg.mod:fn`, a function of the
-    user that returns them, are described in mpcompile/data/given.py. Any other path is read as a folder or an .npz
-    file, with the preprocessing of `dense`. `choice` has the numbers of images. None gives empty splits.
+    user that returns them, are described in mpcompile/data/given.py; `wds/…`, `hfds/…`, `hfids/…` and `tfds/…` in
+    mpcompile/data/dataset_images.py. Any other path is read as a folder or an .npz file. All but samples get the
+    preprocessing of `dense`. `choice` has the numbers of images. None gives empty splits.
 
     `head` is the one that the recipe asks for; it says how many labels there are. Raises UsageError if it does not fit
     the outputs.
@@ -75,11 +82,28 @@ def data_for(data: Any, dense: Model, choice: DataChoice, head: str = "auto") ->
     # Outputs with more axes have no classes.
     decides = head_for(dense.head, logits)
     classes = decides.classes(logits.shape[1]) if logits.ndim == 2 else 0
-    return read_images(Path(data), dense.source, classes, choice, decides.kind == "multilabel")
+    return read_images(data, dense.source, classes, choice, decides.kind == "multilabel")
 
 
-def read_images(path: Path, source: Source, classes: int, choice: DataChoice, multilabel: bool) -> Data:
-    """The images at a path, preprocessed as `source` says. `classes` is 0 if the outputs are none. Raises LoadError."""
+def read_images(data: str | Path, source: Source, classes: int, choice: DataChoice, multilabel: bool) -> Data:
+    """The images at a path or of a dataset, preprocessed as `source` says. `classes` is 0 if the outputs are none.
+
+    What exists as a path is read as one, also if its name is that of a dataset. Raises LoadError.
+    """
+    path = Path(data)
+    dataset = None if exists(path) else dataset_named(str(data))
+    if dataset is not None:
+        images = load_dataset_images(
+            dataset,
+            source,
+            classes,
+            Numbers(choice.calibration, choice.validation, choice.held_out, choice.seed),
+            classes=Path(choice.classes) if choice.classes is not None else None,
+            exif=choice.exif,
+            alpha=choice.alpha,
+            skip_broken=choice.skip_broken,
+        )
+        return _with_assumption(images, source)
     images = load_data(
         path,
         source,
@@ -94,7 +118,12 @@ def read_images(path: Path, source: Source, classes: int, choice: DataChoice, mu
         skip_broken=choice.skip_broken,
         multilabel=multilabel,
     )
-    assumed = assumption(source, pixels_only=path.is_file())
+    return _with_assumption(images, source, pixels_only=path.is_file())
+
+
+def _with_assumption(images: Data, source: Source, pixels_only: bool = False) -> Data:
+    """The data with a note if the preprocessing was assumed."""
+    assumed = assumption(source, pixels_only=pixels_only)
     return replace(images, notes=(*images.notes, assumed)) if assumed else images
 
 

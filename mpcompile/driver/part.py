@@ -6,7 +6,6 @@ part on each image. Labels are those of the whole model, so they are kept for it
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -187,7 +186,7 @@ def _whole_images(whole: Whole, loaded: Loaded, data: Any, choice: DataChoice, h
     decides, primary = _decision(whole, outputs, head)
     count = 0 if decides is None else _by_name(outputs)[str(primary)].shape[1]
     classes = decides.classes(count) if decides else 0
-    return read_images(Path(data), loaded.source, classes, choice, decides is not None and decides.kind == "multilabel")
+    return read_images(data, loaded.source, classes, choice, decides is not None and decides.kind == "multilabel")
 
 
 def _decision(whole: Whole, outputs: Any, head: str) -> tuple[Head | None, str | None]:

@@ -76,7 +76,7 @@ def try_preprocessings(
 
     Args:
         model: a file, a name, a module or a `Request`; its preprocessing is the present one.
-        data: a folder of images with labels, or an .npz file.
+        data: a folder of images with labels, an .npz file, or a dataset such as `hfds/NAME`.
         observe: called as each stage and each set-up begins.
         head: how outputs become a decision (`HeadChoice.parse`).
 
@@ -88,7 +88,7 @@ def try_preprocessings(
         loaded, request = loaded_from(model)
         tell("capture")
         dense = captured(loaded, request)
-        images = data_for(Path(data), dense, DataChoice(calibration=1, validation=0, held_out=IMAGES), head)
+        images = data_for(data, dense, DataChoice(calibration=1, validation=0, held_out=IMAGES), head)
         dense, notes = with_head(dense, head, images.held_out.first_inputs(min(EXAMINED_IMAGES, len(images.held_out))))
         images = with_fitting_labels(images, dense)
         if not images.held_out.labelled:

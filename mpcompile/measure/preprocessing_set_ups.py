@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.data.folder import FolderImages
+from mpcompile.data.encoded_images import EncodedImages
 from mpcompile.data.images import Images
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.frontend.preprocessing import per_channel
@@ -96,14 +96,14 @@ def readers(
     A picture is read once for all set-ups. For files it is a PIL image. For other sets it is the preprocessed tensor,
     from which only the pixel values of another source can be made, and not its resize and crop.
     """
-    if isinstance(images, FolderImages):
+    if isinstance(images, EncodedImages):
         return images.picture, images.transform, evaluation_transform
     return images.__getitem__, _unchanged, lambda source: partial(_with_values, present=present, source=source)
 
 
 def has_picture_files(images: Images) -> bool:
     """Whether the pictures can be resized and cropped in another way."""
-    return isinstance(images, FolderImages)
+    return isinstance(images, EncodedImages)
 
 
 def unnormalized(images: Tensor, present: Source) -> Tensor:

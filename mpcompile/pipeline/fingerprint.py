@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpcompile.data.encoded_images import DatasetImages
 from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
@@ -40,8 +41,9 @@ def training_key(data: Data) -> str:
 def images_key(split: Split) -> str:
     """The hash of a split without decoding all of its images.
 
-    Images in a folder are hashed by file name, size and modification time, and by their labels; images of an .npz file
-    by their arrays; images of any other set by the pixels of the first SAMPLED_IMAGES.
+    Images in a folder are hashed by file name, size and modification time, and by their labels; images of a dataset by
+    their `version` and labels; images of an .npz file by their arrays; images of any other set by the pixels of the
+    first SAMPLED_IMAGES.
     """
     images, order = split.images, split.order
     parts: list[str | bytes] = [repr((split.labelled, images.classes, len(order)))]
@@ -58,6 +60,9 @@ def images_key(split: Split) -> str:
             version_of_file = (status.st_size, status.st_mtime_ns) if status else None
             # As bytes: a name may hold bytes that are not UTF-8.
             parts += [os.fsencode(f"{path.parent.name}/{path.name} {images.labels[index]} {version_of_file}")]
+    elif isinstance(images, DatasetImages):
+        parts += [ADDRESS.sub("", f"{images.transform!r} {images.mode} {images.reading!r}")]
+        parts += [f"{images.paths[index].version()} {images.labels[index]}" for index in order]
     else:
         parts += [repr(order), _pixels_key(replace(split, order=order[:SAMPLED_IMAGES]))]
     return sha256(*parts)

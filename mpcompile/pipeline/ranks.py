@@ -4,12 +4,13 @@ Every rank has the same model before each pass and gets rank 0's after it. After
 and rank 0 sends its model only if one differs: with unequal processors, sums round differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from mpcompile.data.images import Data
+from mpcompile.data.encoded_images import DatasetImages
+from mpcompile.data.images import Data, Split
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
 from mpcompile.ir.structure import structure_of, tensors_of
@@ -36,13 +37,20 @@ def begin_together(model: Model | None, data: Data) -> bool:
     """
     with together():
         here = share()
-        orders = [split.order for split in (data.calibration, data.validation, data.training, data.held_out)]
-        own = {} if model is None else {"model": _hash_of(model), "images": sha256(repr(orders))}
+        splits = (data.calibration, data.validation, data.training, data.held_out)
+        images = [repr([split.order for split in splits]), *(name for split in splits for name in _identities(split))]
+        own = {} if model is None else {"model": _hash_of(model), "images": sha256(*images)}
         first = broadcast(own)
         for what in first if not here.first else ():
             if own[what] != first[what]:
                 raise UsageError(f"the {what} of this rank differs from rank 0's; give every rank the same files")
         return bool(first)
+
+
+def _identities(split: Split) -> Iterator[str]:
+    """A text for each image of a dataset, of which ranks may have drawn others; nothing for other sets."""
+    if isinstance(split.images, DatasetImages):
+        yield from (split.images.paths[index].identity() for index in split.order)
 
 
 def shares_work(step: object) -> bool:

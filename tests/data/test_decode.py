@@ -127,8 +127,8 @@ def test_the_first_image_that_cannot_be_read_is_named() -> None:
 
 
 def test_the_limit_follows_from_the_memory_that_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    for available, expected in ((None, 0), (10**9, 0), (3 * 10**9, 10**9 // 8), (10**12, MOST_BYTES)):
-        monkeypatch.setattr(decode, "available_bytes", lambda found=available: found)
+    for available, expected in ((None, 0), (10**9, 0), (3 * 10**9, 10**9 // 6), (10**12, MOST_BYTES)):
+        monkeypatch.setattr(decode, "unused_bytes", lambda device, found=available: found)
         assert kept_limit(reserved_bytes=2e9) == expected
 
 

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import mpcompile.data.samples as samples_module
 from mpcompile.data.given import given_data
@@ -134,3 +134,40 @@ def test_an_iterable_that_does_not_fit_into_memory_is_refused(monkeypatch: pytes
     with pytest.raises(LoadError, match=r"without an index, of which 4 samples take .*; return a sequence"):
         read(one_by_one)
     assert len(read(PAIRS).held_out) > 0  # has an index: nothing is kept
+
+
+class Endless(IterableDataset[Any]):
+    """A stream without an end that counts its samples."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.read += 1
+            yield PAIRS[self.read % 40]
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+def test_a_stream_is_read_until_it_has_given_enough(batch: int | None) -> None:
+    stream = Endless()
+    given: Any = stream if batch is None else DataLoader(stream, batch_size=batch)
+    data = read(given, calibration=8, validation=4, held_out=10)
+    assert stream.read <= 22 + (batch or 0)
+    assert [len(split) for split in (data.calibration, data.validation, data.held_out)] == [8, 2, 10]
+    assert data.notes[1] == "only the first 22 samples of own:data were read, in their order"
+
+
+def test_streams_by_split() -> None:
+    parts = {"train": Endless(), "test": lambda: Endless()}
+    data = read(parts, calibration=8, validation=4, held_out=10)
+    assert [len(split) for split in (data.calibration, data.validation, data.held_out)] == [8, 4, 10]
+    assert [note.split(" were read ")[1] for note in data.notes[1:]] == [
+        "for train, in their order", "for held_out, in their order"
+    ]  # fmt: skip
+
+
+def test_the_note_says_what_was_drawn() -> None:
+    assert read(PAIRS, calibration=8, validation=4, held_out=10, seed=3).notes == (
+        "the images are those of own:data: 8 for calibration and 4 for validation, drawn by seed 3 from 40 samples, "
+        "and 10 held out of 40",
+    )
