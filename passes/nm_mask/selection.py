@@ -33,15 +33,12 @@ def largest_of_each(scores: Float[Tensor, "... of"], keep: int) -> Bool[Tensor, 
 
     Counting for each score those that come before it takes a seventh of the time of sorting groups of 4.
     """
-    if bool(scores.isnan().any()):
-        # A stable sort, since topk does not specify which of two equal scores it selects.
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
     columns = [column.contiguous() for column in scores.unbind(-1)]
-    before = [torch.zeros(column.shape, dtype=torch.uint8) for column in columns]
+    before = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
     for i, one in enumerate(columns):
+        missing = one.isnan()
         for j in range(i + 1, len(columns)):
-            first = one >= columns[j]
+            first = (one >= columns[j]) | missing
             before[j] += first
             before[i] += ~first
     return torch.stack([count < keep for count in before], -1)
