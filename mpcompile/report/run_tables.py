@@ -210,13 +210,13 @@ def passes(report: Report) -> Table:
             Cell(row.name),
             Cell(str(row.effect)),
             number(row.seconds, "{:.2f}", f".passes[{n}].seconds"),
-            number(row.peak_bytes, "{:.2f}", f".passes[{n}].peak_bytes", 1e-9),
+            number(row.peak_bytes, "{:.0f} MB", f".passes[{n}].peak_bytes", 1e-6),
             number(row.drift, "{:.1e}", f".passes[{n}].drift"),
             Cell(("; ".join(row.notes) or "none") + ("; taken from a checkpoint" if row.resumed else "")),
         )
         for n, row in enumerate(report.passes)
     )
-    names = ("pass", "effect", "seconds", "peak memory, GB", "drift on the example", "notes")
+    names = ("pass", "effect", "seconds", "peak memory", "drift on the example", "notes")
     return Table(columns(*names, numbers=names[2:5]), tuple(rows), ".passes")
 
 
