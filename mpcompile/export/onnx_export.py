@@ -59,7 +59,7 @@ class Lowered(Exported):
 
     model: Model
     opset: int
-    translation: Translation = field(repr=False, compare=False)  # for `like`
+    translation: Translation | None = field(default=None, repr=False, compare=False)  # for `like`
 
 
 def lower(

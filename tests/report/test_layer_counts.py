@@ -13,7 +13,6 @@ from mpcompile.analysis.block_macs import charged_from_costs
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.export.onnx_export import Lowered, lower
-from mpcompile.export.translation import Translation
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.ir.model import Model
@@ -128,14 +127,7 @@ def test_counts_agree_on_architectures(name: str) -> None:
     dense = capture(module, source)
     model = masked(dense)
     unwritten = Lowered(
-        onnx=Path("none"),
-        arch=name,
-        image_shape=source.size,
-        precision="fp32",
-        batch=None,
-        model=model,
-        opset=20,
-        translation=Translation("", None, (), None),
+        onnx=Path("none"), arch=name, image_shape=source.size, precision="fp32", batch=None, model=model, opset=20
     )
     require_agreement(dense, model, layer_rows(model, unwritten, cost(dense), cost(model)))
 
