@@ -106,7 +106,7 @@ def measure(name: str, pattern: str, images: int, processes: int, memory: str | 
         photos(data, images + 16 + OTHERS)
     words = [
         str(weights(name, folder)), "--arch", arch, "--pattern", pattern, "--target", "ort", "--data", str(data),
-        "--calibration", str(images), "--held-out", str(OTHERS), "--threads", "1", "-q", "-f",
+        "--calibration", str(images), "--held-out", str(OTHERS), "--threads", "1", "-q", "--force",
         "-o", str(folder / "out"),
     ]  # fmt: skip
     for key, value in arguments.items():
