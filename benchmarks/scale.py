@@ -43,7 +43,7 @@ KEY = ("model", "pattern", "images", "processes", "memory")
 WATCH_SECONDS = 0.02
 COLUMNS = (
     "model", "pattern", "images", "processes", "limit", "passes, s", "nm-mask, s", "other passes over 1 s",
-    "peak of a process, GB", "masks",
+    "peak by pass, GB", "peak of a process, GB", "masks",
 )  # fmt: skip
 
 
@@ -114,13 +114,14 @@ def measure(name: str, pattern: str, images: int, processes: int, memory: str | 
     words += [] if memory is None else ["--memory", memory]
     group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     seconds, peak = watched([sys.executable, *(group if processes > 1 else []), "-m", "mpcompile", *words])
+    passes = Artifact.open(folder / "out").report.passes
     digest = hashlib.sha256()
     for layer, mask in sorted(load_file(folder / "out" / "masks.safetensors").items()):
         digest.update(layer.encode() + mask.numpy().tobytes())
     return {
         "model": name, "pattern": pattern, "images": images, "processes": processes, "memory": memory,
         "seconds": seconds, "peak_bytes": peak, "masks": digest.hexdigest(),
-        "passes": {row.name: row.seconds for row in Artifact.open(folder / "out").report.passes},
+        "passes": {row.name: row.seconds for row in passes}, "peaks": {row.name: row.peak_bytes for row in passes},
     }  # fmt: skip
 
 
@@ -129,11 +130,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         others = {name: s for name, s in row["passes"].items() if name != "nm-mask" and s >= 1}
+        peaks = {name: row["peaks"][name] / 1e9 for name in ("nm-mask", *others) if name in row["peaks"]}
         lines.append(
             (
                 row["model"], row["pattern"], str(row["images"]), str(row["processes"]), row["memory"] or "none",
                 f"{sum(row['passes'].values()):.0f}", f"{row['passes'].get('nm-mask', 0):.0f}",
                 ", ".join(f"{name} {s:.0f}" for name, s in others.items()),
+                ", ".join(f"{name} {peak:.2f}" for name, peak in peaks.items()),
                 f"{row['peak_bytes'] / 1e9:.2f}", row["masks"][:8],
             )
         )  # fmt: skip

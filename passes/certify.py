@@ -27,6 +27,7 @@ margin Δ(s) is the dense model's largest logit minus its second largest. For de
   pass gives the shares of all layers, where forward derivatives (jvp) would take one pass per layer.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -54,6 +55,8 @@ from mpcompile.passes.dense_comparison import (
 from mpcompile.passes.reconstruct.layer_rows import applied
 from mpcompile.pipeline.pass_manager import Effect
 from mpcompile.system.distributed import shared_map
+
+CHUNK_BYTES = 64 << 20  # of unfolded inputs at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,11 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
     return float(beta.ppf(1 - confidence, successes, trials - successes + 1)) if successes else 0.0
 
 
+def _taps(layer: nn.Linear | nn.Conv2d) -> int:
+    """How many weights of an output multiply each input channel."""
+    return 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
+
+
 def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
     """‖Rψ(s)‖∞ for each changed layer, by qualified name, and each image, (images,).
 
@@ -174,7 +182,10 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
         if name not in differences:
             return
         matrix, bias = differences[name]
-        error = (applied(layer, matrix, x) + bias).abs().reshape(len(x), -1).amax(1)
+        # A few images at a time: unfolded inputs of a convolution are many times its inputs.
+        each = max(1, CHUNK_BYTES // (x[0].numel() * x.element_size() * _taps(layer)))
+        parts = [(applied(layer, matrix, part) + bias).abs().reshape(len(part), -1).amax(1) for part in x.split(each)]
+        error = torch.cat(parts)
         of_batch[name] = torch.maximum(of_batch[name], error) if name in of_batch else error
 
     interpreter = LayerInterpreter(model.graph, measure)

@@ -18,6 +18,7 @@ from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.distributed import shared_map
 
 BATCH = 32
+GRADIENT_BATCH = 8  # images whose intermediate values are kept for gradients
 FIRST_IMAGE = "image {0[0]}".format  # the name of a batch in the progress
 
 
@@ -35,9 +36,9 @@ def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
     return torch.cat(shared_map(run, batch_orders(images), FIRST_IMAGE, "images", len))
 
 
-def batch_orders(images: Split) -> list[tuple[int, ...]]:
-    """The indices of the images in each batch of BATCH."""
-    return [images.order[start : start + BATCH] for start in range(0, len(images), BATCH)]
+def batch_orders(images: Split, size: int = BATCH) -> list[tuple[int, ...]]:
+    """The indices of the images in each batch of this size."""
+    return [images.order[start : start + size] for start in range(0, len(images), size)]
 
 
 def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
@@ -143,7 +144,7 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
     def of_batch(order: tuple[int, ...]) -> tuple[list[float], float]:
         """This batch's terms of the shares, one for each change, and of the squared shift."""
         assert model.dense is not None
-        [(given, _)] = replace(images, order=order).inputs(BATCH)
+        [(given, _)] = replace(images, order=order).inputs(GRADIENT_BATCH)
         inputs = arguments(given, model.example.dtype)
         with torch.no_grad():
             shift = primary(model.graph(*inputs)) - primary(model.dense(*inputs))
@@ -156,7 +157,7 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
         ]
         return terms, float(shift.double().square().sum())
 
-    batches = shared_map(of_batch, batch_orders(images), FIRST_IMAGE, "images", len)
+    batches = shared_map(of_batch, batch_orders(images, GRADIENT_BATCH), FIRST_IMAGE, "images", len)
     totals = {name: sum(terms[n] for terms, _ in batches) for n, name in enumerate(changes)}
     power = sum(squared for _, squared in batches)
     owner = _owners_of_norms(model)
