@@ -127,10 +127,17 @@ class SecondMoments:
         """The sums over the rows of both operands."""
         if not self.count or not other.count:
             return self if self.count else other
-        moved = other.about(self.shift_x, self.shift_y)
+        n, per = other.count, self.sum_y.shape[1] // len(self.sum_x)
+        dx, dy = (other.shift_x - self.shift_x).double(), (other.shift_y - self.shift_y).double()
+        of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, other.sum_x))
+        # The other's sums relative to our shift: of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ.
+        x, y = other.sum_x, other.sum_y
+        xx = other.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
+        yx = other.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
+        yy = other.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
         return SecondMoments(
-            self.count + other.count, self.shift_x, self.shift_y, self.sum_x + moved.sum_x, self.sum_y + moved.sum_y,
-            self.sum_xx + moved.sum_xx, self.sum_yx + moved.sum_yx, self.sum_yy + moved.sum_yy,
+            self.count + n, self.shift_x, self.shift_y, self.sum_x + x + n * dx, self.sum_y + y + n * dy,
+            self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
         )  # fmt: skip
 
     def combined(self, share: Float[Tensor, "targets out"]) -> "SecondMoments":
