@@ -44,7 +44,6 @@ from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
 from mpcompile.measure.margin_agreement import agreement_by_margin
 from mpcompile.passes.dense_comparison import (
-    BATCH,
     FIRST_IMAGE,
     attribution,
     batch_orders,
@@ -191,9 +190,8 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
     interpreter = LayerInterpreter(model.graph, measure)
 
     def errors_of(order: tuple[int, ...]) -> dict[str, Tensor]:
-        [(inputs, _)] = replace(images, order=order).inputs(BATCH)
         of_batch.clear()
-        interpreter.run(*arguments(inputs, model.example.dtype))
+        interpreter.run(*arguments(images.inputs_of(order), model.example.dtype))
         return dict(of_batch)
 
     parts = shared_map(errors_of, batch_orders(images), FIRST_IMAGE, "images", len)

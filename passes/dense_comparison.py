@@ -1,7 +1,6 @@
 """Compares a compressed model with the dense one: outputs, changed layers, each layer's share of the logits' shift."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,8 +29,7 @@ def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
 
     def run(order: tuple[int, ...]) -> Tensor:
-        [(inputs, _)] = replace(images, order=order).inputs(BATCH)
-        return primary(graph(*arguments(inputs, dtype)))
+        return primary(graph(*arguments(images.inputs_of(order), dtype)))
 
     return torch.cat(shared_map(run, batch_orders(images), FIRST_IMAGE, "images", len))
 
@@ -144,8 +142,7 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
     def of_batch(order: tuple[int, ...]) -> tuple[list[float], float]:
         """This batch's terms of the shares, one for each change, and of the squared shift."""
         assert model.dense is not None
-        [(given, _)] = replace(images, order=order).inputs(GRADIENT_BATCH)
-        inputs = arguments(given, model.example.dtype)
+        inputs = arguments(images.inputs_of(order), model.example.dtype)
         with torch.no_grad():
             shift = primary(model.graph(*inputs)) - primary(model.dense(*inputs))
         with torch.enable_grad():

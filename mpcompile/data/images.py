@@ -107,7 +107,11 @@ class Split:
 
     def first_inputs(self, count: int) -> tuple[Tensor, ...]:
         """All inputs of a model for the first `count` images, the images first."""
-        return self._placed([self._image(index)[0] for index in self.order[:count]])
+        return self.inputs_of(self.order[:count])
+
+    def inputs_of(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """All inputs of a model for these images of the set as one batch, the images first."""
+        return self._placed([self._image(index)[0] for index in indices])
 
     def _placed(self, rows: Sequence[Any]) -> tuple[Tensor, ...]:
         """The inputs of a batch, from those of each image, on the device."""

@@ -14,7 +14,7 @@ from mpcompile.driver.artifact import PASSES, Artifact
 from mpcompile.driver.build_artifact import QUANTIZE_DENSE, build_artifact
 from mpcompile.driver.inputs import decoded_for, headed, judged, loaded_from, metric_of, path_of
 from mpcompile.driver.memory_forecast import memory_forecast
-from mpcompile.driver.part import PART_HEAD, captured_run
+from mpcompile.driver.part import PART_HEAD, captured_run, judged_run
 from mpcompile.driver.preflight import require_consistent, require_inputs, require_space
 from mpcompile.driver.quantized_baselines import writes_dense
 from mpcompile.driver.run_plan import RunPlan, plan_of
@@ -231,10 +231,7 @@ def preview(
     loaded, request = loaded_from(model)
     if output is not None:
         require_space(Path(output), least_output_bytes(loaded.module))
-    dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
-    dense, images = headed(
-        dense, images if part else judged(images, metric_of(recipe)), PART_HEAD if part else recipe.head
-    )
+    dense, images = judged_run(loaded, request, data, recipe)
     require_inputs(plan, dense, images)
     analyses = [step for step in plan.passes if step.effect is Effect.ANALYSIS]
     planned, _ = PassManager(analyses).run(dense, images.for_passes())

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from mpcompile.driver.compile import output_bytes
-from mpcompile.driver.inputs import decoded_for, headed, judged, loaded_from, metric_of
-from mpcompile.driver.part import PART_HEAD, captured_run
+from mpcompile.driver.inputs import decoded_for, loaded_from
+from mpcompile.driver.part import judged_run
 from mpcompile.driver.run_plan import plan_of
 from mpcompile.frontend.load_model import Request
 from mpcompile.pipeline.pass_manager import PassManager
@@ -33,9 +33,7 @@ def follow(
     """
     plan = plan_of(recipe)
     loaded, request = loaded_from(model)
-    dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
-    images = images if part else judged(images, metric_of(recipe))
-    dense, images = headed(dense, images, PART_HEAD if part else recipe.head)
+    dense, images = judged_run(loaded, request, data, recipe)
     if not begin_together(dense, images):
         return
     folder = None if output is None else work_folder(output)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpcompile.analysis.macs import macs_of_run
 from mpcompile.data.images import NONE, Data, Images, Split
 from mpcompile.data.metric import Metric, MetricValues
-from mpcompile.driver.inputs import captured, data_for, judged, read_images, with_samples
+from mpcompile.driver.inputs import captured, data_for, headed, judged, metric_of, read_images, with_samples
 from mpcompile.errors import UsageError
 from mpcompile.frontend.call_inputs import IMAGES
 from mpcompile.frontend.capture import capture, noise
@@ -25,7 +25,7 @@ from mpcompile.ir.head import Head, HeadChoice
 from mpcompile.ir.model import Model, Source
 from mpcompile.measure.metric_comparison import MetricComparison
 from mpcompile.measure.whole_comparison import Outputs, WholeComparison, compare_whole
-from mpcompile.recipe.schema import DataChoice
+from mpcompile.recipe.schema import DataChoice, Recipe
 from mpcompile.report.part_schema import Part, PartInput
 
 BATCH = 16  # images of a run of the whole model, if its outputs have one row for each image
@@ -152,6 +152,14 @@ def captured_run(
     decides, primary = _decision(whole, whole.run(_in_type(given, whole)), head)
     part = OpenPart(whole, _row(whole, dense, given), decides, primary, images.held_out)
     return dense, _of_part(images, whole, part), part
+
+
+def judged_run(loaded: Loaded, request: Request, data: Any, recipe: Recipe) -> tuple[Model, Data]:
+    """The captured model and its images, with the recipe's metric and head. Raises a MpcompileError."""
+    dense, images, part = captured_run(loaded, request, data, recipe.data, recipe.head, recipe.submodule)
+    if part is None:
+        return headed(dense, judged(images, metric_of(recipe)), recipe.head)
+    return headed(dense, images, PART_HEAD)
 
 
 def captured_part(

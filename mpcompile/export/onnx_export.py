@@ -20,7 +20,7 @@ import onnx
 from mpcompile.errors import BuildError, MaskError, UsageError
 from mpcompile.export.half_precision import to_bfloat16, to_half
 from mpcompile.export.mask_check import METADATA_KEY, NAME_SCOPES, ProvenMask, verify_masks
-from mpcompile.export.translation import Translation, translation_of
+from mpcompile.export.translation import Translation, translated
 from mpcompile.ir.model import Model
 from mpcompile.ir.precision import QUANTIZED, Precision
 from mpcompile.ir.quantization import quantizers
@@ -93,8 +93,7 @@ def lower(
     opset = _opset(model, precision, opset)
     steps = tracked(("translate to ONNX", "find the masks in it", "write the file", "check the file"), unit=PARTS)
     next(steps)
-    translation = translation_of(model, batch, opset, None if like is None else like.translation)
-    file = translation.with_weights_of(model)
+    translation, file = translated(model, batch, opset, None if like is None else like.translation)
     _drop_build_traces(file)
     if precision == "fp16":
         file = to_half(file)

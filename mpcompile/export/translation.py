@@ -67,19 +67,23 @@ class Translation:
         return file
 
 
-def translation_of(model: Model, batch: int | None, opset: int, known: Translation | None = None) -> Translation:
-    """The model's translation: the known one if it serves. Raises BuildError."""
+def translated(
+    model: Model, batch: int | None, opset: int, known: Translation | None = None
+) -> tuple[Translation, onnx.ModelProto]:
+    """The model's translation, which is the known one if it serves, and the file made from it. Raises BuildError."""
     if known is not None and known.serves(model, batch, opset):
-        return known
+        return known, known.with_weights_of(model)
     for name in model.output_names:
         if name in model.graph.state_dict():
             raise BuildError(f"the output {name} has the name of a weight; return it under another key")
     key = key_of(model, batch, opset)
     found = Translation(key, _translated(model, batch, opset, model.output_names), model.output_names, batch)
-    if not are_unique(found.with_weights_of(model), model.output_names):
+    file = found.with_weights_of(model)
+    if not are_unique(file, model.output_names):
         names = tuple(provisional(model.output_names))
         found = Translation(key, _translated(model, batch, opset, names), names, batch)
-    return found
+        file = found.with_weights_of(model)
+    return found, file
 
 
 def key_of(model: Model, batch: int | None, opset: int) -> str:

@@ -13,9 +13,9 @@ from mpcompile.data.encoded_images import DatasetImages
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
-from mpcompile.ir.structure import structure_of, tensors_of
+from mpcompile.pipeline.fingerprint import model_key
 from mpcompile.system.distributed import PicklableGraph, all_gathered, broadcast, share, together
-from mpcompile.system.hashing import sha256, sha256_of
+from mpcompile.system.hashing import sha256
 
 GRAPHS = ("graph", "dense")
 
@@ -37,9 +37,11 @@ def begin_together(model: Model | None, data: Data) -> bool:
     """
     with together():
         here = share()
+        if here.size == 1:
+            return model is not None
         splits = (data.calibration, data.validation, data.training, data.held_out)
         images = [repr([split.order for split in splits]), *(name for split in splits for name in _identities(split))]
-        own = {} if model is None else {"model": _hash_of(model), "images": sha256(*images)}
+        own = {} if model is None else {"model": model_key(model), "images": sha256(*images)}
         first = broadcast(own)
         for what in first if not here.first else ():
             if own[what] != first[what]:
@@ -65,7 +67,7 @@ def run_by_ranks(step: object, run: Callable[[], Model], model: Model) -> Model:
         return run()
     if shares_work(step):
         result = run()
-        if len(set(all_gathered(_hash_of(result)))) == 1:
+        if len(set(all_gathered(model_key(result)))) == 1:
             return result
     else:
         with together(False):
@@ -91,9 +93,3 @@ def sent(model: Model | None) -> Model:
         return model
     values |= {name: values[name] and values[name].unpacked() for name in GRAPHS}
     return Model(**values | {"plan": MappingProxyType(values["plan"])})
-
-
-def _hash_of(model: Model) -> str:
-    """A hash of a model's graph, weights, masks and permutations."""
-    tensors = sorted((name, sha256_of(value)) for name, value in tensors_of(model).items())
-    return sha256(structure_of(model), repr(tensors))

@@ -1,6 +1,6 @@
 """The calibration images in batches, and the memory that their values take at one point of a graph."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class CalibrationBatches:
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """The inputs of a batch. Raises LoadError if an image holds NaN or infinity."""
         first = index * BATCH
-        [(inputs, _)] = replace(self.images, order=self.images.order[first : first + BATCH]).inputs(BATCH)
+        inputs = self.images.inputs_of(self.images.order[first : first + BATCH])
         bad = [i for i, image in enumerate(inputs[0]) if not image.isfinite().all()]
         if bad:
             raise LoadError(f"calibration image {first + bad[0]} holds numbers that are not finite")

@@ -8,6 +8,7 @@ from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
 from mpcompile.passes import MPBudget, NMMask, Quantize
 from mpcompile.pipeline import ranks
+from mpcompile.pipeline.fingerprint import model_key
 from mpcompile.pipeline.ranks import begin_together, run_by_ranks, sent, shares_work
 from mpcompile.system import distributed
 from mpcompile.system.distributed import ProcessRank, all_gathered, broadcast, share, shared_map, together
@@ -64,7 +65,7 @@ def test_passes_say_whether_they_share_their_work() -> None:
 def test_a_rank_with_other_files_says_so(second_rank: list[object], what: str) -> None:
     model = tiny_mlp()
     data = tiny_data(model)
-    other = {"model": ranks._hash_of(model), "images": "another hash"}
+    other = {"model": model_key(model), "images": "another hash"}
     if what == "model":
         other = {**other, "model": "another hash"}
     second_rank.append(other)
