@@ -30,7 +30,7 @@ def label_column(dataset: DatasetName, features: Mapping[str, Any]) -> str | Non
 
 
 def holds_classes(feature: Any) -> bool:
-    """Whether a column may hold one class for each image. Others, such as masks, are not read."""
+    """Whether a column can hold the class of each image: numbers or names, not masks or lists."""
     return type(feature).__name__ in ("ClassLabel", "Value", "Scalar", "Tensor", "Text")
 
 

@@ -1,7 +1,8 @@
 """The images of one split of a dataset that a run may use: encoded files, and labels as the dataset stores them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mpcompile.data.divide import Numbers
@@ -31,12 +32,12 @@ class Pool:
 
 
 def held_out_of_stream(numbers: Numbers) -> int:
-    """How many held-out images to read from a stream."""
+    """The number of held-out images to read from a stream: that of the user, else HELD_OUT."""
     return HELD_OUT if numbers.held_out is None else numbers.held_out
 
 
 def first_of_stream(numbers: Numbers, is_divided: bool) -> int:
-    """How many images to read from the stream of the first split, which is divided if there is no other."""
+    """The number of images to read from the first split: with those to hold out if no other split has them."""
     return numbers.calibration + numbers.validation + (held_out_of_stream(numbers) if is_divided else 0)
 
 
@@ -59,7 +60,7 @@ def kept_in_memory(samples: Iterable[tuple[BytesImage, Any]], most: int, name: s
     limit = None if available is None else int(MEMORY_SHARE * available)
     kept: list[tuple[BytesImage, Any]] = []
     used = 0
-    for image, value in _first(samples, most):
+    for image, value in islice(samples, max(0, most)):
         used += len(image.content)
         if limit is not None and used > limit:
             raise LoadError(
@@ -68,13 +69,3 @@ def kept_in_memory(samples: Iterable[tuple[BytesImage, Any]], most: int, name: s
             )
         kept.append((image, value))
     return kept
-
-
-def _first(samples: Iterable[Any], most: int) -> Iterator[Any]:
-    """The first `most` samples; the one after them is not asked for."""
-    if most < 1:
-        return
-    for count, sample in enumerate(samples, start=1):
-        yield sample
-        if count == most:
-            return

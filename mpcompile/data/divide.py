@@ -105,7 +105,7 @@ def _folders_of(data: Data) -> list[EncodedImages]:
 
 
 def _labels_fit(images: Images, outputs: int) -> tuple[bool, list[str]]:
-    """Whether the classes are the model's outputs; if not, with a note for the report."""
+    """Whether the labels are the model's outputs, so that accuracy can be measured, and notes on why not."""
     if images.classes == outputs > 0:
         return True, []
     if isinstance(images, EncodedImages):

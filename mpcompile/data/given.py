@@ -106,7 +106,7 @@ def given_data(
 
 
 def _most(part: str, numbers: Numbers) -> int:
-    """How many samples of a stream a run uses."""
+    """The number of samples that a run reads from a stream: for calibration, validation and holding out."""
     if part in ("calibration", "validation"):
         return {"calibration": numbers.calibration, "validation": numbers.validation}[part]
     return held_out_of_stream(numbers) if part == "held_out" else first_of_stream(numbers, part == "all")
