@@ -108,9 +108,9 @@ class Page:
         return [json.dumps(event["params"]) for event in self.events if event["method"] in kinds]
 
     def requests(self) -> list[str]:
-        """Every address that was asked for since the page was opened."""
+        """Every address that was asked for since the page was opened; images inside the page are none."""
         sent = (event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent")
-        return [params["request"]["url"] for params in sent]
+        return [url for params in sent if not (url := params["request"]["url"]).startswith("data:image/")]
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from mpcompile.ir.results import Spectrum
 CENTRE = 0.25  # share of the eigenvalues left out of the fit at each end
 HEAVY_ENTRIES = 3  # trained layers are known to have one or two outliers, which leave one or two spikes
 HEAVY_SHARE = 0.25  # share of the spikes that may come from single entries, if there are HEAVY_ENTRIES or more of these
+BINS_TO_EDGE, HISTOGRAM_BINS = 20, 30  # of a histogram: bins of a twentieth of the edge, up to 1.5 times the edge
 TAIL = 20  # number of largest eigenvalues from which the tail exponent is estimated
 SMALLEST_SIDE = 64  # below this, finite size alone makes the law wrong by more than 0.01
 
@@ -229,7 +230,17 @@ class SpectrumFit:
             bulk_share=self.fit.bulk_share,
             fit_error=self.fit.central_error,
             null_error=None if self.null is None else self.null.central_error,
+            histogram=self._histogram(),
         )
+
+    def _histogram(self) -> tuple[int, ...]:
+        """The number of singular values in each of HISTOGRAM_BINS bins of edge / BINS_TO_EDGE, from 0."""
+        if not self.fit.edge:
+            return ()
+        singular = np.sqrt(np.clip(self.values, 0, None) * self.fit.n)
+        end = HISTOGRAM_BINS / BINS_TO_EDGE * self.fit.edge
+        counts, _ = np.histogram(singular, bins=HISTOGRAM_BINS, range=(0.0, end))
+        return tuple(counts.tolist())
 
 
 def unfolded(weight: Float[ndarray, "out in_ *taps"]) -> Float[ndarray, "out inputs"]:

@@ -64,7 +64,16 @@ def _lines(times: StageTimes) -> Callable[[Progress], None]:
     def show(at: Progress) -> None:
         nonlocal printed
         elapsed = times.elapsed()
-        if at.step is None or elapsed - printed >= LINE_SECONDS:
+        if at.found is not None:
+            from mpcompile.report.search_schema import Tuning  # not at start-up: it imports numpy
+            from mpcompile.report.sentences import last_tried
+
+            if isinstance(at.found, Tuning):
+                typer.echo(
+                    f"[{at.number}/{at.stages}] {at.stage}, after {clock(elapsed)}; {last_tried(at.found)}", err=True
+                )
+                printed = elapsed
+        elif at.step is None or elapsed - printed >= LINE_SECONDS:
             steps = "".join(f"; {text}" for text in steps_so_far(times))
             typer.echo(f"[{at.number}/{at.stages}] {at.stage}, after {clock(elapsed)}{steps}", err=True)
             printed = elapsed

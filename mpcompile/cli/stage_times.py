@@ -47,7 +47,9 @@ class StageTimes:
         self.began = self.now()
 
     def note(self, at: Progress) -> None:
-        """Takes a stage or a step that begins."""
+        """Takes a stage or a step that begins; what a stage found takes no time."""
+        if at.found is not None:
+            return
         now = self.now()
         if at.step is None:
             self.stages.append((at.stage, now))

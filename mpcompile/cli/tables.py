@@ -13,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import mpcompile.report.run_tables as run_tables
+import mpcompile.report.search_chart as search_chart
+from mpcompile.cli.chart_text import drawn
 from mpcompile.driver.analyze import ModelAnalysis
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
@@ -22,14 +25,17 @@ from mpcompile.ir.precision import QUANTIZED
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.bench_report import BenchReport
 from mpcompile.report.quantized_table import versions
-from mpcompile.report.run_tables import summary
 from mpcompile.report.schema import Report
+from mpcompile.report.sentences import which_recipe
+from mpcompile.report.table import Table as Found
 from mpcompile.system.resource_errors import format_bytes
 
 
 def show_artifact(artifact: Artifact) -> None:
     """Prints the summary table, the verdict, the notes and the paths of the files."""
     console = _console()
+    if artifact.report.tuning:
+        _show_search(console, artifact.report)
     console.print(report_table(artifact.report))
     if artifact.report.quantized:
         console.print(versions_table(artifact.report))
@@ -45,6 +51,18 @@ def show_artifact(artifact: Artifact) -> None:
     console.print(
         f"Written to {artifact.folder}: {files}, report.json, report.md, report.html, report.sha256", soft_wrap=True
     )
+
+
+def _show_search(console: Console, report: Report) -> None:
+    """Prints the picture of a search, its table, and which recipe to take for which need."""
+    assert report.tuning is not None
+    console.print(
+        drawn(search_chart.tuning(report.tuning), min(console.width, 100), console.encoding.startswith("utf"))
+    )
+    console.print(_table(run_tables.tuning(report), "recipes tried"))
+    for sentence in which_recipe(report.tuning):
+        console.print(sentence)
+    console.print()
 
 
 def show_bench(found: BenchReport, folder: Path) -> None:
@@ -160,9 +178,14 @@ def _forecast_text(forecast: Forecast, precision: str) -> str:
 
 def report_table(report: Report) -> Table:
     """The summary of a report as a table: dense, compressed, difference."""
-    title = f"{report.model.arch} on {report.recipe.target}, {report.recipe.precision}"
+    return _table(
+        run_tables.summary(report), f"{report.model.arch} on {report.recipe.target}, {report.recipe.precision}"
+    )
+
+
+def _table(found: Found, title: str) -> Table:
+    """A table of the report for the terminal."""
     table = Table(title=title, title_justify="left")
-    found = summary(report)
     for column in found.columns:
         table.add_column(column.name, justify="right" if column.numeric else "left", overflow="fold")
     for row in found.texts():

@@ -12,6 +12,7 @@ model.native.onnx   the compressed model with N:M kernels for the CPU, if these 
 report.json .md     passes, measurements and results, with the hashes of the files above
 report.html         the same report as one page, for the browser and for printing
 report.sha256       the hashes of the three files of the report, in the format of sha256sum
+tried/N.yaml        the recipe of row N of a search (--tune), for each recipe that it measured
 passes/             the result of each pass (--keep-passes), for --from
 bench/TARGET/       results of a later `mpcompile bench`
 """

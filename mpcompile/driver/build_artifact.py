@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpcompile.analysis.block_macs import charged_from_costs
+from mpcompile.analysis.graph_outline import outline
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
@@ -33,6 +34,7 @@ from mpcompile.driver.run_engines import (
     quantized_rows,
 )
 from mpcompile.driver.run_plan import RunPlan
+from mpcompile.driver.tune import SearchResult
 from mpcompile.driver.weight_files import write_weights
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
@@ -54,7 +56,7 @@ from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
 from mpcompile.report.schema import Captured, DataUsed, InputRow, LayerRow, OutputRow, Parity, Report
-from mpcompile.report.search_schema import Tuning
+from mpcompile.report.search_needs import recipe_file
 from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Runtime, has_sparse_kernel
 from mpcompile.runtimes.ort.overflow import require_finite
@@ -74,7 +76,7 @@ def build_artifact(
     data: Data,
     folder: Path,
     observe: Observer,
-    tuning: Tuning | None,
+    searched: SearchResult | None,
     checkpoints: Checkpoints,
     keep_passes: bool,
     part: OpenPart | None = None,
@@ -89,7 +91,7 @@ def build_artifact(
         data: calibration, validation, training and held-out images.
         folder: exists and is empty.
         observe: called with the name of each stage as it begins.
-        tuning: the record of the search that chose the recipe, for the report.
+        searched: the search that chose the recipe, for the report and the files of the recipes that it tried.
         checkpoints: results of earlier passes, to read and to write.
         keep_passes: whether the checkpoints are copied into the folder.
         part: the part of the model that `dense` is; None for the whole model.
@@ -134,7 +136,9 @@ def build_artifact(
         engines = built.dense, built.compressed
         comparison = None
         if len(data.held_out):
-            comparison = checked_comparison(*engines, data.held_out, dense.source, dense.head, loaded.claimed)
+            comparison = checked_comparison(
+                *engines, data.held_out, dense.source, dense.head, loaded.claimed, recipe.data.examples
+            )
         masked, baselines = quantized_rows(plan, built.dense, in_float, baselines, data, dense)
         observe("time")
         latency, baselines, over = latencies(plan, built, baselines, data, dense)
@@ -147,6 +151,8 @@ def build_artifact(
     observe("write")
     write_weights(folder, loaded.module, model)
     (folder / RECIPE).write_text(commented(recipe), encoding="utf-8")
+    if searched:
+        _write_tried(folder, searched)
     if keep_passes:
         checkpoints.copy_to(folder / PASSES)
     layers = layer_rows(model, after, dense_cost, cost_left)
@@ -160,6 +166,7 @@ def build_artifact(
         command_line=None if command_line is None else tuple(command_line),
         model=loaded.source,
         captured=_captured(dense, model, data),
+        graph=outline(dense.graph),
         recipe=recipe,
         recipe_sha256=recipe.sha256,
         environment=environment({**_versions(plan.runtime), **plan.origins}, built.dense.device)
@@ -175,7 +182,7 @@ def build_artifact(
         parity=(*parities, *built.parity),
         quantized=in_8_bits,
         comparison=comparison,
-        tuning=tuning,
+        tuning=searched.tuning if searched else None,
         logit_factor=factor,
         part=in_whole,
         latency=latency,
@@ -204,6 +211,15 @@ def build_artifact(
     )
     write_report(report, folder)
     return report
+
+
+def _write_tried(folder: Path, searched: SearchResult) -> None:
+    """Writes the recipes that a search measured, under the numbers of their rows in the report."""
+    for number, (recipe, point) in enumerate(zip(searched.tried, searched.tuning.points, strict=True), 1):
+        if point.failed is None:
+            path = folder / recipe_file(number)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(commented(recipe), encoding="utf-8")
 
 
 def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:

@@ -139,10 +139,11 @@ def _compiled(
             part = part.judged_by(metric)
         require_inputs(plan, dense, images)
         dense, images = headed(dense, decoded_for(images, dense, needed_bytes), PART_HEAD if part else recipe.head)
-        tuning = None
+        searched = None
         if recipe.tune is not None:
             began("tune")
-            recipe, tuning = search_recipe(recipe, dense, images)
+            searched = search_recipe(recipe, dense, images)
+            recipe = searched.recipe
             plan = plan_of(recipe)
         facts = facts_of(dense, images, plan.passes, PassManager(plan.passes).shows_held_out)
         whole = facts[-1] | {"the recipe": recipe.sha256, "what is kept": str(keep_passes)}
@@ -160,7 +161,7 @@ def _compiled(
                 keeping(work, needed_bytes),
             ):
                 report = build_artifact(
-                    loaded, dense, plan, images, folder, began, tuning, checkpoints, keep_passes, part, command_line
+                    loaded, dense, plan, images, folder, began, searched, checkpoints, keep_passes, part, command_line
                 )
                 note_written(work, folder, whole)
             artifact = Artifact(output, report)

@@ -30,7 +30,7 @@ from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.search_schema import Point, Tuning
 from mpcompile.runtimes import Build, Engine
-from mpcompile.system.progress import tracked
+from mpcompile.system.progress import report_found, tracked
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,19 @@ class Trial:
         return speedup(samples["dense"], samples["tried"], "dense")
 
 
-def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tuning]:
-    """The chosen recipe and the record of the search. The chosen recipe is a variant of the given one, without `tune`.
+@dataclass(frozen=True)
+class SearchResult:
+    """The chosen recipe, the record of the search, and the recipe of each of its points; all without `tune`."""
+
+    recipe: Recipe
+    tuning: Tuning
+    tried: tuple[Recipe, ...]
+
+
+def search_recipe(recipe: Recipe, dense: Model, data: Data) -> SearchResult:
+    """The result of a search: the chosen recipe is a variant of the given one.
+
+    The record of the search is reported as `found` after each recipe, with nothing chosen yet.
 
     Raises UsageError if the recipe has nothing to search over or no accuracy limit, or if there are no labelled
     validation images.
@@ -119,24 +130,29 @@ def search_recipe(recipe: Recipe, dense: Model, data: Data) -> tuple[Recipe, Tun
         reference = Reference(exported, engine, points(engine, images.validation, dense.head), counted)
         trial = Trial(recipe, plan, limit, dense, images, build, folder, reference)
 
+        record = Tuning(
+            limit=limit,
+            allowed=options.evaluations,
+            images=len(data.validation),
+            batches=() if plan.idle else recipe.timed_batches,
+            points=(),
+            chosen="",
+            metric=None if data.validation.metric is None else data.validation.metric.name,
+        )
+
         def evaluate(candidate: Candidate) -> Point:
+            nonlocal record
             next(steps)
-            return trial.point(candidate)
+            point = trial.point(candidate)
+            record = replace(record, points=(*record.points, point))
+            report_found(record)
+            return point
 
         tried = search(paths, evaluate, options.evaluations, first)
         chosen, point = fastest(tried)
-        references = trial.references()
-    tuning = Tuning(
-        limit=limit,
-        allowed=options.evaluations,
-        images=len(data.validation),
-        batches=() if plan.idle else recipe.timed_batches,
-        points=tuple(point for _, point in tried),
-        chosen=point.name,
-        references=references,
-        metric=None if data.validation.metric is None else data.validation.metric.name,
-    )
-    return chosen.recipe.model_copy(update={"tune": None}), tuning
+        record = replace(record, chosen=point.name, references=trial.references())
+    recipes = [candidate.recipe.model_copy(update={"tune": None}) for candidate in (chosen, *(one for one, _ in tried))]
+    return SearchResult(recipes[0], record, tuple(recipes[1:]))
 
 
 def least_macs(recipe: Recipe, dense: Model, counted: Cost, data: Data) -> float:

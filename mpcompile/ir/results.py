@@ -13,8 +13,9 @@ class Spectrum:
     its noise entries, `edge` the singular value that pure noise exceeds with 5 % probability (or the budget's `level`),
     `spikes` the number of singular values above it, and `bulk_share` the share of the spectrum inside the fitted bulk.
     `fit_error` is the Kolmogorov–Smirnov distance between the empirical and the fitted distribution over the middle
-    half of the spectrum; `null_error` is the same for the layer's own entries shuffled (None if not computed). The
-    mathematics: mpcompile/analysis/spectrum.py.
+    half of the spectrum; `null_error` is the same for the layer's own entries shuffled (None if not computed).
+    `histogram` counts the singular values below 1.5 times the edge in bins of a twentieth of the edge; it is empty in
+    reports of earlier versions. The mathematics: mpcompile/analysis/spectrum.py.
     """
 
     q: float
@@ -24,6 +25,7 @@ class Spectrum:
     bulk_share: float
     fit_error: float
     null_error: float | None
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from mpcompile.data.metric import MetricValues
 from mpcompile.errors import ParityError
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.changed_answers import ChangedAnswers
+from mpcompile.measure.changed_examples import ChangedExample, changed_examples
 from mpcompile.measure.confidence_comparison import ConfidenceComparison, compare_confidence
 from mpcompile.measure.dense_check import DenseCheck, check_dense, constant_check
 from mpcompile.measure.intervals import wilson_interval
@@ -65,6 +66,7 @@ class Comparison:
     confidence: ConfidenceComparison | None = None  # probabilities and their divergence; None for values
     positions: int = 1  # decisions for each image: the positions of a map
     images_sha256: str | None = None  # of the images as the model gets them, with labels; None in earlier reports
+    examples: tuple[ChangedExample, ...] = ()  # images whose decision changed
 
 
 def compare(
@@ -75,6 +77,7 @@ def compare(
     *,
     head: Head | None = None,
     claimed: float | None = None,
+    examples: int = 0,
 ) -> Comparison:
     """The comparison of two engines over all images of a split, batch by batch.
 
@@ -88,6 +91,7 @@ def compare(
         observe: called with the number of images done.
         head: how outputs become decisions; None chooses it by the shape of the outputs.
         claimed: the accuracy that the checkpoint records, in [0, 1], if it records one.
+        examples: how many images whose decision changed are listed at most, without a thumbnail.
 
     Raises ParityError if outputs are not finite.
     """
@@ -142,6 +146,7 @@ def compare(
         confidence=compare_confidence(before, after, truth if labelled else None, head),
         positions=math.prod(before.shape[2:]),
         images_sha256=digest.hexdigest(),
+        examples=changed_examples(before, after, truth if labelled else None, head, examples),
     )
 
 

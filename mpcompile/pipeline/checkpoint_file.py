@@ -114,7 +114,7 @@ def restored(model: Model, rest: Mapping[str, Any], tensors: Mapping[str, Tensor
         decoded: dict[str, Any] = {key: available[f"{key}/{name}"] if values[key] else None for key in PLAN_TENSORS}
         pattern, spectrum = values["pattern"], values["spectrum"]
         decoded["pattern"] = NM.parse(pattern) if pattern else None
-        decoded["spectrum"] = Spectrum(**spectrum) if spectrum else None
+        decoded["spectrum"] = TypeAdapter(Spectrum).validate_python(spectrum) if spectrum else None
         plan[name] = LayerPlan(**{**values, **decoded})
     certificate, polished = rest["certificate"], rest.get("polished")
     return replace(

@@ -31,6 +31,14 @@ class DataChoice(Strict):
         Annotated[int, Field(ge=1)] | None,
         Field(description="Number of images to evaluate on. No pass that changes the model sees them. null: all."),
     ] = None
+    examples: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=100,
+            description="Number of held-out images whose prediction changed that the report shows, as thumbnails.",
+        ),
+    ] = 8
     seed: Annotated[int, Field(ge=0, description="Seed of the choice of images.")] = 0
     classes: Annotated[
         str | None, Field(description="Path of a file with the output of each class folder. null: in order of names.")

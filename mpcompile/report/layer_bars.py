@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mpcompile.report.chart import Bar, Chart, Label, Line, Mark, Number, Scale, ticks, y_axis
+from mpcompile.report.layer_values import losses
 from mpcompile.report.schema import LayerRow, Report
 
 WIDE, LEFT, TOP, BOTTOM = 1000.0, 48.0, 10.0, 130.0
@@ -10,18 +11,11 @@ WIDE, LEFT, TOP, BOTTOM = 1000.0, 48.0, 10.0, 130.0
 
 def loss(report: Report) -> Chart | None:
     """What each layer adds to the change of the outputs: its share in the certificate, else its refit error."""
-    shares = {row.name: row.share for row in report.certificate.layers} if report.certificate else {}
-    candidates: tuple[tuple[str, list[float | None]], ...] = (
-        ("First-order share of the squared logit shift", [shares.get(row.name) for row in report.layers]),
-        ("Refit error on calibration images", [row.missed for row in report.layers]),
-        ("Error of the rounded weights on calibration images", [row.rounding_error for row in report.layers]),
-    )
-    for title, values in candidates:
-        if any(value is not None for value in values):
-            return _bars(
-                report.layers, values, f"Loss: {title[0].lower()}{title[1:]}, layers in network order", "{:.1%}"
-            )
-    return None
+    found = losses(report)
+    if found is None:
+        return None
+    values = [found.values.get(row.name) for row in report.layers]
+    return _bars(report.layers, values, f"Loss: {found.title}, layers in network order", found.form)
 
 
 def speed(report: Report) -> Chart | None:

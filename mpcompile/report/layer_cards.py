@@ -5,19 +5,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpcompile.analysis.spectrum import density, support
+from mpcompile.analysis.spectrum import BINS_TO_EDGE, HISTOGRAM_BINS, density, support
 from mpcompile.report.layer_tables import fit
 from mpcompile.report.schema import LayerRow, Report
 from mpcompile.report.table import Cell, number
 
 POINTS = 25  # of the curve of the law
-WIDTH, HEIGHT, AXIS_END = 340, 110, 1.35  # of the picture; its axis ends at this multiple of the edge
+WIDTH, HEIGHT = 340, 110  # of the picture
+AXIS_END = HISTOGRAM_BINS / BINS_TO_EDGE  # the axis ends at this multiple of the edge
 
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """The Marchenko–Pastur law that was fitted to a layer, as a picture: its curve, and where the noise edge is."""
+    """The singular values of a layer and the Marchenko–Pastur law that was fitted to them, as a picture.
 
+    `bars` and `curve` are on one scale: singular values in a bin, counted and expected.
+    """
+
+    bars: str  # the outline of the histogram as an SVG path; empty in reports of earlier versions
     curve: str  # the points of an SVG polyline
     edge: int
     edge_text: Cell
@@ -87,19 +92,23 @@ def _quantized(report: Report, n: int) -> list[tuple[str, Cell]]:
 
 
 def law(row: LayerRow, edge: Cell, spikes: Cell) -> Law | None:
-    """The picture of a layer's law; None without a fit.
-
-    The report has the fit and not the singular values, so the picture has no histogram.
-    """
+    """The picture of a layer's spectrum and law; None without a fit."""
     s = row.spectrum
     if s is None or not s.edge:
         return None
-    longer = max(row.shape[0], math.prod(row.shape[1:]))
+    sides = row.shape[0], math.prod(row.shape[1:])
+    shorter, longer = min(sides), max(sides)
     low, high = (math.sqrt(end * longer) for end in support(s.q, s.sigma**2))
     singular = np.linspace(low, high, POINTS)
-    heights = density(singular**2 / longer, s.q, s.sigma**2) * singular
-    top = float(heights.max()) or 1.0
+    # The law's density of λ = s²/n becomes one of s by the factor 2 s/n, and a count by the number of values a bin.
+    per_bin = shorter * s.edge / BINS_TO_EDGE
+    expected = density(singular**2 / longer, s.q, s.sigma**2) * 2 * singular / longer * per_bin
+    scale = 0.9 * HEIGHT / (max(float(expected.max()), *s.histogram, 0.0) or 1.0)
     across = singular * WIDTH / (AXIS_END * s.edge)
-    up = HEIGHT * (1 - 0.9 * heights / top)
+    up = HEIGHT - scale * expected
     curve = " ".join(f"{x:.0f},{y:.0f}" for x, y in zip(across.tolist(), up.tolist(), strict=True))
-    return Law(curve, round(WIDTH / AXIS_END), edge, spikes)
+    steps = (
+        f"V{HEIGHT - scale * count:.0f}H{(n + 1) * WIDTH / HISTOGRAM_BINS:.0f}" for n, count in enumerate(s.histogram)
+    )
+    bars = f"M0 {HEIGHT}{''.join(steps)}V{HEIGHT}z" if s.histogram else ""
+    return Law(bars, curve, round(WIDTH / AXIS_END), edge, spikes)

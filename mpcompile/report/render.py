@@ -13,10 +13,12 @@ import mpcompile.report.quantized_table as quantized_table
 import mpcompile.report.run_charts as charts
 import mpcompile.report.run_tables as tables
 import mpcompile.report.search_chart as search_chart
+from mpcompile.report.changed_cards import changed_cards, changed_table
 from mpcompile.report.chart import Chart
 from mpcompile.report.confidence_chart import reliability
 from mpcompile.report.deploy import command_line, snippets
 from mpcompile.report.frontier_chart import frontier
+from mpcompile.report.graph_picture import graph_picture
 from mpcompile.report.head_words import agreement_sentence
 from mpcompile.report.headline import headline, warnings
 from mpcompile.report.layer_cards import cards
@@ -24,7 +26,7 @@ from mpcompile.report.markdown_blocks import folded, unwrapped
 from mpcompile.report.quantized_sentences import methods
 from mpcompile.report.report_hashes import write_hashes
 from mpcompile.report.schema import Report
-from mpcompile.report.sentences import command, command_terms, proven, searched
+from mpcompile.report.sentences import command, command_terms, proven, searched, which_recipe
 from mpcompile.report.table import verdict_table
 from mpcompile.report.tile import plain
 from mpcompile.report.tiles import tiles
@@ -61,6 +63,8 @@ def html(report: Report) -> str:
         loss_bars=layer_bars.loss(report),
         speed_bars=layer_bars.speed(report),
         cards=cards(report),
+        graph=graph_picture(report),
+        changed_cards=changed_cards(report),
         reliability=reliability(report),
         search_chart=search_chart.tuning(report.tuning) if report.tuning else None,
         **page_parts("page.js", "layer_dialog.js"),
@@ -102,7 +106,9 @@ def _variables(report: Report) -> dict[str, Any]:
         "verdict_table": verdict_table,
         "proven": proven(report.certificate) if report.certificate else (),
         "agreement": agreement_sentence(report.comparison) if report.comparison else "",
+        "changed_table": changed_table(report),
         "tuning": searched(report.tuning) if report.tuning else "",
+        "which_recipe": which_recipe(report.tuning) if report.tuning else (),
         "command": command(report),
         "command_terms": command_terms(report),
     }

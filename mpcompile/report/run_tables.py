@@ -155,12 +155,12 @@ def tuning(report: Report) -> Table:
     batches = found.batches if found else ()
     keyed = []
     if found:
-        keyed += [(f".tuning.points[{n}]", point) for n, point in enumerate(found.points)]
-        keyed += [(f".tuning.references[{n}]", point) for n, point in enumerate(found.references)]
+        keyed += [(str(n + 1), f".tuning.points[{n}]", point) for n, point in enumerate(found.points)]
+        keyed += [("", f".tuning.references[{n}]", point) for n, point in enumerate(found.references)]
     form = "{:.2f}" if found is None or found.metric is None else "{:.4g}"
-    failed = any(point.failed for _, point in keyed)
+    failed = any(point.failed for _, _, point in keyed)
     rows = []
-    for key, point in keyed:
+    for row, key, point in keyed:
         speeds = []
         for n in range(len(batches)):
             cell = Cell()
@@ -171,6 +171,7 @@ def tuning(report: Report) -> Table:
             speeds.append(cell)
         rows.append(
             (
+                Cell(row),
                 Cell(point.name),
                 number(point.macs, "{:.1f} %", f"{key}.macs", 100),
                 number(point.drop, form, f"{key}.drop"),
@@ -183,8 +184,8 @@ def tuning(report: Report) -> Table:
     drop = "drop in points" if found is None or found.metric is None else f"drop of {found.metric}"
     speeds_at = tuple(f"speed, batch {batch}" for batch in batches)
     why = ("reason of the failure",) if failed else ()
-    names = ("recipe", "MACs left", drop, "standard error", "holds", *speeds_at, *why)
-    numbers = (*names[1:4], *speeds_at)
+    names = ("row", "recipe", "MACs left", drop, "standard error", "holds", *speeds_at, *why)
+    numbers = ("row", *names[2:5], *speeds_at)
     return Table(columns(*names, numbers=numbers), tuple(rows), ".tuning")
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mpcompile.analysis.block_macs import Charged
+from mpcompile.ir.graph_node import GraphNode
 from mpcompile.ir.model import Source
 from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
 from mpcompile.measure.accuracy import Comparison
@@ -159,6 +160,7 @@ class Report(Value):
     quantized: Quantized | None = None  # dense models in 8 bits beside this one, if it is in 8 bits
     part: Part | None = None  # the part that was compressed (--submodule); None for the whole model
     logit_factor: float | None = None  # of the pass confidence, in the last layers; None if it changed nothing
+    graph: tuple[GraphNode, ...] = ()  # the operations of the captured graph, in order
     tuning: Tuning | None = None  # the search that found the recipe, if there was one
     certificate: Certificate | None
     cost: Charged

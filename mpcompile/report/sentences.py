@@ -14,7 +14,8 @@ from mpcompile.report.polish_sentences import on_polish
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.quantized_sentences import beside_dense, loss_split, on_8_bit_kernels, without_kernel
 from mpcompile.report.schema import Latency, LayerRow, Report
-from mpcompile.report.search_schema import Tuning
+from mpcompile.report.search_needs import needs
+from mpcompile.report.search_schema import Point, Tuning
 
 
 def verdict_on(
@@ -187,6 +188,35 @@ def searched(tuning: Tuning) -> str:
         f"{tuning.limit:g}{tuning.unit}. "
         f"Int8 is the dense model quantised by ONNX Runtime, for comparison{''.join(f'; {m}' for m in methods)}.{tied}"
     )
+
+
+def last_tried(tuning: Tuning) -> str:
+    """The recipe that was tried last and what was measured, as one line of progress."""
+    point = tuning.points[-1]
+    head = f"recipe {len(tuning.points)} of at most {tuning.allowed}, {point.name}"
+    if point.failed is not None:
+        return f"{head}: failed, {point.failed}"
+    return f"{head}: {_measured(tuning, point)}, {'within' if point.holds else 'not within'} the limit"
+
+
+def which_recipe(tuning: Tuning) -> tuple[str, ...]:
+    """Sentences on which of the tried recipes to take for which need; the first one is the chosen recipe."""
+    return tuple(
+        f"{need.need[0].upper()}{need.need[1:]}: {need.point.name}, {_measured(tuning, need.point)}"
+        + (f" ({need.file})." if need.file else ".")
+        for need in needs(tuning)
+    )
+
+
+def _measured(tuning: Tuning, point: Point) -> str:
+    """The speed and the drop of a measured point."""
+    speed = "times as fast as dense" if tuning.batches else "times fewer MACs than dense"
+    drop = (
+        f"drop {point.drop:.2f} ± {point.error:.2f} points"
+        if tuning.metric is None
+        else (f"{tuning.metric} {point.drop:.4g} ± {point.error:.2g} lower")
+    )
+    return f"{point.speed:.2f} {speed}, {drop}"
 
 
 def command(report: Report) -> str:

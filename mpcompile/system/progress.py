@@ -24,6 +24,9 @@ class Progress:
     Within a stage that reports steps, `step` is the current one, and `done` of `total` layers, images or the like
     (`unit`) are finished. At the start of a stage, `step` is None. Steps within a step, such as the images of a layer,
     have `depth` 1, steps within these 2.
+
+    A stage that finds something before it ends, such as a search that has tried a recipe, reports it as `found`, in a
+    copy of its current step.
     """
 
     stage: str
@@ -34,6 +37,7 @@ class Progress:
     total: int = 0
     unit: str = "steps"
     depth: int = 0
+    found: object = None
 
     def __str__(self) -> str:
         within = "" if self.step is None else f": {self.step} ({self.done + 1} of {self.total})"
@@ -57,17 +61,19 @@ def stage_progress(
     if observe is None:
         yield lambda stage: None
         return
-    at = Progress("", 0, len(stages))
+    at = last = Progress("", 0, len(stages))
 
     def begin(stage: str) -> None:
-        nonlocal at
+        nonlocal at, last
         ahead = list(stages[at.number :])
         number = at.number + (ahead.index(stage) + 1 if stage in ahead else 0)
-        at = Progress(stage, max(number, 1), len(stages))
+        at = last = Progress(stage, max(number, 1), len(stages))
         observe(at)
 
     def heard(step: Progress) -> None:
-        observe(replace(step, stage=at.stage, number=at.number, stages=at.stages))
+        nonlocal last
+        last = replace(last, found=step.found) if step.found is not None else step
+        observe(replace(last, stage=at.stage, number=at.number, stages=at.stages))
 
     with _hearing(heard):
         yield begin
@@ -76,8 +82,20 @@ def stage_progress(
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Calls `listener` for every step of `tracked` inside the block; for a PassManager that is used directly."""
-    with _hearing(lambda at: listener(at.step or "", at.done, at.total)):
+
+    def heard(at: Progress) -> None:
+        if at.found is None:
+            listener(at.step or "", at.done, at.total)
+
+    with _hearing(heard):
         yield
+
+
+def report_found(found: object) -> None:
+    """Reports what the current stage has found so far, within the loop of its steps."""
+    hear = _heard.get()
+    if hear is not None:
+        hear(Progress("", 0, 0, found=found))
 
 
 @contextmanager

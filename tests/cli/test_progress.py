@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from commandline import QUICK, mpcompile, restored_settings
+from searches import search_of, tried
 from terminal_screen import COLUMNS, lines_of, terminal
 
 from mpcompile.cli import console
 from mpcompile.cli.app import app
 from mpcompile.cli.console import configure_logging, progress
-from mpcompile.system.progress import stage_progress, tracked
+from mpcompile.cli.stage_times import StageTimes
+from mpcompile.system.progress import Progress, report_found, stage_progress, tracked
 
 STAGES = ("load", "masks", "write")
 LONG = "blocks." + 30 * "long." + "name"
@@ -134,3 +136,55 @@ def test_long_stages_tell_their_steps_and_the_summary_where_the_time_went(
     assert steps >= {("export compressed", "images"), ("evaluate", "images"), ("time", "batch sizes")}
     [told] = [text for text in done.stdout.splitlines() if text.startswith("Time: ")]
     assert re.fullmatch(r"Time: [\d.:]+ (s|min) in all: .*export dense [\d.]+ s.*\.", told)
+
+
+def search_run() -> None:
+    """A run whose second stage is a search that tries two recipes."""
+    points = tried("strong", 6.0, 2.3), tried("mild", 0.3, 1.2)
+    with progress(quiet=False) as observe, stage_progress(observe, STAGES) as begin:
+        begin("load")
+        begin("masks")
+        for number in tracked(range(2), "recipe {}".format, "recipes"):
+            time.sleep(0.12)  # a bar is drawn ten times a second
+            report_found(search_of(*points[: number + 1]))
+        time.sleep(0.12)
+        begin("write")
+
+
+def test_a_search_shows_its_picture_above_the_bars_while_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as found:
+        search_run()
+    written = found.written.decode()
+    drawn = [lines_of(written[: match.start()]) for match in re.finditer(r"\r\x1b\[2K", written)]
+    fullest = [line for line in max(drawn, key=lambda lines: "\n".join(lines).count("●")) if line]
+    assert fullest[0] == "Change of top-1 in percentage points, against speedup over dense"
+    assert sum(line.count("●") for line in fullest) == 1
+    assert sum(line.count("○") for line in fullest) == 1
+    assert [line for line in fullest if line.startswith("masks ")]
+    assert not found.screen()
+
+
+def test_a_pipe_gets_a_line_for_each_recipe_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    search_run()
+    line, speed = "[2/3] masks, after 0:00; ", "times as fast as dense"
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/3] load, after 0:00",
+        "[2/3] masks, after 0:00",
+        f"{line}recipe 1 of at most 12, strong: 2.30 {speed}, drop 6.00 ± 0.20 points, not within the limit",
+        f"{line}recipe 2 of at most 12, mild: 1.20 {speed}, drop 0.30 ± 0.20 points, within the limit",
+        "[3/3] write, after 0:00",
+    ]
+
+
+def test_what_is_found_keeps_the_step_and_takes_no_time_in_the_summary() -> None:
+    heard: list[Progress] = []
+    with stage_progress(heard.append, STAGES) as begin:
+        begin("masks")
+        for _ in tracked(["one"], unit="recipes"):
+            report_found("a record")
+    assert [(at.step, at.found) for at in heard] == [(None, None), ("one", None), ("one", "a record")]
+    times = StageTimes(lambda: 0.0)
+    for at in heard:
+        times.note(at)
+    assert [stage for stage, _ in times.stages] == ["masks"]
+    assert [loop.at for loop in times.loops] == [heard[1]]

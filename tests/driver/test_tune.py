@@ -13,10 +13,11 @@ import mpcompile
 from mpcompile.driver import tune
 from mpcompile.driver.artifact import Artifact
 from mpcompile.errors import AccuracyError, UsageError
-from mpcompile.recipe.schema import Recipe
+from mpcompile.recipe.schema import Recipe, read_recipe
 from mpcompile.report import search_chart
 from mpcompile.report.chart import Dot, Label
 from mpcompile.report.render import markdown
+from mpcompile.report.search_schema import Tuning
 from mpcompile.runtimes import Engine
 
 
@@ -34,7 +35,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def tuned_files(files: tuple[Path, Path], output: Path, limit: float, evaluations: int = 3) -> Artifact:
-    recipe = Recipe.checked(
+    model, images = files
+    return mpcompile.compile(model, tuning_recipe(limit, evaluations), data=images, output=output)
+
+
+def tuning_recipe(limit: float, evaluations: int) -> Recipe:
+    return Recipe.checked(
         {
             "passes": [
                 {"mp-budget": {"patterns": ["1:8", "2:4"], "null": False}},
@@ -46,8 +52,6 @@ def tuned_files(files: tuple[Path, Path], output: Path, limit: float, evaluation
             "data": {"calibration": 64, "validation": 128},
         }
     )
-    model, images = files
-    return mpcompile.compile(model, recipe, data=images, output=output)
 
 
 SPEEDS = (3.0, 1.5, 1.2, 0.8, 0.9)  # of the three recipes in order of evaluation, then of the two int8 baselines
@@ -91,6 +95,33 @@ def test_the_fastest_recipe_within_the_limit_is_chosen_and_all_are_reported(tune
     assert [gate.holds for gate in report.gates] == [True]
 
 
+def test_the_recipe_of_each_row_is_a_file_that_repeats_it(tuned_artifact: Artifact) -> None:
+    folder = tuned_artifact.folder / "tried"
+    assert sorted(path.name for path in folder.iterdir()) == ["1.yaml", "2.yaml", "3.yaml"]
+    recipes = [read_recipe(folder / f"{row}.yaml") for row in (1, 2, 3)]
+    assert recipes[1] == tuned_artifact.recipe
+    assert len({recipe.sha256 for recipe in recipes}) == 3
+    assert all(recipe.tune is None for recipe in recipes)
+    listed = [row.name for row in tuned_artifact.report.files]
+    assert {"tried/1.yaml", "tried/2.yaml", "tried/3.yaml"} <= set(listed)
+    for page in ("report.md", "report.html"):
+        text = (tuned_artifact.folder / page).read_text()
+        assert "The fastest within the limit: 2:4, as written, 1.50 times as fast as dense" in text
+        assert "(tried/1.yaml)" in text
+
+
+def test_a_search_reports_its_record_after_each_recipe(files: tuple[Path, Path], tmp_path: Path) -> None:
+    found: list[Tuning] = []
+    model, images = files
+    recipe = tuning_recipe(4.0, 2)
+    mpcompile.compile(
+        model, recipe, data=images, output=tmp_path / "out",
+        observe=lambda at: found.append(at.found) if isinstance(at.found, Tuning) else None,
+    )  # fmt: skip
+    assert [len(record.points) for record in found] == [1, 2]
+    assert all(record.chosen == "" for record in found)
+
+
 def test_int8_baselines_are_in_the_report_and_in_its_markdown(tuned_artifact: Artifact) -> None:
     search = tuned_artifact.report.tuning
     assert search is not None
@@ -102,9 +133,9 @@ def test_int8_baselines_are_in_the_report_and_in_its_markdown(tuned_artifact: Ar
     assert abs(dynamic) < 5  # dynamic quantisation costs a ViT little accuracy
     text = markdown(tuned_artifact.report)
     for point in (*search.points, *search.references):
-        row = next(line for line in text.splitlines() if line.startswith(f"| {point.name} |"))
+        row = next(line for line in text.splitlines() if f"| {point.name} |" in line)
         assert f"| {point.drop:.2f} | {point.error:.2f} | {'yes' if point.holds else 'no'} |" in row
-        assert row.count("|") == 8
+        assert row.count("|") == 9
 
 
 def test_if_no_recipe_keeps_the_limit_the_smallest_drop_is_written_and_the_gate_fails(

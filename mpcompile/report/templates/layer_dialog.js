@@ -18,7 +18,7 @@ function open(number) {
   document.getElementById("layer-row").replaceChildren(...list);
   if (!dialog.open) dialog.showModal();
 }
-for (const each of document.querySelectorAll("button[data-layer], rect[data-layer]")) {
+for (const each of document.querySelectorAll("button[data-layer], rect[data-layer], g[data-layer]")) {
   each.addEventListener("click", () => open(Number(each.dataset.layer)));
 }
 document.getElementById("layer-before").addEventListener("click", () => open(opened - 1));
