@@ -7,13 +7,16 @@ from torch import fx, nn
 
 from mpcompile.ir.graph_node import GraphNode
 
-PASSED_ON = ("getitem", "getattr", "size")
+SIZES = ("size", "dim", "numel")
 LARGEST_GROUP = 40  # operations; a larger group is divided, if its module holds numbered modules
 OVERLOAD = re.compile(r"\.(default|Tensor|Scalar|int|dim\w*)$")
 
 
 def outline(graph: fx.GraphModule) -> tuple[GraphNode, ...]:
-    """The operations of a graph in order, without reads of sizes and items, and without what is constant."""
+    """The operations of a graph in order.
+
+    Left out are reads of sizes and of items, what is constant, and modules that do nothing in evaluation.
+    """
     nodes = [
         node
         for node in graph.graph.nodes
@@ -25,7 +28,9 @@ def outline(graph: fx.GraphModule) -> tuple[GraphNode, ...]:
     for node in nodes:
         inputs = tuple(dict.fromkeys(at for given in node.all_input_nodes for at in behind.get(given, ())))
         kind = _kind(graph, node)
-        if kind in PASSED_ON or (not inputs and kind != "input"):  # reads an item, or computes a constant
+        if _reads_size(node, kind) or (not inputs and kind != "input"):
+            continue
+        if kind == "getitem" or _does_nothing(graph, node):
             behind[node] = inputs
             continue
         positions[node] = len(kept)
@@ -53,6 +58,18 @@ def _kind(graph: fx.GraphModule, node: fx.Node) -> str:
         return type(graph.get_submodule(str(node.target))).__name__
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return OVERLOAD.sub("", name).strip("_")
+
+
+def _reads_size(node: fx.Node, kind: str) -> bool:
+    return kind in SIZES or (kind == "getattr" and node.args[1:] in (("shape",), ("ndim",)))
+
+
+def _does_nothing(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a module returns its input in evaluation."""
+    return node.op == "call_module" and (
+        isinstance(graph.get_submodule(str(node.target)), nn.Identity | nn.modules.dropout._DropoutNd)
+        or _kind(graph, node) == "DropPath"
+    )
 
 
 def _has_weights(graph: fx.GraphModule, node: fx.Node) -> bool:

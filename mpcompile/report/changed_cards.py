@@ -10,22 +10,25 @@ KEY = ".comparison.examples"
 
 @dataclass(frozen=True, slots=True)
 class ChangedCard:
-    """One image: the data URI of its picture, if there is one, and facts with their names."""
+    """One image: the data URI of its picture, if there is one, its number, and the decisions.
+
+    A decision is who made it, its name, and its margin; the label has none.
+    """
 
     picture: str | None
-    description: str
-    facts: tuple[tuple[str, Cell], ...]
+    number: Cell
+    decisions: tuple[tuple[str, Cell, Cell | None], ...]
 
 
 def changed_cards(report: Report) -> tuple[ChangedCard, ...]:
     """One card for each example of the report."""
-    table = changed_table(report)
-    names = [column.name for column in table.columns]
     examples = report.comparison.examples if report.comparison else ()
-    return tuple(
-        ChangedCard(example.thumbnail, f"held-out image {example.index}", tuple(zip(names, row, strict=True)))
-        for example, row in zip(examples, table.rows, strict=True)
-    )
+    found = []
+    for example, (index, *cells) in zip(examples, changed_table(report).rows, strict=True):
+        decisions = [("dense", cells[0], cells[1]), ("compressed", cells[2], cells[3])]
+        label = [("label", cell, None) for cell in cells[4:]]
+        found.append(ChangedCard(example.thumbnail, index, (*decisions, *label)))
+    return tuple(found)
 
 
 def changed_table(report: Report) -> Table:
@@ -39,9 +42,9 @@ def changed_table(report: Report) -> Table:
         row = [
             number(example.index, "{:.0f}", f"{key}.index"),
             Cell(_name(report, example.dense)),
-            number(example.dense_margin, "{:.3f}", f"{key}.dense_margin"),
+            number(example.dense_margin, "{:.3g}", f"{key}.dense_margin"),
             Cell(_name(report, example.compressed)),
-            number(example.compressed_margin, "{:.3f}", f"{key}.compressed_margin"),
+            number(example.compressed_margin, "{:.3g}", f"{key}.compressed_margin"),
         ]
         if labelled:
             row.append(Cell("" if example.label is None else _name(report, example.label)))
