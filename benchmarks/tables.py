@@ -81,6 +81,14 @@ def first_table(name: str) -> str:
     return body(name).partition("\n\n")[0] + "\n"
 
 
+def int8_products() -> str:
+    """Returns the medians over the layers of ViT-B, a table for each processor under its name."""
+    parts = (RESULTS / "cpu_int8_gemm.md").read_text(encoding="utf-8").split("\n\n")
+    names = [part.partition(";")[0] for part in parts if ", measured " in part]
+    tables = [parts[n + 1] for n, part in enumerate(parts) if part == "Medians over the layers of ViT-B:"]
+    return "\n".join(f"{name}:\n\n{table}\n" for name, table in zip(names, tables, strict=True))
+
+
 def budget() -> str:
     """Returns the table of budget signals: top-1 at two densities and at two shares of MACs, for each model."""
     rows = rows_of("budget")
@@ -164,15 +172,18 @@ def readme_speeds() -> str:
 
 
 def readme_int8_speeds() -> str:
-    """Returns the speeds of whole ViTs in int8, relative to dense fp32, by processor, model and batch."""
+    """Returns the speeds of whole ViTs in int8 at batch 1, relative to dense fp32, by processor and threads."""
     table = []
     for row in rows_of("cpu_vit_int8"):
+        if row["batch"] != 1:
+            continue
         over = row["over_fp32"]
         found = [over.get(name or row["best_int8"]) for name in INT8_COLUMNS.values()]
         cells = ("–" if speed is None else f"{speed[0]:.2f}×" for speed in found)
         dense = f"{row['ms']['ONNX Runtime, fp32']:.0f} ms"
-        table.append((hardware(row), VITS[row["model"]], str(row["batch"]), dense, *cells))
-    return markdown(("hardware", "model", "batch", "dense fp32", *INT8_COLUMNS), table)
+        vector = "AVX-512 with VNNI" if "avx512vnni" in row["device"] else "AVX2"
+        table.append((f"{hardware(row)}, {vector}", VITS[row["model"]], dense, *cells))
+    return markdown(("hardware", "model", "dense fp32", *INT8_COLUMNS), table)
 
 
 def row_key(row: dict[str, Any]) -> tuple[int, str, int, int]:
@@ -282,7 +293,7 @@ def blocks() -> dict[str, str]:
         "faster": readme_speeds(),
         "faster_int8": readme_int8_speeds(),
         **{name: sections(name) for name in ("cpu_vit_int8", "cpu_conv_int8")},
-        "cpu_int8_gemm": first_table("cpu_int8_gemm"),
+        "cpu_int8_gemm": int8_products(),
         "results": markdown(COLUMNS, [cells(row) for row in rows]) + f"\nMeasured on {device}.\n",
         "spectra": first_table("spectra"),
         "budget": budget(),
