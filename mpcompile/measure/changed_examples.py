@@ -15,6 +15,7 @@ from torch import Tensor
 from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
 from mpcompile.ir.model import Source
+from mpcompile.measure.margin_agreement import dense_margins
 
 SIDE = 96  # pixels of the longer side of a thumbnail, at most
 QUALITY = 80  # of its JPEG
@@ -25,8 +26,8 @@ class ChangedExample:
     """A held-out image whose decision changed.
 
     `index` counts the held-out images from 0. `dense` and `compressed` are the decisions, with their margins in the
-    unit of the outputs: a change of every output by less keeps the decision (mpcompile/ir/head.py). `label` is None if
-    the images have none. `thumbnail` is the image as a data URI; None for inputs that are no picture.
+    unit of the outputs, as the quarters of the agreement have them (mpcompile/measure/margin_agreement.py). `label` is
+    None if the images have none. `thumbnail` is the image as a data URI; None for inputs that are no picture.
     """
 
     index: int
@@ -53,7 +54,7 @@ def changed_examples(
     if head.kind in ("multilabel", "values") or before.ndim != 2 or not count:
         return ()
     decided = head.decisions(before), head.decisions(after)
-    margins = [head.margin(torch.from_numpy(np.asarray(outputs))).numpy() for outputs in (before, after)]
+    margins = [dense_margins(torch.from_numpy(outputs), head).numpy() for outputs in (before, after)]
     changed = np.flatnonzero(decided[0] != decided[1])
     shown = changed[np.argsort(-margins[0][changed], kind="stable")][:count]
     return tuple(

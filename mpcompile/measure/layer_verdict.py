@@ -38,6 +38,16 @@ class LayerVerdict:
     kernel: str | None = None  # name of the kernel that runs it
     dense_ms: float | None = None  # time a call without sparse kernels
     sparse_ms: float | None = None  # time a call with sparse kernels
+    speedup: float | None = (
+        None  # with sparse kernels, the median over rounds that timed both; None without such rounds
+    )
+
+    @property
+    def times_as_fast(self) -> float | None:
+        """The speedup; without rounds that timed both, the ratio of the two times. None if either is unknown."""
+        if self.speedup is not None or not self.dense_ms or not self.sparse_ms:
+            return self.speedup
+        return self.dense_ms / self.sparse_ms
 
 
 def one_per_weight(verdicts: Sequence[LayerVerdict], owners: Mapping[str, str]) -> tuple[LayerVerdict, ...]:
@@ -74,6 +84,7 @@ def _combined(layer: str, group: Sequence[LayerVerdict]) -> LayerVerdict:
         kernel=decisive.kernel if chosen else None,
         dense_ms=timed.dense_ms,
         sparse_ms=timed.sparse_ms,
+        speedup=timed.speedup,
     )
 
 

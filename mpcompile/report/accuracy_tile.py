@@ -16,13 +16,23 @@ def accuracy(report: Report) -> Tile:
         todo = "No images were given. Run the same command with --data IMAGES to measure it."
         return Tile("accuracy", "Accuracy against dense", "none", "not measured", todo=todo)
     tile = _measured(c)
-    lines = (*tile.lines, *(_gate(gate, n) for n, gate in enumerate(report.gates)))
+    lines = (*tile.lines, *_most_lossy(report), *(_gate(gate, n) for n, gate in enumerate(report.gates)))
     state, word = tile.state, tile.word
     if any(not gate.holds for gate in report.gates):
         state, word = "bad", "gate fails"
     elif report.gates and state != "bad":
         state, word = "good", f"gate holds, {word}"
     return Tile("accuracy", tile.title, state, word, tile.figure, lines, tile.todo)
+
+
+def _most_lossy(report: Report) -> tuple[Phrase, ...]:
+    """The layer that adds most to the change of the outputs, by the certificate."""
+    rows = report.certificate.layers if report.certificate else ()
+    if not rows:
+        return ()
+    n, row = max(enumerate(rows), key=lambda pair: pair[1].share)
+    share = number(row.share, "{:.0%}", f".certificate.layers[{n}].share")
+    return ((f"most of the change from {row.name}: ", share),)
 
 
 def _measured(c: Comparison) -> Tile:

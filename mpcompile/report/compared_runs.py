@@ -72,7 +72,7 @@ def _layers_of(report: Report) -> dict[str, LayerInRun]:
     found = {}
     for row in report.layers:
         verdict = verdicts.get(row.shares_weight_with or row.name)
-        ratio = verdict.dense_ms / verdict.sparse_ms if verdict and verdict.dense_ms and verdict.sparse_ms else None
+        ratio = verdict.times_as_fast if verdict else None
         found[row.name] = LayerInRun(
             pattern=row.pattern,
             precision=row.precision,

@@ -47,7 +47,7 @@ def kernel(report: Report, row: LayerRow) -> Iterator[tuple[str, str]]:
     if verdict.dense_ms and verdict.sparse_ms:
         times = f" It took {verdict.sparse_ms:.3g} ms with sparse kernels and {verdict.dense_ms:.3g} ms without"
         # The times are those of one profile. Why a kernel was not chosen is told by the reason, and not by their ratio.
-        times += f": {verdict.dense_ms / verdict.sparse_ms:.2f} times as fast." if verdict.chosen else "."
+        times += f": {verdict.times_as_fast:.2f} times as fast." if verdict.chosen else "."
     if verdict.chosen:
         name = f" {verdict.kernel}" if verdict.kernel else ""
         yield "kernel", f"The target {target} runs it on the sparse kernel{name}: {verdict.reason}.{times}"

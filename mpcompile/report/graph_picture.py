@@ -16,11 +16,11 @@ ROW, DOTS, FARTHEST = 22, 60, 48  # pixels: of a row; of the dots from the left;
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A row: where it is in pixels, its text and its colours. A click opens layer number `layer`."""
+    """A row: where it is in pixels, its text, its numbers, its colours. A click opens layer number `layer`."""
 
     y: int
     text: str
-    tooltip: str
+    values: str
     loss: int
     time: int
     layer: int | None
@@ -77,7 +77,7 @@ def graph_picture(report: Report) -> GraphPicture | None:
                 Operation(
                     y=ROW * place + ROW // 2,
                     text=_text(node),
-                    tooltip=": ".join([node.name, ", ".join(texts)]) if texts else node.name,
+                    values=", ".join(texts),
                     loss=loss_of.get(layer, 0),
                     time=time_of.get(layer, 0),
                     layer=numbers.get(layer),

@@ -20,11 +20,7 @@ def loss(report: Report) -> Chart | None:
 
 def speed(report: Report) -> Chart | None:
     """How many times as fast each layer runs on the target, or its time in 8 bits."""
-    measured = {
-        row.layer: row.dense_ms / row.sparse_ms if row.chosen else 1.0
-        for row in report.verdicts
-        if row.dense_ms and row.sparse_ms
-    }
+    measured = {row.layer: row.times_as_fast if row.chosen else 1.0 for row in report.verdicts if row.times_as_fast}
     values = [measured.get(row.shares_weight_with or row.name) for row in report.layers]
     if any(value is not None for value in values):
         title = "Speed: times as fast on its kernel as on the dense kernel, layers in network order"

@@ -135,10 +135,14 @@ def everything(report: Report) -> Table:
         Column("refit error", True, "relative squared error of the refit on calibration images"),
         Column("format", False, "number format of weights and inputs"),
         Column("rounding error", True, "relative squared error of the rounded weights on calibration images"),
-        Column("shift", True, "its first-order share of the squared logit shift"),
+        Column("share of change", True, "estimated share of the squared change of the outputs, to first order"),
         Column("reordered", False, "whether its input channels were reordered"),
         Column("kernel", False, "whether the target runs it on a sparse kernel"),
-        Column("speed", True, "time on the dense kernel / time on the sparse kernel"),
+        Column(
+            "speed",
+            True,
+            "how many times as fast it is with the sparse kernel, alone",
+        ),
         Column("location in the file, or why it is dense"),
     )
     rows = []
@@ -174,10 +178,9 @@ def everything(report: Report) -> Table:
 
 def _times_as_fast(verdict: LayerVerdict, n: int) -> Cell:
     """The speed of the sparse kernel beside the dense one, of verdict number `n`; empty if both were not timed."""
-    if not verdict.dense_ms or not verdict.sparse_ms:
-        return Cell()
     key = f".verdicts[{n}]"
-    return number(verdict.dense_ms / verdict.sparse_ms, "{:.2f}×", f"{key}.dense_ms / {key}.sparse_ms")
+    source = f"{key}.dense_ms / {key}.sparse_ms" if verdict.speedup is None else f"{key}.speedup"
+    return number(verdict.times_as_fast, "{:.2f}×", source)
 
 
 def remarks(report: Report) -> tuple[tuple[str, ...], ...]:

@@ -19,7 +19,7 @@ def losses(report: Report) -> LayerValues | None:
     """What each layer adds to the change of the outputs: its share in the certificate, else its refit error."""
     shares = {row.name: row.share for row in report.certificate.layers} if report.certificate else {}
     candidates: tuple[tuple[str, Mapping[str, float | None]], ...] = (
-        ("first-order share of the squared logit shift", shares),
+        ("estimated share of the change of the outputs; a negative share makes up for others", shares),
         ("refit error on calibration images", {row.name: row.missed for row in report.layers}),
         ("error of the rounded weights on calibration images", {row.name: row.rounding_error for row in report.layers}),
     )

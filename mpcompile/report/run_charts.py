@@ -88,14 +88,14 @@ def timeline(report: Report) -> Chart | None:
     total = sum(row.seconds for row in report.passes)
     if not total:
         return None
-    scale, bottom = Scale(0, 1.001 * total, 120, WIDE - 70), 8.0 + 24 * len(report.passes)
+    scale, bottom = Scale(0, 1.001 * total, 150, WIDE - 70), 8.0 + 24 * len(report.passes)
     marks = x_axis(scale, ticks(0, scale.high, 8), 4, bottom)
     end = 0.0
     for n, row in enumerate(report.passes):
         y, start = 8.0 + 24 * n, scale(end)
         end += row.seconds
         marks.append(Bar(start, y, max(scale(end) - start, 1), 16, "tone0", f"{row.name}: {row.seconds:.2f} s"))
-        marks += [Label(112, y + 12, row.name, "end"), Label(scale(end) + 6, y + 12, f"{row.seconds:.2f} s")]
+        marks += [Label(142, y + 12, row.name, "end"), Label(scale(end) + 6, y + 12, f"{row.seconds:.2f} s")]
     description = f"{'; '.join(f'{row.name} {row.seconds:.2f} s' for row in report.passes)}."
     return Chart(WIDE, bottom + 20, "Seconds since the first pass started", description, tuple(marks))
 

@@ -9,6 +9,8 @@ from mpcompile.report.layer_counts import count_layers
 from mpcompile.report.schema import Report
 from mpcompile.report.table import Cell, Column, Table, columns, number
 
+NATIVE = "model.native.onnx"
+
 
 def summary(report: Report) -> Table:
     """The main results: one row for each measure, with its dense and compressed values and their difference."""
@@ -38,7 +40,7 @@ def summary(report: Report) -> Table:
     if c:
         rows.append(
             (
-                Cell(f"{shift_name(c.head)}, mean (largest)"),
+                Cell(f"{shift_name(c.head)}, mean (largest); dense: range of the outputs"),
                 number(c.logit_range, "range {:.2f}", ".comparison.logit_range"),
                 number(c.logit_shift_mean, "{:.3f}", ".comparison.logit_shift_mean"),
                 number(c.logit_shift_max, "({:.3f})", ".comparison.logit_shift_max"),
@@ -52,12 +54,15 @@ def summary(report: Report) -> Table:
         bound = number(p.agreement_bound, "at least {:.2%}", ".certificate.agreement_bound")
         rows.append((Cell(f"same answer on unseen images, at {p.confidence:.0%}"), Cell(), bound, Cell()))
     rows.append((Cell("ONNX file"), *_compared(*(_onnx(report, name) for name in ("dense.onnx", "model.onnx")))))
+    if report.onnx_bytes(NATIVE):
+        native = _compared(_onnx(report, "dense.onnx"), _onnx(report, NATIVE))
+        rows.append((Cell("ONNX file with N:M kernels, the one timed"), *native))
     # No jq key: the expression that sums these over the layers would be too long to read.
     weights, nonzero = report.weights(), report.nonzero()
     counts = (Cell(f"{count / 1e6:.2f} M", float(count)) for count in (weights, nonzero))
     rows.append((Cell("non-zero weights"), *counts, Cell(f"{nonzero / weights:.2f}×", nonzero / weights)))
     k = report.cost
-    rows.append((Cell("multiply-accumulates, zeros skipped"), *_macs(k.dense, k.compressed, ".cost.compressed")))
+    rows.append((Cell("multiply-accumulates left, zeros skipped"), *_macs(k.dense, k.compressed, ".cost.compressed")))
     if report.merges_tokens():
         cells = _macs(k.dense, k.as_published, ".cost.as_published")
         rows.append((Cell("multiply-accumulates, counted as in the paper"), *cells))

@@ -60,7 +60,7 @@ def accuracy_speed(
     up = Scale(bottom, highest + 0.1 * (highest - bottom), BOTTOM, TOP)  # room for the labels above the dots
     speeds = [1.0, *(end for point in everyone for end in point.speed_interval)]
     spread = max(speeds) - min(speeds) or 1.0
-    across = Scale(min(speeds) - 0.06 * spread, max(speeds) + 0.06 * spread, LEFT, WIDE)
+    across = Scale(min(speeds) - 0.06 * spread, max(speeds) + 0.06 * spread, LEFT, WIDE - 14)
     marks = x_axis(across, ticks(across.low, across.high, 8), TOP, BOTTOM)
     marks += y_axis(up, ticks(up.low, up.high, 5), LEFT, WIDE, "{:+g}")
     if limit is not None:

@@ -18,7 +18,7 @@ class Tile:
         id: the last part of its element's id in the page.
         title: what was measured, and against what.
         state: the judgement, which chooses the colour: `good` and `bad` are significant differences or gates, `unsure`
-            differs between cases, `fact` is measured and not judged, `none` was not measured.
+            differs between cases, `fact` is measured or proven, and not judged, `none` was not measured.
         word: the judgement in words.
         figure: the main number; empty if nothing was measured.
         lines: further numbers and their intervals.

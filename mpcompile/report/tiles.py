@@ -5,12 +5,13 @@ test compares it with report.json.
 """
 
 from mpcompile.report.accuracy_tile import accuracy
+from mpcompile.report.run_tables import NATIVE
 from mpcompile.report.schema import Report
 from mpcompile.report.speed_tile import speed
 from mpcompile.report.table import Cell, number
 from mpcompile.report.tile import Phrase, State, Tile
 
-DENSE, COMPRESSED, NATIVE = "dense.onnx", "model.onnx", "model.native.onnx"
+DENSE, COMPRESSED = "dense.onnx", "model.onnx"
 
 
 def tiles(report: Report) -> tuple[Tile, ...]:
@@ -35,7 +36,7 @@ def size(report: Report) -> Tile:
         report.cost.compressed / report.cost.dense,
         ".cost.compressed / .cost.dense",
     )
-    lines.append((left, " of the multiply-accumulates, zeros skipped"))
+    lines.append((left, " of the multiply-accumulates are left, with zeros skipped"))
     state: State = "fact"
     word = "as large as dense"
     if round(ratio, 2) != 1:

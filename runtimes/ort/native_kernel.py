@@ -66,6 +66,7 @@ class NMEngine(OrtEngine):
                         kernel=f"{operator}, {instructions}" if chosen else None,
                         dense_ms=choice.dense.p50_ms if choice.dense else None,
                         sparse_ms=choice.sparse.p50_ms if choice.sparse else None,
+                        speedup=choice.speedup.ratio if choice.speedup else None,
                     )
                 )
         return tuple(rows)

@@ -1,5 +1,7 @@
 """Marchenko–Pastur: the law against quadrature, the fit to matrices of known σ, and errors of published code."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.integrate
@@ -7,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcompile.analysis.spectrum import (
+    BINS_TO_EDGE,
+    HISTOGRAM_BINS,
     NoFitError,
     analyse,
     density,
@@ -193,3 +197,17 @@ def test_light_tailed_entries_follow_the_law(name: str) -> None:
     found = analyse(weight)
     assert found.fit.sigma == pytest.approx(weight.std(), rel=0.01)
     assert found.fit.spikes <= 1
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (128, 128)])
+def test_the_histogram_counts_singular_values(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    left, right = (side / np.linalg.norm(side) for side in (rng.standard_normal(n) for n in shape))
+    weight = gaussian(shape) + 8 * SIGMA * max(shape) ** 0.5 * np.outer(left, right)  # a spike beyond the last bin
+    summary = analyse(weight, null=False).summary
+    singular = np.linalg.svd(weight, compute_uv=False)
+    ends = np.arange(HISTOGRAM_BINS + 1) * summary.edge / BINS_TO_EDGE
+    expected = [int(((singular >= low) & (singular < high)).sum()) for low, high in pairwise(ends)]
+    assert list(summary.histogram) == expected
+    assert sum(summary.histogram) == min(shape) - 1
+    assert sum(summary.histogram[BINS_TO_EDGE:]) + 1 == summary.spikes
