@@ -17,6 +17,7 @@ On every support, the objective at W′ is at most that at W restricted to the s
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -27,6 +28,9 @@ CHUNK_BYTES = 512 << 20  # of submatrices of C that are solved at once
 REFINEMENTS = 8  # at most, before the system is solved in float64
 # Relative size of the last correction. A small residual is no proof: the error is the residual times the condition.
 CONVERGED = 1e-8
+# MKL's results depend on where rows and matrices begin in memory, and on the number of rows of a product. With sizes
+# that are multiples of this, all begin at multiples of 64 bytes, and a row has the same bits in any batch.
+SIZE_STEP = 16
 WORTH_SHARING = 1e8  # multiply-accumulates of the factors, above which ranks share them
 
 
@@ -98,7 +102,7 @@ def _refit_group(gram: Tensor, cross: Tensor, mask: Tensor, result: Tensor) -> N
     scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     system = _System(gram * scale[:, None] * scale, scale)
     # A support smaller than the largest is padded with columns that `_submatrices` decouples; their solution is 0.
-    columns = supports.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :largest]
+    columns = _padded(supports.to(torch.uint8).argsort(dim=1, descending=True, stable=True), largest)
     # The rows of each support. A support with fewer rows than the most common one repeats its own.
     counts = support_of_row.bincount(minlength=len(supports))
     repeated = torch.arange(int(counts.max())) % counts[:, None]
@@ -115,6 +119,23 @@ def _refit_group(gram: Tensor, cross: Tensor, mask: Tensor, result: Tensor) -> N
                 result[rows[chunk[rank :: here.size]]] = solution.to(result.device)
 
 
+def _padded(order: Int[Tensor, "n k"], largest: int) -> Int[Tensor, "n kept"]:
+    """The first columns of each row of `order`, at least `largest`, in a number that is a multiple of SIZE_STEP.
+
+    What is beyond the columns that exist is the last one again, which is in no support; without such a one the number
+    stays `largest`.
+    """
+    existing = order.shape[1]
+    wanted = existing if largest == existing else largest + -largest % SIZE_STEP
+    return torch.cat([order[:, :wanted], order[:, -1:].expand(-1, max(0, wanted - existing))], dim=1)
+
+
+def _aligned(matrix: Float[Tensor, "n k"]) -> Tensor:
+    """The matrix with zeros up to multiples of SIZE_STEP in both dimensions."""
+    rows, columns = matrix.shape
+    return F.pad(matrix, (0, -columns % SIZE_STEP, 0, -rows % SIZE_STEP))
+
+
 class _System:
     """Solves a scaled C on supports, to a relative error of about 1e-8: below the float32 rounding of stored weights.
 
@@ -125,6 +146,7 @@ class _System:
 
     def __init__(self, matrix: Float[Tensor, "k k"], scale: Float[Tensor, " k"]) -> None:
         self._matrix, self._single, self._scale = matrix, matrix.float(), scale
+        self._aligned = _aligned(matrix)
 
     def solve(
         self, right: Float[Tensor, "n rows k"], columns: Int[Tensor, "n kept"], support: Bool[Tensor, "n k"]
@@ -147,7 +169,8 @@ class _System:
                 size = x.norm(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
                 if largest_of_all(float((correction.norm(dim=-1) / size).amax()) if len(x) else 0.0) < CONVERGED:
                     return x * self._scale
-                residual = (right - (x.flatten(0, 1) @ self._matrix).reshape(x.shape)) * on
+                products = (_aligned(x.flatten(0, 1)) @ self._aligned)[: x.shape[0] * x.shape[1], : x.shape[2]]
+                residual = (right - products.reshape(x.shape)) * on
         exact = torch.linalg.cholesky(self._submatrices(self._matrix, columns, support))
         return scattered(cholesky_solved(exact, right.gather(2, index).mT)) * self._scale
 

@@ -1,5 +1,7 @@
 """Least squares on a support, against independent float64 solves; the residual share by cross-validation."""
 
+from itertools import cycle
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat, unflat
 from mpcompile.passes.nm_mask.selection import nm_mask
+from mpcompile.passes.reconstruct import least_squares
 from mpcompile.passes.reconstruct.layer_rows import columns, product, rows_of
 from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, unconstrained
 from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
@@ -213,3 +216,36 @@ def test_combined_targets_equal_the_target_of_their_sum(layer: nn.Linear | nn.Co
     found, wanted = both.combined(share).problem(centred), sum_of_both.problem(centred)
     for one, other in zip(problem_values(found), problem_values(wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # float32, as above
+
+
+@pytest.mark.parametrize("columns", [37, 74, 100, 383])
+@pytest.mark.parametrize("pattern", ["2:4", "rows"])
+@pytest.mark.parametrize("found", [(0.0, 1.0, 1.0, 0.0), (1.0,)], ids=["float32 factors", "float64 factors"])
+def test_a_row_has_the_same_bits_whichever_rows_are_solved_with_it(
+    columns: int, pattern: str, found: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process group each rank solves for its own supports: weights must not depend on which these are.
+
+    `found` is what the ranks agree on: whether factors failed, then the largest correction of each refinement.
+    """
+    agreed = cycle(found)
+    monkeypatch.setattr(least_squares, "largest_of_all", lambda own: next(agreed))
+    rng = torch.Generator().manual_seed(columns)
+    x = torch.randn(4 * columns, columns, dtype=torch.float64, generator=rng)
+    gram, rows = x.mT @ x / len(x), 24
+    cross = torch.randn(rows, columns, dtype=torch.float64, generator=rng)
+    if pattern == "rows":  # as many weights in each row, anywhere
+        order = torch.rand(rows, columns, generator=rng).argsort(1)
+        mask = order < columns // 2
+    else:
+        kept = torch.rand(rows, columns // 4 + 1, 4, generator=rng).argsort(-1) < 2
+        mask = kept.flatten(1)[:, :columns]
+        mask[:, 4 * (columns // 4) :] = False
+    zeros = torch.zeros(rows, dtype=torch.float64)
+    problem = LeastSquares(gram[None], cross, zeros, torch.zeros(1, columns, dtype=torch.float64), zeros, len(x))
+    whole = refit(problem, mask)
+    for ranks in (2, 3, 4):
+        for rank in range(ranks):
+            own = slice(rank, None, ranks)
+            part = LeastSquares(gram[None], cross[own], zeros[own], problem.mean_x, zeros[own], len(x))
+            assert torch.equal(refit(part, mask[own]), whole[own])
