@@ -5,7 +5,8 @@
 Each row is one command `mpcompile MODEL --pattern 2:4 --target ort`, under torchrun if there are several processes,
 with one thread for each process. Times of passes are those of the report. The peak is that of one process, watched from
 outside while the command runs. Images are random JPEG files: their content changes neither time nor memory. Weights are
-random, too. With --add the rows of the results file are kept, except those that are measured again.
+random, too. Each processor has a table of its own. With --add the rows of the results file are kept, except those that
+are measured again on the same processor.
 
 `vit_base_patch16_224` stands for all its 12 blocks, `vit_base_patch16_224, 2 blocks` for a ViT-B of two blocks, whose
 layers have the same sizes.
@@ -25,7 +26,7 @@ import numpy as np
 import timm
 import torch
 from lib.common import RESULTS, markdown, rows_of, write
-from lib.cpu_timing import device_with_load
+from lib.cpu_timing import by_processor, device, device_with_load, load_range, provenance
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +40,7 @@ MODELS = {
     "vit_large_patch16_224": ("vit_large_patch16_224", {}),
 }
 OTHERS = 64  # held-out images
-KEY = ("model", "pattern", "images", "processes", "memory")
+KEY = ("device", "model", "pattern", "images", "processes", "memory")
 WATCH_SECONDS = 0.02
 COLUMNS = (
     "model", "pattern", "images", "processes", "limit", "passes, s", "nm-mask, s", "other passes over 1 s",
@@ -122,6 +123,7 @@ def measure(name: str, pattern: str, images: int, processes: int, memory: str | 
         "model": name, "pattern": pattern, "images": images, "processes": processes, "memory": memory,
         "seconds": seconds, "peak_bytes": peak, "masks": digest.hexdigest(),
         "passes": {row.name: row.seconds for row in passes}, "peaks": {row.name: row.peak_bytes for row in passes},
+        **provenance(device()),
     }  # fmt: skip
 
 
@@ -141,6 +143,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
         )  # fmt: skip
     return markdown(COLUMNS, lines)
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The results file as Markdown, with a table for each processor."""
+    tables = [f"## {name}, {load_range(own)}\n\n{table(own)}" for name, own in by_processor(rows)]
+    return "\n".join([f"# {QUESTION}\n", *tables])
 
 
 def main() -> None:
@@ -164,8 +172,7 @@ def main() -> None:
                             row = measure(model, pattern, images, processes, limit, Path(temporary))
                             known[tuple(row[key] for key in KEY)] = row
                             write("scale", QUESTION, device_with_load(), ("torch", "timm"), list(known.values()))
-                            text = f"# {QUESTION}\n\n{table(list(known.values()))}\n"
-                            (RESULTS / "scale.md").write_text(text, encoding="utf-8")
+                            (RESULTS / "scale.md").write_text(page(list(known.values())), encoding="utf-8")
 
 
 if __name__ == "__main__":
