@@ -12,6 +12,7 @@ from mpcompile.report.table import Cell, number
 
 POINTS = 25  # of the curve of the law
 WIDTH, HEIGHT = 340, 110  # of the picture
+ENERGY_HEIGHT = 40  # of the bars of kept energy
 AXIS_END = HISTOGRAM_BINS / BINS_TO_EDGE  # the axis ends at this multiple of the edge
 
 
@@ -31,11 +32,15 @@ class Law:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The details of one layer: facts with their names, why the target chose its kernel, and its law."""
+    """The details of one layer: facts with their names, why the target chose its kernel, its law, its kept energy.
+
+    `energy` is an SVG path of bars, one for each run of groups of input channels; empty without a mask.
+    """
 
     facts: tuple[tuple[str, Cell], ...]
     reason: str
     law: Law | None
+    energy: str = ""
 
 
 def cards(report: Report) -> tuple[Card, ...]:
@@ -53,13 +58,34 @@ def cards(report: Report) -> tuple[Card, ...]:
             *(_certified(report, certified[row.name]) if row.name in certified else ()),
             *(_timed(report, verdict) if verdict is not None else ()),
             *(_quantized(report, kernels[row.name]) if row.name in kernels else ()),
+            *_kept(row, n),
             ("share of the spectrum inside the bulk", bulk),
             ("distance of its shuffled entries from the law", shuffled),
         ]
         shown = tuple(fact for fact in facts if fact[1].text)
         reason = "" if verdict is None else f"Kernel: {report.verdicts[verdict].reason}."
-        found.append(Card(shown, reason, law(row, edge, spikes)))
+        found.append(Card(shown, reason, law(row, edge, spikes), energy(row)))
     return tuple(found)
+
+
+def _kept(row: LayerRow, n: int) -> list[tuple[str, Cell]]:
+    """The least and the largest kept energy of a run of groups."""
+    if not row.kept_energy:
+        return []
+    key = f".layers[{n}].kept_energy"
+    return [
+        ("least kept energy of a run of groups", number(min(row.kept_energy), "{:.1%}", f"{key} | min")),
+        ("largest kept energy of a run of groups", number(max(row.kept_energy), "{:.1%}", f"{key} | max")),
+    ]
+
+
+def energy(row: LayerRow) -> str:
+    """The bars of the kept energy, from 0 to 1, as an SVG path ENERGY_HEIGHT high."""
+    count = len(row.kept_energy)
+    steps = (
+        f"V{ENERGY_HEIGHT * (1 - share):.0f}H{(n + 1) * WIDTH / count:.0f}" for n, share in enumerate(row.kept_energy)
+    )
+    return f"M0 {ENERGY_HEIGHT}{''.join(steps)}V{ENERGY_HEIGHT}z" if count else ""
 
 
 def _certified(report: Report, n: int) -> list[tuple[str, Cell]]:

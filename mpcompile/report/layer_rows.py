@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mpcompile.analysis.kept_energy import kept_energy
 from mpcompile.analysis.macs import Cost
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.ir.model import LayerPlan, Model
@@ -45,9 +46,19 @@ def layer_rows(model: Model, lowered: Lowered, dense: Cost, compressed: Cost) ->
                 precision=None if plan.scale is None else lowered.precision,
                 unquantized=plan.unquantized,
                 rounding_error=plan.rounding_error,
+                kept_energy=_kept_energy(model, name, plan),
             )
         )
     return tuple(rows)
+
+
+def _kept_energy(model: Model, name: str, plan: LayerPlan) -> tuple[float, ...]:
+    """The kept energy of a masked layer, by the weights that it had before the first lossy pass; empty for others."""
+    if plan.mask is None or plan.pattern is None or model.dense is None:
+        return ()
+    weight = model.dense.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return kept_energy(weight, plan.mask, plan.pattern.of) if weight.shape == plan.mask.shape else ()
 
 
 def _weight_of(module: nn.Module) -> tuple[tuple[int, ...], int]:

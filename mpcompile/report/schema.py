@@ -52,6 +52,7 @@ class LayerRow(Value):
     precision: str | None = None  # int8 or fp8 if the layer is quantised; None for floating point
     unquantized: str | None = None  # why the layer stays in floating point, if the pass quantize examined it
     rounding_error: float | None = None  # relative squared error of the rounded weights on calibration images
+    kept_energy: tuple[float, ...] = ()  # shares of the dense weight's squares, by runs of groups of input channels
 
 
 class Parity(Value):
