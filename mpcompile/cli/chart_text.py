@@ -14,7 +14,7 @@ LINES = {"grid": ("·", "dim"), "red": ("─", "red"), "axis": ("─", "dim"), "
 
 
 @dataclass(slots=True)
-class _Grid:
+class _Characters:
     """Characters with their styles, and which cells have a dot or a label."""
 
     columns: int
@@ -43,7 +43,7 @@ def drawn(chart: Chart, columns: int, utf8: bool = True) -> Text:
     """
     columns = max(columns, LEAST_COLUMNS)
     rows = round(chart.height / UNITS_PER_ROW)
-    grid = _Grid(columns, rows)
+    grid = _Characters(columns, rows)
 
     def place(x: Number, y: Number) -> tuple[int, int]:
         return min(int(y / chart.height * rows), rows - 1), min(int(x / chart.width * columns), columns - 1)
@@ -65,14 +65,14 @@ def drawn(chart: Chart, columns: int, utf8: bool = True) -> Text:
     return text
 
 
-def _draw_line(grid: _Grid, start: tuple[int, int], end: tuple[int, int], character: str, style: str) -> None:
+def _draw_line(grid: _Characters, start: tuple[int, int], end: tuple[int, int], character: str, style: str) -> None:
     """A horizontal or vertical line."""
     for row in range(min(start[0], end[0]), max(start[0], end[0]) + 1):
         for column in range(min(start[1], end[1]), max(start[1], end[1]) + 1):
             grid.cells[row, column] = character, style
 
 
-def _write_label(grid: _Grid, label: Label, row: int, column: int) -> None:
+def _write_label(grid: _Characters, label: Label, row: int, column: int) -> None:
     """Writes a label at its place; above, beside or below it if a dot or another label is there."""
     length = len(label.text)
     start = column - {"start": 0, "middle": length // 2, "end": length - 1}[label.anchor]

@@ -42,8 +42,8 @@ class ChangedAnswers:
     def __str__(self) -> str:
         result = "significant" if self.significant else "not significant"
         return (
-            f"{self.right:,} answer{'s' * (self.right != 1)} became right and {self.wrong:,} wrong; this change "
-            f"is {result} (p = {self.chance:.2g}, exact McNemar test)"
+            f"of the answers {self.right:,} became right and {self.wrong:,} wrong; this change is {result} "
+            f"(p = {self.chance:.2g}, exact McNemar test)"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from mpcompile.data.images import Split
@@ -87,6 +86,8 @@ def thumbnail(pixels: Tensor, source: Source) -> str | None:
     shades = (pixels.detach().cpu().float() * std + mean).nan_to_num().clamp(0, 1).mul(255).round().byte().numpy()
     if channels == 3 and source.channel_order == "bgr":
         shades = shades[::-1]
+    from PIL import Image  # not with the package: it would add to the import of mpcompile
+
     picture = Image.fromarray(np.ascontiguousarray(shades.transpose(1, 2, 0)) if channels == 3 else shades[0])
     picture.thumbnail((SIDE, SIDE))
     stored = io.BytesIO()

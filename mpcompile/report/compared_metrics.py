@@ -6,8 +6,7 @@ from types import MappingProxyType
 
 from mpcompile.measure.timing import Speedup
 from mpcompile.report.compared_schema import Measured
-from mpcompile.report.run_tables import NATIVE
-from mpcompile.report.schema import Report
+from mpcompile.report.schema import NATIVE, Report
 from mpcompile.report.tiles import COMPRESSED, DENSE
 
 Read = Callable[[Report], Iterator[Measured]]

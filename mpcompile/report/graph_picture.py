@@ -27,7 +27,7 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ModuleGroup:
     """A module: the modules that it reads, its colours, its operations, and arcs as SVG paths."""
 
     name: str
@@ -47,7 +47,7 @@ class Group:
 class GraphPicture:
     """The modules in the order of the graph, and in words what the colours by loss and by time stand for."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[ModuleGroup, ...]
     loss: str | None
     time: str | None
 
@@ -86,7 +86,9 @@ def graph_picture(report: Report) -> GraphPicture | None:
         reads = dict.fromkeys(report.graph[at].group for n in rows for at in report.graph[n].inputs)
         others = tuple(other for other in reads if other != name)
         arcs = _arcs(report.graph, rows)
-        groups.append(Group(name, others, loss_levels.get(name, 0), time_levels.get(name, 0), tuple(operations), arcs))
+        groups.append(
+            ModuleGroup(name, others, loss_levels.get(name, 0), time_levels.get(name, 0), tuple(operations), arcs)
+        )
     return GraphPicture(tuple(groups), loss.title if loss else None, time.title if time else None)
 
 

@@ -72,10 +72,14 @@ def _kept(row: LayerRow, n: int) -> list[tuple[str, Cell]]:
     """The least and the largest kept energy of a run of groups."""
     if not row.kept_energy:
         return []
-    key = f".layers[{n}].kept_energy"
+    ends = (min, "least"), (max, "largest")
+    found = [(name, row.kept_energy.index(end(row.kept_energy))) for end, name in ends]
     return [
-        ("least kept energy of a run of groups", number(min(row.kept_energy), "{:.1%}", f"{key} | min")),
-        ("largest kept energy of a run of groups", number(max(row.kept_energy), "{:.1%}", f"{key} | max")),
+        (
+            f"{name} kept energy of a run of groups",
+            number(row.kept_energy[at], "{:.1%}", f".layers[{n}].kept_energy[{at}]"),
+        )
+        for name, at in found
     ]
 
 

@@ -6,10 +6,8 @@ from mpcompile.measure.value_errors import ValueErrors
 from mpcompile.report.confidence_tables import confidence_rows
 from mpcompile.report.head_words import accuracy_name, same_answer_name, shift_name
 from mpcompile.report.layer_counts import count_layers
-from mpcompile.report.schema import Report
+from mpcompile.report.schema import NATIVE, Report
 from mpcompile.report.table import Cell, Column, Table, columns, number
-
-NATIVE = "model.native.onnx"
 
 
 def summary(report: Report) -> Table:

@@ -19,6 +19,8 @@ from mpcompile.report.part_schema import Part
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.search_schema import Tuning
 
+NATIVE = "model.native.onnx"  # the file with kernels of mpcompile, if the run wrote one
+
 
 class Value(BaseModel):
     """Base class of the parts of a report: frozen, and unknown keys are an error."""

@@ -5,8 +5,7 @@ test compares it with report.json.
 """
 
 from mpcompile.report.accuracy_tile import accuracy
-from mpcompile.report.run_tables import NATIVE
-from mpcompile.report.schema import Report
+from mpcompile.report.schema import NATIVE, Report
 from mpcompile.report.speed_tile import speed
 from mpcompile.report.table import Cell, number
 from mpcompile.report.tile import Phrase, State, Tile

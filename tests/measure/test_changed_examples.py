@@ -32,11 +32,11 @@ def test_examples_are_changed_images_in_order_of_the_dense_margin(
         assert (one.dense, one.compressed) == (before[one.index].argmax(), after[one.index].argmax())
         assert one.label == one.index % 4
         top = np.sort(before[one.index].astype(np.float64))[::-1]
-        assert one.dense_margin == pytest.approx((top[0] - top[1]) / 2)
+        assert one.dense_margin == pytest.approx(top[0] - top[1])
     if count:  # none that is left out has a larger margin
         left = [n for n in np.flatnonzero(changed) if n not in {one.index for one in found}]
         ends = np.sort(before[left].astype(np.float64), axis=1)
-        assert all((ends[:, -1] - ends[:, -2]) / 2 <= min(margins, default=np.inf))
+        assert all(ends[:, -1] - ends[:, -2] <= min(margins, default=np.inf))
 
 
 def test_one_logit_and_ranks_have_examples_and_values_have_none() -> None:

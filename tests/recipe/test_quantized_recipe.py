@@ -98,7 +98,7 @@ def test_the_choice_of_layers_goes_to_masks_and_to_quantize() -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "params"),
     [
-        ("ort", "int8", {"activations": "u8", "outputs": "convolutions", "lanes": "pairs" if saturates() else "none"}),
+        ("ort", "int8", {"activations": "u8", "outputs": "convolutions", "lanes": "blocks" if saturates() else "none"}),
         ("trt", "int8", {"activations": "s8", "outputs": "all"}),
         ("trt", "fp8", {"activations": "fp8", "outputs": "all"}),
     ],
