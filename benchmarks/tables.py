@@ -15,6 +15,7 @@ from demo import COLUMNS as DEMO_COLUMNS
 from fashion_vit import COLUMNS, cells
 from lib.common import RESULTS, ROOT, markdown, rows_of
 from lib.cpu_timing import by_processor
+from lib.results_text import body, first_table, int8_products, sections
 from one_shot import cell
 
 PAGES = ("README.md", "docs/results-accuracy.md", "docs/results-speed.md")
@@ -54,18 +55,6 @@ GPU = ("any NVIDIA GPU", "any", "any", "–", "–", "–", "–", "not measured
 Interval = tuple[float, float, float]  # a speed relative to the dense model: median, then 95 % interval
 
 
-def body(name: str) -> str:
-    """Returns the Markdown of a results file from its first table on, without the title and the question."""
-    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-    return text[text.index("\n|") + 1 :]
-
-
-def sections(name: str) -> str:
-    """Returns the Markdown of a results file from its first section on, with smaller headings, without the question."""
-    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-    return text[text.index("\n## ") + 1 :].replace("## ", "### ")
-
-
 def channel_orders() -> str:
     """Returns the table of channel orders with one layer of each kind, the first."""
     head, rule, *rows = body("permute").strip().splitlines()
@@ -74,19 +63,6 @@ def channel_orders() -> str:
         kind, layer = row.split(" | ")[:2]
         first.setdefault(kind, layer)
     return "\n".join([head, rule, *(row for row in rows if first[row.split(" | ")[0]] == row.split(" | ")[1])]) + "\n"
-
-
-def first_table(name: str) -> str:
-    """Returns the first table of a results file."""
-    return body(name).partition("\n\n")[0] + "\n"
-
-
-def int8_products() -> str:
-    """Returns the medians over the layers of ViT-B, a table for each processor under its name."""
-    parts = (RESULTS / "cpu_int8_gemm.md").read_text(encoding="utf-8").split("\n\n")
-    names = [part.partition(";")[0] for part in parts if ", measured " in part]
-    tables = [parts[n + 1] for n, part in enumerate(parts) if part == "Medians over the layers of ViT-B:"]
-    return "\n".join(f"{name}:\n\n{table}\n" for name, table in zip(names, tables, strict=True))
 
 
 def budget() -> str:

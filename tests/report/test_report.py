@@ -68,7 +68,7 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
     head, *rows = tables.tables["layers-table"]
     names = [text.strip() for text, _ in head]
     assert names == [
-        "layer", "MACs", "pattern", "kept", "σ", "edge", "spikes", "distance", "refit error", "shift", "reordered",
+        "layer", "MACs", "pattern", "kept", "σ", "edge", "spikes", "distance", "refit error", "share of change", "reordered",
         "kernel", "speed", "location in the file, or why it is dense",
     ] or "kernel" not in names  # fmt: skip
     shares = {row["name"]: row["share"] for row in content["certificate"]["layers"]}
@@ -82,7 +82,7 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
         assert shown["distance"] == (f"{row['spectrum']['fit_error']:.3f}" if row["spectrum"] else "")
         assert shown["spikes"] == (str(row["spectrum"]["spikes"]) if row["spectrum"] else "")
         assert shown["refit error"] == ("" if row["missed"] is None else f"{100 * row['missed']:.3f} %")
-        assert shown["shift"] == (f"{100 * shares[row['name']]:.1f} %" if row["name"] in shares else "")
+        assert shown["share of change"] == (f"{100 * shares[row['name']]:.1f} %" if row["name"] in shares else "")
         assert shown["location in the file, or why it is dense"] == (
             row["reason"] or f"{row['initializer']}, groups on axis {row['axis']}"
         )
@@ -170,7 +170,7 @@ def test_sections_without_data_are_left_out(artifact: Artifact) -> None:
     assert "accuracy was not measured and nothing is proven about the outputs" in page
     tables = PageTables(render.html(report))
     assert not {"latency-table", "gates-table", "spectra-table", "epochs-table", "verdicts-table"} & set(tables.tables)
-    assert not {"σ", "distance", "shift", "kernel"} & set(tables.texts("layers-table")[0])
+    assert not {"σ", "distance", "share of change", "kernel"} & set(tables.texts("layers-table")[0])
     for target in re.findall(r'href="#([\w-]+)"', page):
         assert f'<section id="{target}"' in page
 
