@@ -68,8 +68,8 @@ def test_every_layer_has_the_numbers_of_its_row(tables: PageTables, content: Any
     head, *rows = tables.tables["layers-table"]
     names = [text.strip() for text, _ in head]
     assert names == [
-        "layer", "MACs", "pattern", "kept", "σ", "edge", "spikes", "distance", "refit error", "share of change", "reordered",
-        "kernel", "speed", "location in the file, or why it is dense",
+        "layer", "MACs", "pattern", "kept", "σ", "edge", "spikes", "distance", "refit error", "share of change",
+        "reordered", "kernel", "speed", "location in the file, or why it is dense",
     ] or "kernel" not in names  # fmt: skip
     shares = {row["name"]: row["share"] for row in content["certificate"]["layers"]}
     assert len(rows) == len(content["layers"])
