@@ -25,6 +25,8 @@ def with_target_defaults(recipe: Recipe, runtime: Runtime) -> Recipe:
         if step is not None:
             fields = {row.name for row in dataclasses.fields(kind)}
             params = {key: value for key, value in decided.items() if key in fields}
+            if step.params.get("activations") == "fp8":
+                params.pop("lanes", None)  # of integers: an int8 target's would hide that fp8 is the mistake
             recipe = recipe.with_params(kind.name, {**params, **step.params})
     return recipe
 

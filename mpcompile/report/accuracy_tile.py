@@ -32,7 +32,7 @@ def _most_lossy(report: Report) -> tuple[Phrase, ...]:
         return ()
     n, row = max(enumerate(rows), key=lambda pair: pair[1].share)
     share = number(row.share, "{:.0%}", f".certificate.layers[{n}].share")
-    return (("most of the change from ", Cell(row.name), ": ", share),)
+    return ((f"most of the change from {row.name}: ", share),)
 
 
 def _measured(c: Comparison) -> Tile:

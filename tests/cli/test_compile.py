@@ -53,7 +53,7 @@ def test_compile_writes_a_folder_and_its_recipe_reproduces_it(
     ]  # fmt: skip
     assert saved.read_text() == (output / "recipe.yaml").read_text()
     assert yaml.safe_load(saved.read_text())["data"] == {
-        "calibration": 256, "validation": 256, "held_out": 64, "seed": 0,
+        "calibration": 256, "validation": 256, "held_out": 64, "examples": 8, "seed": 0,
         "classes": None, "exif": "apply", "alpha": "drop", "skip_broken": False,
     }  # fmt: skip
 
