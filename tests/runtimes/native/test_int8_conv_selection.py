@@ -24,6 +24,7 @@ from mpcompile.runtimes.native import int8_convolutions, int8_selection
 from mpcompile.runtimes.native.int8_microbenchmark import by_columns, skips_zeros
 from mpcompile.runtimes.native.int8_selection import accelerate, inspected
 from mpcompile.runtimes.native.kernel_selection import Accelerated
+from mpcompile.runtimes.ort.int8 import saturates
 from mpcompile.runtimes.ort.native_kernel import NMEngine
 from mpcompile.runtimes.ort.session import cpu_engine
 from mpcompile.testing import tiny_cnn, tiny_data
@@ -97,7 +98,10 @@ def test_the_engine_runs_and_reports_native_convolutions(monkeypatch: pytest.Mon
     engine, images = OnnxRuntime().build(cnn, Build(1, batches=(2,))), images_of(cnn)
     assert isinstance(engine, NMEngine)
     expected = cpu_engine(cnn, 1)(images)
-    assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()  # a few steps of 8 bits
+    # A few steps of 8 bits; without VNNI the sums of these weights, rounded to the nearest, saturate at 16 bits, as they
+    # do in ONNX Runtime's kernels.
+    limit = 0.3 if saturates() else 0.05
+    assert np.abs(engine(images) - expected).max() < limit * np.abs(expected).max()
     kernels = {row.layer: (row.native, row.kernel) for row in engine.quantised_layers(images)}
     assert kernels["body"] == (True, "NMConvInt8Add")
     assert kernels["grouped"] == (False, "QLinearConv")
