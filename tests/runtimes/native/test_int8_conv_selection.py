@@ -98,8 +98,8 @@ def test_the_engine_runs_and_reports_native_convolutions(monkeypatch: pytest.Mon
     engine, images = OnnxRuntime().build(cnn, Build(1, batches=(2,))), images_of(cnn)
     assert isinstance(engine, NMEngine)
     expected = cpu_engine(cnn, 1)(images)
-    # A few steps of 8 bits; without VNNI the sums of these weights, rounded to the nearest, saturate at 16 bits, as they
-    # do in ONNX Runtime's kernels.
+    # A few steps of 8 bits; without VNNI the sums of these weights, rounded to the nearest, saturate at 16 bits, as in
+    # ONNX Runtime's kernels.
     limit = 0.3 if saturates() else 0.05
     assert np.abs(engine(images) - expected).max() < limit * np.abs(expected).max()
     kernels = {row.layer: (row.native, row.kernel) for row in engine.quantised_layers(images)}
