@@ -17,15 +17,9 @@ def outline(graph: fx.GraphModule) -> tuple[GraphNode, ...]:
 
     Left out are reads of sizes and of items, what is constant, and modules that do nothing in evaluation.
     """
-    nodes = [
-        node
-        for node in graph.graph.nodes
-        if node.op in ("placeholder", "call_module", "call_function", "call_method", "output")
-    ]
-    positions: dict[fx.Node, int] = {}
     behind: dict[fx.Node, tuple[int, ...]] = {}  # operations whose results a node that is left out passes on
     kept: list[tuple[fx.Node, str, tuple[int, ...]]] = []
-    for node in nodes:
+    for node in graph.graph.nodes:
         inputs = tuple(dict.fromkeys(at for given in node.all_input_nodes for at in behind.get(given, ())))
         kind = _kind(graph, node)
         if _reads_size(node, kind) or (not inputs and kind != "input"):
@@ -33,7 +27,6 @@ def outline(graph: fx.GraphModule) -> tuple[GraphNode, ...]:
         if kind == "getitem" or _does_nothing(graph, node):
             behind[node] = inputs
             continue
-        positions[node] = len(kept)
         behind[node] = (len(kept),)
         kept.append((node, kind, inputs))
     groups = _groups([_path(node) for node, _, _ in kept])
@@ -65,7 +58,7 @@ def _reads_size(node: fx.Node, kind: str) -> bool:
 
 
 def _does_nothing(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a module returns its input in evaluation."""
+    """Whether an operation is a module that is the identity in evaluation."""
     return node.op == "call_module" and (
         isinstance(graph.get_submodule(str(node.target)), nn.Identity | nn.modules.dropout._DropoutNd)
         or _kind(graph, node) == "DropPath"

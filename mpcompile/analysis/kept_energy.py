@@ -18,8 +18,9 @@ def kept_energy(
     if no channel matters more than others; a low one belongs to channels whose groups hold several large weights.
     """
     taps = dense[0, 0].numel()
-    energy = grouped(dense.detach().double().square(), of).sum((0, 2))
-    kept = grouped(dense.detach().double().square() * mask, of).sum((0, 2))
-    both = torch.stack([kept, energy]).reshape(2, taps, -1).sum(1)
+    squares = dense.detach().double().square()
+    both = (
+        torch.stack([grouped(part, of).sum((0, 2)) for part in (squares * mask, squares)]).reshape(2, taps, -1).sum(1)
+    )
     sums = torch.stack([part.sum(1) for part in both.tensor_split(min(BINS, both.shape[1]), dim=1)], dim=1)
     return tuple(torch.where(sums[1] > 0, sums[0] / sums[1].clamp_min(1e-300), 1.0).tolist())

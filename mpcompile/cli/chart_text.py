@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.text import Text
 
 from mpcompile.report.chart import Chart, Dot, Label, Line, Number
 
 UNITS_PER_ROW = 20.0  # of the height of a chart: the picture of a search takes 15 lines
-LEAST_COLUMNS = 40
+LEAST_COLUMNS, MOST_COLUMNS = 40, 100
 DOTS = {"compressed": ("●", "green"), "other": ("○", "red"), "dense": ("◆", "cyan")}
 ASCII = {"●": "*", "○": "o", "◆": "#", "·": ".", "─": "-", "↓": "v"}
 LINES = {"grid": ("·", "dim"), "red": ("─", "red"), "axis": ("─", "dim"), "error-bar": ("─", "dim")}
@@ -34,6 +35,11 @@ class _Characters:
         """Whether a text of this length fits there without covering a dot or another label."""
         fits = 0 <= row < self.rows and column >= 0 and column + length <= self.columns
         return fits and not any((row, column + n) in self.taken for n in range(length))
+
+
+def drawn_for(console: Console, chart: Chart) -> Text:
+    """The chart as wide as a console, at most MOST_COLUMNS, in characters that its encoding has."""
+    return drawn(chart, min(console.width, MOST_COLUMNS), console.encoding.startswith("utf"))
 
 
 def drawn(chart: Chart, columns: int, utf8: bool = True) -> Text:

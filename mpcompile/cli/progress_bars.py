@@ -14,13 +14,12 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-from mpcompile.cli.chart_text import drawn
+from mpcompile.cli.chart_text import drawn_for
 from mpcompile.cli.stage_times import StageTimes, clock
 from mpcompile.report.search_chart import tuning
 from mpcompile.report.search_schema import Tuning
 from mpcompile.system.progress import Progress
 
-PICTURE_COLUMNS = 100
 LOOPS = 3  # bars for loops within each other; deeper ones are not shown
 
 
@@ -51,8 +50,7 @@ class _BarsBelowPicture(Bars):
     def get_renderables(self) -> Iterable[RenderableType]:
         """The picture, then the bars."""
         if self.search is not None:
-            utf8 = self.console.encoding.startswith("utf")
-            yield drawn(tuning(self.search), min(self.console.width, PICTURE_COLUMNS), utf8)
+            yield drawn_for(self.console, tuning(self.search))
         yield from super().get_renderables()
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import mpcompile.report.run_tables as run_tables
 import mpcompile.report.search_chart as search_chart
-from mpcompile.cli.chart_text import drawn
+from mpcompile.cli.chart_text import drawn_for
 from mpcompile.driver.analyze import ModelAnalysis
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.doctor import Finding
@@ -56,9 +56,7 @@ def show_artifact(artifact: Artifact) -> None:
 def _show_search(console: Console, report: Report) -> None:
     """Prints the picture of a search, its table, and which recipe to take for which need."""
     assert report.tuning is not None
-    console.print(
-        drawn(search_chart.tuning(report.tuning), min(console.width, 100), console.encoding.startswith("utf"))
-    )
+    console.print(drawn_for(console, search_chart.tuning(report.tuning)))
     console.print(_table(run_tables.tuning(report), "recipes tried"))
     for sentence in which_recipe(report.tuning):
         console.print(sentence)

@@ -39,7 +39,7 @@ class ModuleGroup:
 
     @property
     def height(self) -> int:
-        """Of its picture, in pixels."""
+        """The height of its picture, in pixels."""
         return ROW * len(self.operations)
 
 
