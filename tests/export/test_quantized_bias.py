@@ -94,15 +94,17 @@ def test_both_batches_compute_the_same(files: dict[int | None, Lowered]) -> None
     images = np.random.default_rng(0).standard_normal((64, 1, 8, 8)).astype(np.float32)
     dynamic, fixed = (outputs(files[batch], images) for batch in (None, BATCH))
     shift = np.abs(fixed - dynamic).max(1) / np.abs(dynamic).max()
-    # A bias moves by at most half a step of its grid, input scale × weight scale: with 8-bit inputs and weights about
-    # 1 / 2^15 of what the layer computes. If no activation crosses a rounding boundary, that is all.
-    assert (shift < 1e-4).sum() > len(images) / 3
+    # A bias moves by at most half a step of its grid, input scale × weight scale: about 1 / 2^15 of what the layer
+    # computes with 8-bit inputs and weights, 1 / 2^14 where LARGEST is 64. If no activation crosses a rounding boundary,
+    # that is all; with twice the step, twice as many do.
+    assert (shift < 2e-4).sum() > len(images) / 8
     # Where some do, each changes by a step, 1 / 255 of its range.
     assert shift.max() < 0.03
 
 
 def test_the_fixed_batch_is_the_graph_without_rounding(files: dict[int | None, Lowered]) -> None:
-    assert require_unrounded_parity(files[BATCH], torch.randn(BATCH, 1, 8, 8).numpy()) < 1e-4
+    # Half a step of each bias, as above.
+    assert require_unrounded_parity(files[BATCH], torch.randn(BATCH, 1, 8, 8).numpy()) < 2e-4
 
 
 def test_a_bias_of_integers_belongs_to_the_product(files: dict[int | None, Lowered]) -> None:

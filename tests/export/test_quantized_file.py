@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quantized_models import normalized, quantised_by_hand
+from quantized_models import LANES, normalized, quantised_by_hand
 
 from mpcompile.export.mask_check import file_weights
 from mpcompile.export.onnx_export import Lowered, lower
@@ -29,7 +29,7 @@ MODELS = {"mlp": tiny_mlp, "cnn": tiny_cnn, "normalized": normalized, "vit": tin
 
 def quantised(model: Model, masks: bool = True, activations: str = "u8", **options: object) -> Model:
     steps: list[Pass] = [NMMask(NM(2, 4))] if masks else []
-    steps.append(Quantize(activations=activations, observer="min-max", **options))  # type: ignore[arg-type]
+    steps.append(Quantize(activations=activations, observer="min-max", lanes=LANES, **options))  # type: ignore[arg-type]
     return PassManager(steps).run(model, tiny_data(model))[0]
 
 

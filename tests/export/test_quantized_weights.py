@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from quantized_models import normalized, quantised_by_hand
+from quantized_models import LANES, normalized, quantised_by_hand
 from torch import nn
 
 from mpcompile.data.images import Data
@@ -147,8 +147,8 @@ def test_channels_of_nearly_no_weight_keep_their_bias_in_onnx_runtime(
     layer = "hidden" if build is tiny_mlp else "body"
     with torch.no_grad():
         dict(model.graph.named_parameters())[f"{layer}.bias"][3] = 5.0
-    activations: dict[str, Any] = {"activations": kind, "outputs": "all", "observer": "min-max", "refit": False}
-    model = PassManager([Quantize(**activations)]).run(model, tiny_data(model, 16))[0]
+    options: dict[str, Any] = {"outputs": "all", "observer": "min-max", "refit": False, "lanes": LANES}
+    model = PassManager([Quantize(activations=kind, **options)]).run(model, tiny_data(model, 16))[0]
     plan, factor = model.plan_of(layer), torch.ones(len(model.layer(layer).weight))
     factor[3] = 2.0**-24  # the pass quantize keeps scales large enough for biases; another pass may not
     assert plan.scale is not None

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from quantized_models import LANES
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -152,7 +153,7 @@ def rows_of_last_mlp(path: Path) -> int:
 def test_quantized_layers_see_the_tokens_that_are_read(tmp_path: Path) -> None:
     model = tiny_vit()
     data = tiny_data(model)
-    quantized, _ = run(model, DropUnreadTokens(), ScaleMigration(), Quantize(), data=data)
+    quantized, _ = run(model, DropUnreadTokens(), ScaleMigration(), Quantize(lanes=LANES), data=data)
     assert cost(quantized).layers["blocks.1.mlp.fc1"] == cost(model).layers["blocks.1.mlp.fc1"] / 17
     exported = lower(quantized, tmp_path / "model.onnx", precision="int8")
     session = ort.InferenceSession(str(exported.onnx))
