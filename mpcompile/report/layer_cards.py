@@ -1,7 +1,10 @@
 """Cards: the details of each layer that the table of layers has no columns for; the page opens them at a click."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -85,11 +88,14 @@ def _kept(row: LayerRow, n: int) -> list[tuple[str, Cell]]:
 
 def energy(row: LayerRow) -> str:
     """The bars of the kept energy, from 0 to 1, as an SVG path ENERGY_HEIGHT high."""
-    count = len(row.kept_energy)
-    steps = (
-        f"V{ENERGY_HEIGHT * (1 - share):.0f}H{(n + 1) * WIDTH / count:.0f}" for n, share in enumerate(row.kept_energy)
-    )
-    return f"M0 {ENERGY_HEIGHT}{''.join(steps)}V{ENERGY_HEIGHT}z" if count else ""
+    return _outline([ENERGY_HEIGHT * share for share in row.kept_energy], ENERGY_HEIGHT)
+
+
+def _outline(bars: Sequence[float], base: int) -> str:
+    """Bars side by side over WIDTH, standing on the line y = `base`, as an SVG path; empty for no bars."""
+    ends = ((round(base - bar), round((n + 1) * WIDTH / len(bars))) for n, bar in enumerate(bars))
+    steps = (f"V{top}H{[x for _, x in same][-1]}" for top, same in groupby(ends, itemgetter(0)))
+    return f"M0 {base}{''.join(steps)}V{base}z" if bars else ""
 
 
 def _certified(report: Report, n: int) -> list[tuple[str, Cell]]:
@@ -137,8 +143,4 @@ def law(row: LayerRow, edge: Cell, spikes: Cell) -> Law | None:
     across = singular * WIDTH / (AXIS_END * s.edge)
     up = HEIGHT - scale * expected
     curve = " ".join(f"{x:.0f},{y:.0f}" for x, y in zip(across.tolist(), up.tolist(), strict=True))
-    steps = (
-        f"V{HEIGHT - scale * count:.0f}H{(n + 1) * WIDTH / HISTOGRAM_BINS:.0f}" for n, count in enumerate(s.histogram)
-    )
-    bars = f"M0 {HEIGHT}{''.join(steps)}V{HEIGHT}z" if s.histogram else ""
-    return Law(bars, curve, round(WIDTH / AXIS_END), edge, spikes)
+    return Law(_outline([scale * count for count in s.histogram], HEIGHT), curve, round(WIDTH / AXIS_END), edge, spikes)
