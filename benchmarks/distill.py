@@ -32,7 +32,8 @@ from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 from mpcompile.passes import Distill, NMMask, Permute, ToMe
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 

@@ -42,7 +42,7 @@ from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.runtimes.ort.session import cpu_engine
 

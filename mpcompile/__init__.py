@@ -26,10 +26,12 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below imports the 
     from mpcompile.export.onnx_export import Lowered, lower
     from mpcompile.frontend.capture import capture
     from mpcompile.frontend.load_model import Loaded, Request, load
-    from mpcompile.ir.model import LayerPlan, Model, Source
+    from mpcompile.ir.model import LayerPlan, Model
     from mpcompile.ir.pattern import NM
     from mpcompile.ir.results import Spectrum
-    from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager, PassRecord
+    from mpcompile.ir.source import Source
+    from mpcompile.pipeline.pass_manager import Pass, PassManager
+    from mpcompile.pipeline.pass_record import Effect, PassRecord
     from mpcompile.recipe.schema import Recipe, Step, read_recipe
     from mpcompile.report.schema import Report
     from mpcompile.system.progress import Progress, tracked
@@ -45,10 +47,12 @@ else:
             "mpcompile.export.onnx_export": ("Lowered", "lower"),
             "mpcompile.frontend.capture": ("capture",),
             "mpcompile.frontend.load_model": ("Loaded", "Request", "load"),
-            "mpcompile.ir.model": ("LayerPlan", "Model", "Source"),
+            "mpcompile.ir.model": ("LayerPlan", "Model"),
             "mpcompile.ir.pattern": ("NM",),
             "mpcompile.ir.results": ("Spectrum",),
-            "mpcompile.pipeline.pass_manager": ("Effect", "Pass", "PassManager", "PassRecord"),
+            "mpcompile.ir.source": ("Source",),
+            "mpcompile.pipeline.pass_manager": ("Pass", "PassManager"),
+            "mpcompile.pipeline.pass_record": ("Effect", "PassRecord"),
             "mpcompile.recipe.schema": ("Recipe", "Step", "read_recipe"),
             "mpcompile.report.schema": ("Report",),
             "mpcompile.system.progress": ("Progress", "tracked"),

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from mpcompile.data.images import Data, Split
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.parity import relative_difference
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.source import Source
 from mpcompile.ir.weight_groups import pattern_violation, violation
-from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
+from mpcompile.pipeline.pass_manager import Pass, PassManager
+from mpcompile.pipeline.pass_record import Effect
 
 
 def assert_same_function(before: nn.Module, after: nn.Module, images: Tensor, tolerance: float) -> None:

@@ -34,7 +34,7 @@ from mpcompile.passes.dense_comparison import measured_on, outputs_of
 from mpcompile.passes.reconstruct.activation_store import activation_store
 from mpcompile.passes.reconstruct.calibration_batches import CalibrationBatches
 from mpcompile.passes.reconstruct.graph_executor import GraphExecutor
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import shared_map
 
 MOST_IMAGES = 256

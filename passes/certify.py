@@ -52,7 +52,7 @@ from mpcompile.passes.dense_comparison import (
     outputs_of,
 )
 from mpcompile.passes.reconstruct.layer_rows import applied
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import shared_map
 
 CHUNK_BYTES = 64 << 20  # of unfolded inputs at once

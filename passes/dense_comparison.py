@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpcompile.data.images import Data, Split
-from mpcompile.data.metric import mean_of
+from mpcompile.data.metric_values import mean_of
 from mpcompile.errors import PassError
 from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.head import Head, head_for

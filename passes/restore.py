@@ -47,7 +47,7 @@ from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.reconstruct.dense_layers import layers_downstream
 from mpcompile.passes.reconstruct.tied_weight import tied_weights
 from mpcompile.passes.tome.merging_loss import MergingModel, merging_model
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.progress import tracked
 
 log = logging.getLogger(__name__)

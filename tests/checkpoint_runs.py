@@ -15,7 +15,8 @@ from mpcompile.pipeline.checkpoint_file import State, rest_of
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
-from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager, PassRecord
+from mpcompile.pipeline.pass_manager import Pass, PassManager
+from mpcompile.pipeline.pass_record import Effect, PassRecord
 from mpcompile.testing import tiny_data
 
 BUDGET = MPBudget(null=False)

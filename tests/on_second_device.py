@@ -30,7 +30,8 @@ from mpcompile.passes import (
 )
 from mpcompile.passes.nm_mask.criteria import CRITERIA
 from mpcompile.pipeline.checkpoint_file import State, rest_of
-from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
+from mpcompile.pipeline.pass_manager import Pass, PassManager
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.recipe.schema import Recipe
 from mpcompile.system.device import CPU, chosen_device
 from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_vit

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpcompile.analysis.block_macs import Charged
+from mpcompile.analysis.charged import Charged
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Source
 from mpcompile.ir.results import Certificate, LayerCertificate, Spectrum
-from mpcompile.measure.accuracy import Accuracy, Comparison
+from mpcompile.ir.source import Source
 from mpcompile.measure.changed_answers import ChangedAnswers
+from mpcompile.measure.comparison import Accuracy, Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.quantized_layer import QuantizedLayer
 from mpcompile.measure.timing import Speedup, Timing

@@ -14,7 +14,7 @@ import pytest
 import mpcompile
 
 ROOT = Path(__file__).parents[1]
-LAZY = ("mpcompile", "mpcompile.ir")
+LAZY = ("mpcompile", "mpcompile.data", "mpcompile.ir", "mpcompile.pipeline")
 
 
 def fresh(code: str) -> Any:
@@ -26,6 +26,13 @@ def fresh(code: str) -> Any:
 def test_import_mpcompile_imports_no_torch() -> None:
     code = "import json, sys, {}; print(json.dumps([n for n in ('torch', 'onnx', 'pydantic') if n in sys.modules]))"
     for module in ("mpcompile", "mpcompile.ir.pattern", "mpcompile.cli", "mpcompile.cli.parse"):
+        assert fresh(code.format(module)) == []
+
+
+def test_reading_a_report_imports_no_torch() -> None:
+    """`compare` and `explain` run no model, so that they start quickly."""
+    code = "import json, sys, {}; print(json.dumps([n for n in ('torch', 'onnx', 'scipy') if n in sys.modules]))"
+    for module in ("mpcompile.report.schema", "mpcompile.driver.compare_runs", "mpcompile.report.explained_layer"):
         assert fresh(code.format(module)) == []
 
 

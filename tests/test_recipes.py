@@ -12,7 +12,8 @@ import timm
 import torch
 
 import mpcompile
-from mpcompile.analysis.block_macs import Charged, charged
+from mpcompile.analysis.block_macs import charged
+from mpcompile.analysis.charged import Charged
 from mpcompile.data.images import Data, Split
 from mpcompile.driver.artifact import Artifact
 from mpcompile.driver.run_plan import plan_of

@@ -18,13 +18,14 @@ from mpcompile.errors import MpcompileError
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.output_tree import flattened
 from mpcompile.ir.parity import TOLERANCE, is_constant, relative_difference
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.source import Source
 from mpcompile.passes.nm_mask.nm_mask import NMMask
 from mpcompile.pipeline.pass_manager import PassManager
-from mpcompile.system.hashing import state_sha256
+from mpcompile.system.tensor_hashing import state_sha256
 
 Inputs = Tensor | dict[str, Tensor]
 # Part of a name -> why rounding alone makes outputs differ, found by adding noise of its size to values of the graph.

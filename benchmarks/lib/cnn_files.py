@@ -17,9 +17,10 @@ from lib.nearest_int8 import rounded
 from lib.untrained_cnns import pixels_of, untrained
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.quantization import Quantizer
+from mpcompile.ir.source import Source
 from mpcompile.ir.weight_groups import flat
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.passes.quantize.placement import insert, sites

@@ -14,8 +14,8 @@ from lib.untrained_cnns import pixels_of, untrained
 from mpcompile.export.mask_check import FileWeight, ProvenMask, file_weights
 from mpcompile.export.onnx_export import lower
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Source
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.source import Source
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.runtimes.native.conv_op import Convolution, Window, columns_of
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm

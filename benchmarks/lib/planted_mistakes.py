@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpcompile.data.images import MODES
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.measure.preprocessing_set_ups import PIXEL_VALUES
 
 RIGHT, LABELS, VALUES = "right", "labels permuted", "mean and deviation"

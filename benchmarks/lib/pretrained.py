@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lib.common import ROOT
 from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 IMAGES = ROOT / "examples" / "fashion_vit" / "images.npz"
 RIDGE = 1e-2  # relative to the mean squared feature

@@ -12,8 +12,9 @@ from onnx import numpy_helper
 from mpcompile.data.images import Data
 from mpcompile.export.mask_check import ProvenMask, file_weights
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.source import Source
 from mpcompile.passes import ToMe
 from mpcompile.passes.nm_mask.selection import nm_mask
 from mpcompile.pipeline.pass_manager import Pass, PassManager

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
 from mpcompile.analysis.attention import Attention, ancestors, attentions, shape_of
+from mpcompile.analysis.charged import Charged
 from mpcompile.analysis.eligibility import weight_nodes
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.ir.batch import Tensors, arguments
@@ -97,27 +98,6 @@ def as_published(model: Model) -> Cost:
             for name, macs in exact.layers.items()
         },
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Charged:
-    """Multiply-accumulates (MACs) of one image. Zeros of patterns are not counted, even if no kernel skips them.
-
-    Attributes:
-        dense: the dense model.
-        compressed: the compressed model, exact count.
-        as_published: the compressed model by the paper's convention: each block with the tokens that enter it.
-        merging: token merging itself (matching and averaging tokens); not part of the other counts.
-        tokens: the tokens that enter each attention, then those that leave the last; empty without attention.
-        merged: the tokens that token merging removes after each attention.
-    """
-
-    dense: float
-    compressed: float
-    as_published: float
-    merging: float
-    tokens: tuple[int, ...]
-    merged: tuple[int, ...]
 
 
 def charged(dense: Model, compressed: Model) -> Charged:

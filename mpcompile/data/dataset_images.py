@@ -22,7 +22,7 @@ from mpcompile.data.shard_pools import open_shards
 from mpcompile.data.tensorflow_sets import open_tensorflow
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 READERS = {
     "wds": open_shards,

@@ -14,7 +14,7 @@ from mpcompile.data.picture import Reading
 from mpcompile.data.split_folders import splits_in, without_wrappers
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 
 @dataclass(frozen=True)

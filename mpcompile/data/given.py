@@ -10,7 +10,7 @@ from mpcompile.data.divide import Numbers
 from mpcompile.data.images import Data, Split
 from mpcompile.data.samples import SampleImages, called, class_of, indexed, is_stream, parts_of
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 TRAINING = ("train", "training")
 CALIBRATION = ("calibration",)

@@ -10,8 +10,9 @@ from torch import Tensor
 from mpcompile.data.metric import Metric
 from mpcompile.ir.batch import arguments, stacked
 from mpcompile.system.device import CPU, makes_tensors_on
-from mpcompile.system.hashing import sha256, sha256_of
+from mpcompile.system.hashing import sha256
 from mpcompile.system.progress import tracked
+from mpcompile.system.tensor_hashing import sha256_of
 
 MODES = {1: "L", 3: "RGB"}  # PIL's colour mode for a number of channels
 BATCH = 64

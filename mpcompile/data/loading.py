@@ -29,7 +29,7 @@ from mpcompile.data.npz import read_npz
 from mpcompile.data.picture import Reading
 from mpcompile.data.survey import readable
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 AnySet = TypeVar("AnySet", bound=EncodedImages)
 

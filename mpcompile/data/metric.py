@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from mpcompile.data.metric_values import MetricValues
 from mpcompile.errors import LoadError, UsageError, first_line
-from mpcompile.system.hashing import sha256, sha256_of
+from mpcompile.system.hashing import sha256
+from mpcompile.system.tensor_hashing import sha256_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Metric:
     name: str
     function: Callable[[Tensor, Any], Any] = field(repr=False)
 
-    def of_batch(self, outputs: Any, targets: Sequence[Any]) -> "MetricValues":
+    def of_batch(self, outputs: Any, targets: Sequence[Any]) -> MetricValues:
         """The values for one batch. Raises LoadError if the function raises, UsageError if it returns no numbers."""
         is_tensor = isinstance(outputs, Tensor | np.ndarray)
         given = torch.as_tensor(outputs).detach().cpu().float() if is_tensor else outputs
@@ -58,28 +59,6 @@ class Metric:
         file = getattr(sys.modules.get(module.__name__), "__file__", None) if module else None
         code = Path(file).read_bytes() if file and Path(file).is_file() else b""
         return sha256(self.name, code)
-
-
-@dataclass(frozen=True)
-class MetricValues:
-    """Values of a metric for a batch of `samples`: (samples,), or one value for the batch."""
-
-    values: NDArray[np.float64]
-    count: int
-    samples: int
-
-
-def joined(batches: Sequence[MetricValues]) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
-    """All values, the number of samples that each stands for, and whether each sample has its own."""
-    values = np.concatenate([batch.values for batch in batches])
-    weights = np.concatenate([np.full(batch.count, batch.samples / batch.count) for batch in batches])
-    return values, weights, all(batch.count == batch.samples for batch in batches)
-
-
-def mean_of(batches: Sequence[MetricValues]) -> float:
-    """The mean over samples."""
-    values, weights, _ = joined(batches)
-    return float(np.average(values, weights=weights))
 
 
 def collated(targets: Sequence[Any]) -> Any:

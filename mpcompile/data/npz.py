@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcompile.data.images import Label
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mpcompile.data.images import MODES
 from mpcompile.data.metric import target_hash
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.system.resource_errors import available_bytes, format_bytes
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img")

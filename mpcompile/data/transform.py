@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import INTERPOLATIONS, Source
+from mpcompile.ir.model import INTERPOLATIONS
+from mpcompile.ir.source import Source
 
 Transform = Callable[[Any], Tensor]  # PIL image in RGB or grey -> float32 (c, h, w)
 

@@ -19,9 +19,10 @@ from mpcompile.driver.part import PART_HEAD, captured_run
 from mpcompile.driver.run_plan import build_pass
 from mpcompile.errors import UsageError
 from mpcompile.frontend.load_model import Request
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import Precision
+from mpcompile.ir.source import Source
 from mpcompile.passes.mp_budget.mp_budget import MPBudget, fit_spectra
 from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.pass_manager import Observer

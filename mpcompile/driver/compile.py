@@ -28,7 +28,8 @@ from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.pipeline.checkpoints import Checkpoints
 from mpcompile.pipeline.fingerprint import facts_of
 from mpcompile.pipeline.partial_results import keeping
-from mpcompile.pipeline.pass_manager import Effect, Observer, Pass, PassManager
+from mpcompile.pipeline.pass_manager import Observer, Pass, PassManager
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.pipeline.ranks import begin_together
 from mpcompile.pipeline.run_folder import note_written, work_folder, working, written_by
 from mpcompile.recipe.schema import Recipe

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.comparison import Comparison
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.schema import Gate

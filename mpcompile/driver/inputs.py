@@ -23,10 +23,11 @@ from mpcompile.frontend.load_model import Loaded, Request, load
 from mpcompile.frontend.module_kinds import plain_module
 from mpcompile.frontend.preprocessing import assumption, source_of
 from mpcompile.ir.head import head_for
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 from mpcompile.passes.reconstruct.calibration_batches import peak_bytes
 from mpcompile.recipe.schema import DataChoice, Recipe
-from mpcompile.system.hashing import state_sha256
+from mpcompile.system.tensor_hashing import state_sha256
 from mpcompile.system.user_functions import imported_function, is_function_name, working_folder_importable
 
 EXAMINED_IMAGES = 32  # calibration images whose outputs tell what the outputs are

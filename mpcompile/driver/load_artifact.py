@@ -23,9 +23,10 @@ from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.state_dict import mismatch
 from mpcompile.frontend.weights_file import read
 from mpcompile.frontend.whole_model import open_whole
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.parity import TOLERANCE, relative_difference
 from mpcompile.ir.precision import QUANTIZED
+from mpcompile.ir.source import Source
 from mpcompile.report.part_schema import Part
 from mpcompile.runtimes import Build, Engine, OnnxRuntime, RunsGraph, Runtime
 from mpcompile.runtimes.ort.session import OrtEngine, cpu_engine

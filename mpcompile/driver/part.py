@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mpcompile.analysis.macs import macs_of_run
 from mpcompile.data.images import NONE, Data, Images, Split
-from mpcompile.data.metric import Metric, MetricValues
+from mpcompile.data.metric import Metric
+from mpcompile.data.metric_values import MetricValues
 from mpcompile.driver.inputs import captured, data_for, headed, judged, metric_of, read_images, with_samples
 from mpcompile.errors import UsageError
 from mpcompile.frontend.call_inputs import IMAGES
@@ -22,9 +23,11 @@ from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.submodule import parameter_count
 from mpcompile.frontend.whole_model import Whole, open_whole
 from mpcompile.ir.head import Head, HeadChoice
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 from mpcompile.measure.metric_comparison import MetricComparison
-from mpcompile.measure.whole_comparison import Outputs, WholeComparison, compare_whole
+from mpcompile.measure.whole_comparison import Outputs, compare_whole
+from mpcompile.measure.whole_difference import WholeComparison
 from mpcompile.recipe.schema import DataChoice, Recipe
 from mpcompile.report.part_schema import Part, PartInput
 

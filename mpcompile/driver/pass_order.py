@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from mpcompile.errors import UsageError
 from mpcompile.passes import Confidence, Quantize
-from mpcompile.pipeline.pass_manager import Effect, Pass
+from mpcompile.pipeline.pass_manager import Pass
+from mpcompile.pipeline.pass_record import Effect
 
 
 def require_order(passes: Sequence[Pass]) -> None:

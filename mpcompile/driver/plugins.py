@@ -25,7 +25,7 @@ from pydantic import TypeAdapter
 
 from mpcompile.errors import UsageError, first_line
 from mpcompile.passes import PASSES
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.runtimes import RUNTIMES, Runtime
 
 PASS_GROUP, RUNTIME_GROUP = "mpcompile.passes", "mpcompile.runtimes"

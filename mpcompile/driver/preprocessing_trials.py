@@ -21,7 +21,8 @@ from mpcompile.driver.inputs import EXAMINED_IMAGES, captured, data_for, loaded_
 from mpcompile.errors import UsageError
 from mpcompile.frontend.load_model import Request
 from mpcompile.ir.head import head_for
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 from mpcompile.measure.changed_answers import SIGNIFICANCE, ChangedAnswers, is_better
 from mpcompile.measure.preprocessing_set_ups import (
     SetUp,

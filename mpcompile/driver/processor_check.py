@@ -15,7 +15,7 @@ import torch
 
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 log = logging.getLogger(__name__)
 

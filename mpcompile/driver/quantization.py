@@ -7,7 +7,8 @@ from mpcompile.errors import UsageError
 from mpcompile.export.onnx_export import QUANTIZED_OPSET
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.passes import DropUnreadTokens, Quantize, ScaleMigration
-from mpcompile.pipeline.pass_manager import Effect, Pass
+from mpcompile.pipeline.pass_manager import Pass
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.recipe.schema import Recipe
 from mpcompile.runtimes import RunsQuantized, Runtime
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpcompile.analysis.macs import Cost, cost
 from mpcompile.data.images import Data, Split
-from mpcompile.data.metric import joined
+from mpcompile.data.metric_values import joined
 from mpcompile.driver.compare_engines import arrays, interleaved_times_ms
 from mpcompile.driver.quantized_baselines import runtime_baselines
 from mpcompile.driver.recipe_search import Candidate, fastest, paths_of, search, within_limit
@@ -26,7 +26,8 @@ from mpcompile.export.onnx_export import Lowered
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.measure.timing import Speedup, speedup
-from mpcompile.pipeline.pass_manager import Effect, Pass, PassManager
+from mpcompile.pipeline.pass_manager import Pass, PassManager
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.search_schema import Point, Tuning
 from mpcompile.runtimes import Build, Engine

@@ -25,7 +25,8 @@ from mpcompile.frontend.plain_copy import copied, plain_copy, wrapped
 from mpcompile.frontend.preprocessing import source_of
 from mpcompile.frontend.primary_output import outputs_in_order
 from mpcompile.frontend.recorder import record
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 
 log = logging.getLogger(__name__)
 

@@ -44,8 +44,9 @@ from mpcompile.frontend.presets import preset_named
 from mpcompile.frontend.sharded_weights import weights_sha256
 from mpcompile.frontend.state_dict import load_state, mismatch
 from mpcompile.frontend.weights_file import module_in, read, require_plain
-from mpcompile.ir.model import Source
-from mpcompile.system.hashing import file_sha256, state_sha256
+from mpcompile.ir.source import Source
+from mpcompile.system.hashing import file_sha256
+from mpcompile.system.tensor_hashing import state_sha256
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from torch import nn
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.hugging_face_config import size_of
 from mpcompile.frontend.label_names import labels_of
-from mpcompile.ir.model import INTERPOLATIONS, Source
+from mpcompile.ir.model import INTERPOLATIONS
+from mpcompile.ir.source import Source
 
 LARGEST_SIDE = 65536  # pixels
 ASSUMABLE = ("mean", "std", "interpolation", "crop_pct")  # fields of Source that have a usual value

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 from mpcompile.system.lazy_imports import lazy_names
 
 if TYPE_CHECKING:  # for type checkers and editors; the table below imports the same names on first use
-    from mpcompile.ir.model import LayerPlan, Model, Source
+    from mpcompile.ir.model import LayerPlan, Model
     from mpcompile.ir.pattern import NM
     from mpcompile.ir.results import Certificate, Epoch, LayerCertificate, Spectrum
+    from mpcompile.ir.source import Source
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "mpcompile.ir.model": ("LayerPlan", "Model", "Source"),
+            "mpcompile.ir.model": ("LayerPlan", "Model"),
             "mpcompile.ir.pattern": ("NM",),
             "mpcompile.ir.results": ("Certificate", "Epoch", "LayerCertificate", "Spectrum"),
+            "mpcompile.ir.source": ("Source",),
         },
-        submodules=("model", "pattern", "results"),
+        submodules=("model", "pattern", "results", "source"),
     )
 
 __all__ = ["NM", "Certificate", "Epoch", "LayerCertificate", "LayerPlan", "Model", "Source", "Spectrum"]

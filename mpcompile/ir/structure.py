@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from mpcompile.ir.model import Model
-from mpcompile.system.hashing import sha256, sha256_of
+from mpcompile.system.hashing import sha256
+from mpcompile.system.tensor_hashing import sha256_of
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 

@@ -5,7 +5,6 @@ equal width by their predicted probability. The error is Σ (share of the predic
 predictions − mean predicted probability|.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,27 +13,9 @@ from torch import Tensor
 
 from mpcompile.ir.head import Head, head_for
 from mpcompile.measure.confidence import top_probabilities
+from mpcompile.measure.model_confidence import Calibration, ReliabilityBin
 
 BINS = 15
-
-
-@dataclass(frozen=True, slots=True)
-class ReliabilityBin:
-    """The predictions whose probability is in (low, high]: their mean probability and the share that is right."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float
-    right: float
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """The expected calibration error, in [0, 1], and the bins that have predictions, by rising probability."""
-
-    error: float
-    bins: tuple[ReliabilityBin, ...]
 
 
 def calibration(

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,29 +13,12 @@ from torch import Tensor
 
 from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
+from mpcompile.measure.changed_example import ChangedExample
 from mpcompile.measure.margin_agreement import dense_margins
 
 SIDE = 96  # pixels of the longer side of a thumbnail, at most
 QUALITY = 80  # of its JPEG
-
-
-@dataclass(frozen=True, slots=True)
-class ChangedExample:
-    """A held-out image whose decision changed.
-
-    `index` counts the held-out images from 0. `dense` and `compressed` are the decisions, with their margins in the
-    unit of the outputs, as the quarters of the agreement have them (mpcompile/measure/margin_agreement.py). `label` is
-    None if the images have none. `thumbnail` is the image as a data URI; None for inputs that are no picture.
-    """
-
-    index: int
-    label: int | None
-    dense: int
-    compressed: int
-    dense_margin: float
-    compressed_margin: float
-    thumbnail: str | None = None
 
 
 def changed_examples(

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from mpcompile.data.images import Split
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Source
-from mpcompile.measure.accuracy import Comparison, Run, compare
+from mpcompile.ir.source import Source
+from mpcompile.measure.accuracy import Run, compare
 from mpcompile.measure.changed_examples import with_thumbnails
+from mpcompile.measure.comparison import Comparison
 from mpcompile.measure.preprocessing_check import better_preprocessing
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpcompile.data.metric import MetricValues, joined, mean_of
+from mpcompile.data.metric_values import MetricValues, joined, mean_of
 
 RESAMPLES = 2000
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpcompile.data.images import BATCH, Split
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.measure.accuracy import Run
 from mpcompile.measure.changed_answers import is_better
 from mpcompile.measure.preprocessing_set_ups import (

@@ -17,7 +17,7 @@ from mpcompile.data.images import Images
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.frontend.preprocessing import per_channel
 from mpcompile.frontend.presets import PRESETS
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 IMAGENET = PRESETS["imagenet"]
 # Name, mean and deviation for pixels in [0, 1]. A deviation of 1/255 gives the model pixels in [0, 255].

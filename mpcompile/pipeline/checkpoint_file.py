@@ -17,8 +17,9 @@ from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
 from mpcompile.ir.structure import structure_of, tensors_of
-from mpcompile.pipeline.pass_manager import PassRecord
-from mpcompile.system.hashing import sha256, sha256_of
+from mpcompile.pipeline.pass_record import PassRecord
+from mpcompile.system.hashing import sha256
+from mpcompile.system.tensor_hashing import sha256_of
 
 PLAN_TENSORS = ("mask", "permutation", "scale")  # the fields of LayerPlan that are tensors
 KEY = "mpcompile.checkpoint"  # the metadata key of a checkpoint's entry; part of the file format

@@ -25,10 +25,11 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.structure import tensors_of
 from mpcompile.pipeline.checkpoint_file import KEY, Entry, State, link, read_entry, rest_of, restored
 from mpcompile.pipeline.fingerprint import changes
-from mpcompile.pipeline.pass_manager import Pass, PassRecord
+from mpcompile.pipeline.pass_manager import Pass
+from mpcompile.pipeline.pass_record import PassRecord
 from mpcompile.pipeline.run_folder import note_rewound, was_rewound
-from mpcompile.system.hashing import sha256_of
 from mpcompile.system.safetensors_io import tensor_bytes
+from mpcompile.system.tensor_hashing import sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
 from mpcompile.ir.model import Model
 from mpcompile.ir.structure import ADDRESS, structure_of, tensors_of
-from mpcompile.system.hashing import sha256, sha256_of
+from mpcompile.system.hashing import sha256
+from mpcompile.system.tensor_hashing import sha256_of
 
 SAMPLED_IMAGES = 64  # how many images of a set are hashed if it consists neither of files nor of an array
 RESULT_PACKAGES = ("torch", "numpy", "scipy", "timm")  # packages that results depend on, beside mpcompile

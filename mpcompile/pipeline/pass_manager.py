@@ -9,7 +9,6 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -24,6 +23,7 @@ from mpcompile.ir.placement import placed
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import merge_tokens, merges_tokens
 from mpcompile.ir.weight_groups import violation
+from mpcompile.pipeline.pass_record import Effect, PassRecord
 from mpcompile.pipeline.ranks import run_by_ranks, sent
 from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.distributed import broadcast, share, together
@@ -32,14 +32,6 @@ from mpcompile.system.memory import begin_peak, peak_bytes
 # An exact pass may reorder float32 sums. Each of some hundred layers then adds a rounding error of about 1e-7 times the
 # square root of a few thousand terms. A difference above 1e-4 of the largest output is not rounding.
 EXACT_DRIFT = 1e-4
-
-
-class Effect(StrEnum):
-    """How much a pass may change the model's outputs."""
-
-    ANALYSIS = "analysis"  # not at all
-    EXACT = "exact"  # the same function, up to rounding of reordered sums
-    LOSSY = "lossy"  # the function may change, the output shape may not
 
 
 @runtime_checkable
@@ -65,20 +57,6 @@ class RequiresInputs(Protocol):
     def require_inputs(self, model: Model, data: Data) -> None:
         """Raises a MpcompileError if the pass cannot work on the captured model or these images; changes neither."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class PassRecord:
-    """The manager's record of one pass. `drift` is the largest max |Δ output| / max |output| of the outputs."""
-
-    name: str
-    effect: Effect
-    seconds: float
-    drift: float
-    layers_changed: tuple[str, ...]
-    notes: tuple[str, ...]
-    resumed: bool = False  # whether a stopped run had finished it; time and memory are then those of that run
-    peak_bytes: int | None = None  # memory of the process at its largest; None if the system does not report it
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """The tile of accuracy against the dense model: top-1, the user's own metric, or errors of values."""
 
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.comparison import Comparison
 from mpcompile.report.head_words import accuracy_name, same_answer_name, shift_name
 from mpcompile.report.schema import Gate, Report
 from mpcompile.report.table import Cell, number

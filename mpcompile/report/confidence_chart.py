@@ -1,6 +1,6 @@
 """Chart: the reliability diagram of both models. None without labels."""
 
-from mpcompile.measure.calibration import Calibration
+from mpcompile.measure.model_confidence import Calibration
 from mpcompile.report.chart import Chart, Dot, Label, Line, Mark, Scale, x_axis, y_axis
 from mpcompile.report.schema import Report
 

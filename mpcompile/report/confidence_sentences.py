@@ -1,7 +1,7 @@
 """Sentences on the confidence of the compressed model, and on whom a loss hits."""
 
-from mpcompile.measure.accuracy import Comparison
-from mpcompile.measure.confidence_comparison import ConfidenceComparison
+from mpcompile.measure.comparison import Comparison
+from mpcompile.measure.model_confidence import ConfidenceComparison
 from mpcompile.report.head_words import confidence_name
 
 NOTABLE = 0.1  # of the best factor from 1: what a reader who thresholds probabilities would notice

@@ -1,7 +1,7 @@
 """The words of a report for what a head decides, and for outputs that are values."""
 
 from mpcompile.ir.head import Head
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.comparison import Comparison
 
 
 def accuracy_name(head: Head | None) -> str:

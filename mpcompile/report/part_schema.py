@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from mpcompile.measure.whole_comparison import WholeComparison
+from mpcompile.measure.whole_difference import WholeComparison
 
 SHOWN = 4  # outputs in a sentence
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.comparison import Comparison
 from mpcompile.report.head_words import accuracy_name
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.schema import Latency

@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mpcompile.analysis.block_macs import Charged
+from mpcompile.analysis.charged import Charged
 from mpcompile.ir.graph_node import GraphNode
-from mpcompile.ir.model import Source
 from mpcompile.ir.results import Certificate, Epoch, Polished, Spectrum
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.ir.source import Source
+from mpcompile.measure.comparison import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict
 from mpcompile.measure.timing import Speedup, Timing
-from mpcompile.pipeline.pass_manager import PassRecord
+from mpcompile.pipeline.pass_record import PassRecord
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.layer_counts import LayerCounts, count_layers
 from mpcompile.report.part_schema import Part

@@ -2,9 +2,9 @@
 
 import shlex
 
-from mpcompile.analysis.block_macs import Charged
+from mpcompile.analysis.charged import Charged
 from mpcompile.ir.results import Certificate, Polished
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.comparison import Comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, tally
 from mpcompile.report.confidence_sentences import on_confidence
 from mpcompile.report.head_words import accuracy_name, agreement_sentence

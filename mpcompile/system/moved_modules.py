@@ -37,6 +37,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "mpcompile.model": (
         "mpcompile.ir.pattern",
         "mpcompile.ir.results",
+        "mpcompile.ir.source",
         "mpcompile.ir.model",
     ),
     "mpcompile.progress": ("mpcompile.system.progress",),

@@ -34,7 +34,7 @@ from mpcompile.passes.confidence.fit import RIDGES, Gain, LogitFit, fit_bias, fi
 from mpcompile.passes.confidence.fold import fold, require_foldable
 from mpcompile.passes.confidence.logit_layers import NotFoldable, logit_layers
 from mpcompile.passes.dense_comparison import BATCH, measured_on, outputs_of
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 
 log = logging.getLogger(__name__)
 FEWEST = 16  # images: with fewer, a standard error says little

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mpcompile.data.images import MODES, Label, Split
 from mpcompile.data.transform import in_channel_order
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.distributed import ProcessRank
 

@@ -17,14 +17,15 @@ from torch import Tensor, fx
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import PassError, UsageError
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.results import Epoch
+from mpcompile.ir.source import Source
 from mpcompile.passes.distill.augmentation import Augmentation
 from mpcompile.passes.distill.loss import ElasticNet
 from mpcompile.passes.distill.trainer import Objective, Schedule, Training
 from mpcompile.passes.distill.training_key import training_key
 from mpcompile.pipeline.partial_results import PartialResults
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import process_rank
 
 log = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ from mpcompile.data.images import Split
 from mpcompile.errors import PassError
 from mpcompile.ir.batch import primary
 from mpcompile.ir.head import Head, head_for
-from mpcompile.ir.model import Source
 from mpcompile.ir.placement import place
 from mpcompile.ir.results import Epoch
+from mpcompile.ir.source import Source
 from mpcompile.passes.distill.augmentation import Augmentation, Batches, TrainingImages, loader
 from mpcompile.passes.distill.loss import ElasticNet, labels_loss, teacher_loss
 from mpcompile.passes.distill.parameters import RelativeSteps, used_parameters, weight_decay_groups

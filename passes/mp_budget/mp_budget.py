@@ -30,7 +30,7 @@ from mpcompile.passes.mp_budget import scores as signals
 from mpcompile.passes.mp_budget.allocate import ROUNDING, Option, damage, least_damage
 from mpcompile.passes.mp_budget.attention_layers import attention_layers
 from mpcompile.passes.mp_budget.sensitivity import amplification
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import shared_map
 
 Signal = Literal["mp", "magnitude", "std", "uniform", "lamp", "owl", "sensitivity"]

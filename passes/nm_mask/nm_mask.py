@@ -35,7 +35,7 @@ from mpcompile.passes.reconstruct.layerwise import LayerStep, layerwise
 from mpcompile.passes.reconstruct.least_squares import damped, of_layer, refit, unconstrained
 from mpcompile.passes.reconstruct.tied_weight import Layer, write
 from mpcompile.pipeline.partial_results import PartialResults, run_key
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import broadcast, share
 
 if TYPE_CHECKING:

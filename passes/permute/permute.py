@@ -30,7 +30,7 @@ from mpcompile.ir.pattern_choice import PatternChoice
 from mpcompile.passes.permute.constraints import Axis
 from mpcompile.passes.permute.coupling import Coupling, ExchangeableSet, Group, apply_order, couple
 from mpcompile.passes.permute.order_search import OrderFound, kept_score, search
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.progress import tracked
 
 log = logging.getLogger(__name__)

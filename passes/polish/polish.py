@@ -37,7 +37,7 @@ from mpcompile.passes.polish.closeness import Judge
 from mpcompile.passes.polish.keep_best import KeepBest, as_closeness, as_tensor
 from mpcompile.passes.polish.runs import StepTimes, TrainingRuns, training_source
 from mpcompile.pipeline.partial_results import PartialResults
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import process_rank
 from mpcompile.system.hashing import sha256
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.data.images import MODES, Split
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
 from mpcompile.ir.results import Closeness
+from mpcompile.ir.source import Source
 from mpcompile.passes.distill.augmentation import Augmentation, Pictures
 from mpcompile.passes.distill.loss import ElasticNet
 from mpcompile.passes.distill.trainer import NotFiniteError, Objective, Schedule, Training, Watch

@@ -36,7 +36,7 @@ from mpcompile.passes.quantize.policy import quantizable
 from mpcompile.passes.reconstruct.cross_validation import DAMPINGS
 from mpcompile.passes.reconstruct.layerwise import layerwise
 from mpcompile.passes.reconstruct.tied_weight import write
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 
 if TYPE_CHECKING:
     ObserverName = str

@@ -34,7 +34,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import ActivationType, Quantizer, fake_quantize, quantizers
 from mpcompile.passes.dense_comparison import BATCH
 from mpcompile.passes.quantize.policy import quantizable
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 
 STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75)  # α
 ROWS = 2048  # tokens on which the error is measured

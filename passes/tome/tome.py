@@ -33,7 +33,7 @@ from mpcompile.passes.tome.schedule import (
 )
 from mpcompile.passes.tome.schedule_search import require_images, search_schedule
 from mpcompile.pipeline.partial_results import PartialResults, run_key
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 
 
 @dataclass(frozen=True)

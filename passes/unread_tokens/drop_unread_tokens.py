@@ -28,7 +28,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.shapes import run_example
 from mpcompile.passes.unread_tokens.narrowing import Modules, Reads, narrow, narrowed_products, reads_of
 from mpcompile.passes.unread_tokens.selection import selection_of, sizes_asked
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class Residual(nn.Module):
         self.first, self.act, self.second = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.act(self.first(x)))
+        return x + self.second(self.act(self.first(x)))  # type: ignore[no-any-return]
 
 
 class Small(nn.Module):
@@ -28,7 +28,7 @@ class Small(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(x.flatten(1)))
+        return self.head(self.blocks(x.flatten(1)))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError, UsageError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 SOURCE = Source(name="m", sha256="", arch="m", size=(1, 8, 8), mean=(0.5,), std=(0.5,), crop_pct=1.0)
 FASHION = ("t-shirt", "trouser", "ankle boot")

@@ -18,7 +18,7 @@ from mpcompile.data.images import Data, Split
 from mpcompile.data.npz import ArrayImages
 from mpcompile.driver.weight_files import MASKS, WEIGHTS
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.recipe.schema import Recipe
 from mpcompile.testing import TinyCNN
 

@@ -14,7 +14,7 @@ from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError
 from mpcompile.frontend.load_model import Request, load
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.pipeline.fingerprint import images_key
 
 SIZE = (12, 10)

@@ -11,7 +11,7 @@ from PIL import Image
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 SOURCE = Source(name="m", sha256="", arch="m", size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0)
 GREY = Source(name="m", sha256="", arch="m", size=(1, 8, 8), mean=(0.5,), std=(0.5,))

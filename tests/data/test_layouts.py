@@ -12,7 +12,7 @@ from mpcompile.data.images import Data, Split
 from mpcompile.data.loading import load_data
 from mpcompile.data.split_folders import split_of
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 SOURCE = Source(name="m", sha256="", arch="m", size=(1, 8, 8), mean=(0.5,), std=(0.5,), crop_pct=1.0)
 

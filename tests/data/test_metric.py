@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpcompile.data.metric import Metric, MetricValues, collated, mean_of, target_hash
+from mpcompile.data.metric import Metric, collated, target_hash
+from mpcompile.data.metric_values import MetricValues, mean_of
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.measure.metric_comparison import MetricComparison, paired_interval
 

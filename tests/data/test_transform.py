@@ -17,7 +17,7 @@ from mpcompile.data.transform import evaluation_transform
 from mpcompile.errors import LoadError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.preprocessing import Preprocessing, source_of, with_preprocessing
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.passes.distill.augmentation import Augmentation, training_transform
 
 SOURCE = Source(name="m", sha256="", arch="m", size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 1.0))

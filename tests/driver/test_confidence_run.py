@@ -11,7 +11,8 @@ from mpcompile.data.images import Data
 from mpcompile.driver.artifact import Artifact
 from mpcompile.ir.model import Model
 from mpcompile.passes import Certify, Confidence
-from mpcompile.pipeline.pass_manager import Effect, Pass
+from mpcompile.pipeline.pass_manager import Pass
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.testing import TinyMLP, tiny_data, tiny_mlp
 
 

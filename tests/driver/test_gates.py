@@ -13,7 +13,8 @@ from mpcompile.driver.preflight import require_consistent, require_inputs
 from mpcompile.driver.run_plan import plan_of
 from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
-from mpcompile.measure.accuracy import Comparison, compare
+from mpcompile.measure.accuracy import compare
+from mpcompile.measure.comparison import Comparison
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.schema import Gate
 from mpcompile.testing import tiny_data, tiny_mlp

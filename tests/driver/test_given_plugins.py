@@ -19,7 +19,7 @@ from mpcompile.errors import UsageError
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import PASSES, MPBudget, NMMask
-from mpcompile.pipeline.pass_manager import Effect
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.recipe.schema import Recipe, Step, read_recipe
 from mpcompile.runtimes import Eager, OnnxRuntime
 from mpcompile.testing import TinyMLP

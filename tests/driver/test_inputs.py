@@ -12,7 +12,8 @@ from mpcompile.data.transform import evaluation_transform
 from mpcompile.driver.inputs import data_for, loaded_from
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.load_model import Request
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 from mpcompile.ir.structure import structure_of
 from mpcompile.recipe.schema import DataChoice
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpcompile.driver.preprocessing_trials import conclude, try_preprocessings
 from mpcompile.errors import LoadError, UsageError
 from mpcompile.frontend.load_model import Request, load
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.measure.preprocessing_set_ups import SetUp, crop_set_ups, options_for, pixel_set_ups
 
 SIDE, CLASSES, EACH = 8, 5, 24

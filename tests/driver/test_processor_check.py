@@ -13,7 +13,7 @@ from mpcompile.errors import LoadError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.preprocessing import Preprocessing, with_preprocessing
 from mpcompile.frontend.preset_file import read_preset
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 pytestmark = needs_transformers
 BASE = Source("x", "", "x", (3, 224, 224), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center", ())

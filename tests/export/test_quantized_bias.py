@@ -95,8 +95,8 @@ def test_both_batches_compute_the_same(files: dict[int | None, Lowered]) -> None
     dynamic, fixed = (outputs(files[batch], images) for batch in (None, BATCH))
     shift = np.abs(fixed - dynamic).max(1) / np.abs(dynamic).max()
     # A bias moves by at most half a step of its grid, input scale × weight scale: about 1 / 2^15 of what the layer
-    # computes with 8-bit inputs and weights, 1 / 2^14 where LARGEST is 64. If no activation crosses a rounding boundary,
-    # that is all; with twice the step, twice as many do.
+    # computes with 8-bit inputs and weights, 1 / 2^14 where LARGEST is 64. That is all if no activation crosses a
+    # rounding boundary; with twice the step, twice as many do.
     assert (shift < 2e-4).sum() > len(images) / 8
     # Where some do, each changes by a step, 1 / 255 of its range.
     assert shift.max() < 0.03

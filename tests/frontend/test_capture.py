@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mpcompile.errors import CaptureError
 from mpcompile.frontend.capture import capture, noise
 from mpcompile.frontend.preprocessing import source_of
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.testing import TinyMLP, assert_same_function, tiny_source
 
 # One of each kind that has caught something: distilled heads, optional arguments, functional weights, cached

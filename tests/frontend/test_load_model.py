@@ -12,7 +12,7 @@ from torch import nn
 
 from mpcompile.errors import LoadError, MpcompileError, UsageError
 from mpcompile.frontend.load_model import Request, load
-from mpcompile.system.hashing import state_sha256
+from mpcompile.system.tensor_hashing import state_sha256
 
 
 @pytest.fixture(scope="module")

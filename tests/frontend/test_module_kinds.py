@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from mpcompile.errors import LoadError
 from mpcompile.frontend.capture import capture
 from mpcompile.frontend.module_kinds import plain_module
-from mpcompile.system.hashing import state_sha256
+from mpcompile.system.tensor_hashing import state_sha256
 from mpcompile.testing import TinyMLP, tiny_source
 
 

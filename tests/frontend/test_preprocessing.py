@@ -14,7 +14,7 @@ from torch import nn
 from mpcompile.errors import UsageError
 from mpcompile.frontend.load_model import Request, load
 from mpcompile.frontend.preprocessing import ASSUMABLE, assumption, source_of
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 ARCH = "mobilenetv3_small_050"
 

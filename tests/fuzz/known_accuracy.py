@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from mpcompile.data.images import Data
 from mpcompile.driver.inputs import headed
 from mpcompile.ir.model import Model
-from mpcompile.measure.accuracy import Comparison, compare
+from mpcompile.measure.accuracy import compare
+from mpcompile.measure.comparison import Comparison
 
 TOLERANCE = 0.02  # as a share of the images
 INSTEAD = "accuracy is not measured"  # in every note that says why accuracy is not measured

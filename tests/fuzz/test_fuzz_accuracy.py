@@ -26,8 +26,9 @@ from mpcompile.data.images import Data
 from mpcompile.driver.inputs import data_for
 from mpcompile.errors import MpcompileError
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Model, Source
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
+from mpcompile.measure.comparison import Comparison
 from mpcompile.recipe.schema import DataChoice
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used

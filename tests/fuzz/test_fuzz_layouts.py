@@ -19,7 +19,7 @@ from mpcompile.data.folder import FolderImages
 from mpcompile.data.images import Data
 from mpcompile.data.loading import load_data
 from mpcompile.errors import LoadError
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings are errors in the suite, and not where it is used
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.measure.changed_examples import SIDE, changed_examples, thumbnail
 
 LOGITS = arrays(np.float32, (12, 4), elements=st.floats(-8, 8, width=32))

@@ -14,7 +14,7 @@ from mpcompile.data.images import Split
 from mpcompile.data.loading import load_data
 from mpcompile.data.transform import evaluation_transform
 from mpcompile.ir.head import Head
-from mpcompile.ir.model import Source
+from mpcompile.ir.source import Source
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.preprocessing_check import better_preprocessing
 from mpcompile.measure.preprocessing_set_ups import pixel_set_ups

@@ -11,7 +11,8 @@ from mpcompile.errors import MaskError, PassError, UsageError, on_layer
 from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import NMMask
-from mpcompile.pipeline.pass_manager import Effect, PassManager
+from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.pipeline.pass_record import Effect
 from mpcompile.testing import tiny_vit
 
 FC1 = "blocks.0.mlp.fc1"

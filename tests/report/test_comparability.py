@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from small_reports import ENVIRONMENT, comparison, int8_report, latencies, of_model, small_report
 
-from mpcompile.measure.accuracy import Comparison
+from mpcompile.measure.comparison import Comparison
 from mpcompile.report.comparability import differences, remarks
 from mpcompile.report.compared_runs import compared
 from mpcompile.report.compared_tables import NOT_MEASURED, runs_table

@@ -7,7 +7,8 @@ import torch
 
 from mpcompile.driver.artifact import Artifact
 from mpcompile.ir.head import Head
-from mpcompile.measure.confidence_comparison import ConfidenceComparison, compare_confidence
+from mpcompile.measure.confidence_comparison import compare_confidence
+from mpcompile.measure.model_confidence import ConfidenceComparison
 from mpcompile.passes.certify import certificate
 from mpcompile.report import render
 from mpcompile.report.chart import Dot

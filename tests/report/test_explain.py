@@ -8,7 +8,7 @@ from small_reports import LAYERS, VERDICTS, dense_layer, int8_report, layer, sma
 from mpcompile.errors import UsageError
 from mpcompile.passes import MPBudget
 from mpcompile.passes.mp_budget import mp_budget
-from mpcompile.pipeline.pass_manager import Effect, PassRecord
+from mpcompile.pipeline.pass_record import Effect, PassRecord
 from mpcompile.recipe.schema import Recipe
 from mpcompile.report.explained_layer import KEPT_DENSE, explain, layers_named, one_line_each
 from mpcompile.report.explained_values import amount, ordinal, rank

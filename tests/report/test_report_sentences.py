@@ -6,7 +6,7 @@ import pytest
 
 from mpcompile.driver.artifact import Artifact
 from mpcompile.ir.results import Certificate
-from mpcompile.measure.accuracy import Accuracy
+from mpcompile.measure.comparison import Accuracy
 from mpcompile.report.sentences import command, command_terms, verdict_on
 
 

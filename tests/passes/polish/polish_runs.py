@@ -7,7 +7,8 @@ from torch import Tensor
 from mpcompile.data.images import Data, Split
 from mpcompile.ir.model import Model
 from mpcompile.passes import NMMask, Polish
-from mpcompile.pipeline.pass_manager import PassManager, PassRecord
+from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.pipeline.pass_record import PassRecord
 from mpcompile.testing import Noise
 
 MASKS = NMMask(criterion="magnitude", refit="none")

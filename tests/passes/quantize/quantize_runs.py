@@ -8,7 +8,8 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import flat
 from mpcompile.passes import NMMask, Quantize
-from mpcompile.pipeline.pass_manager import PassManager, PassRecord
+from mpcompile.pipeline.pass_manager import PassManager
+from mpcompile.pipeline.pass_record import PassRecord
 from mpcompile.testing import tiny_data
 
 MASKS = NMMask(NM(2, 4))

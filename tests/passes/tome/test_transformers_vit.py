@@ -11,7 +11,8 @@ from torch import Tensor
 from mpcompile.analysis.block_macs import merges
 from mpcompile.data.images import Data
 from mpcompile.frontend.capture import capture, noise
-from mpcompile.ir.model import Model, Source
+from mpcompile.ir.model import Model
+from mpcompile.ir.source import Source
 from mpcompile.passes import ToMe
 from mpcompile.pipeline.pass_manager import PassManager
 

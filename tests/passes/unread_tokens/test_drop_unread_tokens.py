@@ -22,7 +22,8 @@ from mpcompile.frontend.capture import capture
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import DropUnreadTokens, NMMask, Permute, Quantize, ScaleMigration, ToMe
-from mpcompile.pipeline.pass_manager import Pass, PassManager, PassRecord
+from mpcompile.pipeline.pass_manager import Pass, PassManager
+from mpcompile.pipeline.pass_record import PassRecord
 from mpcompile.testing import assert_same_function, tiny_cnn, tiny_data, tiny_source, tiny_vit
 
 # float32: the same operators on fewer rows, whose kernels may add in another order. One product's rounding is below

@@ -15,8 +15,8 @@ from torch import nn
 
 from mpcompile.export.mask_check import ProvenMask, file_weights
 from mpcompile.frontend.capture import capture
-from mpcompile.ir.model import Source
 from mpcompile.ir.pattern import NM
+from mpcompile.ir.source import Source
 from mpcompile.runtimes.native.conv_op import ACTIVATIONS, RESIDUAL, Convolution, Window, weight_of
 from mpcompile.runtimes.native.microbenchmark import native_node
 from mpcompile.runtimes.native.onnx_rewrite import MaskedGemm, find
