@@ -26,4 +26,5 @@ def in_int8(
     """A model with these layers in int8, masked if there is a pattern."""
     if pattern:
         model, _ = PassManager([NMMask(NM.parse(pattern))]).run(model, Data())
-    return lower(quantised_by_hand(model, layers), folder / "model.onnx", precision="int8", batch=batch)
+    quantised = quantised_by_hand(model, layers, largest=127)  # saturates in 16 bits
+    return lower(quantised, folder / "model.onnx", precision="int8", batch=batch)

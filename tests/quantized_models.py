@@ -54,8 +54,13 @@ def normalized() -> Model:
     return capture(Normalized().eval(), tiny_source())
 
 
-def quantised_by_hand(model: Model, layers: Collection[str], kind: ActivationType = "u8", bound: float = 4.0) -> Model:
-    """The model with a quantizer of the range −bound to bound before each of these layers, and 8-bit weights."""
+def quantised_by_hand(
+    model: Model, layers: Collection[str], kind: ActivationType = "u8", bound: float = 4.0, largest: int | None = None
+) -> Model:
+    """The model with a quantizer of the range −bound to bound before each of these layers, and 8-bit weights.
+
+    `largest` is the integer of the largest weight of each row; LARGEST by default.
+    """
     graph = copy.deepcopy(model.graph)
     done: dict[object, object] = {}
     for node in [n for n in graph.graph.nodes if n.op == "call_module" and n.target in layers]:
@@ -70,14 +75,19 @@ def quantised_by_hand(model: Model, layers: Collection[str], kind: ActivationTyp
         node.replace_input_with(source, done[source])
     graph.recompile()
     result = replace(model, graph=graph)
-    return result.with_plan({name: replace(model.plan_of(name), scale=_rounded(result, name, kind)) for name in layers})
+    return result.with_plan(
+        {
+            name: replace(model.plan_of(name), scale=_rounded(result, name, kind, largest or LARGEST[kind]))
+            for name in layers
+        }
+    )
 
 
 @torch.no_grad()
-def _rounded(model: Model, name: str, kind: ActivationType) -> torch.Tensor:
+def _rounded(model: Model, name: str, kind: ActivationType, largest: int) -> torch.Tensor:
     """Rounds a layer's weight to its grid in place and returns the scale of each row."""
     weight = model.layer(name).weight
-    scale = (weight.flatten(1).abs().amax(1) / LARGEST[kind]).clamp_min(1e-12)
+    scale = (weight.flatten(1).abs().amax(1) / largest).clamp_min(1e-12)
     step = scale.reshape(-1, *[1] * (weight.ndim - 1))
     ratio = weight / step
     weight.copy_((ratio.to(torch.float8_e4m3fn).to(ratio.dtype) if kind == "fp8" else ratio.round()) * step)
