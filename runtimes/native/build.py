@@ -28,8 +28,8 @@ LINK = {"Linux": ("-shared", "-Wl,-z,nodelete", "-Wl,--no-undefined", "-s"), "Da
 INTERFACE = ("RegisterCustomOps", "mpcompile_kernel", "mpcompile_int8_kernel")
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
-        "avx2": ("-mavx2", "-mfma"),
+        "avx512": ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mfma", "-mprfchw", "-mprefer-vector-width=512"),
+        "avx2": ("-mavx2", "-mfma", "-mprfchw"),
         "baseline": (),
     },
     # GCC 12 schedules loads so early that sums do not fit the registers; on x86-64 it does not schedule before it

@@ -10,6 +10,9 @@ namespace {
 // The sums of an item stay in the L2 cache, beside a block of weights.
 constexpr int64_t MOST_SUMS = 384 * 1024 / sizeof(float);
 constexpr int64_t ITEMS_PER_THREAD = 2;
+// Rows of one tile that are stored before those of the next tile: a row of the result then grows by one tile after the
+// other, while the processor follows only that many rows in memory.
+constexpr int64_t STORED_ROWS = 16;
 
 thread_local Scratch scratch;
 
@@ -50,9 +53,12 @@ bool ConvScheduler::run(int64_t index) const {
                 kernel_.multiply(w, tile, chunk, block, packed,
                                  scratch.floats + (at - first) * tile_sums + (chunk - begin) * w.chunk * tile.width());
         }
-    for (int64_t at = first; at < end; at++)
-        kernel_.conv->store(w, activations_, tiling_.tile(at), begin * w.chunk, rows,
-                            scratch.floats + (at - first) * tile_sums);
+    for (int64_t row = 0; row < rows; row += STORED_ROWS)
+        for (int64_t at = first; at < end; at++) {
+            const Tile tile = tiling_.tile(at);
+            kernel_.conv->store(w, activations_, tile, begin * w.chunk + row, std::min(STORED_ROWS, rows - row),
+                                scratch.floats + (at - first) * tile_sums + row * tile.width());
+        }
     return true;
 }
 

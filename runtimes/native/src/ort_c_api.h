@@ -1,7 +1,7 @@
 // The part of ONNX Runtime's C API that the operator uses.
 //
 // Its wheel has no header. The function table and OrtCustomOp only ever grow at their end, so the functions that are
-// used are declared here by their index. The newest of them came with version 17 of the API (ONNX Runtime 1.17).
+// used are declared here by their index. The newest of them came with version 18 of the API (ONNX Runtime 1.18).
 // mpcompile.runtimes.native tests all this in a separate process before a model relies on it.
 #pragma once
 #include <stddef.h>
@@ -21,7 +21,7 @@ struct OrtApiBase {
     const char* (*GetVersionString)();
 };
 
-// The fields up to version 16; ONNX Runtime ignores later ones if `version` is 16.
+// The fields up to version 18; ONNX Runtime ignores later ones if `version` is 18.
 struct OrtCustomOp {
     uint32_t version;
     void* (*CreateKernel)(const OrtCustomOp*, const void* const* api, const OrtKernelInfo*);
@@ -42,13 +42,20 @@ struct OrtCustomOp {
     int (*GetVariadicOutputHomogeneity)(const OrtCustomOp*);
     OrtStatus* (*CreateKernelV2)(const OrtCustomOp*, const void* const* api, const OrtKernelInfo*, void** kernel);
     OrtStatus* (*KernelComputeV2)(void* kernel, OrtKernelContext*);
+    OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, void*);
+    int (*GetStartVersion)(const OrtCustomOp*);
+    int (*GetEndVersion)(const OrtCustomOp*);
+    // Output (*outputs)[i] may have the memory of input (*inputs)[i], if nothing else reads that input. Returns the number
+    // of such pairs.
+    size_t (*GetMayInplace)(int** inputs, int** outputs);
+    void (*ReleaseMayInplace)(int* inputs, int* outputs);
     const void* later[16];
 };
 }
 
 namespace mpcompile::ort {
 
-constexpr uint32_t API_VERSION = 17, CUSTOM_OP_VERSION = 16;
+constexpr uint32_t API_VERSION = 17, CUSTOM_OP_VERSION = 18;
 enum ElementType { FLOAT = 1, UINT8 = 2, INT8 = 3, UINT16 = 4, INT32 = 6 };
 enum ErrorCode { FAIL = 1, INVALID_ARGUMENT = 2, INVALID_GRAPH = 10 };
 

@@ -178,7 +178,10 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 
 ConvOp named(const char* name, bool windowed, bool adds, float low, float high) {
     CustomOp op = weighted_op<Operator>(name, create, compute);
-    if (adds) op.inputs[op.input_count++] = ort::FLOAT;
+    if (adds) {
+        op.inputs[op.input_count++] = ort::FLOAT;
+        reuse_memory_of_input<WEIGHT_INPUTS>(op);
+    }
     return {op, windowed, adds, low, high};
 }
 

@@ -294,6 +294,35 @@ def test_what_follows_a_convolution_is_fused_only_if_the_operator_can(
         np.testing.assert_allclose(result, results[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("added", "after"),
+    [(RESIDUAL, []), (RESIDUAL, [NODE("Mul", ["d", "s"], ["y"])]), ("x", [])],
+    ids=["nothing else reads it", "read later", "the convolution's own input"],
+)
+def test_a_residual_whose_memory_may_be_reused_is_read_first(
+    library: Path, added: str, after: list[onnx.NodeProto]
+) -> None:
+    rng = np.random.default_rng(0)
+    shape, size = [2, 4, 19, 19], 3  # several tiles of tokens, which end within a row
+    weight = weight_of(masked(rng, 4, 4 * size * size, 2, 4), Window((size, size)))
+    nodes = [
+        NODE("Abs", [added], ["s"]),
+        NODE("Conv", ["s" if added == "x" else "x", "w"], ["c"], name="n", pads=[1, 1, 1, 1]),
+        NODE("Add", ["c", "s"], ["d" if after else "y"]),
+        *after,
+    ]
+    file = graph(nodes, weight, dict.fromkeys(("x", RESIDUAL, "s", "c", *["d"] * bool(after), "y"), shape))
+    [stored] = file_weights(file)
+    [product], _ = find(file, [ProvenMask("layer", "w", ("n",), "Conv", stored.axis, "2:4", 4, 0, weight.size)])
+    assert product.op == "NMConv2dAdd"
+    x, r = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    case = Case(product, x, r)
+    changed = with_native(file, [product])
+    [expected] = run(file, None, case)
+    for found in run(changed, library, case, threads=2, calls=3):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_products_that_differ_only_in_what_follows_have_operators_of_their_own() -> None:
     plain = Convolution(Window())
     assert plain.op == "NMConv"
