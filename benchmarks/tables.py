@@ -7,6 +7,7 @@ tests/test_readme.py fails if a page differs from what this script writes, so ev
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ TRAINED = {
     "fashion_vit": "ViT of 1.2 M parameters, Fashion-MNIST, 2,000 images",
     "efficientnet_lite0": "EfficientNet-Lite0, new head, Fashion-MNIST, 2,000 images",
 }
-GPU = ("any NVIDIA GPU", "any", "any", "–", "–", "–", "–", "not measured")
+INSTRUCTIONS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512vnni": "AVX-512 with VNNI"}
 Interval = tuple[float, float, float]  # a speed relative to the dense model: median, then 95 % interval
 
 
@@ -144,7 +145,7 @@ def readme_speeds() -> str:
         dense = f"{row['dense_ms']:.0f} ms"
         cells = (speed_cell(speeds[name]) for name in MEASURED)
         table.append((hardware(row), model, batch, dense, *cells, fastest(speeds)))
-    return markdown(SPEED_COLUMNS, [*table, *small_models(), GPU])
+    return markdown(SPEED_COLUMNS, [*table, *small_models()])
 
 
 def readme_int8_speeds() -> str:
@@ -157,8 +158,7 @@ def readme_int8_speeds() -> str:
         found = [over.get(name or row["best_int8"]) for name in INT8_COLUMNS.values()]
         cells = ("–" if speed is None else f"{speed[0]:.2f}×" for speed in found)
         dense = f"{row['ms']['ONNX Runtime, fp32']:.0f} ms"
-        vector = "AVX-512 with VNNI" if "avx512vnni" in row["device"] else "AVX2"
-        table.append((f"{hardware(row)}, {vector}", VITS[row["model"]], dense, *cells))
+        table.append((hardware(row), VITS[row["model"]], dense, *cells))
     return markdown(("hardware", "model", "dense fp32", *INT8_COLUMNS), table)
 
 
@@ -168,10 +168,12 @@ def row_key(row: dict[str, Any]) -> tuple[int, str, int, int]:
 
 
 def hardware(row: dict[str, Any]) -> str:
-    """Returns the processor and the number of threads of a row."""
+    """Returns the processor, the number of threads and, if the row names them, the instructions of its kernel."""
     threads = row.get("threads", 1)
     processor = row["device"].partition(",")[0].replace("(R)", "").removesuffix(" Processor")
-    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+    named = re.search(r"kernel (\w+)", row["device"])
+    instructions = [INSTRUCTIONS[named[1]]] if named else []
+    return ", ".join([processor, f"{threads} thread{'s' if threads > 1 else ''}", *instructions])
 
 
 def small_models() -> list[tuple[str, ...]]:
