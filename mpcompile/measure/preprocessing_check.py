@@ -28,6 +28,7 @@ from mpcompile.measure.preprocessing_set_ups import (
     unlike,
     unnormalized,
 )
+from mpcompile.system.progress import PARTS, tracked
 
 # Numbers of images; how many more of them than with the present set-up have to be right to go on to the next number,
 # and how many at all. A set-up that is right on 10 points more images goes on with a probability of about 97 %.
@@ -98,12 +99,13 @@ def _compared(
     transforms = {now: as_now} | {one: transform_of(one.source) for one in others}
     found = {one: np.zeros(0, bool) for one in transforms}
     running, done = list(others), 0
-    for end, gain, least in (*ROUNDS, (len(images), 0, 0)):
+    rounds = (*ROUNDS, (len(images), 0, 0))
+    for end, gain, least in tracked(rounds, lambda stage: f"the first {min(stage[0], len(images))} images", PARTS):
         while running and done < min(end, len(images)):
             indices = images.order[done : min(end, done + BATCH)]
             pictures = [read(index) for index in indices]
             labels = torch.tensor([label for _, label in pictures]).numpy()
-            for one in (now, *running):
+            for one in tracked((now, *running), lambda one: one.name, "preprocessings"):
                 if one is now and len(known) >= done + len(indices):
                     answers = known[done : done + len(indices)]
                 else:

@@ -18,6 +18,7 @@ from mpcompile.ir.source import Source
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.preprocessing_check import better_preprocessing
 from mpcompile.measure.preprocessing_set_ups import pixel_set_ups
+from mpcompile.system.progress import listening
 
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -94,6 +95,16 @@ def test_reversed_channels_are_noticed() -> None:
     assert text is not None
     assert "and on " in text
     assert "BGR" in text
+
+
+def test_its_progress_names_the_images_and_the_preprocessing() -> None:
+    """It takes minutes for a large model on a CPU."""
+    heard: list[str] = []
+    with listening(lambda step, done, total: heard.append(step)):
+        found(model(MEAN, STD), Colours(MEAN, STD))
+    assert heard[0] == "the first 16 images"
+    assert {"the first 64 images", pixel_set_ups(source(MEAN, STD))[0].name} <= set(heard)
+    assert any("BGR" in step for step in heard)
 
 
 def test_images_that_were_preprocessed_otherwise_are_left_alone() -> None:
