@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conv_graphs import CONV, NODE, SHAPE, graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_models import Array, built_library, masked, masked_file
-from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from mpcompile.export.mask_check import ProvenMask, file_weights
@@ -233,21 +233,6 @@ def test_a_residual_network_with_everything_fused(library: Path, tmp_path: Path,
         renamed.graph.input[0].name = "x"
         [found] = run(renamed, used, case, threads=2)
         np.testing.assert_allclose(found, dense, rtol=0, atol=2e-5 * np.abs(dense).max())
-
-
-def graph(nodes: list[onnx.NodeProto], weight: Array, shapes: dict[str, list[int]]) -> onnx.ModelProto:
-    """Returns a file with one 3×3 weight `w` of the node `n`; the last tensor of `shapes` is the output."""
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    limits = [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("zero", 0), ("six", 6), ("five", 5))]
-    made = helper.make_graph(
-        nodes, "g", values[:2], values[-1:], [numpy_helper.from_array(weight, "w"), *limits], value_info=values[2:-1]
-    )
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-
-
-NODE = helper.make_node
-CONV = NODE("Conv", ["x", "w"], ["c"], name="n", pads=[1, 1, 1, 1])
-SHAPE = [2, 4, 5, 5]
 
 
 @pytest.mark.parametrize(
