@@ -19,8 +19,7 @@ def kept_energy(
     """
     taps = dense[0, 0].numel()
     squares = dense.detach().double().square()
-    both = (
-        torch.stack([grouped(part, of).sum((0, 2)) for part in (squares * mask, squares)]).reshape(2, taps, -1).sum(1)
-    )
+    by_group = [grouped(part, of).sum((0, 2)).reshape(taps, -1).sum(0) for part in (squares * mask, squares)]
+    both = torch.stack(by_group)
     sums = torch.stack([part.sum(1) for part in both.tensor_split(min(BINS, both.shape[1]), dim=1)], dim=1)
     return tuple(torch.where(sums[1] > 0, sums[0] / sums[1].clamp_min(1e-300), 1.0).tolist())

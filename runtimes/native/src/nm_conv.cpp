@@ -116,8 +116,8 @@ NM_INLINE void prefetch_run(const float* from, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i, WRITE);
 }
 
-// Packs the same row of `count` channels, and prefetches that of the next tile. A function of its own: inlined, its loops would share registers with what
-// finds the row.
+// Packs the same row of `count` channels, and prefetches that of the next tile. A function of its own: inlined, its
+// loops would share registers with what finds the row.
 template <int STRIDE>
 __attribute__((noinline)) void pack_rows(const Row& row, const float* channel, int64_t plane, int64_t count,
                                          float* to) {
@@ -199,7 +199,7 @@ void store_rows(const Weights& w, const Activations& a, const Tile& tile, int64_
         for (int64_t n = 0; n < count; n++) {
             const int64_t place = (token / a.pixels * w.rows + row + n) * a.pixels + pixel;
             const float* from = sums + n * tile.width() + at;
-            // What follows belongs to the next tile, whose turn comes after STORED_ROWS rows.
+            // The floats after these are those of the next tile, which is stored soon (conv_scheduler.cpp).
             prefetch_run<true>(a.y + place + size, size);
             if (a.residual) {
                 prefetch_run<false>(a.residual + place + size, size);
