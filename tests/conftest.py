@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from kept_registry import keep_registry
+from kept_translations import keep_translations
 from kernel_trials import shorten_trials
 from quantized_runs import MASK, compiled
 from safetensors.torch import save_file
@@ -82,9 +83,10 @@ def _short_trials() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_registry() -> Iterator[None]:
+def _kept_exports() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         keep_registry(patched)
+        keep_translations(patched)
         yield
 
 

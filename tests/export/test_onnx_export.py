@@ -12,11 +12,13 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from kept_translations import TRANSLATE
 from onnx import helper, numpy_helper
 from torch import nn
 
 from mpcompile.data.images import Data
 from mpcompile.errors import BuildError, ParityError
+from mpcompile.export import translation
 from mpcompile.export.half_precision import to_half
 from mpcompile.export.mask_check import file_weights
 from mpcompile.export.onnx_export import Lowered, lower
@@ -161,6 +163,7 @@ def test_an_export_failure_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise RuntimeError("wrapper") from ValueError("no such operator\nand a page of advice")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(translation, "_translated", TRANSLATE)
     with pytest.raises(
         BuildError,
         match=r"cannot export tiny with a dynamic batch; try a fixed batch, --batch 1: ValueError: no such op",

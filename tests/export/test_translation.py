@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_translations import TRANSLATE
 from torch import nn
 
 import mpcompile.export.translation as translation_module
@@ -23,11 +24,10 @@ from mpcompile.testing import tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_v
 def translated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The architecture of each model that torch.onnx translates."""
     found: list[str] = []
-    translate = translation_module._translated
 
     def counted(model: Model, *rest: object) -> object:
         found.append(model.source.arch)
-        return translate(model, *rest)  # type: ignore[arg-type]
+        return TRANSLATE(model, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(translation_module, "_translated", counted)
     return found
