@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Range = tuple[float, float]
+Ends = Float[Tensor, "candidates 1"]  # lower or upper ends of ranges, or a value for each range; float64
 
 OUTSIDE = 5e-5  # the share of values beyond each end of the range of `percentile`
 CANDIDATES = 80  # ranges that `mse` and `entropy` try for each end
@@ -43,12 +44,12 @@ def least_error(values: Float[Tensor, " n"]) -> Range:
     """The range with the least mean squared error of the values, quantised with 256 levels."""
     centres, counts = _histogram(values)
 
-    def error(low: float, high: float) -> float:
+    def errors(low: Ends, high: Ends) -> Ends:
         scale = (high - low) / (LEVELS - 1)
         quantised = ((centres - low) / scale).round().clamp(0, LEVELS - 1) * scale + low
-        return float((counts * (quantised - centres).square()).sum())
+        return (counts * (quantised - centres).square()).sum(1, keepdim=True)
 
-    return _best(values, error)
+    return _best(values, errors)
 
 
 def least_divergence(values: Float[Tensor, " n"]) -> Range:
@@ -57,30 +58,33 @@ def least_divergence(values: Float[Tensor, " n"]) -> Range:
     # The zeros that a rectifier leaves are exact on every grid, and would outweigh everything that clipping costs.
     zero = int(centres.abs().argmin())
     counts[zero] = torch.cat([counts[max(zero - 1, 0) : zero], counts[zero + 1 : zero + 2]]).mean()
-    total = counts.sum()
+    index = torch.arange(BINS)
 
-    def divergence(low: float, high: float) -> float:
+    def divergences(low: Ends, high: Ends) -> Ends:
         inside = (centres >= low) & (centres <= high)
+        first = inside.long().argmax(1, keepdim=True)
+        last = first + inside.sum(1, keepdim=True) - 1
+        # Values outside the range count at its ends.
+        clipped = torch.where(inside, counts, 0)
+        clipped.scatter_add_(1, first, torch.where(index < first, counts, 0).sum(1, keepdim=True))
+        clipped.scatter_add_(1, last.clamp_min(0), torch.where(index > last, counts, 0).sum(1, keepdim=True))
+        level = ((centres - low) / (high - low) * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
+        occupied = (inside & (counts > 0)).double()
+        mass, bins = (
+            torch.zeros(len(low), LEVELS, dtype=torch.float64).scatter_add_(1, level, summed)
+            for summed in (counts * occupied, occupied)
+        )
+        quantised = (mass / bins.clamp_min(1)).gather(1, level) * occupied
+        p = clipped / counts.sum()
+        q = quantised / quantised.sum(1, keepdim=True).clamp_min(torch.finfo(counts.dtype).tiny)
+        missing = torch.where(q <= 0, p, 0)
+        terms = torch.where((p > 0) & (q > 0), p * (p / q).log(), missing)
         # The values clipped to the end of a range with few bins would hide the ones that it holds: if only the last bin
         # is inside, the two histograms agree.
-        if int(inside.sum()) < FEWEST_BINS:
-            return torch.inf
-        clipped = torch.where(inside, counts, 0)
-        # Values outside the range count at its ends.
-        first, last = int(inside.float().argmax()), len(inside) - 1 - int(inside.flip(0).float().argmax())
-        clipped[first] += counts[:first].sum()
-        clipped[last] += counts[last + 1 :].sum()
-        level = ((centres - low) / (high - low) * (LEVELS - 1)).round().clamp(0, LEVELS - 1).long()
-        occupied = inside & (counts > 0)
-        mass = torch.zeros(LEVELS, dtype=counts.dtype).index_add(0, level[occupied], counts[occupied])
-        bins = torch.zeros(LEVELS, dtype=counts.dtype).index_add(0, level[occupied], torch.ones_like(counts[occupied]))
-        quantised = torch.where(occupied, (mass / bins.clamp_min(1))[level], 0)
-        p, q = clipped / total, quantised / quantised.sum().clamp_min(torch.finfo(counts.dtype).tiny)
-        both = (p > 0) & (q > 0)
-        missing = float(p[(p > 0) & (q <= 0)].sum())
-        return float((p[both] * (p[both] / q[both]).log()).sum()) + missing
+        enough = inside.sum(1, keepdim=True) >= FEWEST_BINS
+        return torch.where(enough, terms.sum(1, keepdim=True), torch.inf)
 
-    return _best(values, divergence)
+    return _best(values, divergences)
 
 
 OBSERVERS: Mapping[str, Callable[[Tensor], Range]] = MappingProxyType(
@@ -96,13 +100,18 @@ def _histogram(values: Tensor) -> tuple[Tensor, Tensor]:
     return low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5), counts
 
 
-def _best(values: Tensor, loss: Callable[[float, float], float]) -> Range:
+def _best(values: Tensor, losses: Callable[[Ends, Ends], Ends]) -> Range:
     """The range of the least loss: first both ends are shrunk together towards 0, then each end alone."""
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     if high <= low:
         return low, high
-    shares = torch.linspace(SMALLEST_SHARE, 1, CANDIDATES).tolist()
-    both = min(shares, key=lambda share: loss(low * share, high * share))
-    upper = min(shares, key=lambda share: loss(low * both, high * share))
-    lower = min(shares, key=lambda share: loss(low * share, high * upper))
+    shares = torch.linspace(SMALLEST_SHARE, 1, CANDIDATES)[:, None].double()
+    whole = torch.ones_like(shares)
+
+    def least(lower: Ends, upper: Ends) -> float:
+        return float(shares[losses(low * lower, high * upper).argmin()])
+
+    both = least(shares, shares)
+    upper = least(both * whole, shares)
+    lower = least(shares, upper * whole)
     return low * lower, high * upper
