@@ -38,6 +38,7 @@ from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import shared_map
 
 MOST_IMAGES = 256
+COPIES = 4  # of the values before a normalization: its input, output, the operation before it and its scratch memory
 SMALLEST_VARIANCE = 1e-12  # a channel below it counts as constant: only its mean is corrected
 
 
@@ -101,8 +102,13 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
         """The moments of a batch (b, c, …)."""
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        return cls(x.numel() // x.shape[1], x.double().mean(axes), x.double().var(axes, unbiased=False))
+        var, mean = torch.var_mean(x.double(), [axis for axis in range(x.ndim) if axis != 1], correction=0)
+        return cls(x.numel() // x.shape[1], mean, var)
+
+    @property
+    def working_bytes(self) -> int:
+        """About how much memory a batch of these values takes at once: copies in float32, and one in float64."""
+        return self.count * len(self.mean) * (COPIES * 4 + 8)
 
 
 def joined(parts: Sequence[Moments]) -> Moments:
@@ -129,7 +135,8 @@ def match_statistics(dense: fx.GraphModule, graph: fx.GraphModule, images: Split
         return _inputs_of(dense, names, lambda: dense(*batches[batch]))
 
     before = shared_map(dense_moments, indices)
-    with activation_store((graph,), next(graph.parameters()).device) as store:
+    working = max((one.working_bytes for of_batch in before for one in of_batch.values()), default=0)
+    with activation_store((graph,), next(graph.parameters()).device, working) as store:
         run = GraphExecutor(graph, store, batches.__getitem__)
         with run.interpreter.forward_hooks():
             for node in graph.graph.nodes:

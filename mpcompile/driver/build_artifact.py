@@ -66,6 +66,7 @@ from mpcompile.system.device import device_name
 from mpcompile.system.hardware import environment
 
 PARITY_IMAGES = 32
+IMAGES_AT_ONCE = 8  # of them, in a run whose only purpose is its outputs
 QUANTIZE_DENSE = "quantize dense"  # the stage that makes the dense model in 8 bits
 
 
@@ -236,12 +237,24 @@ def _captured(dense: Model, compressed: Model, data: Data) -> Captured:
     split = data.held_out if len(data.held_out) else data.calibration
     inputs = arguments(split.first_inputs(PARITY_IMAGES) if len(split) else dense.example_inputs, dense.example.dtype)
     outputs = []
-    for name, before, after in zip(dense.output_names, dense.outputs(inputs), compressed.outputs(inputs), strict=True):
-        error = output_error(before, after) if before.ndim and len(before) == len(inputs[0]) else None
+    before, after = _outputs(dense, inputs), _outputs(compressed, inputs)
+    for name, one, other in zip(dense.output_names, before, after, strict=True):
+        error = output_error(one, other) if one.ndim and len(one) == len(inputs[0]) else None
         relative, cosine = (error.relative, error.cosine) if error else (None, None)
-        outputs.append(OutputRow(**_signature(name, before), relative_error=relative, cosine=cosine))
+        outputs.append(OutputRow(**_signature(name, one), relative_error=relative, cosine=cosine))
     rows = tuple(InputRow(**_signature(name, one)) for name, one in zip(dense.input_names, inputs, strict=True))
     return Captured(by=dense.captured_by, inputs=rows, outputs=tuple(outputs), images=len(inputs[0]))
+
+
+def _outputs(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """All outputs, computed for a few images at a time; of an output without an axis of images, the first value."""
+    parts = [model.outputs(part) for part in zip(*(one.split(IMAGES_AT_ONCE) for one in inputs), strict=True)]
+    counts = [len(part) for part in inputs[0].split(IMAGES_AT_ONCE)]
+    by_output = list(zip(*parts, strict=True))
+    of_images = [[one.shape[:1] for one in values] == [(count,) for count in counts] for values in by_output]
+    return tuple(
+        torch.cat(values) if joined else values[0] for values, joined in zip(by_output, of_images, strict=True)
+    )
 
 
 def _signature(name: str, tensor: torch.Tensor) -> dict[str, Any]:
