@@ -4,6 +4,8 @@ RMS, and the standard deviation that remains after regressing a channel on the l
 kept, in float64, so memory does not grow with the number of images.
 """
 
+from collections.abc import Callable, Collection
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,25 +38,33 @@ def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " chann
     return {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 
 
-def conditional_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " channels"]]:
-    """For each layer, the conditional standard deviation of each input channel given the others, in float64.
+def conditional_scales(
+    model: Model, images: Split, names: Collection[str] | None = None
+) -> dict[str, Float[Tensor, " channels"]]:
+    """For each layer of these names, or for all, each input channel's conditional standard deviation, in float64.
 
-    That is 1/√[(C + λI)⁻¹]_cc, with C the covariance of the channels over images and positions, and λ = DAMPING times
+    It is that given the other channels, 1/√[(C + λI)⁻¹]_cc, with C the covariance of the channels over images and positions, and λ = DAMPING times
     its mean diagonal. Its square times a squared weight is the cost of removing that weight if all others are refitted:
     the saliency of Optimal Brain Surgeon (Hassibi and Stork 1993). For a kernel with several taps, each tap is treated
     as if it were the only one. Channels are as for `input_scales`; in a grouped convolution, each is conditioned on the
-    channels of its group. A covariance takes no further batch once it has MIN_ROWS_PER_CHANNEL rows for each channel.
+    channels of its group. A covariance takes no further batch once it has MIN_ROWS_PER_CHANNEL rows for each channel,
+    and no further images are run once all have.
     """
     shifts: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     grams: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    wanted = {
+        name: MIN_ROWS_PER_CHANNEL * layer.weight.shape[1]
+        for name, layer in model.layers()
+        if names is None or name in names
+    }
 
     def add(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
+        if name not in wanted or counts.get(name, 0) >= wanted[name]:
+            return
         groups = getattr(layer, "groups", 1)
         by_group = (rows := _rows(layer, x)).reshape(len(rows), groups, -1).movedim(1, 0)
-        if counts.get(name, 0) >= MIN_ROWS_PER_CHANNEL * by_group.shape[-1]:
-            return
         # The first batch's mean is subtracted, so that a large mean does not cost float32 digits.
         shift = shifts.setdefault(name, by_group.mean(1, keepdim=True))
         moved = by_group - shift
@@ -63,7 +73,7 @@ def conditional_scales(model: Model, images: Split) -> dict[str, Float[Tensor, "
         grams[name] = grams[name] + gram if name in grams else gram
         counts[name] = counts.get(name, 0) + len(rows)
 
-    _run_with_hook(model, images, add)
+    _run_with_hook(model, images, add, lambda: all(counts.get(name, 0) >= rows for name, rows in wanted.items()))
     scales = {}
     for name, count in counts.items():
         mean = sums[name] / count
@@ -82,12 +92,14 @@ def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows channe
     return channels_last.reshape(-1, channels_last.shape[-1])
 
 
-def _run_with_hook(model: Model, images: Split, hook: LayerHook) -> None:
-    """Runs the model on the images in batches, and calls `hook` for each application of each layer."""
+def _run_with_hook(model: Model, images: Split, hook: LayerHook, enough: Callable[[], bool] = lambda: False) -> None:
+    """Runs the model on the images in batches until `enough`, and calls `hook` for each application of each layer."""
     interpreter = LayerInterpreter(model.graph, hook)
     with torch.no_grad():
         for inputs, _ in images.announced(BATCH):
             interpreter.run(*arguments(inputs, model.example.dtype))
+            if enough():
+                return
 
 
 def per_weight(layer: nn.Linear | nn.Conv2d, scales: Float[Tensor, " channels"]) -> Float[Tensor, "out in_ *taps"]:

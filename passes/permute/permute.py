@@ -12,7 +12,7 @@ score decides. Whole heads keep their positions, since groups of M lie within a 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -171,7 +171,7 @@ class Permute:
             raise PassError("some layers are masked already; channels must be reordered before masking")
         eligible = eligible_patterns(model, self.pattern, self.include, self.exclude)
         patterns = {name: choice for name, choice in eligible.items() if isinstance(choice, NM)}
-        scales = self._scales(model, data)
+        scales = self._scales(model, data, patterns)
         coupling, failure = self._coupling(model)
         sets = [(group, channels) for group in coupling.groups for channels in group.sets]
         orders: dict[Axis, np.ndarray] = {}
@@ -189,14 +189,14 @@ class Permute:
                 self._move(model, problem, result, orders, touched_patterns, scales)
         return model.with_plan(self._plans(model, patterns, coupling, orders, failure))
 
-    def _scales(self, model: Model, data: Data) -> dict[str, Tensor]:
-        """For each layer, the factor of each input channel in the scores; empty for the score magnitude."""
+    def _scales(self, model: Model, data: Data, names: Collection[str]) -> dict[str, Tensor]:
+        """For each of these layers, the factor of each input channel in the scores; empty for the score magnitude."""
         images = data.calibration
         self.require_inputs(model, data)
         score = self.score or ("refit" if len(images) else "magnitude")
         if score == "magnitude":
             return {}
-        return input_scales(model, images) if score == "activation" else conditional_scales(model, images)
+        return input_scales(model, images) if score == "activation" else conditional_scales(model, images, names)
 
     def _coupling(self, model: Model) -> tuple[Coupling, str | None]:
         """The coupling and None. If tracing fails, an empty coupling and the reason, so that nothing is reordered."""

@@ -74,6 +74,21 @@ def test_conditional_scales_are_the_residual_of_a_regression(make: Callable[[], 
             assert found[group * per + channel] == pytest.approx(np.sqrt(residual / len(own)), rel=1e-4)  # float32
 
 
+def test_no_image_is_run_that_adds_nothing() -> None:
+    model, every = tiny_cnn(), images(40)
+    rows = 0
+
+    def watched(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal rows
+        rows += len(args[0])
+
+    model.layer("grouped").register_forward_pre_hook(watched)
+    some = conditional_scales(model, every, ["grouped"])
+    assert rows == 32  # the first batch has more positions than its 8 channels a group need
+    assert torch.equal(some["grouped"], conditional_scales(model, every)["grouped"])
+    assert rows == 32 + 40  # the last layer has one row an image, and never enough
+
+
 def test_constant_channels_and_constant_inputs_have_finite_scales() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:
