@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Data, Split
 from mpcompile.errors import UsageError
-from mpcompile.ir.batch import arguments
+from mpcompile.ir.batch import arguments, primary
 from mpcompile.ir.head import Head, head_for
 from mpcompile.ir.model import Model
 from mpcompile.ir.results import Certificate, LayerCertificate
@@ -103,8 +103,8 @@ class Certify:
                 return replace(
                     model, notes=("no certificate: it needs one decision for each image, not for positions",)
                 )
-            before, after = outputs_of(model.dense, data.held_out), outputs_of(model.graph, data.held_out)
-            errors = output_errors(model, data.held_out)
+            before = outputs_of(model.dense, data.held_out)
+            after, errors = outputs_and_errors(model, data.held_out)
         some = replace(data.held_out, order=data.held_out.order[: self.attribute])
         shares = attribution(model, some) if self.attribute else {}
         layers = tuple(self._layer(model, name, error, shares.get(name, 0.0)) for name, error in errors.items())
@@ -165,8 +165,8 @@ def _taps(layer: nn.Linear | nn.Conv2d) -> int:
     return 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
 
 
-def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
-    """‖Rψ(s)‖∞ for each changed layer, by qualified name, and each image, (images,).
+def outputs_and_errors(model: Model, images: Split) -> tuple[Tensor, dict[str, Tensor]]:
+    """The model's outputs (images, outputs), and ‖Rψ(s)‖∞ for each changed layer, by name, and each image, (images,).
 
     ψ(s) are the layer's inputs in the compressed model. If several nodes apply the layer, the largest value counts.
     """
@@ -189,10 +189,11 @@ def output_errors(model: Model, images: Split) -> dict[str, Tensor]:
 
     interpreter = LayerInterpreter(model.graph, measure)
 
-    def errors_of(order: tuple[int, ...]) -> dict[str, Tensor]:
+    def of_order(order: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         of_batch.clear()
-        interpreter.run(*arguments(images.inputs_of(order), model.example.dtype))
-        return dict(of_batch)
+        outputs = interpreter.run(*arguments(images.inputs_of(order), model.example.dtype))
+        return primary(outputs), dict(of_batch)
 
-    parts = shared_map(errors_of, batch_orders(images), FIRST_IMAGE, "images", len)
-    return {name: torch.cat([part[name] for part in parts]) for name in differences if name in parts[0]}
+    outputs, parts = zip(*shared_map(of_order, batch_orders(images), FIRST_IMAGE, "images", len), strict=True)
+    errors = {name: torch.cat([part[name] for part in parts]) for name in differences if name in parts[0]}
+    return torch.cat(outputs), errors

@@ -17,7 +17,7 @@ from mpcompile.ir.head import Head
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes import Certify, NMMask
-from mpcompile.passes.certify import certificate, lower_bound, output_errors, unchanged
+from mpcompile.passes.certify import certificate, lower_bound, outputs_and_errors, unchanged
 from mpcompile.passes.dense_comparison import attribution, dense_layer, outputs_of
 from mpcompile.pipeline.pass_manager import PassManager
 from mpcompile.testing import TinyMLP, tiny_cnn, tiny_data, tiny_mlp, tiny_source, tiny_vit
@@ -54,7 +54,8 @@ def test_output_errors_are_those_of_the_dense_layer_on_the_pruned_inputs(make: o
     result, data = masked(make())  # type: ignore[operator]
     assert result.dense is not None
     with torch.no_grad():
-        errors = output_errors(result, data.held_out)
+        outputs, errors = outputs_and_errors(result, data.held_out)
+        assert torch.equal(outputs, outputs_of(result.graph, data.held_out))
         # Masked layers, and the dense layers that were refitted.
         assert set(errors) == {name for name, plan in result.plan.items() if plan.relative_error is not None}
         assert set(result.masks()) <= set(errors)
