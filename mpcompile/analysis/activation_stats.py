@@ -43,8 +43,8 @@ def conditional_scales(
 ) -> dict[str, Float[Tensor, " channels"]]:
     """For each layer of these names, or for all, each input channel's conditional standard deviation, in float64.
 
-    It is the one given the layer's other channels: 1/√[(C + λI)⁻¹]_cc, with C the covariance of the channels over images
-    and positions, and λ = DAMPING times its mean diagonal. Its square times a squared weight is the cost of removing
+    It is the one given the layer's other channels: 1/√[(C + λI)⁻¹]_cc, with C the channels' covariance over images and
+    positions, and λ = DAMPING times its mean diagonal. Its square times a squared weight is the cost of removing
     that weight if all others are refitted: the saliency of Optimal Brain Surgeon (Hassibi and Stork 1993). For a kernel
     with several taps, each tap is treated as if it were the only one. Channels are as for `input_scales`; in a grouped
     convolution, each is conditioned on the channels of its group. A covariance takes no further batch once it has
