@@ -18,6 +18,7 @@ same to a few hundredths, and the best λ tends to be smaller, which is why none
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,11 +27,14 @@ from torch import Tensor
 
 from mpcompile.ir.weight_groups import flat
 from mpcompile.passes.reconstruct.layerwise import LayerStep
-from mpcompile.passes.reconstruct.least_squares import damped, solved
+from mpcompile.passes.reconstruct.least_squares import damped, ridge
 from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
 from mpcompile.system.distributed import shared_map
+from mpcompile.system.factorization import cholesky_solved, factorize
 
 DAMPINGS = (0.02, 0.08, 0.3)  # λ relative to the mean second moment; the first holds without cross-validation
+LEAST_IN_SINGLE = 1e-3  # λ, relative, below which the factors of the cross-validation are float64
+MOST_OUTPUTS = 256  # of a layer, spread evenly, by which its strength is chosen
 ROUNDS = 100  # of coordinate descent over two shares
 
 
@@ -69,7 +73,7 @@ def refit_problem(step: LayerStep, damping: float | None) -> RefitProblem:
     """The problem of a step with moments. `damping` is λ, or None to choose it too."""
     assert step.moments is not None
     weight, centred = flat(step.layer.weight), step.weight.centred
-    strength = chosen_strength(step.parts, weight, centred, DAMPINGS if damping is None else (damping,))
+    strength = chosen_strength(step.moments, step.parts, weight, centred, DAMPINGS if damping is None else (damping,))
     problem = _of_targets(step.moments, 1.0, strength.residual).problem(centred)
     dense = _of_targets(step.moments, 1.0, 0.0).problem(centred) if strength.residual else problem
     pulled = replace(problem, cross=problem.cross - (1 - strength.dense) * _correction(dense, weight))
@@ -77,38 +81,30 @@ def refit_problem(step: LayerStep, damping: float | None) -> RefitProblem:
 
 
 def chosen_strength(
-    parts: Sequence[SecondMoments], weight: Float[Tensor, "out columns"], centred: bool, dampings: Sequence[float]
+    moments: SecondMoments,
+    parts: Sequence[SecondMoments],
+    weight: Float[Tensor, "out columns"],
+    centred: bool,
+    dampings: Sequence[float],
 ) -> Strength:
     """The strength of least error on the part left out, out of these λ.
 
-    The moments of the parts have one target, y, or two, y and Δ. With fewer than two parts that hold images there is
-    nothing to choose by: the first λ, all of y, nothing of Δ.
+    `moments` are the sum of the parts. They have one target, y, or two, y and Δ. With fewer than two parts that hold
+    images there is nothing to choose by: the first λ, all of y, nothing of Δ.
     """
     parts = [part for part in parts if part.count]
     if len(parts) < 2:
         return Strength(dampings[0])
-    targets = len(parts[0].sum_y)
+    if len(moments.sum_x) == 1 and len(weight) > MOST_OUTPUTS:
+        some = torch.arange(MOST_OUTPUTS) * len(weight) // MOST_OUTPUTS
+        weight, moments, parts = weight[some], moments.of_outputs(some), [part.of_outputs(some) for part in parts]
 
     def left_out(index: int) -> tuple[Tensor, Tensor]:
-        """For each damping, the terms that this part adds to the quadratic in the shares."""
-        others = sum(parts[:index] + parts[index + 1 :], SecondMoments())
-        dense = _of_targets(others, 1.0, 0.0).problem(centred)
-        crosses = [_correction(dense, weight)]
-        if targets == 2:
-            crosses.append(_of_targets(others, 0.0, 1.0).problem(centred).cross)
-        check = _of_targets(parts[index], 1.0, 1.0).problem(centred)
-        wanted = _correction(check, weight)
-        gain = torch.zeros(len(dampings), targets, dtype=torch.float64)
-        size = torch.zeros(len(dampings), targets, targets, dtype=torch.float64)
-        for row, damping in enumerate(dampings):
-            factor = torch.linalg.cholesky(damped(dense, weight, damping).gram)
-            steps = [solved(factor, cross) for cross in crosses]
-            for i, step in enumerate(steps):
-                gain[row, i] = (wanted * step).sum()
-                in_gram = (check.by_group(step) @ check.gram).reshape(step.shape)
-                for j, other in enumerate(steps):
-                    size[row, i, j] = (in_gram * other).sum()
-        return gain, size
+        others, part = moments.without(parts[index]), parts[index]
+        if min(dampings) >= LEAST_IN_SINGLE:
+            with suppress(torch.linalg.LinAlgError):
+                return _terms(others, part, weight, centred, dampings, torch.float32)
+        return _terms(others, part, weight, centred, dampings, torch.float64)
 
     terms = shared_map(left_out, range(len(parts)))
     gain, size = (sum(side[1:], side[0]) for side in zip(*terms, strict=True))
@@ -116,6 +112,44 @@ def chosen_strength(
     errors = [float(share @ size[row] @ share - 2 * gain[row] @ share) for row, share in enumerate(shares)]
     best = min(range(len(dampings)), key=errors.__getitem__)
     return Strength(dampings[best], *shares[best].tolist())
+
+
+def _terms(
+    others: SecondMoments,
+    part: SecondMoments,
+    weight: Float[Tensor, "out columns"],
+    centred: bool,
+    dampings: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "dampings targets"], Float[Tensor, "dampings targets targets"]]:
+    """The linear and quadratic terms in the shares that a part adds for each λ, fitted on the other parts.
+
+    The inputs are scaled to variances of about 1. Two digits of a share are enough, so factors and products may be
+    float32. Raises torch.linalg.LinAlgError if the second moments are singular in `dtype`.
+    """
+    fit = _of_targets(others, 1.0, 0.0).problem(centred)
+    crosses = [_correction(fit, weight)]
+    if len(others.sum_y) == 2:
+        crosses.append(_of_targets(others, 0.0, 1.0).cross(centred))
+    check = _of_targets(part, 1.0, 1.0).problem(centred)
+    scale = (fit.gram.diagonal(dim1=-2, dim2=-1) + ridge(fit, min(dampings))[:, None]).rsqrt()  # groups, columns
+    system, checked = ((gram * scale[:, :, None]).mul_(scale[:, None]).to(dtype) for gram in (fit.gram, check.gram))
+    rights = [(fit.by_group(cross) * scale[:, None]).to(dtype) for cross in crosses]
+    wanted = (check.by_group(_correction(check, weight)) * scale[:, None]).to(dtype)
+    gain = torch.zeros(len(dampings), len(crosses), dtype=torch.float64)
+    size = torch.zeros(len(dampings), len(crosses), len(crosses), dtype=torch.float64)
+    for row, damping in enumerate(dampings):
+        factor = system.clone()
+        factor.diagonal(dim1=-2, dim2=-1).add_(ridge(fit, damping)[:, None] * scale.square())
+        if not factorize(factor):
+            raise torch.linalg.LinAlgError(f"the second moments are singular with a damping of {damping}")
+        steps = [cholesky_solved(factor, right.mT).mT for right in rights]
+        for i, step in enumerate(steps):
+            gain[row, i] = (wanted * step).sum(dtype=torch.float64)
+            in_gram = step @ checked
+            for j, other in enumerate(steps):
+                size[row, i, j] = (in_gram * other).sum(dtype=torch.float64)
+    return gain, size
 
 
 def _of_targets(moments: SecondMoments, dense: float, residual: float) -> SecondMoments:

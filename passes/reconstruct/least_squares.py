@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mpcompile.passes.reconstruct.second_moments import LeastSquares
 from mpcompile.system.distributed import all_gathered, largest_of_all, share, together
+from mpcompile.system.factorization import cholesky, cholesky_solved, factorize
 
 CHUNK_BYTES = 512 << 20  # of submatrices of C that are solved at once
 REFINEMENTS = 8  # at most, before the system is solved in float64
@@ -48,35 +49,33 @@ def of_layer(problem: LeastSquares, weight: Float[Tensor, "out columns"], bias: 
 
 def damped(problem: LeastSquares, weight: Float[Tensor, "out columns"], damping: float) -> LeastSquares:
     """Adds ridge regularization towards `weight`: λ = damping · mean(diag C), or λ = 1 if C is zero."""
-    scale = problem.gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # groups
-    strength = torch.where(scale > 0, damping * scale, 1.0)
+    strength = ridge(problem, damping)
     per_row = strength.repeat_interleave(len(weight) // len(strength))[:, None]
-    eye = torch.eye(problem.gram.shape[-1], dtype=torch.float64)
-    double = weight.double()
+    double, gram = weight.double(), problem.gram.clone()
+    gram.diagonal(dim1=-2, dim2=-1).add_(strength[:, None])
     return replace(
         problem,
-        gram=problem.gram + strength[:, None, None] * eye,
+        gram=gram,
         cross=problem.cross + per_row * double,
         power=problem.power + (per_row * double.square()).sum(-1),
     )
 
 
+def ridge(problem: LeastSquares, damping: float) -> Float[Tensor, " groups"]:
+    """λ = damping · mean(diag C) of each group, or 1 if C is zero."""
+    scale = problem.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return torch.where(scale > 0, damping * scale, 1.0)
+
+
 def unconstrained(problem: LeastSquares) -> Float[Tensor, "out columns"]:
     """The optimal weights V with a full support. Raises torch.linalg.LinAlgError if C is singular."""
-    return solved(torch.linalg.cholesky(problem.gram), problem.cross)
+    return solved(cholesky(problem.gram), problem.cross)
 
 
 def solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor, "out columns"]) -> Tensor:
     """G C⁻¹, from the Cholesky factor of C."""
     by_group = cross.reshape(len(factor), -1, factor.shape[-1])
     return cholesky_solved(factor, by_group.mT).mT.reshape(cross.shape)
-
-
-def cholesky_solved(factor: Float[Tensor, "n k k"], right: Float[Tensor, "n k rows"]) -> Float[Tensor, "n k rows"]:
-    """The solutions of L Lᵀ x = b, with the bits of torch.cholesky_solve, which copies L at each call."""
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
-    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return solution
 
 
 def refit(problem: LeastSquares, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
@@ -147,6 +146,7 @@ class _System:
     def __init__(self, matrix: Float[Tensor, "k k"], scale: Float[Tensor, " k"]) -> None:
         self._matrix, self._single, self._scale = matrix, matrix.float(), scale
         self._aligned = _aligned(matrix)
+        self._memory: dict[torch.dtype, Tensor] = {}  # for the submatrices of one chunk after another
 
     def solve(
         self, right: Float[Tensor, "n rows k"], columns: Int[Tensor, "n kept"], support: Bool[Tensor, "n k"]
@@ -160,8 +160,8 @@ class _System:
             """The entries of the submatrix at their columns, in float64."""
             return torch.zeros_like(right).scatter_(2, index, solved.mT.double()) * on
 
-        factors, failed = torch.linalg.cholesky_ex(self._submatrices(self._single, columns, support))
-        if not largest_of_all(float(failed.any())):
+        factors = self._submatrices(self._single, columns, support)
+        if not largest_of_all(float(not factorize(factors))):
             x, residual = torch.zeros_like(right), right
             for _ in range(REFINEMENTS):
                 correction = scattered(cholesky_solved(factors, residual.gather(2, index).float().mT))
@@ -171,16 +171,27 @@ class _System:
                     return x * self._scale
                 products = (_aligned(x.flatten(0, 1)) @ self._aligned)[: x.shape[0] * x.shape[1], : x.shape[2]]
                 residual = (right - products.reshape(x.shape)) * on
-        exact = torch.linalg.cholesky(self._submatrices(self._matrix, columns, support))
+        exact = self._submatrices(self._matrix, columns, support)
+        if not factorize(exact):
+            raise torch.linalg.LinAlgError("the second moments are singular on a support")
         return scattered(cholesky_solved(exact, right.gather(2, index).mT)) * self._scale
 
     def _submatrices(self, matrix: Tensor, columns: Tensor, support: Tensor) -> Float[Tensor, "n kept kept"]:
         """The matrix on each support. Padding columns have 1 on the diagonal and 0 elsewhere."""
-        size = columns.shape[1]
-        blocks = matrix.new_empty(len(columns), size, size)
+        blocks = self._blocks(matrix.dtype, *columns.shape)
+        rows = matrix.new_empty(columns.shape[1], len(matrix))
         for block, chosen in zip(blocks, columns, strict=True):  # faster than one indexing of all
-            torch.index_select(matrix.index_select(0, chosen), 1, chosen, out=block)
+            torch.index_select(matrix, 0, chosen, out=rows)
+            torch.index_select(rows, 1, chosen, out=block)
         kept = support.gather(1, columns).to(matrix.dtype)
-        if bool(kept.all()):
-            return blocks
-        return blocks * kept[:, :, None] * kept[:, None] + torch.diag_embed(1 - kept)
+        if not bool(kept.all()):
+            blocks.mul_(kept[:, :, None]).mul_(kept[:, None])
+            blocks.diagonal(dim1=1, dim2=2).add_(1 - kept)
+        return blocks
+
+    def _blocks(self, dtype: torch.dtype, count: int, size: int) -> Float[Tensor, "n kept kept"]:
+        """Uninitialized memory for so many submatrices, the same at each call if it suffices."""
+        known = self._memory.get(dtype)
+        if known is None or known.shape[1] != size or len(known) < count:
+            known = self._memory[dtype] = self._matrix.new_empty(count, size, size, dtype=dtype)
+        return known[:count]

@@ -9,7 +9,7 @@ whose size does not grow with the number of images. Products of one chunk are fl
 the mean of the first chunk, so that a large mean costs no digits. Sums over chunks are float64.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -128,13 +128,22 @@ class SecondMoments:
             self.sum_y + other.sum_y + n * dy, self.sum_xx + xx, self.sum_yx + yx, self.sum_yy + yy,
         )  # fmt: skip
 
+    def without(self, part: "SecondMoments") -> "SecondMoments":
+        """The sums over the rows that are not those of a part."""
+        n, dx, dy = part.count, (part.shift_x - self.shift_x).double(), (part.shift_y - self.shift_y).double()
+        xx, yx, yy = part._products_moved_by(dx, dy)
+        return SecondMoments(
+            self.count - n, self.shift_x, self.shift_y, self.sum_x - part.sum_x - n * dx,
+            self.sum_y - part.sum_y - n * dy, self.sum_xx - xx, self.sum_yx - yx, self.sum_yy - yy,
+        )  # fmt: skip
+
     def _products_moved_by(
         self, dx: Float[Tensor, "groups columns"], dy: Float[Tensor, "targets out"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The sums of (x + dx)(x + dx)ᵀ, (y + dy)(x + dx)ᵀ and (y + dy)(y + dy)ᵀ."""
         n, per, x, y = self.count, self.sum_y.shape[1] // len(self.sum_x), self.sum_x, self.sum_y
         of_rows, x_of_rows = (v.repeat_interleave(per, 0) for v in (dx, x))
-        xx = self.sum_xx + x[:, :, None] * dx[:, None] + dx[:, :, None] * x[:, None] + n * dx[:, :, None] * dx[:, None]
+        xx = torch.baddbmm(self.sum_xx, torch.stack([x, dx], 2), torch.stack([dx, x + n * dx], 1))
         yx = self.sum_yx + y[..., None] * of_rows + dy[..., None] * x_of_rows + n * dy[..., None] * of_rows
         yy = self.sum_yy + y[:, None] * dy + dy[:, None] * y + n * dy[:, None] * dy
         return xx, yx, yy
@@ -148,21 +157,41 @@ class SecondMoments:
             (w[:, None] * w * self.sum_yy).sum((0, 1), keepdim=True),
         )  # fmt: skip
 
+    def of_outputs(self, chosen: Int[Tensor, " k"]) -> "SecondMoments":
+        """The same rows with these outputs alone, of a layer without groups."""
+        return replace(
+            self,
+            shift_y=self.shift_y[:, chosen],
+            sum_y=self.sum_y[:, chosen],
+            sum_yx=self.sum_yx[:, chosen],
+            sum_yy=self.sum_yy[:, :, chosen],
+        )
+
     def problem(self, centred: bool) -> "LeastSquares":
         """The least-squares problem of a single target. Moments are about the means if `centred`, else about 0."""
-        n, groups = self.count, len(self.sum_x)
-        [sum_y], [shift_y], [sum_yx], [[sum_yy]] = self.sum_y, self.shift_y, self.sum_yx, self.sum_yy
-        dx, dy = self.sum_x / n, sum_y / n
+        dx, dy = self._means()
+        [shift_y], [[sum_yy]] = self.shift_y, self.sum_yy
         mean_x, mean_y = dx + self.shift_x, dy + shift_y
-        per_row = len(mean_y) // groups
-        gram = self.sum_xx / n - dx[:, :, None] * dx[:, None]
-        cross = sum_yx / n - dy[:, None] * dx.repeat_interleave(per_row, 0)
-        power = sum_yy / n - dy.square()
+        gram = torch.baddbmm(self.sum_xx, dx[:, :, None], dx[:, None], beta=1 / self.count, alpha=-1)
+        power = sum_yy / self.count - dy.square()
         if not centred:
-            gram = gram + mean_x[:, :, None] * mean_x[:, None]
-            cross = cross + mean_y[:, None] * mean_x.repeat_interleave(per_row, 0)
+            gram.baddbmm_(mean_x[:, :, None], mean_x[:, None])
             power = power + mean_y.square()
-        return LeastSquares(gram, cross, power, mean_x, mean_y, n)
+        return LeastSquares(gram, self.cross(centred), power, mean_x, mean_y, self.count)
+
+    def cross(self, centred: bool) -> Float[Tensor, "out columns"]:
+        """G of the problem of a single target."""
+        (dx, dy), [shift_y], [sum_yx] = self._means(), self.shift_y, self.sum_yx
+        per_row = len(shift_y) // len(dx)
+        cross = sum_yx / self.count - dy[:, None] * dx.repeat_interleave(per_row, 0)
+        if centred:
+            return cross
+        return cross + (dy + shift_y)[:, None] * (dx + self.shift_x).repeat_interleave(per_row, 0)
+
+    def _means(self) -> tuple[Float[Tensor, "groups columns"], Float[Tensor, " out"]]:
+        """The means of inputs and of a single target, relative to the shifts."""
+        [sum_y] = self.sum_y
+        return self.sum_x / self.count, sum_y / self.count
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.criterion import MaskProblem
 from mpcompile.passes.nm_mask.selection import projection
 from mpcompile.system.distributed import all_gathered, largest_of_all, share
+from mpcompile.system.factorization import eigenvectors
 
 RHO = 0.01
 RHO_GROWTH = 1.2  # slower growth finds supports with a 2 % lower error after the refit, in twice the time
@@ -45,7 +46,7 @@ def joint_support(
 ) -> Bool[Tensor, "out columns"]:
     """The support that ADMM selects for V = `best` and C = `gram`, which must be positive definite."""
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # groups, columns
-    values, vectors = torch.linalg.eigh((gram / (scale[:, :, None] * scale[:, None])).float())
+    values, vectors = eigenvectors((gram / (scale[:, :, None] * scale[:, None])).float())
     rows = _own_rows(len(best), len(gram), pattern)
     v = (best.reshape(len(gram), -1, best.shape[1])[:, rows] * scale[:, None]).float()
     target = ((v @ vectors) * values[:, None]) @ vectors.mT  # V C

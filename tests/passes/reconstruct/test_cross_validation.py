@@ -21,8 +21,12 @@ def parts_of(layer: nn.Linear, x: Tensor, *targets: Tensor, parts: int = 2) -> t
     return found
 
 
+def chosen(parts: tuple[SecondMoments, ...], weight: Tensor, centred: bool, dampings: tuple[float, ...]) -> Strength:
+    return chosen_strength(sum(parts, SecondMoments()), parts, weight, centred, dampings)
+
+
 def strength_of(layer: nn.Linear, x: Tensor, *targets: Tensor, dampings: tuple[float, ...] = (1e-6,)) -> Strength:
-    return chosen_strength(parts_of(layer, x, *targets), layer.weight.detach(), True, dampings)
+    return chosen(parts_of(layer, x, *targets), layer.weight.detach(), True, dampings)
 
 
 @torch.no_grad()
@@ -75,7 +79,7 @@ def test_the_shares_minimize_the_error_on_the_parts_left_out(
     y = x @ weight.T + wrong * noise[0]
     more = scale * (noise[1] + x[:, :OUTPUTS])
     moments = parts_of(layer, x, y, more, parts=parts)
-    strength = chosen_strength(moments, weight, centred, (damping,))
+    strength = chosen(moments, weight, centred, (damping,))
 
     def error(dense: float, residual: float) -> float:
         """Σ E‖y + Δ − (W + η_y D_y + η_Δ D_Δ)x‖² over the parts left out, in NumPy."""
@@ -107,8 +111,8 @@ def test_the_shares_minimize_the_error_on_the_parts_left_out(
 def test_without_two_parts_nothing_is_chosen() -> None:
     layer = nn.Linear(INPUTS, OUTPUTS)
     [half] = parts_of(layer, torch.randn(9, INPUTS), torch.randn(9, OUTPUTS), torch.randn(9, OUTPUTS), parts=1)
-    assert chosen_strength((half, SecondMoments()), layer.weight.detach(), True, DAMPINGS) == Strength(DAMPINGS[0])
-    assert chosen_strength((), layer.weight.detach(), True, (0.5,)) == Strength(0.5, 1.0, 0.0)
+    assert chosen((half, SecondMoments()), layer.weight.detach(), True, DAMPINGS) == Strength(DAMPINGS[0])
+    assert chosen((), layer.weight.detach(), True, (0.5,)) == Strength(0.5, 1.0, 0.0)
 
 
 @given(st.integers(0, 10_000), st.booleans())
@@ -117,7 +121,7 @@ def test_constant_inputs_and_targets_give_finite_shares(seed: int, centred: bool
     assume(seed)
     layer = nn.Linear(INPUTS, OUTPUTS)
     x = torch.full((40, INPUTS), float(seed % 3))
-    strength = chosen_strength(
+    strength = chosen(
         parts_of(layer, x, torch.zeros(40, OUTPUTS), torch.zeros(40, OUTPUTS)), layer.weight.detach(), centred, DAMPINGS
     )
     assert 0 <= strength.dense <= 1
