@@ -30,7 +30,7 @@ from mpcompile.passes.reconstruct.layerwise import LayerStep
 from mpcompile.passes.reconstruct.least_squares import damped, ridge
 from mpcompile.passes.reconstruct.second_moments import LeastSquares, SecondMoments
 from mpcompile.system.distributed import shared_map
-from mpcompile.system.factorization import cholesky_solved, factorize
+from mpcompile.system.symmetric_matrices import cholesky_solved, factorize
 
 DAMPINGS = (0.02, 0.08, 0.3)  # λ relative to the mean second moment; the first holds without cross-validation
 LEAST_IN_SINGLE = 1e-3  # λ, relative, below which the factors of the cross-validation are float64

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mpcompile.passes.reconstruct.second_moments import LeastSquares
 from mpcompile.system.distributed import all_gathered, largest_of_all, share, together
-from mpcompile.system.factorization import cholesky, cholesky_solved, factorize
+from mpcompile.system.symmetric_matrices import cholesky, cholesky_solved, factorize
 
 CHUNK_BYTES = 512 << 20  # of submatrices of C that are solved at once
 REFINEMENTS = 8  # at most, before the system is solved in float64

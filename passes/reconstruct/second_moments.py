@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mpcompile.errors import PassError
 from mpcompile.passes.reconstruct.layer_rows import columns, columns_at
+from mpcompile.system.symmetric_matrices import gram
 
 CHUNK_BYTES = 128 << 20  # of unfolded inputs (im2col) at once
 
@@ -90,7 +91,7 @@ class SecondMoments:
         self.count += rows
         self.sum_x += x.sum(1, dtype=torch.float64)
         self.sum_y += y.sum(1, dtype=torch.float64)
-        self.sum_xx += x.mT @ x
+        self.sum_xx += gram(x) if groups == 1 else x.mT @ x
         self.sum_yx += (by_group.mT @ x).reshape(self.sum_yx.shape)
         for i in range(targets):
             self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)

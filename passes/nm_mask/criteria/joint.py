@@ -26,7 +26,7 @@ from mpcompile.ir.pattern import NM
 from mpcompile.passes.nm_mask.criterion import MaskProblem
 from mpcompile.passes.nm_mask.selection import projection
 from mpcompile.system.distributed import all_gathered, largest_of_all, share
-from mpcompile.system.factorization import eigenvectors
+from mpcompile.system.symmetric_matrices import eigenvectors
 
 RHO = 0.01
 RHO_GROWTH = 1.2  # slower growth finds supports with a 2 % lower error after the refit, in twice the time
@@ -47,14 +47,18 @@ def joint_support(
     """The support that ADMM selects for V = `best` and C = `gram`, which must be positive definite."""
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # groups, columns
     values, vectors = eigenvectors((gram / (scale[:, :, None] * scale[:, None])).float())
-    rows = _own_rows(len(best), len(gram), pattern)
+    rows, rows_each = _own_rows(len(best), len(gram), pattern), len(best) // len(gram)
     v = (best.reshape(len(gram), -1, best.shape[1])[:, rows] * scale[:, None]).float()
     target = ((v @ vectors) * values[:, None]) @ vectors.mT  # V C
     z, u, rho, stable_rounds = v, torch.zeros_like(v), RHO, 0
     project = projection(pattern)
     kept = project(v.flatten(0, 1).square())
     for _ in range(ROUNDS):
-        w = (((target + rho * (z - u)) @ vectors) / (values[:, None] + rho)) @ vectors.mT
+        w = target + rho * (z - u)
+        if rows_each > len(vectors[0]):  # one product of the columns and one of the rows, not two of the rows
+            w = w @ ((vectors / (values[:, None] + rho)) @ vectors.mT)
+        else:
+            w = ((w @ vectors) / (values[:, None] + rho)) @ vectors.mT
         w += u
         now = project(w.flatten(0, 1).square())
         z = torch.where(now.reshape(v.shape), w, 0)

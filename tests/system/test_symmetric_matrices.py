@@ -1,4 +1,4 @@
-"""Factors and eigenvectors against NumPy's in float64, in both precisions, and the same bits in any batch."""
+"""Products, factors and eigenvectors against NumPy's in float64, in both precisions, and the same bits in any batch."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpcompile.system.factorization import cholesky, cholesky_solved, eigenvectors, factorize
+from mpcompile.system.symmetric_matrices import cholesky, cholesky_solved, eigenvectors, factorize, gram
 
 # Errors grow with the condition, which is below 100 here, and with the size; ten times what was seen in 1,000 draws.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
@@ -19,6 +19,14 @@ def positive(seed: int, count: int, size: int, dtype: torch.dtype) -> torch.Tens
     rotations = np.linalg.qr(rng.standard_normal((count, size, size)))[0]
     values = rng.uniform(0.1, 10, (count, 1, size))
     return torch.from_numpy((rotations * values) @ rotations.swapaxes(1, 2)).to(dtype)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), both_precisions)
+def test_products(seed: int, count: int, rows: int, size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(count, rows, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    wanted = x.double().mT @ x.double()
+    torch.testing.assert_close(gram(x).double(), wanted, rtol=0, atol=10 * TOLERANCE[dtype])
+    assert torch.equal(gram(x), gram(x).mT)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 40), both_precisions)
