@@ -13,7 +13,7 @@ from torch import Tensor
 
 def gram(x: Float[Tensor, "n rows k"]) -> Float[Tensor, "n k k"]:
     """xᵀx of each matrix."""
-    if x.device.type != "cpu":
+    if not _on_cpu(x):
         return x.mT @ x
     return torch.stack([torch.from_numpy(one.T @ one) for one in x.numpy()])
 
@@ -23,7 +23,7 @@ def factorize(matrices: Float[Tensor, "n k k"]) -> bool:
 
     Returns False if a matrix is not positive definite; the values are then of no use.
     """
-    if matrices.device.type != "cpu":
+    if not _on_cpu(matrices):
         factors, failed = torch.linalg.cholesky_ex(matrices)
         matrices.copy_(factors)
         return not bool(failed.any())
@@ -51,7 +51,7 @@ def cholesky_solved(factor: Float[Tensor, "n k k"], right: Float[Tensor, "n k ro
 
 def eigenvectors(matrices: Float[Tensor, "n k k"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k k"]]:
     """The eigenvalues of symmetric matrices in ascending order, and their eigenvectors in columns."""
-    if matrices.device.type != "cpu":
+    if not _on_cpu(matrices):
         values, vectors = torch.linalg.eigh(matrices)
         return values, vectors
     from scipy.linalg import eigh
@@ -59,3 +59,8 @@ def eigenvectors(matrices: Float[Tensor, "n k k"]) -> tuple[Float[Tensor, "n k"]
     found = [eigh(one.numpy(), driver="evd", check_finite=False) for one in matrices]
     values, vectors = (torch.stack([torch.from_numpy(part) for part in side]) for side in zip(*found, strict=True))
     return values, vectors
+
+
+def _on_cpu(matrices: Tensor) -> bool:
+    """Whether NumPy and SciPy can compute with them."""
+    return matrices.device.type == "cpu"
