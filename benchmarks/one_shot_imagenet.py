@@ -75,8 +75,8 @@ def masked_names(model: Model, pattern: NM) -> list[str]:
 def fixed_strength() -> Iterator[None]:
     """Within the context, refits have λ = 0.02 and the dense targets in full; the residual share is still chosen."""
 
-    def fixed(parts: Any, weight: Any, centred: Any, dampings: Any) -> Strength:
-        return Strength(0.02, 1.0, chosen_strength(parts, weight, centred, (0.02,)).residual)
+    def fixed(moments: Any, parts: Any, weight: Any, centred: Any, dampings: Any) -> Strength:
+        return Strength(0.02, 1.0, chosen_strength(moments, parts, weight, centred, (0.02,)).residual)
 
     original, cross_validation.chosen_strength = cross_validation.chosen_strength, fixed
     try:

@@ -8,6 +8,7 @@ zeroing new memory took a sixth of a refit.
 
 import torch
 from jaxtyping import Float
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 
@@ -35,10 +36,10 @@ def factorize(matrices: Float[Tensor, "n k k"]) -> bool:
 
 
 def cholesky(matrices: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
-    """The factors L in the lower triangles of a copy. Raises torch.linalg.LinAlgError if A is not positive definite."""
-    copy = matrices.contiguous().clone() if matrices.is_contiguous() else matrices.contiguous()
+    """The factors L in the lower triangles of a copy. Raises LinAlgError if A is not positive definite."""
+    copy = matrices.clone(memory_format=torch.contiguous_format)
     if not factorize(copy):
-        raise torch.linalg.LinAlgError("the matrix is not positive definite")
+        raise LinAlgError("the matrix is not positive definite")
     return copy
 
 

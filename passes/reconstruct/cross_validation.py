@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from mpcompile.ir.weight_groups import flat
@@ -102,7 +103,7 @@ def chosen_strength(
     def left_out(index: int) -> tuple[Tensor, Tensor]:
         others, part = moments.without(parts[index]), parts[index]
         if min(dampings) >= LEAST_IN_SINGLE:
-            with suppress(torch.linalg.LinAlgError):
+            with suppress(LinAlgError):
                 return _terms(others, part, weight, centred, dampings, torch.float32)
         return _terms(others, part, weight, centred, dampings, torch.float64)
 
@@ -125,7 +126,7 @@ def _terms(
     """The linear and quadratic terms in the shares that a part adds for each λ, fitted on the other parts.
 
     The inputs are scaled to variances of about 1. Two digits of a share are enough, so factors and products may be
-    float32. Raises torch.linalg.LinAlgError if the second moments are singular in `dtype`.
+    float32. Raises LinAlgError if the second moments are singular in `dtype`.
     """
     fit = _of_targets(others, 1.0, 0.0).problem(centred)
     crosses = [_correction(fit, weight)]
@@ -142,7 +143,7 @@ def _terms(
         factor = system.clone()
         factor.diagonal(dim1=-2, dim2=-1).add_(ridge(fit, damping)[:, None] * scale.square())
         if not factorize(factor):
-            raise torch.linalg.LinAlgError(f"the second moments are singular with a damping of {damping}")
+            raise LinAlgError(f"the second moments are singular with a damping of {damping}")
         steps = [cholesky_solved(factor, right.mT).mT for right in rights]
         for i, step in enumerate(steps):
             gain[row, i] = (wanted * step).sum(dtype=torch.float64)

@@ -19,6 +19,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from mpcompile.passes.reconstruct.second_moments import LeastSquares
@@ -68,7 +69,7 @@ def ridge(problem: LeastSquares, damping: float) -> Float[Tensor, " groups"]:
 
 
 def unconstrained(problem: LeastSquares) -> Float[Tensor, "out columns"]:
-    """The optimal weights V with a full support. Raises torch.linalg.LinAlgError if C is singular."""
+    """The optimal weights V with a full support. Raises LinAlgError if C is singular."""
     return solved(cholesky(problem.gram), problem.cross)
 
 
@@ -81,7 +82,7 @@ def solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor,
 def refit(problem: LeastSquares, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
     """The optimal weights on the support `mask`, in float64; zero outside it.
 
-    Rows with the same support are solved together. Raises torch.linalg.LinAlgError if C is singular on a support.
+    Rows with the same support are solved together. Raises LinAlgError if C is singular on a support.
     """
     groups, per_group = len(problem.gram), len(mask) // len(problem.gram)
     result = torch.zeros_like(problem.cross)
@@ -173,7 +174,7 @@ class _System:
                 residual = (right - products.reshape(x.shape)) * on
         exact = self._submatrices(self._matrix, columns, support)
         if not factorize(exact):
-            raise torch.linalg.LinAlgError("the second moments are singular on a support")
+            raise LinAlgError("the second moments are singular on a support")
         return scattered(cholesky_solved(exact, right.gather(2, index).mT)) * self._scale
 
     def _submatrices(self, matrix: Tensor, columns: Tensor, support: Tensor) -> Float[Tensor, "n kept kept"]:

@@ -184,10 +184,10 @@ class SecondMoments:
         """G of the problem of a single target."""
         (dx, dy), [shift_y], [sum_yx] = self._means(), self.shift_y, self.sum_yx
         per_row = len(shift_y) // len(dx)
-        cross = sum_yx / self.count - dy[:, None] * dx.repeat_interleave(per_row, 0)
-        if centred:
-            return cross
-        return cross + (dy + shift_y)[:, None] * (dx + self.shift_x).repeat_interleave(per_row, 0)
+        cross: Tensor = sum_yx / self.count - dy[:, None] * dx.repeat_interleave(per_row, 0)
+        if not centred:
+            cross = cross + (dy + shift_y)[:, None] * (dx + self.shift_x).repeat_interleave(per_row, 0)
+        return cross
 
     def _means(self) -> tuple[Float[Tensor, "groups columns"], Float[Tensor, " out"]]:
         """The means of inputs and of a single target, relative to the shifts."""
