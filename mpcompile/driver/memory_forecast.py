@@ -11,7 +11,7 @@ from mpcompile.driver.run_plan import RunPlan
 from mpcompile.ir.model import Model
 from mpcompile.ir.placement import tensors_of
 from mpcompile.passes import NMMask
-from mpcompile.passes.reconstruct.calibration_batches import BATCH, peak_bytes
+from mpcompile.passes.reconstruct.calibration_batches import BATCH, open_bytes, peak_bytes
 from mpcompile.passes.reconstruct.second_moments import solving_bytes
 from mpcompile.system.device import CPU
 from mpcompile.system.memory import unused_bytes
@@ -40,7 +40,7 @@ def memory_forecast(plan: RunPlan, model: Model, data: Data) -> MemoryForecast:
     solving = max((solving_bytes(layer) for _, layer in model.layers()), default=0)
     each = GRAPHS * peak_bytes(model)
     activations = int(each * len(data.calibration))
-    limit = max(0, unused - weights - solving)
+    limit = max(0, unused - weights - solving - open_bytes(model))
     open_batch = int(each * min(BATCH, len(data.calibration)))
     kept = min(activations, max(limit, open_batch))
     return MemoryForecast(resident + weights + solving + kept, max(0, activations - kept))

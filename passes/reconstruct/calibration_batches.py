@@ -13,6 +13,7 @@ from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 
 BATCH = 16
+OPEN_COPIES = 3  # of the values of a batch while it is run: those of two graphs, and the targets made from them
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +68,8 @@ def peak_bytes(model: Model) -> float:
         peak = max(peak, alive)
         alive -= sum(size(i) for i in node.all_input_nodes if last_user[i] is node and i.op != "get_attr")
     return peak / len(model.example)
+
+
+def open_bytes(model: Model) -> int:
+    """The memory that the batch takes that two graphs run, beside the values kept of the other batches."""
+    return int(OPEN_COPIES * BATCH * peak_bytes(model))

@@ -30,7 +30,7 @@ from mpcompile.errors import PassError, on_layer
 from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import quantizers
 from mpcompile.passes.reconstruct.activation_store import activation_store
-from mpcompile.passes.reconstruct.calibration_batches import CalibrationBatches
+from mpcompile.passes.reconstruct.calibration_batches import CalibrationBatches, open_bytes
 from mpcompile.passes.reconstruct.graph_executor import GraphExecutor, LayerCall
 from mpcompile.passes.reconstruct.layer_rows import product, rows_of
 from mpcompile.passes.reconstruct.residual import residual_add_after
@@ -111,7 +111,7 @@ def layerwise(
     to_calibrate = quantizers(model.graph) if calibrate is not None else {}
     announced = tracked(weights, lambda weight: weight.names[0], "layers")
     solving = max((solving_bytes(model.layer(weight.names[0])) for weight in weights), default=0)
-    with activation_store((dense, model.graph), model.example.device, solving) as store:
+    with activation_store((dense, model.graph), model.example.device, solving + open_bytes(model)) as store:
         dense_run, pruned_run = (GraphExecutor(graph, store, inputs) for graph in (dense, model.graph))
         with dense_run.interpreter.forward_hooks(), pruned_run.interpreter.forward_hooks():
             for node, dense_node in dense_nodes.items():

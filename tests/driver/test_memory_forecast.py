@@ -6,7 +6,7 @@ from mpcompile.data.images import Data
 from mpcompile.driver import memory_forecast as forecast_module
 from mpcompile.driver.memory_forecast import MemoryForecast, memory_forecast
 from mpcompile.driver.run_plan import plan_of
-from mpcompile.passes.reconstruct.calibration_batches import BATCH, peak_bytes
+from mpcompile.passes.reconstruct.calibration_batches import BATCH, open_bytes, peak_bytes
 from mpcompile.passes.reconstruct.second_moments import solving_bytes
 from mpcompile.recipe.schema import Recipe
 from mpcompile.testing import tiny_data, tiny_vit
@@ -26,7 +26,7 @@ def test_activations_beyond_the_limit_go_to_files(known: None, monkeypatch: pyte
     weights = 2 * sum(p.numel() * 4 for p in model.graph.parameters())
     solving = max(solving_bytes(layer) for _, layer in model.layers())
     for activations, in_files in ((images * each, 0), (32 * each, (images - 32) * each), (0, (images - BATCH) * each)):
-        unused = int(weights + solving + activations)
+        unused = int(weights + solving + open_bytes(model) + activations)
         monkeypatch.setattr(forecast_module, "unused_bytes", lambda device, found=unused: found)
         found = memory_forecast(PLAN, model, data)
         kept = max(activations, BATCH * each)  # an open batch is in memory
