@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from mpcompile.analysis.graph_outline import outline
 from mpcompile.analysis.macs import cost
 from mpcompile.data.images import Data
 from mpcompile.driver.artifact import COMPRESSED, DENSE, PASSES, RECIPE, file_rows
+from mpcompile.driver.captured_signature import captured_signature
 from mpcompile.driver.commented_recipe import commented
 from mpcompile.driver.compare_engines import Arrays, arrays, parity_of
 from mpcompile.driver.gates import gates_of
@@ -38,13 +38,11 @@ from mpcompile.driver.tune import SearchResult
 from mpcompile.driver.weight_files import write_weights
 from mpcompile.export.onnx_export import Lowered
 from mpcompile.frontend.load_model import Loaded
-from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.precision import QUANTIZED
 from mpcompile.measure.checked_comparison import checked_comparison
 from mpcompile.measure.layer_verdict import LayerVerdict, one_per_weight
-from mpcompile.measure.output_errors import output_error
 from mpcompile.passes import Quantize
 from mpcompile.passes.restore import ATTRIBUTION
 from mpcompile.pipeline.checkpoints import Checkpoints
@@ -55,7 +53,7 @@ from mpcompile.report.layer_counts import weight_owners
 from mpcompile.report.layer_rows import layer_rows
 from mpcompile.report.quantized_schema import Quantized
 from mpcompile.report.render import write as write_report
-from mpcompile.report.schema import Captured, DataUsed, InputRow, LayerRow, OutputRow, Parity, Report
+from mpcompile.report.schema import DataUsed, LayerRow, Parity, Report
 from mpcompile.report.search_needs import recipe_file
 from mpcompile.report.sentences import verdict_on
 from mpcompile.runtimes import Runtime, has_sparse_kernel
@@ -66,7 +64,6 @@ from mpcompile.system.device import device_name
 from mpcompile.system.hardware import environment
 
 PARITY_IMAGES = 32
-IMAGES_AT_ONCE = 8  # of them, in a run whose only purpose is its outputs
 QUANTIZE_DENSE = "quantize dense"  # the stage that makes the dense model in 8 bits
 
 
@@ -166,7 +163,7 @@ def build_artifact(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command_line=None if command_line is None else tuple(command_line),
         model=loaded.source,
-        captured=_captured(dense, model, data),
+        captured=captured_signature(dense, model, data),
         graph=outline(dense.graph),
         recipe=recipe,
         recipe_sha256=recipe.sha256,
@@ -230,35 +227,6 @@ def _onnx_metadata(source_sha256: str, recipe: Recipe) -> dict[str, str]:
         "mpcompile.source_sha256": source_sha256,
         "mpcompile.recipe_sha256": recipe.sha256,
     }
-
-
-def _captured(dense: Model, compressed: Model, data: Data) -> Captured:
-    """What the model takes and returns, and how far each output moved on held-out images, or on the example."""
-    split = data.held_out if len(data.held_out) else data.calibration
-    inputs = arguments(split.first_inputs(PARITY_IMAGES) if len(split) else dense.example_inputs, dense.example.dtype)
-    outputs = []
-    before, after = _outputs(dense, inputs), _outputs(compressed, inputs)
-    for name, one, other in zip(dense.output_names, before, after, strict=True):
-        error = output_error(one, other) if one.ndim and len(one) == len(inputs[0]) else None
-        relative, cosine = (error.relative, error.cosine) if error else (None, None)
-        outputs.append(OutputRow(**_signature(name, one), relative_error=relative, cosine=cosine))
-    rows = tuple(InputRow(**_signature(name, one)) for name, one in zip(dense.input_names, inputs, strict=True))
-    return Captured(by=dense.captured_by, inputs=rows, outputs=tuple(outputs), images=len(inputs[0]))
-
-
-def _outputs(model: Model, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """All outputs, computed for a few images at a time; of an output without an axis of images, the first value."""
-    parts = [model.outputs(part) for part in zip(*(one.split(IMAGES_AT_ONCE) for one in inputs), strict=True)]
-    counts = [len(part) for part in inputs[0].split(IMAGES_AT_ONCE)]
-    by_output = list(zip(*parts, strict=True))
-    of_images = [[one.shape[:1] for one in values] == [(count,) for count in counts] for values in by_output]
-    return tuple(
-        torch.cat(values) if joined else values[0] for values, joined in zip(by_output, of_images, strict=True)
-    )
-
-
-def _signature(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    return {"name": name, "shape": tuple(tensor.shape[1:]), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def _accelerated(plan: RunPlan, layers: tuple[LayerRow, ...], verdicts: tuple[LayerVerdict, ...]) -> bool:
