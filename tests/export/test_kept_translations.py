@@ -1,4 +1,4 @@
-"""What tests keep between exports, torch's table of ONNX functions and translations, makes the same files."""
+"""Exports with a kept table of ONNX functions, or a kept translation, write the files of exports without."""
 
 from pathlib import Path
 
