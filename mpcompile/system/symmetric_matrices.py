@@ -44,7 +44,7 @@ def cholesky(matrices: Float[Tensor, "n k k"]) -> Float[Tensor, "n k k"]:
 
 
 def cholesky_solved(factor: Float[Tensor, "n k k"], right: Float[Tensor, "n k rows"]) -> Float[Tensor, "n k rows"]:
-    """The solutions of L Lᵀ x = b, with the bits of torch.cholesky_solve, which copies L at each call."""
+    """The solutions of L Lᵀ x = b, from the lower triangle of `factor`. torch.cholesky_solve would copy L."""
     half = torch.linalg.solve_triangular(factor, right, upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution
@@ -63,5 +63,5 @@ def eigenvectors(matrices: Float[Tensor, "n k k"]) -> tuple[Float[Tensor, "n k"]
 
 
 def _on_cpu(matrices: Tensor) -> bool:
-    """Whether NumPy and SciPy can compute with them."""
+    """Whether matrices are in the memory of the CPU, so that NumPy and SciPy can read them."""
     return matrices.device.type == "cpu"

@@ -69,14 +69,9 @@ def ridge(problem: LeastSquares, damping: float) -> Float[Tensor, " groups"]:
 
 
 def unconstrained(problem: LeastSquares) -> Float[Tensor, "out columns"]:
-    """The optimal weights V with a full support. Raises LinAlgError if C is singular."""
-    return solved(cholesky(problem.gram), problem.cross)
-
-
-def solved(factor: Float[Tensor, "groups columns columns"], cross: Float[Tensor, "out columns"]) -> Tensor:
-    """G C⁻¹, from the Cholesky factor of C."""
-    by_group = cross.reshape(len(factor), -1, factor.shape[-1])
-    return cholesky_solved(factor, by_group.mT).mT.reshape(cross.shape)
+    """The optimal weights V = G C⁻¹ with a full support. Raises LinAlgError if C is singular."""
+    by_group = problem.cross.reshape(len(problem.gram), -1, problem.gram.shape[-1])
+    return cholesky_solved(cholesky(problem.gram), by_group.mT).mT.reshape(problem.cross.shape)
 
 
 def refit(problem: LeastSquares, mask: Bool[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:

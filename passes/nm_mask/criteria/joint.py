@@ -13,9 +13,10 @@ scaled to unit mean square, so that the projection keeps the largest |w|·rms(x)
 For a pattern with a vocabulary, that is chosen for V, and Z takes for each row the pattern that keeps most of W + U.
 
 ρ grows by a fifth per round, until the support has not changed for STABLE_ROUNDS rounds. C is diagonalized once, so
-a round costs two matrix products. They are float32, which is enough to select the support; the weights themselves come
-from the exact refit on it. In a process group each rank selects for a run of the rows: a row of a product has the same
-bits whichever rows are computed with it.
+a round costs two products with as many rows as the layer has outputs; if these are more than its inputs, the inverse of
+C + ρI and one such product cost less. They are float32, which is enough to select the support; the weights themselves
+come from the exact refit on it. In a process group each rank selects for a run of the rows: a row of a product has the
+same bits whichever rows are computed with it.
 """
 
 import torch
