@@ -11,6 +11,7 @@ from mpcompile.data.metric import Metric
 from mpcompile.ir.batch import arguments, stacked
 from mpcompile.system.device import CPU, makes_tensors_on
 from mpcompile.system.hashing import sha256
+from mpcompile.system.memory import release_freed
 from mpcompile.system.progress import tracked
 from mpcompile.system.tensor_hashing import sha256_of
 
@@ -115,7 +116,8 @@ class Split:
         return self._placed([self._image(index)[0] for index in indices])
 
     def _placed(self, rows: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The inputs of a batch, from those of each image, on the device."""
+        """The inputs of a batch, from those of each image, on the device, where those of earlier batches are freed."""
+        release_freed()
         return tuple(one.to(self.device) for one in stacked(rows))
 
     def hashes(self) -> Iterator[str]:

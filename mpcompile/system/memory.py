@@ -4,6 +4,7 @@ The limit is on the resident memory of the process. `memory_limit` sets it for t
 mpcompile.system.progress does with its listener. Without it, three quarters of the free memory may be used.
 """
 
+import ctypes
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,7 @@ def unused_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    release_freed()
     free, given = available_bytes(), _current.get().limit_bytes
     if given is None:
         return None if free is None else int(SHARE * free)
@@ -58,8 +60,19 @@ def unused_bytes(device: torch.device) -> int | None:
     return max(0, min(given - used, given if free is None else free))
 
 
+def release_freed() -> None:
+    """Gives memory that the process has freed back to the system, where glibc keeps it for later.
+
+    glibc 2.36 finds few of the freed blocks again that are aligned, as torch's are: a process that runs EfficientNet
+    on batches of 16 images grew by 64 MB a batch, to twice what it needs. A call takes a hundredth of such a batch.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def begin_peak() -> None:
     """Starts to measure the peak memory of this process anew, where the system allows it."""
+    release_freed()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

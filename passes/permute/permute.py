@@ -31,6 +31,7 @@ from mpcompile.passes.permute.constraints import Axis
 from mpcompile.passes.permute.coupling import Coupling, ExchangeableSet, Group, apply_order, couple
 from mpcompile.passes.permute.order_search import OrderFound, kept_score, search
 from mpcompile.pipeline.pass_record import Effect
+from mpcompile.system.distributed import shared_map
 from mpcompile.system.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -175,18 +176,17 @@ class Permute:
         coupling, failure = self._coupling(model)
         sets = [(group, channels) for group in coupling.groups for channels in group.sets]
         orders: dict[Axis, np.ndarray] = {}
-        for _, channels in tracked(sets, _label, "groups"):
-            touched = {axis.owner.removesuffix(".weight") for axis in channels.positions} & patterns.keys()
-            touched_patterns = {name: patterns[name] for name in touched}
-            # Layers that only write these channels are reordered with them, but not scored.
-            reading = {axis.owner.removesuffix(".weight") for axis in channels.positions if axis.dim == 1}
-            scores = scores_by_axis(model, {name: patterns[name] for name in reading & patterns.keys()}, scales)
-            problem = ordering_problem(channels, scores)
-            if problem is None:
-                continue
-            result = search(problem.score, problem.pattern, problem.work(self.sweeps), self.seed)
-            if result.after > result.before:
-                self._move(model, problem, result, orders, touched_patterns, scales)
+
+        def searched(one: tuple[Group, ExchangeableSet]) -> tuple["np.ndarray", OrderFound] | None:
+            return self._searched(model, one[1], patterns, scales)
+
+        # Where rows share a pattern, a move changes the scores of later sets; else the ranks search the sets at once.
+        shared_rows = any(pattern.rows > 1 for pattern in patterns.values())
+        one_by_one = (searched(one) for one in tracked(sets, _label, "groups"))
+        found = one_by_one if shared_rows else shared_map(searched, sets, _label, "groups")
+        for (_, channels), one in zip(sets, found, strict=True):
+            if one is not None and one[1].after > one[1].before:
+                self._move(model, channels, *one, orders, patterns, scales)
         return model.with_plan(self._plans(model, patterns, coupling, orders, failure))
 
     def _scales(self, model: Model, data: Data, names: Collection[str]) -> dict[str, Tensor]:
@@ -207,10 +207,22 @@ class Permute:
             reason = f"channels cannot be traced through the graph: {type(error).__name__}: {first_line(error)}"
             return Coupling((), {}), reason
 
+    def _searched(
+        self, model: Model, channels: ExchangeableSet, patterns: Mapping[str, NM], scales: Mapping[str, Tensor]
+    ) -> tuple["np.ndarray", OrderFound] | None:
+        """The best order of a set: the channels that may move, and the order found for them; None if none may."""
+        # Layers that only write these channels are reordered with them, but not scored.
+        reading = {name: patterns[name] for name in _layers_with(channels, dim=1) & patterns.keys()}
+        problem = ordering_problem(channels, scores_by_axis(model, reading, scales))
+        if problem is None:
+            return None
+        return problem.movable, search(problem.score, problem.pattern, problem.work(self.sweeps), self.seed)
+
     def _move(
         self,
         model: Model,
-        problem: OrderingProblem,
+        channels: ExchangeableSet,
+        movable: "np.ndarray",
         result: OrderFound,
         orders: dict[Axis, "np.ndarray"],
         patterns: Mapping[str, NM],
@@ -221,9 +233,9 @@ class Permute:
         With row-shared patterns a new order also changes which rows of the writing layers share a pattern. If they lose
         more than the readers gain, the order is reverted.
         """
-        channels = problem.channels
         order = np.arange(channels.size)
-        order[problem.movable] = problem.movable[result.order.numpy(force=True)]
+        order[movable] = movable[result.order.numpy(force=True)]
+        patterns = {name: patterns[name] for name in _layers_with(channels) & patterns.keys()}
         shared = any(pattern.rows > 1 for pattern in patterns.values())
         before = total_kept(scores_by_axis(model, patterns, scales)) if shared else 0.0
         apply_order(model, channels, order)
@@ -278,6 +290,11 @@ def _reorder_scales(model: Model, channels: ExchangeableSet, order: "np.ndarray"
             group = 0 if axis.rows is None else axis.rows[0] // (axis.rows[1] - axis.rows[0])
             first = group * layer.weight.shape[1]
             scales[name][torch.from_numpy(first + positions)] = scales[name][torch.from_numpy(first + positions[order])]
+
+
+def _layers_with(channels: ExchangeableSet, dim: int | None = None) -> set[str]:
+    """The owners of the axes that hold these channels; with `dim`, of the axes of this dimension."""
+    return {axis.owner.removesuffix(".weight") for axis in channels.positions if dim in (None, axis.dim)}
 
 
 def _label(item: tuple[Group, ExchangeableSet]) -> str:

@@ -17,13 +17,37 @@ def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups ro
     """The inputs unfolded (im2col): one row per output position or token, one column per weight of an output."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, layer.in_features)
-    groups, taps = layer.groups, layer.kernel_size[0] * layer.kernel_size[1]
-    if taps == 1 and layer.stride == (1, 1) and not any(_padding(layer, x)):
-        rows = x.movedim(1, -1).reshape(-1, groups, x.shape[1] // groups)
-        return rows.movedim(1, 0)
-    unfolded = F.unfold(_padded(layer, x), layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    by_channel = unfolded.reshape(len(x), groups, x.shape[1] // groups, taps, -1)
-    return by_channel.permute(1, 0, 4, 3, 2).reshape(groups, -1, taps * (x.shape[1] // groups))
+    groups, per_group = layer.groups, x.shape[1] // layer.groups
+    padded = _padded(layer, x)
+    if per_group > 1:  # the channels are the last axis of the rows: copied fastest where they are adjacent already
+        padded = padded.contiguous(memory_format=torch.channels_last)
+    by_group: Tensor = _patches(layer, padded).unflatten(1, (groups, per_group))
+    # From images, groups, channels of a group, height, width, kernel height and width.
+    return by_group.permute(1, 0, 3, 4, 5, 6, 2).reshape(groups, -1, layer.weight[0].numel())
+
+
+def _patches(layer: nn.Conv2d, padded: Tensor) -> Float[Tensor, "images in_ height width kh kw"]:
+    """A view of the inputs of each output position."""
+    down, across = _output_size(layer, padded)
+    images, channels, row, column = padded.stride()
+    return padded.as_strided(
+        (len(padded), padded.shape[1], down, across, *layer.kernel_size),
+        (
+            images, channels, row * layer.stride[0], column * layer.stride[1],
+            row * layer.dilation[0], column * layer.dilation[1],
+        ),
+    )  # fmt: skip
+
+
+def _output_size(layer: nn.Conv2d, padded: Tensor) -> tuple[int, int]:
+    """The height and width of the output for a padded input."""
+    down, across = (
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        )
+    )
+    return down, across
 
 
 def columns_at(
@@ -34,19 +58,17 @@ def columns_at(
     Positions count from 0 in the order of `columns`. The result has k rows for each image, in the order given. The
     first axis of a convolution's inputs must be the images; the rows of a Linear are split evenly among the images.
     """
-    image = torch.arange(len(positions))[:, None]
     if isinstance(layer, nn.Linear):
         rows = x.reshape(len(positions), -1, layer.in_features)
-        return rows[image, positions].reshape(1, -1, layer.in_features)
+        return rows[torch.arange(len(positions))[:, None], positions].reshape(1, -1, layer.in_features)
     padded = _padded(layer, x)
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    width = (padded.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1  # of the output
-    top, left = positions // width * stride[0], positions % width * stride[1]
-    down = top[..., None] + torch.arange(kernel[0]) * dilation[0]  # images, k, kernel height
-    across = left[..., None] + torch.arange(kernel[1]) * dilation[1]
-    patches = padded[image[:, :, None, None], :, down[..., :, None], across[..., None, :]]  # images, k, h, w, in
-    by_group = patches.reshape(positions.numel(), -1, layer.groups, x.shape[1] // layer.groups)
-    return by_group.permute(2, 0, 1, 3).reshape(layer.groups, positions.numel(), -1)
+    (_, across), wide = _output_size(layer, padded), padded.shape[3]
+    taps = [torch.arange(kernel) * step for kernel, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+    corner = positions // across * layer.stride[0] * wide + positions % across * layer.stride[1]
+    pixel = (corner[..., None, None] + taps[0][:, None] * wide + taps[1]).flatten(1)  # images, k · kh · kw
+    found = padded.flatten(2).gather(2, pixel[:, None].expand(-1, x.shape[1], -1))
+    by_group = found.reshape(len(x), layer.groups, x.shape[1] // layer.groups, positions.shape[1], -1)
+    return by_group.permute(1, 0, 3, 4, 2).reshape(layer.groups, positions.numel(), -1)
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:

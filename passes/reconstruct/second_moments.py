@@ -5,8 +5,8 @@ outputs y, a least-squares problem in W needs only
 
     C = E[x xᵀ],  G = E[y xᵀ],  E[x],  E[y],  E[y²],
 
-whose size does not grow with the number of images. Products of one chunk are float32. They are taken after subtracting
-the mean of the first chunk, so that a large mean costs no digits. Sums over chunks are float64.
+whose size does not grow with the number of images. Products and sums of one chunk are float32. They are taken after
+subtracting the mean of the first chunk, so that a large mean costs no digits. Sums over chunks are float64.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ from mpcompile.passes.reconstruct.layer_rows import columns, columns_at
 from mpcompile.system.symmetric_matrices import gram
 
 CHUNK_BYTES = 128 << 20  # of unfolded inputs (im2col) at once
+CACHE_BYTES = 2 << 20  # of the inputs of convolution groups at once: these have small products, and memory is slow
 
 
 def solving_bytes(layer: nn.Linear | nn.Conv2d) -> int:
@@ -86,15 +87,19 @@ class SecondMoments:
             self.sum_xx = torch.zeros(groups, width, width, dtype=torch.float64)
             self.sum_yx = torch.zeros(targets, out, width, dtype=torch.float64)
             self.sum_yy = torch.zeros(targets, targets, out, dtype=torch.float64)
-        x, y = x - self.shift_x[:, None], y - self.shift_y[:, None]
-        by_group = y.reshape(targets, rows, groups, -1).movedim(2, 1)
         self.count += rows
-        self.sum_x += x.sum(1, dtype=torch.float64)
+        y = y - self.shift_y[:, None]
         self.sum_y += y.sum(1, dtype=torch.float64)
-        self.sum_xx += gram(x) if groups == 1 else x.mT @ x
-        self.sum_yx += (by_group.mT @ x).reshape(self.sum_yx.shape)
         for i in range(targets):
             self.sum_yy[i] += (y[i] * y).sum(1, dtype=torch.float64)
+        by_group = y.mT.reshape(targets, groups, -1, rows)
+        sum_yx = self.sum_yx.view(targets, groups, -1, width)
+        for some in torch.arange(groups).split(max(1, CACHE_BYTES // (rows * width * 4))):
+            of = slice(int(some[0]), int(some[-1]) + 1)
+            moved = x[of] - self.shift_x[of, None]
+            self.sum_x[of] += moved.sum(1)
+            self.sum_xx[of] += gram(moved) if groups == 1 else moved.mT @ moved
+            sum_yx[:, of] += by_group[:, of] @ moved
 
     @classmethod
     def of_none(
