@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpcompile.analysis.activation_stats import conditional_scales, input_scales, per_weight
+from mpcompile.analysis.activation_stats import FIRST_IMAGES, conditional_scales, input_scales, per_weight
 from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.data.npz import ArrayImages
@@ -84,9 +84,10 @@ def test_no_image_is_run_that_adds_nothing() -> None:
 
     model.layer("grouped").register_forward_pre_hook(watched)
     some = conditional_scales(model, every, ["grouped"])
-    assert rows == 32  # the first batch has more positions than its 8 channels a group need
+    # The first batch has more positions than its 8 channels a group need.
+    assert rows == FIRST_IMAGES + 32
     assert torch.equal(some["grouped"], conditional_scales(model, every)["grouped"])
-    assert rows == 32 + 40  # the last layer has one row an image, and never enough
+    assert rows == FIRST_IMAGES + 32 + FIRST_IMAGES + 40  # the last layer has one row an image, and never enough
 
 
 def test_constant_channels_and_constant_inputs_have_finite_scales() -> None:
