@@ -159,6 +159,15 @@ def broadcast(value: T | None) -> T:
     return found
 
 
+def tensor_of(rank: int, values: Tensor) -> Tensor:
+    """A rank's tensor, on every rank and on the device of `values`, which has its shape and type on all of them."""
+    if share().size == 1:
+        return values
+    sent = values.to(_device()).contiguous()
+    dist.broadcast(sent, src=rank)
+    return sent.to(values.device)
+
+
 def all_gathered(value: T) -> list[T]:
     """The values of all ranks, in order of rank."""
     here = share()
@@ -180,8 +189,13 @@ def all_reduced(values: Tensor) -> Tensor:
 
 def largest_of_all(value: float) -> float:
     """The largest value of any rank; NaN if one is NaN."""
-    values = all_gathered(value)
-    return max(values) if all(one == one for one in values) else math.nan
+    if share().size == 1:
+        return value
+    unknown = math.isnan(value)
+    values = torch.tensor([-math.inf if unknown else value, float(unknown)], dtype=torch.float64, device=_device())
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    largest, any_unknown = values.tolist()
+    return math.nan if any_unknown else float(largest)
 
 
 def shared_map(

@@ -71,6 +71,11 @@ class SecondMoments:
             self._add_rows(columns(layer, x[start : start + images]), y[:, rows])
 
     @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums of x, y, x xᵀ, y xᵀ and y yᵀ."""
+        return (self.sum_x, self.sum_y, self.sum_xx, self.sum_yx, self.sum_yy)
+
+    @property
     def finite(self) -> bool:
         """Whether the sums of x xᵀ and y xᵀ are finite."""
         return bool(self.sum_xx.isfinite().all() and self.sum_yx.isfinite().all())

@@ -1,9 +1,9 @@
 """Calibration batches by rank of a process group, and second moments summed over the ranks.
 
 Rank r of R runs the batches r, r + R, r + 2R …; batch b belongs to part b mod 4 of the images. With 1, 2 or 4 ranks all
-batches of a part are those of one rank, in the same order. The sum over ranks then adds only zeros, and moments, masks
-and weights have the same bits as with one process. With other numbers of ranks, several ranks have batches of a part,
-and float64 sums round differently in their last bits.
+batches of a part are those of one rank, in the same order, which sends its moments to the others: moments, masks and
+weights have the same bits as with one process. With other numbers of ranks, several ranks have batches of a part, and
+float64 sums round differently in their last bits.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from mpcompile.passes.reconstruct.second_moments import SecondMoments
-from mpcompile.system.distributed import all_gathered, all_reduced, share
+from mpcompile.system.distributed import all_gathered, all_reduced, share, tensor_of
 
 PARTS = 4  # of the calibration images, for cross-validation
 
@@ -30,10 +30,13 @@ def shared(parts: Sequence[SecondMoments]) -> tuple[SecondMoments, ...]:
 def _summed(part: SecondMoments) -> SecondMoments:
     """The sum of one part over all ranks, relative to the shifts of the first rank that has any of its images."""
     known = all_gathered((part.count, part.shift_x.cpu(), part.shift_y.cpu()))
-    having = [shifts for count, *shifts in known if count]
+    having = [rank for rank, (count, *_) in enumerate(known) if count]
     if not having:
         return part
-    shift_x, shift_y = (shift.to(torch.empty(0).device) for shift in having[0])
+    first, count = having[0], sum(count for count, *_ in known)
+    shift_x, shift_y = (shift.to(torch.empty(0).device) for shift in known[first][1:])
+    if len(having) == 1:
+        own = part if part.count else SecondMoments.of_none(shift_x, shift_y)
+        return SecondMoments(count, shift_x, shift_y, *(tensor_of(first, one) for one in own.sums))
     own = part.about(shift_x, shift_y) if part.count else SecondMoments.of_none(shift_x, shift_y)
-    sums = (all_reduced(one) for one in (own.sum_x, own.sum_y, own.sum_xx, own.sum_yx, own.sum_yy))
-    return SecondMoments(sum(count for count, *_ in known), shift_x, shift_y, *sums)
+    return SecondMoments(count, shift_x, shift_y, *(all_reduced(one) for one in own.sums))
