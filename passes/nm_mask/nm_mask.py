@@ -247,13 +247,15 @@ class NMMask:
         else:
             mask = criterion.select(MaskProblem(own, best, fitted.gram, pattern, self.prior, self.prior_density))
             weight = torch.where(mask, own.double(), 0) if target == "none" else refit(fitted, mask)
+        outputs = problem.outputs(weight)
         if self.gain and centred and dense_power is not None:
-            weight = weight * channel_gains(problem, weight, dense_power)[:, None]
+            gain = channel_gains(outputs, dense_power)
+            weight, outputs = weight * gain[:, None], outputs.times(gain)
         power = problem.power.sum()
         result = {
             "mask": unflat(mask, layer.weight.shape),
             "weight": unflat(weight, layer.weight.shape).to(layer.weight.dtype),
-            "relative_error": problem.error(weight).sum() / power if power > 0 else torch.zeros(()),
+            "relative_error": outputs.error.sum() / power if power > 0 else torch.zeros(()),
         }
         if centred:
             result["bias"] = problem.bias(weight)

@@ -12,22 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mpcompile.passes.reconstruct.second_moments import LeastSquares
+from mpcompile.passes.reconstruct.second_moments import OutputMoments
 
 LARGEST_GAIN = 1.6  # and its inverse the smallest; beyond it the layer explains so little that a gain adds noise
 SMALLEST_ERROR = 1e-6  # relative; a channel with a smaller error has lost nothing
 
 
-def channel_gains(
-    problem: LeastSquares, weight: Float[Tensor, "out columns"], power: Float[Tensor, " out"]
-) -> Float[Tensor, " out"]:
-    """The gain of each output channel of `weight`; 1 where nothing was lost or either variance is zero.
+def channel_gains(outputs: OutputMoments, power: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+    """The gain of each output channel; 1 where nothing was lost or either variance is zero.
 
-    `problem` has moments about the means; `power` is the variance of the dense outputs.
+    `outputs` are about the means; `power` is the variance of the dense outputs.
     """
-    by_group = problem.by_group(weight)
-    own = ((by_group @ problem.gram) * by_group).sum(-1).flatten()
-    lost = problem.error(weight) > SMALLEST_ERROR * problem.power
-    usable = lost & (own > 0) & (power > 0)
-    gain = torch.where(usable, power, 1.0) / torch.where(usable, own, 1.0)
+    lost = outputs.error > SMALLEST_ERROR * outputs.target
+    usable = lost & (outputs.own > 0) & (power > 0)
+    gain = torch.where(usable, power, 1.0) / torch.where(usable, outputs.own, 1.0)
     return gain.sqrt().clamp(1 / LARGEST_GAIN, LARGEST_GAIN)

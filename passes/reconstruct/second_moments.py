@@ -227,12 +227,34 @@ class LeastSquares:
         """E[Wx], with W = `matrix`."""
         return (self.by_group(matrix) @ self.mean_x[..., None]).flatten()
 
+    def outputs(self, matrix: Float[Tensor, "out columns"]) -> "OutputMoments":
+        """The second moments of y and W′x for each output, with W′ = `matrix`."""
+        w = self.by_group(matrix)
+        own = ((w @ self.gram) * w).sum(-1).flatten()
+        return OutputMoments(self.power, (self.cross * matrix.double()).sum(-1), own)
+
     def error(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
         """E(y − W′x)² for each output, with W′ = `matrix`."""
-        w = self.by_group(matrix)
-        quadratic = ((w @ self.gram) * w).sum(-1).flatten()
-        return self.power - 2 * (self.cross * matrix.double()).sum(-1) + quadratic
+        return self.outputs(matrix).error
 
     def bias(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, " out"]:
         """E[y − W′x], the bias that gives W′x + b the mean of y, with W′ = `matrix`."""
         return self.mean_y - self.mean_of(matrix)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMoments:
+    """Second moments of the target y and of the prediction W′x for each output, in float64."""
+
+    target: Float[Tensor, " out"]  # E[y²]
+    cross: Float[Tensor, " out"]  # E[y W′x]
+    own: Float[Tensor, " out"]  # E[(W′x)²]
+
+    @property
+    def error(self) -> Float[Tensor, " out"]:
+        """E(y − W′x)²."""
+        return self.target - 2 * self.cross + self.own
+
+    def times(self, gain: Float[Tensor, " out"]) -> "OutputMoments":
+        """The moments with each prediction times its gain."""
+        return OutputMoments(self.target, gain * self.cross, gain.square() * self.own)

@@ -24,7 +24,7 @@ def test_the_variance_is_that_of_the_dense_outputs(seed: int, noise: float) -> N
     moments.add(layer, x, y)
     problem = moments.problem(centred=True)
     weight = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution.T.double()
-    gains = channel_gains(problem, weight, problem.power)
+    gains = channel_gains(problem.outputs(weight), problem.power)
     assert bool((gains >= 1 - 1e-6).all())  # least squares never raises a variance
     wanted = (y.double().var(0) / (x.double() @ weight.T).var(0)).sqrt().clamp(max=LARGEST_GAIN)
     # Moments are sums of float32 products.
@@ -40,8 +40,8 @@ def test_nothing_lost_and_constant_channels_have_gain_one() -> None:
     moments.add(layer, x, y)
     problem = moments.problem(centred=True)
     weight = layer.weight.detach().double().clone()
-    assert channel_gains(problem, weight, problem.power)[:2].tolist() == [1, 1]
-    assert channel_gains(problem, torch.zeros_like(weight), problem.power).tolist() == [1, 1, 1]
+    assert channel_gains(problem.outputs(weight), problem.power)[:2].tolist() == [1, 1]
+    assert channel_gains(problem.outputs(torch.zeros_like(weight)), problem.power).tolist() == [1, 1, 1]
 
 
 def test_masked_channels_have_the_dense_variance_and_mean() -> None:
