@@ -65,6 +65,7 @@ class Split:
     decoded: DecodedImages | None = field(default=None, repr=False, compare=False)
     metric: Metric | None = None  # replaces accuracy
     device: torch.device = CPU  # where batches are put
+    memory_format: torch.memory_format = torch.contiguous_format  # of images in batches
 
     @property
     def judged(self) -> bool:
@@ -118,7 +119,8 @@ class Split:
     def _placed(self, rows: Sequence[Any]) -> tuple[Tensor, ...]:
         """The inputs of a batch, from those of each image, on the device, where those of earlier batches are freed."""
         release_freed()
-        return tuple(one.to(self.device) for one in stacked(rows))
+        images, *others = (one.to(self.device) for one in stacked(rows))
+        return images.contiguous(memory_format=self.memory_format) if images.ndim == 4 else images, *others
 
     def hashes(self) -> Iterator[str]:
         """The `image_hash` of each image in order; an image that was hashed when it was decoded is not read again."""
@@ -185,9 +187,9 @@ class Data:
         """The data with a metric that replaces accuracy; None changes nothing."""
         return self if metric is None else self._each_split(metric=metric)
 
-    def on(self, device: torch.device) -> "Data":
-        """The data whose batches are put on a device."""
-        return self if device == CPU else self._each_split(device=device)
+    def on(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> "Data":
+        """The data whose batches are put on a device, with images in this memory format."""
+        return self._each_split(device=device, memory_format=memory_format)
 
     def _each_split(self, **changes: Any) -> "Data":
         names = ("calibration", "held_out", "validation", "training")

@@ -23,6 +23,7 @@ from mpcompile.ir.placement import placed
 from mpcompile.ir.shapes import run_example
 from mpcompile.ir.token_merging import merge_tokens, merges_tokens
 from mpcompile.ir.weight_groups import violation
+from mpcompile.pipeline.memory_format import memory_format_for
 from mpcompile.pipeline.pass_record import Effect, PassRecord
 from mpcompile.pipeline.ranks import run_by_ranks, sent
 from mpcompile.system.device import CPU, makes_tensors_on
@@ -161,7 +162,8 @@ class PassManager:
             images = data if self.shows_held_out(index) else data.for_passes()
             given = _placed(replace(model, notes=()), device)
             with makes_tensors_on(device):
-                result = run_by_ranks(step, partial(_result, step, given, images.on(device), earlier), given)
+                on_device = images.on(device, memory_format_for(given))
+                result = run_by_ranks(step, partial(_result, step, given, on_device, earlier), given)
             changed = _changed(given, result)
             result = _placed(result, CPU)
             seconds, peak = time.perf_counter() - started, peak_bytes()

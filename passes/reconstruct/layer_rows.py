@@ -19,8 +19,6 @@ def columns(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "groups ro
         return x.reshape(1, -1, layer.in_features)
     groups, per_group = layer.groups, x.shape[1] // layer.groups
     padded = _padded(layer, x)
-    if per_group > 1:  # the channels are the last axis of the rows: copied fastest where they are adjacent already
-        padded = padded.contiguous(memory_format=torch.channels_last)
     by_group: Tensor = _patches(layer, padded).unflatten(1, (groups, per_group))
     # From images, groups, channels of a group, height, width, kernel height and width.
     return by_group.permute(1, 0, 3, 4, 5, 6, 2).reshape(groups, -1, layer.weight[0].numel())
@@ -62,21 +60,29 @@ def columns_at(
         rows = x.reshape(len(positions), -1, layer.in_features)
         return rows[torch.arange(len(positions))[:, None], positions].reshape(1, -1, layer.in_features)
     padded = _padded(layer, x)
-    (_, across), wide = _output_size(layer, padded), padded.shape[3]
+    (_, across), (high, wide) = _output_size(layer, padded), padded.shape[2:]
     taps = [torch.arange(kernel) * step for kernel, step in zip(layer.kernel_size, layer.dilation, strict=True)]
     corner = positions // across * layer.stride[0] * wide + positions % across * layer.stride[1]
     pixel = (corner[..., None, None] + taps[0][:, None] * wide + taps[1]).flatten(1)  # images, k · kh · kw
-    found = padded.flatten(2).gather(2, pixel[:, None].expand(-1, x.shape[1], -1))
-    by_group = found.reshape(len(x), layer.groups, x.shape[1] // layer.groups, positions.shape[1], -1)
-    return by_group.permute(1, 0, 3, 4, 2).reshape(layer.groups, positions.numel(), -1)
+    groups, per_group = layer.groups, x.shape[1] // layer.groups
+    if per_group == 1:
+        found = padded.flatten(2).gather(2, pixel[:, None].expand(-1, groups, -1))
+        return found.transpose(0, 1).reshape(groups, positions.numel(), -1)
+    row = (pixel + torch.arange(len(x))[:, None] * high * wide).flatten()
+    found = padded.movedim(1, -1).flatten(0, 2).index_select(0, row)
+    by_group = found.reshape(positions.numel(), -1, groups, per_group)
+    return by_group.permute(2, 0, 1, 3).reshape(groups, positions.numel(), -1)
 
 
 def _padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The input with the layer's padding."""
+    """The input with the layer's padding, in the memory format in which its rows are copied fastest.
+
+    With several channels in a group these are the last axis of a row, so adjacent channels; else adjacent positions.
+    """
     padding = _padding(layer, x)
-    if not any(padding):
-        return x
-    return F.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    if any(padding):
+        x = F.pad(x, padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    return x.contiguous(memory_format=torch.contiguous_format if layer.groups == x.shape[1] else torch.channels_last)
 
 
 def _padding(layer: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
