@@ -1,16 +1,19 @@
 """The memory limit, what is left of it, and the peak of the process."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mpcompile.system.memory as memory_module
 from mpcompile.cli import parse
 from mpcompile.errors import UsageError
 from mpcompile.system.device import CPU
-from mpcompile.system.memory import SHARE, memory_limit, peak_bytes, spill_folder, unused_bytes
+from mpcompile.system.memory import SHARE, memory_limit, peak_bytes, release_freed, spill_folder, unused_bytes
+from mpcompile.system.resource_errors import resident_bytes
 
 GIB = 1 << 30
 
@@ -81,3 +84,17 @@ def test_a_peak_is_that_of_its_own_part() -> None:
     before, during, after = map(int, done.stdout.split())
     assert during - before > 150_000_000
     assert during - after > 150_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose allocator keeps freed memory")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    blocks = [torch.ones(16_384) for _ in range(3_200)]  # 64 KiB each, less than what is mapped on its own
+    last = blocks[-1]
+    before = resident_bytes()
+    del blocks
+    release_freed()
+    after = resident_bytes()
+    assert before is not None
+    assert after is not None
+    assert before - after > 150_000_000  # of 210 MB; `last` lies above what was freed
+    assert last.numel() == 16_384
