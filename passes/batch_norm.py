@@ -38,7 +38,7 @@ from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import shared_map
 
 MOST_IMAGES = 256
-COPIES = 5  # of the values before a normalization: its input, its deviations, its output, the operation before, scratch
+COPIES = 6  # of the values before a normalization: input, deviations, output, the operation before it, two of its own
 SMALLEST_VARIANCE = 1e-12  # a channel below it counts as constant: only its mean is corrected
 
 
