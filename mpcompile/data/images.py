@@ -189,6 +189,8 @@ class Data:
 
     def on(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> "Data":
         """The data whose batches are put on a device, with images in this memory format."""
+        if (self.calibration.device, self.calibration.memory_format) == (device, memory_format):
+            return self
         return self._each_split(device=device, memory_format=memory_format)
 
     def _each_split(self, **changes: Any) -> "Data":
