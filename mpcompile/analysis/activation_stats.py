@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mpcompile.analysis.layer_interpreter import LayerHook, LayerInterpreter
+from mpcompile.analysis.layer_interpreter import LayerInterpreter
 from mpcompile.data.images import Split
 from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
@@ -38,7 +38,10 @@ def input_scales(model: Model, images: Split) -> dict[str, Float[Tensor, " chann
         sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts.get(name, 0) + len(rows)
 
-    _run_with_hook(model, images, add)
+    interpreter = LayerInterpreter(model.graph, add)
+    with torch.no_grad():
+        for inputs, _ in images.announced(BATCH):
+            interpreter.run(*arguments(inputs, model.example.dtype))
     return {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 
 
@@ -61,15 +64,14 @@ def conditional_scales(
     sums = {name: torch.zeros_like(shift, dtype=torch.float64) for name, shift in shifts.items()}
     grams = {name: total.mT @ total for name, total in sums.items()}
     counts = dict.fromkeys(shifts, 0)
-    # How many batches each layer takes.
-    wanted = {
+    batches_needed = {
         name: math.ceil(MIN_ROWS_PER_CHANNEL * shift.shape[-1] / (rows_per_image[name] * BATCH))
         for name, shift in shifts.items()
     }
     number = 0
 
     def add(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> None:
-        if number >= wanted.get(name, 0):
+        if number >= batches_needed.get(name, 0):
             return
         moved = _by_group(layer, x) - shifts[name]
         sums[name] += moved.sum(1, dtype=torch.float64, keepdim=True)
@@ -78,9 +80,9 @@ def conditional_scales(
 
     interpreter, here = LayerInterpreter(model.graph, add), share()
     batches = [images.order[start : start + BATCH] for start in range(0, len(images), BATCH)]
-    needed = range(here.rank, min(len(batches), max(wanted.values(), default=0)), here.size)
+    own = range(here.rank, min(len(batches), max(batches_needed.values(), default=0)), here.size)
     with torch.no_grad():
-        for number in tracked(needed, "batch {}".format, "images", lambda index: len(batches[index])):
+        for number in tracked(own, "batch {}".format, "images", lambda index: len(batches[index])):
             interpreter.run(*arguments(images.inputs_of(batches[number]), model.example.dtype))
     scales = {}
     for name, total in sums.items():
@@ -133,14 +135,6 @@ def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Float[Tensor, "rows channe
     """The layer's inputs as a matrix with one row for each image and position."""
     channels_last = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
     return channels_last.reshape(-1, channels_last.shape[-1])
-
-
-def _run_with_hook(model: Model, images: Split, hook: LayerHook) -> None:
-    """Runs the model on the images in batches and calls `hook` for each application of each layer."""
-    interpreter = LayerInterpreter(model.graph, hook)
-    with torch.no_grad():
-        for inputs, _ in images.announced(BATCH):
-            interpreter.run(*arguments(inputs, model.example.dtype))
 
 
 def per_weight(layer: nn.Linear | nn.Conv2d, scales: Float[Tensor, " channels"]) -> Float[Tensor, "out in_ *taps"]:

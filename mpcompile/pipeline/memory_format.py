@@ -5,10 +5,8 @@ from torch import Tensor, nn
 
 from mpcompile.ir.batch import all_outputs
 from mpcompile.ir.model import Model
-from mpcompile.ir.parity import relative_difference
+from mpcompile.ir.parity import TOLERANCE, relative_difference
 from mpcompile.system.device import CPU
-
-SAME = 1e-4  # relative: beyond it, outputs differ by more than the order of float32 sums
 
 
 def memory_format_for(model: Model) -> torch.memory_format:
@@ -25,7 +23,7 @@ def memory_format_for(model: Model) -> torch.memory_format:
     except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
         return torch.contiguous_format
     same = all(
-        relative_difference(one.double().numpy(), other.double().numpy()) < SAME
+        relative_difference(one.double().numpy(), other.double().numpy()) < TOLERANCE["fp32"]
         for one, other in zip(expected, found, strict=True)
     )
     return torch.channels_last if same else torch.contiguous_format

@@ -180,7 +180,8 @@ class Permute:
         def searched(one: tuple[Group, ExchangeableSet]) -> tuple["np.ndarray", OrderFound] | None:
             return self._searched(model, one[1], patterns, scales)
 
-        # Where rows share a pattern, a move changes the scores of later sets; else the ranks search the sets at once.
+        # If rows share a pattern, reordering one set changes the scores of the next: each search follows the reordering
+        # before it. Otherwise the searches do not depend on each other, and the ranks share them.
         shared_rows = any(pattern.rows > 1 for pattern in patterns.values())
         one_by_one = (searched(one) for one in tracked(sets, _label, "groups"))
         found = one_by_one if shared_rows else shared_map(searched, sets, _label, "groups")
