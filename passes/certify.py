@@ -44,9 +44,9 @@ from mpcompile.ir.results import Certificate, LayerCertificate
 from mpcompile.ir.weight_groups import flat
 from mpcompile.measure.margin_agreement import agreement_by_margin
 from mpcompile.passes.dense_comparison import (
+    BATCH,
     FIRST_IMAGE,
     attribution,
-    batch_orders,
     changed_layers,
     dense_layer,
     outputs_of,
@@ -194,6 +194,6 @@ def outputs_and_errors(model: Model, images: Split) -> tuple[Tensor, dict[str, T
         outputs = interpreter.run(*arguments(images.inputs_of(order), model.example.dtype))
         return primary(outputs), dict(of_batch)
 
-    outputs, parts = zip(*shared_map(of_order, batch_orders(images), FIRST_IMAGE, "images", len), strict=True)
+    outputs, parts = zip(*shared_map(of_order, images.batch_orders(BATCH), FIRST_IMAGE, "images", len), strict=True)
     errors = {name: torch.cat([part[name] for part in parts]) for name in differences if name in parts[0]}
     return torch.cat(outputs), errors

@@ -31,12 +31,7 @@ def outputs_of(graph: fx.GraphModule, images: Split) -> Tensor:
     def run(order: tuple[int, ...]) -> Tensor:
         return primary(graph(*arguments(images.inputs_of(order), dtype)))
 
-    return torch.cat(shared_map(run, batch_orders(images), FIRST_IMAGE, "images", len))
-
-
-def batch_orders(images: Split, size: int = BATCH) -> list[tuple[int, ...]]:
-    """The indices of the images in each batch of this size."""
-    return [images.order[start : start + size] for start in range(0, len(images), size)]
+    return torch.cat(shared_map(run, images.batch_orders(BATCH), FIRST_IMAGE, "images", len))
 
 
 def dense_layer(model: Model, name: str) -> nn.Linear | nn.Conv2d:
@@ -154,7 +149,7 @@ def attribution(model: Model, images: Split) -> dict[str, float]:
         ]
         return terms, float(shift.double().square().sum())
 
-    batches = shared_map(of_batch, batch_orders(images, GRADIENT_BATCH), FIRST_IMAGE, "images", len)
+    batches = shared_map(of_batch, images.batch_orders(GRADIENT_BATCH), FIRST_IMAGE, "images", len)
     totals = {name: sum(terms[n] for terms, _ in batches) for n, name in enumerate(changes)}
     power = sum(squared for _, squared in batches)
     owner = _owners_of_norms(model)

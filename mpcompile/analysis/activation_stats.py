@@ -79,7 +79,7 @@ def conditional_scales(
         counts[name] += moved.shape[1]
 
     interpreter, here = LayerInterpreter(model.graph, add), share()
-    batches = [images.order[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    batches = images.batch_orders(BATCH)
     own = range(here.rank, min(len(batches), max(batches_needed.values(), default=0)), here.size)
     with torch.no_grad():
         for number in tracked(own, "batch {}".format, "images", lambda index: len(batches[index])):

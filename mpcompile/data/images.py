@@ -75,6 +75,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.order)
 
+    def batch_orders(self, size: int) -> list[tuple[int, ...]]:
+        """The indices of the images in each batch of this size."""
+        return [self.order[start : start + size] for start in range(0, len(self.order), size)]
+
     def batches(self, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (b, c, h, w) and labels (b,), -1 where unknown, or (b, outputs); the caller may change the tensors."""
         for inputs, labels in self.inputs(size):
@@ -82,8 +86,8 @@ class Split:
 
     def inputs(self, size: int = BATCH) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """All inputs of a model, the images first, and labels; as `batches` for models with one input."""
-        for start in range(0, len(self.order), size):
-            pairs = [self._image(index) for index in self.order[start : start + size]]
+        for indices in self.batch_orders(size):
+            pairs = [self._image(index) for index in indices]
             labels = torch.tensor([label for _, label in pairs], device=CPU).to(self.device)
             yield self._placed([image for image, _ in pairs]), labels
 
@@ -93,8 +97,7 @@ class Split:
         In a loop beside `inputs`, read the inputs of a batch first: their targets are then at hand.
         """
         own = getattr(self.images, "target", None)
-        for start in range(0, len(self.order), size):
-            chosen = self.order[start : start + size]
+        for chosen in self.batch_orders(size):
             yield [self._image(index)[1] if own is None else own(index) for index in chosen]
 
     def announced(self, size: int = BATCH) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
