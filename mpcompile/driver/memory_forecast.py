@@ -1,7 +1,7 @@
 """What `--dry-run` says of memory: the peak of the process during nm-mask, and what goes to files.
 
-nm-mask holds most: two more copies of the weights, the values of all calibration images and their views in two graphs at
-one point (passes/reconstruct/layerwise.py), and the second moments and solution of the widest layer.
+nm-mask holds most: two more copies of the weights, the values of all calibration images and views in two graphs at one
+point (passes/reconstruct/layerwise.py), and the second moments and solution of the widest layer.
 """
 
 from dataclasses import dataclass

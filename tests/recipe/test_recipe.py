@@ -157,8 +157,8 @@ def test_flags_win_over_the_recipe() -> None:
 
 def test_a_flag_of_zero_wins_over_the_recipe() -> None:
     recipe = Recipe.from_yaml("passes: [{nm-mask: {pattern: 2:4, views: 2}}]")
-    for given, wanted in ((None, 2), (0, 0), (1, 1)):
-        [step] = flags(recipe, mask={"views": given}).passes
+    for flag, wanted in ((None, 2), (0, 0), (1, 1)):
+        [step] = flags(recipe, mask={"views": flag}).passes
         assert step.params["views"] == wanted
 
 
