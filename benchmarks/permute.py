@@ -41,7 +41,7 @@ from mpcompile.ir.model import Model
 from mpcompile.ir.pattern import NM
 from mpcompile.passes.permute.coupling import couple
 from mpcompile.passes.permute.order_search import kept_score, search, serpentine, upper_bound
-from mpcompile.passes.permute.permute import OrderingProblem, ordering_problem, scores_by_axis
+from mpcompile.passes.permute.ordering_problem import OrderingProblem, ordering_problem, scores_by_axis
 
 SWEEPS = 10
 CHUNK = 64  # pairs of groups per batch, to limit memory

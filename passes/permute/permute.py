@@ -1,11 +1,10 @@
 """Permute: reorders channels so that an N:M pattern keeps more of the weights, at no cost at run time.
 
 The exchangeable channels come from the graph (passes/permute/channel_tracing.py, passes/permute/coupling.py), the order
-from a search (passes/permute/order_search.py). Each exchangeable set is scored on the stacked score rows of all masked
-layers that read it; layers that stay dense are not scored. With patterns that `rows` output channels share, the scores
-of those rows are added first, as the mask pass does. The order is written into the weights: every parameter along the
-channels is reordered in place, so the graph gets no additional node, and the model computes the same function up to the
-order of floating-point sums.
+from a search (passes/permute/order_search.py) on the scores of all masked layers that read an exchangeable set
+(passes/permute/ordering_problem.py). The order is written into the weights: every parameter along the channels is
+reordered in place, so the graph gets no additional node, and the model computes the same function up to the order of
+floating-point sums.
 
 Output channels are reordered only as the input channels of a later layer, so with row-shared patterns the reader's
 score decides. Whole heads keep their positions, since groups of M lie within a head.
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcompile.analysis.activation_stats import conditional_scales, input_scales, per_weight
+from mpcompile.analysis.activation_stats import conditional_scales, input_scales
 from mpcompile.analysis.eligibility import eligible_patterns
 from mpcompile.data.images import Data
 from mpcompile.errors import PassError, UsageError, first_line
@@ -29,7 +28,8 @@ from mpcompile.ir.pattern import NM
 from mpcompile.ir.pattern_choice import PatternChoice
 from mpcompile.passes.permute.constraints import Axis
 from mpcompile.passes.permute.coupling import Coupling, ExchangeableSet, Group, apply_order, couple
-from mpcompile.passes.permute.order_search import OrderFound, kept_score, search
+from mpcompile.passes.permute.order_search import OrderFound, search
+from mpcompile.passes.permute.ordering_problem import ordering_problem, scores_by_axis, total_kept
 from mpcompile.pipeline.pass_record import Effect
 from mpcompile.system.distributed import shared_map
 from mpcompile.system.progress import tracked
@@ -37,88 +37,6 @@ from mpcompile.system.progress import tracked
 log = logging.getLogger(__name__)
 
 NO_GAIN = "the search found no order that keeps more"
-SMALLEST_SWEEP = 4e7  # differences: a few hundredths of a second
-
-
-@dataclass(frozen=True)
-class OrderingProblem:
-    """The search for the order of one exchangeable set.
-
-    Attributes:
-        channels: the exchangeable set.
-        movable: indices into the set of the channels that are searched over, in order of position. Only whole groups of
-            M are: a group with channels of other sets is left as it is.
-        score: (rows, columns), the stacked scores of all readers; column i belongs to channel movable[i].
-        pattern: the N:M pattern.
-    """
-
-    channels: ExchangeableSet
-    movable: "np.ndarray"
-    score: Tensor
-    pattern: NM
-
-    def work(self, sweeps: int) -> float:
-        """The work of `sweeps` sweeps of assignments, in differences; small sets get SMALLEST_SWEEP a sweep."""
-        rows, columns = self.score.shape
-        return sweeps * max(rows * columns * columns / self.pattern.of, SMALLEST_SWEEP)
-
-
-def scores_by_axis(
-    model: Model, patterns: Mapping[str, NM], scales: Mapping[str, Tensor]
-) -> dict[Axis, tuple[Tensor, NM]]:
-    """For each masked layer's input axis, the scores of its weights, (rows, in_), and the layer's pattern.
-
-    A score is |W|, times the scale of the weight's input channel where `scales` has the layer. Rows are output channels
-    times kernel taps; the scores of rows that share a pattern are added. A grouped convolution has an axis for each
-    group.
-    """
-    scores = {}
-    for name, pattern in patterns.items():
-        layer = model.layer(name)
-        score = layer.weight.detach().abs()
-        if name in scales:
-            score = score * per_weight(layer, scales[name]).to(score.dtype)
-        groups = getattr(layer, "groups", 1)
-        per_group = len(score) // groups
-        for group in range(groups):
-            part = score[group * per_group : (group + 1) * per_group]
-            if per_group % pattern.rows == 0:
-                part = part.reshape(-1, pattern.rows, *part.shape[1:]).sum(1)
-            rows = part.movedim(1, -1).reshape(-1, part.shape[1])
-            axis = Axis(f"{name}.weight", 1, None if groups == 1 else (group * per_group, (group + 1) * per_group))
-            scores[axis] = (rows, pattern)
-    return scores
-
-
-def total_kept(scores: Mapping[Axis, tuple[Tensor, NM]]) -> float:
-    """The sum over all axes of the score that the pattern keeps in the current order."""
-    return sum(kept_score(rows, pattern) for rows, pattern in scores.values())
-
-
-def ordering_problem(channels: ExchangeableSet, scores: Mapping[Axis, tuple[Tensor, NM]]) -> OrderingProblem | None:
-    """The search for an exchangeable set, or None if no masked layer reads two whole groups of M of it.
-
-    The masked layer with the most scores determines the pattern and the groups. Other readers are scored only if they
-    have the same N:M and the same groups; otherwise they are reordered, but do not influence the order.
-    """
-    readers = [axis for axis in channels.positions if axis in scores]
-    if not readers:
-        return None
-    largest = max(readers, key=lambda axis: scores[axis][0].numel())
-    pattern = scores[largest][1]
-    positions = channels.positions[largest]
-    in_whole_group = np.bincount(positions // pattern.of, minlength=1)[positions // pattern.of] == pattern.of
-    movable = np.flatnonzero(in_whole_group)[np.argsort(positions[in_whole_group], kind="stable")]
-    if len(movable) < 2 * pattern.of:
-        return None
-    stack = []
-    for axis in readers:
-        rows, own = scores[axis]
-        columns = channels.positions[axis][movable]
-        groups = columns.reshape(-1, pattern.of) // pattern.of
-        if (own.keep, own.of) == (pattern.keep, pattern.of) and (groups == groups[:, :1]).all():
-            stack.append(rows[:, torch.from_numpy(columns)])
-    return OrderingProblem(channels, movable, torch.cat(stack), pattern)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from mpcompile.ir.model import LayerPlan, Model
 from mpcompile.ir.pattern import NM
 from mpcompile.ir.weight_groups import grouped
 from mpcompile.passes import NMMask, Permute
-from mpcompile.passes.permute.permute import scores_by_axis, total_kept
+from mpcompile.passes.permute.ordering_problem import scores_by_axis, total_kept
 from mpcompile.pipeline.pass_manager import Pass, PassManager
 from mpcompile.testing import assert_same_function, tiny_cnn, tiny_source, tiny_vit
 
