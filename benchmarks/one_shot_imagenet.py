@@ -13,7 +13,6 @@ divergence stands there before that step and after it. "ours" are the passes of 
 channels permuted for the pattern, `joint` masks, a refit with the strength that cross-validation chooses and a gain
 for each channel, and the correction of batch-norm statistics where it still pays. "ours, fixed strength, no gain" is
 the refit without the choice and the gain: λ = 0.02, and the dense targets in full.
-"ours, views" refits to one random crop of each image beside the image (`--views 1`).
 `--add` measures only rows that are not there yet.
 """
 
@@ -100,7 +99,6 @@ METHODS: dict[str, Pruner] = {
     "ours, fixed strength, no gain": at_fixed_strength,
     "ours, no gain": lambda m, d, p: passes(Permute(p), NMMask(p, gain=False))(m, d),
     OURS: lambda m, d, p: passes(Permute(p), NMMask(p), BatchNorm())(m, d),
-    "ours, views": lambda m, d, p: passes(Permute(p), NMMask(p, views=1), BatchNorm())(m, d),
     INT8: lambda m, d, p: passes(Permute(p), NMMask(p), BatchNorm(), Confidence(), Quantize())(m, d),
 }
 

@@ -56,7 +56,6 @@ from mpcompile.cli.options import (
     TargetOption,
     TomeOption,
     VerboseOption,
-    ViewsOption,
 )
 from mpcompile.cli.parse import request_of
 from mpcompile.errors import AccuracyError, UsageError
@@ -150,7 +149,6 @@ def compile_command(
     ] = None,
     polish: PolishOption = None,
     calibration: CalibrationOption = None,
-    views: ViewsOption = None,
     held_out: Annotated[int | None, typer.Option(help="Number of held-out images to evaluate. [default: all]")] = None,
     seed: SeedOption = None,
     classes: ClassesOption = None,
@@ -228,7 +226,7 @@ def compile_command(
             "exclude": exclude,
         },
         permute={"strict": strict} if permute else None,
-        mask={"criterion": criterion, "refit": refit, "views": views},
+        mask={"criterion": criterion, "refit": refit},
         tome={"r": tome, "macs": tome_macs},
         restore={"max_drop": limits["max_drop"]} if data and limits["max_drop"] is not None else {},
         distill={"epochs": distill} if distill is not None else {},

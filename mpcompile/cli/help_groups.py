@@ -17,7 +17,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "target", "precision", "batch", "threads", "opset", "require_engine", "seconds", "transfers", "cuda_graph",
     ),
     "Images": (
-        "data", "calibration", "views", "held_out", "seed", "classes", "exif", "alpha", "skip_broken", "input_size",
+        "data", "calibration", "held_out", "seed", "classes", "exif", "alpha", "skip_broken", "input_size",
         "preprocess", "mean", "std", "resize", "crop_pct", "interpolation", "channel_order",
     ),
     "Model": (

@@ -207,17 +207,6 @@ CalibrationOption = Annotated[
 ]
 
 
-ViewsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--views",
-        metavar="N",
-        help="Also refit to N random crops of each calibration image, half of them mirrored: for photographs, where "
-        "there are no more images to calibrate on. [default: 0]",
-    ),
-]
-
-
 SeedOption = Annotated[
     int | None, typer.Option("--seed", help="Random seed, such as for the choice of images. [default: 0]")
 ]

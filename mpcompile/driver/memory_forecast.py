@@ -1,7 +1,7 @@
 """What `--dry-run` says of memory: the peak of the process during nm-mask, and what goes to files.
 
-nm-mask holds most: two more copies of the weights, the values of all calibration images and views in two graphs at one
-point (passes/reconstruct/layerwise.py), and the second moments and solution of the widest layer.
+nm-mask holds most: two more copies of the weights, the values of all calibration images in two graphs at one point
+(passes/reconstruct/layerwise.py), and the second moments and solution of the widest layer.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,12 @@ def memory_forecast(plan: RunPlan, model: Model, data: Data) -> MemoryForecast:
     if resident is None or unused is None:
         return MemoryForecast(None, None)
     weights = GRAPHS * sum(tensor.numel() * tensor.element_size() for tensor in set(tensors_of(model.graph)))
-    masks = [step for step in plan.passes if isinstance(step, NMMask)]
+    masks = any(isinstance(step, NMMask) for step in plan.passes)
     if not masks or not len(data.calibration):
         return MemoryForecast(resident + weights, 0)
     solving = max((solving_bytes(layer) for _, layer in model.layers()), default=0)
     each = GRAPHS * peak_bytes(model)
-    views = max(step.views for step in masks)
-    activations = int(each * len(data.calibration) * (1 + views))
+    activations = int(each * len(data.calibration))
     limit = max(0, unused - weights - solving - open_bytes(model))
     open_batch = int(each * min(BATCH, len(data.calibration)))
     kept = min(activations, max(limit, open_batch))

@@ -63,7 +63,7 @@ def overridden(
     Raises UsageError if an option needs a pass that the recipe does not have.
     """
     budget = {key: value for key, value in budget.items() if value}
-    mask = {key: value for key, value in mask.items() if value is not None}
+    mask = {key: value for key, value in mask.items() if value}
     order = {key: value for key, value in (permute or {}).items() if value}
     tome = {key: value for key, value in (tome or {}).items() if value is not None}
     steps = list(recipe.passes)

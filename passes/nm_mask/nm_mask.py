@@ -67,8 +67,6 @@ class NMMask:
             layers, nor layers excluded by name.
         residual: with the refit to the model, fit layers before a residual add to compensate the error of the skip
             branch too.
-        views: the number of random crops of each calibration image, half of them mirrored, that the refit uses beside
-            the image (passes/reconstruct/views.py); 0 for none.
         gain: with the refit to the model, whether each output channel is scaled to the variance of the dense output, if
             the layer's bias or the batch normalization after it can absorb a change of the mean.
         damping: λ of the ridge term, relative to the mean second moment of the inputs. If None, it is chosen for each
@@ -91,7 +89,6 @@ class NMMask:
     repair: bool = True
     residual: bool = True
     gain: bool = True
-    views: int = 0
     damping: float | None = None
     prior: float = 0.0
     prior_density: float = 0.65
@@ -110,10 +107,6 @@ class NMMask:
             )
         if self.damping is not None and not 0 < self.damping < float("inf"):
             raise UsageError(f"damping is {self.damping}; give a number above 0, as {DAMPINGS[0]}")
-        if self.views < 0:
-            raise UsageError(f"views is {self.views}; give the number of random views of each image, 0 for none")
-        if self.views and self.refit == "none":
-            raise UsageError(f"views is {self.views}; only a refit uses views of the images, and refit is none")
         if self.prior < 0:
             raise UsageError(f"prior is {self.prior}; give a number of 0 or more")
         if not 0 < self.prior_density < 1:
@@ -168,14 +161,7 @@ class NMMask:
         return self.criterion or (DEFAULT if refitted else DEFAULT_WITHOUT_REFIT)
 
     def require_inputs(self, model: Model, data: Data) -> None:
-        """Raises PassError if calibration images are needed and there are none, or have no views."""
-        if self.views and (model.others or model.example.ndim != 4):
-            found = "several inputs" if model.others else f"inputs of the shape {tuple(model.example.shape[1:])}"
-            raise PassError(
-                f"views is {self.views}, views are crops of images (c, h, w), and the model has {found}; set views to 0"
-            )
-        if self.views and not len(data.calibration):
-            raise PassError(f"views is {self.views}, and there are no calibration images; give --data")
+        """Raises PassError if the criterion or the refit needs calibration images and there are none."""
         criterion, target = self._criterion(data), self._target(data)
         if len(data.calibration) or (not CRITERIA[criterion].needs_images and target == "none"):
             return
@@ -214,7 +200,6 @@ class NMMask:
             list(patterns),
             sequential=self.sequential,
             residual=residual,
-            views=self.views,
             finished=finished,
         ):
             first, *_ = step.weight.names

@@ -11,11 +11,8 @@ from mpcompile.data.images import Split
 from mpcompile.errors import LoadError
 from mpcompile.ir.batch import arguments
 from mpcompile.ir.model import Model
-from mpcompile.passes.reconstruct.views import random_view
-from mpcompile.system.distributed import share
 
 BATCH = 16
-PARTS = 4  # of the images, for cross-validation
 OPEN_COPIES = 3  # of the values of a batch while it is run: those of two graphs, and the targets made from them
 
 
@@ -23,50 +20,28 @@ OPEN_COPIES = 3  # of the values of a batch while it is run: those of two graphs
 class CalibrationBatches:
     """The inputs of a graph in batches of 16 images, each read when it is asked for.
 
-    With `views`, each batch of images is followed by so many batches of random views of the same images.
-
     Attributes:
         images: the calibration images.
         dtype: of the model; floating-point inputs are converted to it.
-        views: the number of views of each image beside the image itself.
     """
 
     images: Split
     dtype: torch.dtype
-    views: int = 0
 
     def __len__(self) -> int:
-        return -(-len(self.images) // BATCH) * (1 + self.views)
-
-    @property
-    def count(self) -> int:
-        """The number of images and views in all batches."""
-        return len(self.images) * (1 + self.views)
-
-    @property
-    def own(self) -> tuple[int, ...]:
-        """The batches that this rank runs: those of images r, r + R, …, with their views."""
-        here = share()
-        return tuple(index for index in range(len(self)) if index // (1 + self.views) % here.size == here.rank)
-
-    def part(self, index: int) -> int:
-        """The part of the images that a batch belongs to; an image and its views are in the same one."""
-        return index // (1 + self.views) % PARTS
+        return -(-len(self.images) // BATCH)
 
     def size(self, index: int) -> int:
         """The number of images of a batch."""
-        return min(BATCH, len(self.images) - index // (1 + self.views) * BATCH)
+        return min(BATCH, len(self.images) - index * BATCH)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         """The inputs of a batch. Raises LoadError if an image holds NaN or infinity."""
-        of_images, view = divmod(index, 1 + self.views)
-        first = of_images * BATCH
+        first = index * BATCH
         inputs = self.images.inputs_of(self.images.order[first : first + BATCH])
         bad = [i for i, image in enumerate(inputs[0]) if not image.isfinite().all()]
         if bad:
             raise LoadError(f"calibration image {first + bad[0]} holds numbers that are not finite")
-        if view:
-            inputs = (random_view(inputs[0], f"{of_images} {view}"), *inputs[1:])
         return arguments(inputs, self.dtype)
 
 

@@ -30,13 +30,13 @@ from mpcompile.errors import PassError, on_layer
 from mpcompile.ir.model import Model
 from mpcompile.ir.quantization import quantizers
 from mpcompile.passes.reconstruct.activation_store import activation_store
-from mpcompile.passes.reconstruct.calibration_batches import PARTS, CalibrationBatches, open_bytes
+from mpcompile.passes.reconstruct.calibration_batches import CalibrationBatches, open_bytes
 from mpcompile.passes.reconstruct.graph_executor import GraphExecutor, LayerCall
 from mpcompile.passes.reconstruct.layer_rows import product, rows_of
 from mpcompile.passes.reconstruct.residual import residual_add_after
 from mpcompile.passes.reconstruct.sampled_positions import positions_per_image, sampled_positions
 from mpcompile.passes.reconstruct.second_moments import SecondMoments, solving_bytes
-from mpcompile.passes.reconstruct.shared_moments import shared
+from mpcompile.passes.reconstruct.shared_moments import PARTS, own_batches, shared
 from mpcompile.passes.reconstruct.tied_weight import Layer, TiedWeight, tied_weights
 from mpcompile.system.progress import tracked
 
@@ -68,7 +68,6 @@ def layerwise(
     *,
     sequential: bool = True,
     residual: bool = False,
-    views: int = 0,
     finished: Container[str] = (),
     calibrate: Callable[[str, Sequence[Tensor]], None] | None = None,
 ) -> Generator[LayerStep, None, None]:
@@ -91,7 +90,6 @@ def layerwise(
         names: qualified names of the layers to rewrite. Layers that the images do not reach are left out.
         sequential: if False, inputs are those of the dense graph.
         residual: if True, steps before a residual add carry the residual error as a second target. Needs `sequential`.
-        views: the number of random views of each image that are used beside it (passes/reconstruct/views.py).
         finished: weights, by the name of their first layer, for which no moments are collected.
         calibrate: called with the name of each quantizer (mpcompile/ir/quantization.py) and its inputs, batch by
             batch, before the quantizer runs in the graph being rewritten. It sets the range. Needs `sequential`.
@@ -103,11 +101,11 @@ def layerwise(
     dense = copy.deepcopy(model.graph) if dense is None else dense
     weights = tied_weights(model, names)
     unfinished = [weight for weight in weights if weight.names[0] not in finished]
-    batches = CalibrationBatches(images, model.example.dtype, views)
-    own = batches.own
+    batches = CalibrationBatches(images, model.example.dtype)
+    own = own_batches(len(batches))
     reused = {weight: _empty_parts() for weight in unfinished if weight.reused}
     if reused:
-        _collect_from_dense(dense, batches, reused)
+        _collect_from_dense(dense, batches, own, reused)
     dense_nodes = dict(zip(model.graph.graph.nodes, dense.graph.nodes, strict=True))
     inputs = lru_cache(maxsize=1)(batches.__getitem__)  # both graphs open a batch one after the other
     to_calibrate = quantizers(model.graph) if calibrate is not None else {}
@@ -137,8 +135,8 @@ def layerwise(
                                 dense_run.values[dense_nodes[add.skip]], pruned_run.values[add.skip]
                             )
                         for weight, own_parts in parts.items():
-                            rows = _Rows(batches.count, batches.size(batch), f"{weight.names[0]} {batch}")
-                            part = own_parts[batches.part(batch)]
+                            rows = _Rows(len(images), batches.size(batch), f"{weight.names[0]} {batch}")
+                            part = own_parts[batch % PARTS]
                             _collect(part, rows, weight, model, dense, node, calls, dense_calls, error)
                 if not collecting:
                     dense_run.put_off(dense_node)
@@ -209,6 +207,7 @@ class _Rows:
 def _collect_from_dense(
     dense: fx.GraphModule,
     batches: CalibrationBatches,
+    own: Sequence[int],
     reused: dict[TiedWeight, tuple[SecondMoments, ...]],
 ) -> None:
     """Adds the inputs and outputs of weights that several nodes apply, from a run of the dense graph on own batches."""
@@ -220,8 +219,8 @@ def _collect_from_dense(
             parts_of[name][part].add(layer, x, product(layer, x))
 
     interpreter = LayerInterpreter(dense, add)
-    for batch in batches.own:
-        part = batches.part(batch)
+    for batch in own:
+        part = batch % PARTS
         interpreter.run(*batches[batch])
 
 

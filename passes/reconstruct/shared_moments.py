@@ -1,7 +1,6 @@
 """Calibration batches by rank of a process group, and second moments summed over the ranks.
 
-Rank r of R runs the batches r, r + R, r + 2R …; batch b belongs to part b mod 4 of the images; views of a batch go with
-it (passes/reconstruct/calibration_batches.py). With 1, 2 or 4 ranks all
+Rank r of R runs the batches r, r + R, r + 2R …; batch b belongs to part b mod 4 of the images. With 1, 2 or 4 ranks all
 batches of a part are those of one rank, in the same order, which sends its moments to the others: moments, masks and
 weights have the same bits as with one process. With other numbers of ranks, several ranks have batches of a part, and
 float64 sums round differently in their last bits.
@@ -13,6 +12,14 @@ import torch
 
 from mpcompile.passes.reconstruct.second_moments import SecondMoments
 from mpcompile.system.distributed import all_gathered, all_reduced, share, tensor_of
+
+PARTS = 4  # of the calibration images, for cross-validation
+
+
+def own_batches(count: int) -> range:
+    """The batches that this rank runs, of `count`."""
+    here = share()
+    return range(here.rank, count, here.size)
 
 
 def shared(parts: Sequence[SecondMoments]) -> tuple[SecondMoments, ...]:

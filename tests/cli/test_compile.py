@@ -116,8 +116,6 @@ def test_an_unknown_refit_or_start_is_refused(tiny_files: tuple[Path, Path], tmp
     done = mpcompile(tiny_files[0], "--pattern", "2:4", "--refit", "model", "-o", tmp_path / "out")
     refused(done, 4, "the refit to the model needs calibration images; give --data")
     assert "export dense" not in done.stderr  # refused before any work
-    done = mpcompile(tiny_files[0], "--pattern", "2:4", "--views", 1, "-o", tmp_path / "out")
-    refused(done, 4, "views is 1, and there are no calibration images; give --data")
     assert not list(tmp_path.iterdir())
     done = mpcompile(tiny_files[0], "--pattern", "2:4", "--from", "mask", "-o", tmp_path / "out")
     refused(done, 2, "--from 'mask' is not a pass of the recipe; its passes are mp-budget, drop-unread-tokens, permute")

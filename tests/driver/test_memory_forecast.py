@@ -33,17 +33,6 @@ def test_activations_beyond_the_limit_go_to_files(known: None, monkeypatch: pyte
         assert found == MemoryForecast(1000 + weights + solving + int(kept), int(in_files))
 
 
-def test_views_of_images_take_the_memory_of_images(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast_module, "unused_bytes", lambda device: 10**9)  # enough for all activations
-    model = tiny_vit()
-    data = tiny_data(model)
-    with_views = plan_of(Recipe.checked({"passes": [{"nm-mask": {"views": 2}}], "target": "eager"}))
-    more, less = (memory_forecast(plan, model, data).peak_bytes for plan in (with_views, PLAN))
-    assert more is not None
-    assert less is not None
-    assert more - less == 2 * 2 * int(peak_bytes(model)) * len(data.calibration)
-
-
 def test_without_images_it_is_the_weights(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "unused_bytes", lambda device: 10**9)
     model = tiny_vit()

@@ -155,13 +155,6 @@ def test_flags_win_over_the_recipe() -> None:
     )
 
 
-def test_a_flag_of_zero_wins_over_the_recipe() -> None:
-    recipe = Recipe.from_yaml("passes: [{nm-mask: {pattern: 2:4, views: 2}}]")
-    for flag, wanted in ((None, 2), (0, 0), (1, 1)):
-        [step] = flags(recipe, mask={"views": flag}).passes
-        assert step.params["views"] == wanted
-
-
 def test_a_pattern_of_the_command_line_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An NM stays an NM from the options to the passes; the text and the hash of the recipe are those of "2:4"."""
     recipe = flags(Recipe(), patterns=(NM(2, 4), NM(8, 16, rows=2)), macs=0.6)
