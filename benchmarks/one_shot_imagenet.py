@@ -21,9 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from budget import logits
 from lib.common import RESULTS, markdown, rows_of, write
@@ -55,7 +57,7 @@ PATTERNS = ("2:4", "4:8", "8:16", "1:4", "4:16", "4:8v8")
 OURS, INT8 = "ours", "ours, int8"  # int8 has the confidence step before it
 Pruner = Callable[[Model, Data, NM], Model]
 COLUMNS = (
-    "model", "pattern", "method", "seed", "top-1", "of dense", "right, wrong", "p", "same answer", "by margin",
+    "model", "pattern", "method", "seeds", "top-1", "of dense", "right, wrong", "p", "same answer", "by margin",
     "divergence", "after its best factor", "on calibration images: same answer, divergence",
     "top probability, of dense", "calibration error, of dense", "s",
 )  # fmt: skip
@@ -137,17 +139,32 @@ def compared(pruned: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) ->
     }
 
 
-def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the row as cells of the table."""
+def cells(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Returns the seeds of one model, pattern and method as cells of the table."""
+
+    def mean(key: str, shape: str = "{:.3f}") -> str:
+        return shape.format(np.mean([row[key] for row in rows]))
+
+    def ranged(key: str, shape: str = "{:.3f}") -> str:
+        """The mean over the seeds, and [lowest, highest] of several."""
+        values = [row[key] for row in rows]
+        spread = f" [{shape.format(min(values))}, {shape.format(max(values))}]" if len(values) > 1 else ""
+        return mean(key, shape) + spread
+
+    first = rows[0]
+    seconds = [row["seconds"] for row in rows if row["seconds"] is not None]  # None: the run was paused
     return (
-        row["model"], row["pattern"], row["method"], str(row["seed"]), f"{row['top1']:.2%} of {row['dense_top1']:.2%}",
-        f"{row['top1'] / row['dense_top1']:.1%}", f"{row['right']}, {row['wrong']}", f"{row['p']:.2g}",
-        f"{row['agreement']:.1%}", " / ".join(f"{100 * share:.0f}" for share in row["agreement_by_margin"]),
-        f"{row['divergence_before']:.3f} → {row['divergence']:.3f}", f"{row['least_divergence']:.3f}",
-        f"{row['seen_agreement']:.1%}, {row['seen_divergence']:.3f}",
-        f"{row['top_probability']:.3f}, {row['dense_top_probability']:.3f}",
-        f"{row['calibration_error']:.3f}, {row['dense_calibration_error']:.3f}",
-        "–" if row["seconds"] is None else f"{row['seconds']:.0f}",  # None: the run was paused
+        first["model"], first["pattern"], first["method"], ", ".join(str(row["seed"]) for row in rows),
+        f"{ranged('top1', '{:.2%}')} of {mean('dense_top1', '{:.2%}')}",
+        f"{np.mean([row['top1'] / row['dense_top1'] for row in rows]):.1%}",
+        f"{sum(row['right'] for row in rows)}, {sum(row['wrong'] for row in rows)}",
+        f"{max(row['p'] for row in rows):.2g}", ranged("agreement", "{:.1%}"),
+        " / ".join(f"{100 * share:.0f}" for share in np.mean([row["agreement_by_margin"] for row in rows], 0)),
+        f"{mean('divergence_before')} → {mean('divergence')}", ranged("least_divergence"),
+        f"{mean('seen_agreement', '{:.1%}')}, {mean('seen_divergence')}",
+        f"{mean('top_probability')}, {mean('dense_top_probability')}",
+        f"{mean('calibration_error')}, {mean('dense_calibration_error')}",
+        f"{np.median(seconds):.0f}" if seconds else "–",
     )  # fmt: skip
 
 
@@ -173,7 +190,7 @@ def main() -> None:
     for name, pattern, method, seed in chosen:
         if (name, pattern, method, seed) not in there:
             rows.append(measured(arguments.images, name, NM.parse(pattern), method, seed))
-            print(cells(rows[-1]), flush=True)
+            print(cells(rows[-1:]), flush=True)
             report(rows)
 
 
@@ -212,17 +229,24 @@ def on_seen(result: Model, model: Model, data: Data) -> dict[str, float]:
 
 def report(rows: list[dict[str, Any]]) -> None:
     """Writes both results files with the rows measured so far."""
-    order = [[*MODELS], [*PATTERNS], [*METHODS]]
-    rows.sort(key=lambda row: tuple(names.index(value) for names, value in zip(order, key_of(row)[:3], strict=True)))
+    orders = [*MODELS], [*PATTERNS], [*METHODS]
+
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        *names, seed = key_of(row)
+        return (*(order.index(name) for order, name in zip(orders, names, strict=True)), seed)
+
+    rows.sort(key=place)
     write("one_shot_imagenet", QUESTION, "cpu", ("torch", "timm"), rows)
     setting = (
         f"A seed selects {CALIBRATION} calibration, {VALIDATION} validation and {rows[0]['images']} held-out images. "
-        "right, wrong: answers that became so, against the dense model; p: exact McNemar test. By margin: same answer "
-        "in per cent by quartile of the dense margin, lowest first. Divergence: KL(dense ‖ pruned) before the "
-        "confidence step → after it; after its best factor: what is no matter of confidence. The same on "
-        f"{SEEN} of the calibration images shows what a method overfits."
+        "Means over the seeds, and [lowest, highest]. right, wrong: answers that became so, against the dense model, "
+        "in all seeds together; p: exact McNemar test, the largest of the seeds. By margin: same answer in per cent by "
+        "quartile of the dense margin, lowest first. Divergence: KL(dense ‖ pruned) before the confidence step → after "
+        "it; after its best factor: what is no matter of confidence. The same on "
+        f"{SEEN} of the calibration images shows what a method overfits. s: median."
     )
-    text = f"# EfficientNet-Lite on ImageNet\n\n{QUESTION}\n\n{setting}\n\n{markdown(COLUMNS, [*map(cells, rows)])}"
+    table = [cells([*group]) for _, group in groupby(rows, lambda row: key_of(row)[:3])]
+    text = f"# EfficientNet-Lite on ImageNet\n\n{QUESTION}\n\n{setting}\n\n{markdown(COLUMNS, table)}"
     (RESULTS / "one_shot_imagenet.md").write_text(text, encoding="utf-8")
 
 
