@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from lib.common import RESULTS, ROOT, markdown, write
+from lib.common import RESULTS, ROOT, markdown, mean_and_range, write
 from lib.pretrained import fashion_data, on_fashion
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -137,8 +137,7 @@ def table(rows: list[dict[str, Any]], model: str, kind: str) -> str:
     def cell(signal: str, level: float) -> str:
         same = [row for row in chosen if row["signal"] == signal and row["at"] == level]
         tops, shift = [100 * row["top1"] for row in same], np.mean([row["logit_shift"] for row in same])
-        spread = f" [{min(tops):.1f}, {max(tops):.1f}]" if len(tops) > 1 else ""
-        return f"{np.mean(tops):.2f}{spread}, {shift:.2f}"
+        return f"{mean_and_range(tops, '{:.2f}', '{:.1f}')}, {shift:.2f}"
 
     heading = "density" if kind == "density" else "MACs left"
     columns = ("signal", *(f"{heading} {level:g}" for level in levels))

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from budget import compared, logits, models
-from lib.common import RESULTS, markdown, rows_of, write
+from lib.common import RESULTS, markdown, mean_and_range, rows_of, write
 from lib.pretrained import fashion_data
 from lib.sparsegpt import modelopt_sparsegpt, sparsegpt
 from torch import nn
@@ -164,12 +164,7 @@ def cell(rows: list[dict[str, Any]]) -> tuple[str, str]:
     if not rows:
         return "–", "–"
     tops, shifts = [100 * row["top1"] for row in rows], [row["logit_shift"] for row in rows]
-    spread = (f" [{min(tops):.1f}, {max(tops):.1f}]", f" [{min(shifts):.3f}, {max(shifts):.3f}]")
-    several = len(rows) > 1
-    return (
-        f"{np.mean(tops):.2f}{spread[0] if several else ''}",
-        f"{np.mean(shifts):.3f}{spread[1] if several else ''}",
-    )
+    return mean_and_range(tops, "{:.2f}", "{:.1f}"), mean_and_range(shifts)
 
 
 def page(rows: list[dict[str, Any]]) -> str:

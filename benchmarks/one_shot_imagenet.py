@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from budget import logits
-from lib.common import RESULTS, markdown, rows_of, write
+from lib.common import RESULTS, markdown, mean_and_range, rows_of, write
 from lib.exact_obs import exact_obs
 from lib.pretrained import efficientnet_lite0, efficientnet_lite1
 from lib.sparsegpt import sparsegpt
@@ -146,10 +146,7 @@ def cells(rows: list[dict[str, Any]]) -> tuple[str, ...]:
         return shape.format(np.mean([row[key] for row in rows]))
 
     def ranged(key: str, shape: str = "{:.3f}") -> str:
-        """The mean over the seeds, and [lowest, highest] of several."""
-        values = [row[key] for row in rows]
-        spread = f" [{shape.format(min(values))}, {shape.format(max(values))}]" if len(values) > 1 else ""
-        return mean(key, shape) + spread
+        return mean_and_range([row[key] for row in rows], shape)
 
     first = rows[0]
     seconds = [row["seconds"] for row in rows if row["seconds"] is not None]  # None: the run was paused

@@ -14,7 +14,7 @@ from typing import Any
 from cpu_vit import cells as vit_cells
 from demo import COLUMNS as DEMO_COLUMNS
 from fashion_vit import COLUMNS, cells
-from lib.common import RESULTS, ROOT, markdown, rows_of
+from lib.common import RESULTS, ROOT, markdown, mean_and_range, rows_of
 from lib.cpu_timing import by_processor
 from lib.results_text import body, first_table, int8_products, sections
 from one_shot import cell
@@ -197,8 +197,7 @@ def accuracy() -> str:
         values = [100 * row[key] for row in rows]
         if not values:
             return "–"
-        spread = f" [{min(values):.2f}, {max(values):.2f}]" if max(values) > min(values) else ""
-        return f"{sum(values) / len(values):.2f} %{spread}"
+        return mean_and_range(values, "{:.2f} %", "{:.2f}")
 
     def of(model: str, method: str, pattern: str | None = None) -> str:
         return percent([r for r in shot if (r["model"], r["method"], r.get("pattern")) == (model, method, pattern)])

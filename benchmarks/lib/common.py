@@ -59,6 +59,16 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
+def mean_and_range(values: Sequence[float], mean: str = "{:.3f}", ends: str | None = None) -> str:
+    """Returns the mean, and [lowest, highest] if there are several values: "77.38 [77.0, 77.7]".
+
+    `mean` and `ends` are the formats of the mean and of the other two; without `ends` they are the same.
+    """
+    ends = ends or mean
+    spread = f" [{ends.format(min(values))}, {ends.format(max(values))}]" if len(values) > 1 else ""
+    return mean.format(sum(values) / len(values)) + spread
+
+
 def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Returns a Markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
